@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tumorsynth.phantom import Phantom
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and reference fixtures beside the repository, or a skip."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the real data in ../shared, which is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom() -> Phantom:
+    """A coarse phantom, made once for all tests: copy before changing it in place."""
+    from tumorsynth.phantom import make_phantom
+
+    return make_phantom(spacing=(3.0, 3.0, 3.0), seed=0)

@@ -1,0 +1,70 @@
+"""Realistic synthetic tumours, image and label, for 3-D CT.
+
+The public names are loaded when they are first used (PEP 562): `import tumorsynth` reads no
+weights, asks no network and does not even import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tumorsynth.generator import Generator
+    from tumorsynth.handcrafted import HandcraftedGenerator
+    from tumorsynth.intensity import HU, Scaled, ZScore
+    from tumorsynth.phantom import Phantom, make_phantom
+    from tumorsynth.synthesizer import SynthesizeTumor
+    from tumorsynth.weights import load_generator
+
+    __version__: str
+
+__all__ = [
+    "HU",
+    "Generator",
+    "HandcraftedGenerator",
+    "Phantom",
+    "Scaled",
+    "SynthesizeTumor",
+    "ZScore",
+    "__version__",
+    "load_generator",
+    "make_phantom",
+]
+
+_MODULE_OF = {
+    "HU": "intensity",
+    "Generator": "generator",
+    "HandcraftedGenerator": "handcrafted",
+    "Phantom": "phantom",
+    "Scaled": "intensity",
+    "SynthesizeTumor": "synthesizer",
+    "ZScore": "intensity",
+    "load_generator": "weights",
+    "make_phantom": "phantom",
+}
+
+
+def __getattr__(name: str) -> Any:
+    value: Any
+    if name == "__version__":
+        value = _version()
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tumorsynth")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "0+unknown"

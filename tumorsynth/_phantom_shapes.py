@@ -1,0 +1,174 @@
+"""Signed distances (mm, negative inside) on coarse lattices that are fixed in the world."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Point = tuple[float, float, float]
+Box = tuple[Sequence[float], Sequence[float]]  # lower and upper corner, mm
+
+
+class Waves:
+    """Smooth random function of position, mean 0, variance 1: a sum of plane waves."""
+
+    def __init__(self, rng: torch.Generator, shortest: float, longest: float, count: int = 10):
+        k = torch.randn(count, 3, generator=rng)
+        length = shortest + (longest - shortest) * torch.rand(count, 1, generator=rng)
+        self.k = (k / k.norm(dim=1, keepdim=True) * 2 * math.pi / length).tolist()
+        self.phase = (2 * math.pi * torch.rand(count, generator=rng)).tolist()
+
+    def __call__(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for (kx, ky, kz), phase in zip(self.k, self.phase, strict=True):
+            total = total + torch.sin(kx * x + ky * y + kz * z + phase)
+        return total * math.sqrt(2 / len(self.k))
+
+
+class Warp:
+    """Smooth displacement between the world and the upright patient, a few mm."""
+
+    def __init__(self, rng: torch.Generator, amplitude: float):
+        self.amplitude = amplitude
+        self.bend = [Waves(rng, 90.0, 220.0) for _ in range(3)]
+
+    def shift(self, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
+        return [self.amplitude * bend(x, y, z) for bend in self.bend]
+
+    def to_world(self, points: Tensor) -> Tensor:
+        """World positions (N, 3) of upright positions, by fixed-point iteration."""
+        found = points
+        for _ in range(3):
+            found = points - torch.stack(self.shift(*found.T), 1)
+        return found
+
+
+def resample(values: Tensor, first: Sequence[int], step: float, axes: Sequence[Tensor]) -> Tensor:
+    """Linear interpolation of lattice values, index 0 at first * step mm, at the axes' positions."""
+    for dim in (2, 1, 0):
+        at = axes[dim] / step - first[dim]
+        low = at.floor().long().clamp_(0, values.shape[dim] - 2)
+        part = (at - low).to(values).view([-1 if i == dim else 1 for i in range(3)])
+        low = low.to(values.device)
+        lower = values.index_select(dim, low)
+        values = lower.lerp_(values.index_select(dim, low + 1), part.expand_as(lower))
+    return values
+
+
+def _span(box: Box, step: float) -> tuple[list[int], list[int]]:
+    first = [math.floor(lo / step) for lo in box[0]]
+    return first, [max(math.ceil(hi / step), lo + 1) for hi, lo in zip(box[1], first, strict=True)]
+
+
+class Lattice:
+    """Points at the multiples of step (mm) that enclose a box. x, y, z: where they lie in the
+    upright patient."""
+
+    def __init__(self, box: Box, step: float, warp: Warp | None = None, tile: Tensor | None = None):
+        self.step, self.warp, self.tile = step, warp, tile
+        self.first, self.last = _span(box, step)
+        self.axes = [
+            torch.arange(a, b + 1) * step for a, b in zip(self.first, self.last, strict=True)
+        ]
+        self.shape = [len(axis) for axis in self.axes]
+
+    @cached_property
+    def _upright(self) -> list[Tensor]:
+        grid = [a.view([-1 if i == d else 1 for i in range(3)]) for d, a in enumerate(self.axes)]
+        if self.warp is None:
+            return [g.expand(self.shape) for g in grid]
+        coarse = Lattice(([a[0] for a in self.axes], [a[-1] for a in self.axes]), 12.0)
+        shift = self.warp.shift(*coarse._upright)
+        return [
+            g + resample(s, coarse.first, coarse.step, self.axes)
+            for g, s in zip(grid, shift, strict=True)
+        ]
+
+    @property
+    def x(self) -> Tensor:
+        return self._upright[0]
+
+    @property
+    def y(self) -> Tensor:
+        return self._upright[1]
+
+    @property
+    def z(self) -> Tensor:
+        return self._upright[2]
+
+    def waves(self, waves: Waves, step: float) -> Tensor:
+        """waves at the lattice's world positions, computed on points about step mm apart."""
+        coarse = Lattice(([a[0] for a in self.axes], [a[-1] for a in self.axes]), step)
+        return resample(waves(*coarse._upright), coarse.first, step, self.axes)
+
+    def grain(self, shift: int = 0) -> Tensor:
+        """Random values of unit variance, one per lattice point, the same at the same place."""
+        assert self.tile is not None
+        i, j, k = (
+            (torch.arange(a, b + 1) + shift) % self.tile.shape[0]
+            for a, b in zip(self.first, self.last, strict=True)
+        )
+        return self.tile[i][:, j][:, :, k]
+
+    def ellipsoid(self, centre: Point, radii: Point, shear: float = 0.0) -> Tensor:
+        """Radii may be infinite. shear: mm of x per mm of z."""
+        z = self.z - centre[2]
+        x, y = (self.x - centre[0] - shear * z) / radii[0], (self.y - centre[1]) / radii[1]
+        z = z / radii[2]
+        k0 = (x * x + y * y + z * z).sqrt()
+        k1 = ((x / radii[0]) ** 2 + (y / radii[1]) ** 2 + (z / radii[2]) ** 2).sqrt()
+        return k0 * (k0 - 1) / (k1 + 1e-6)
+
+    def tubes(self, *paths: Tensor, reach: float = 5.0) -> Tensor:
+        """Distance to tubes along upright points (N, 4): x, y, z, radius. At most reach."""
+        out = torch.full(self.shape, float(reach))
+        points = torch.cat(paths)
+        if self.warp is not None:
+            points = torch.cat([self.warp.to_world(points[:, :3]), points[:, 3:]], 1)
+        for path in points.split([len(path) for path in paths]):
+            ends = path.tolist()
+            for a, b in zip(ends[:-1], ends[1:], strict=True):
+                self._segment(out, a, b, max(a[3], b[3]) + reach)
+        return out
+
+    def _segment(self, out: Tensor, a: list[float], b: list[float], margin: float) -> None:
+        cut, axes = [], []
+        for i in range(3):
+            lo = math.floor((min(a[i], b[i]) - margin) / self.step) - self.first[i]
+            hi = math.ceil((max(a[i], b[i]) + margin) / self.step) - self.first[i] + 1
+            cut.append(slice(max(lo, 0), max(hi, 0)))
+            axes.append(self.axes[i][cut[i]] - a[i])
+        if not all(len(axis) for axis in axes):
+            return
+        x, y, z = axes[0][:, None, None], axes[1][:, None], axes[2]
+        u, v, w = b[0] - a[0], b[1] - a[1], b[2] - a[2]
+        dot = u * u + v * v + w * w + 1e-9
+        t = (x * (u / dot) + y * (v / dot) + z * (w / dot)).clamp_(0, 1)
+        d = ((x - t * u).square_() + (y - t * v).square_() + (z - t * w).square_()).sqrt_()
+        d -= a[3] + t * (b[3] - a[3])
+        torch.minimum(out[tuple(cut)], d, out=out[tuple(cut)])
+
+
+def join(a: Tensor, b: Tensor, soft: float) -> Tensor:
+    """Union of two distances, rounded over about soft mm."""
+    h = (soft - (a - b).abs()).clamp_(min=0)
+    return torch.minimum(a, b) - h * h / (4 * soft)
+
+
+def meet(a: Tensor, b: Tensor, soft: float) -> Tensor:
+    """Intersection, rounded likewise."""
+    return -join(-a, -b, soft)
+
+
+def spline(points: Sequence[Sequence[float]], pieces: int = 5) -> Tensor:
+    """Catmull-Rom curve through points (x, y, z, radius)."""
+    p = torch.tensor(points, dtype=torch.float32)
+    p = torch.cat([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
+    t = torch.arange(pieces)[:, None, None] / pieces
+    a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
+    curve = b + 0.5 * t * ((c - a) + t * ((2 * a - 5 * b + 4 * c - d) + t * (3 * (b - c) + d - a)))
+    return torch.cat([curve.transpose(0, 1).reshape(-1, 4), p[-2:-1]])

@@ -1,0 +1,264 @@
+"""A restricted reader of torch checkpoints, for files that somebody else has written.
+
+A torch checkpoint is a zip archive with a pickle in it, and unpickling a foreign file normally
+runs whatever the file says. Here every global in the pickle is either one of the few that the
+published DiffTumor checkpoints hold, replaced by an inert stand-in, or the whole file is refused
+with its name. Tensors are read only when they are asked for: optimiser moments, discriminators
+and the perceptual network stay on the disk.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import zipfile
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_PICKLE_BYTES = 64 << 20  # the published ones hold well under 1 MiB
+AGAIN = "download the file again from its authors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not what it should be; the message names the file and what is wrong."""
+
+
+class _Inert:
+    """Stands for an object of no use here (omegaconf nodes). Keeps nothing, does nothing.
+
+    __setstate__ comes before any attribute that a pickle would set otherwise.
+    """
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _Dict(dict):
+    """Stands for OrderedDict, defaultdict and Counter: what they are made from is dropped."""
+
+    __slots__ = ()
+
+    def __init__(self, *args: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _Named(_Inert):
+    """Stands for a type that is only named, never called: typing.Any, list, dict, int."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a checkpoint whose values are still on the disk; `load()` reads them."""
+
+    archive: _Archive
+    key: str
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def load(self) -> Tensor:
+        """The values, a view of the storage as it was saved (which may be an expanded one)."""
+        data = bytearray(self.archive.read(self.archive.storage_entry(self.key)))
+        flat = torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0)
+        return flat.to(self.dtype).as_strided(self.shape, self.stride, self.offset)
+
+
+class _Storage(NamedTuple):
+    archive: _Archive
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+class _StorageType(_Inert):
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+class _RebuildTensor(_Inert):
+    """Stands for torch._utils._rebuild_tensor_v2: checks everything, reads nothing."""
+
+    __slots__ = ()
+
+    def __call__(
+        self, storage: object, offset: object, shape: object, stride: object, *rest: object
+    ) -> LazyTensor:
+        if not isinstance(storage, _Storage):
+            raise TypeError("a tensor without a storage")
+        if not (_sizes(shape) and _sizes(stride) and _sizes((offset,))):
+            raise storage.archive.error("holds a tensor whose shape is no tuple of sizes")
+        assert isinstance(shape, tuple) and isinstance(stride, tuple) and isinstance(offset, int)
+        reach = offset + 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=False))
+        if len(shape) != len(stride) or (0 not in shape and reach > storage.numel):
+            raise storage.archive.error(
+                f"holds a tensor of shape {shape}, stride {stride} and offset {offset} that does "
+                f"not fit its storage of {storage.numel} values"
+            )
+        return LazyTensor(storage.archive, storage.key, storage.dtype, offset, shape, stride)
+
+
+def _sizes(value: object) -> bool:
+    """A short tuple of non-negative integers."""
+    return (
+        isinstance(value, tuple)
+        and len(value) <= 8
+        and all(type(n) is int and 0 <= n < 2**48 for n in value)
+    )
+
+
+_GLOBALS: dict[tuple[str, str], object] = {
+    ("collections", "OrderedDict"): _Dict,
+    ("collections", "defaultdict"): _Dict,
+    ("collections", "Counter"): _Dict,
+    ("omegaconf.base", "ContainerMetadata"): _Inert,
+    ("omegaconf.base", "Metadata"): _Inert,
+    ("omegaconf.dictconfig", "DictConfig"): _Inert,
+    ("omegaconf.listconfig", "ListConfig"): _Inert,
+    ("omegaconf.nodes", "AnyNode"): _Inert,
+    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+    ("typing", "Any"): _Named(),
+    # pickle protocol 2 writes the builtins under their Python 2 names
+    **{(m, n): _Named() for m in ("builtins", "__builtin__") for n in ("list", "dict", "int")},
+    ("__builtin__", "long"): _Named(),
+    **{
+        ("torch", f"{name}Storage"): _StorageType(dtype)
+        for name, dtype in {
+            "Float": torch.float32,
+            "Double": torch.float64,
+            "Half": torch.float16,
+            "BFloat16": torch.bfloat16,
+            "Long": torch.int64,
+            "Int": torch.int32,
+            "Short": torch.int16,
+            "Char": torch.int8,
+            "Byte": torch.uint8,
+            "Bool": torch.bool,
+        }.items()
+    },
+}
+
+
+class _Archive:
+    """A torch zip archive whose directory has been checked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise CheckpointError(
+                f"{path.name} is not a whole zip checkpoint as torch.save writes it ({error}); "
+                f"{AGAIN}"
+            ) from error
+        self.entries = {info.filename: info for info in self.zip.infolist()}
+        self._check_entries(path.stat().st_size)
+        pickles = [name for name in self.entries if PurePosixPath(name).parts[1:] == ("data.pkl",)]
+        if len(pickles) != 1:
+            raise self.error(f"holds {len(pickles)} data.pkl where one belongs")
+        self.root = PurePosixPath(pickles[0]).parts[0]
+        if self.entries[pickles[0]].file_size > MAX_PICKLE_BYTES:
+            raise self.error(f"holds a data.pkl of more than {MAX_PICKLE_BYTES} bytes")
+        order = self.entries.get(f"{self.root}/byteorder")
+        if order is not None and self.read(order) != b"little":
+            raise self.error("was not written in little-endian byte order")
+        self.pickle = self.entries[pickles[0]]
+
+    def _check_entries(self, size_on_disk: int) -> None:
+        """No compression (a bomb unpacks to more than the file holds), no odd names, no overlap."""
+        infos = self.zip.infolist()
+        if len(infos) != len(self.entries):
+            raise self.error("holds two entries of one name")
+        for info in infos:
+            path = PurePosixPath(info.filename)
+            if path.is_absolute() or ".." in path.parts or set(info.filename) & set("\\:\0"):
+                raise self.error(f"holds an entry with the unsafe name {info.filename!r}")
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+                raise self.error(
+                    f"holds {info.filename!r} compressed or encrypted, torch.save does neither"
+                )
+            if info.file_size != info.compress_size:
+                raise self.error(f"declares two sizes for {info.filename!r}")
+        if sum(info.file_size for info in infos) > size_on_disk:
+            raise self.error("declares more bytes than the file has")
+
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path.name} {what}; {AGAIN}")
+
+    def read(self, info: zipfile.ZipInfo) -> bytes:
+        try:
+            data = self.zip.read(info)  # checks the CRC
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
+            raise self.error(f"is damaged at {info.filename!r} ({error})") from error
+        if len(data) != info.file_size:
+            raise self.error(f"is cut short at {info.filename!r}")
+        return data
+
+    def storage_entry(self, key: str) -> zipfile.ZipInfo:
+        name = f"{self.root}/data/{key}"
+        if name not in self.entries:
+            raise self.error(f"lacks the storage {name!r}")
+        return self.entries[name]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, archive: _Archive, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self.archive = archive
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _GLOBALS[module, name]
+        except KeyError:
+            raise self.archive.error(
+                f"holds {module}.{name}, which no DiffTumor checkpoint does: it was refused and "
+                "nothing was run"
+            ) from None
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case ("storage", _StorageType() as kind, str() as key, str(), int() as numel):
+                entry = self.archive.storage_entry(key)
+                if numel * kind.dtype.itemsize != entry.file_size:
+                    raise self.archive.error(
+                        f"declares {numel} values of {kind.dtype} in {entry.filename!r}, "
+                        f"which has {entry.file_size} bytes"
+                    )
+                return _Storage(self.archive, key, kind.dtype, numel)
+        raise self.archive.error("describes a storage in an unknown way")
+
+
+def read_checkpoint(path: str | PathLike[str]) -> Any:
+    """The objects in a torch zip checkpoint: dicts, lists, numbers, strings and `LazyTensor`s.
+
+    Anything else a published checkpoint holds becomes an inert stand-in; any other global, a
+    compressed or overlapping entry, and a tensor beyond its storage raise CheckpointError.
+    """
+    archive = _Archive(Path(path))
+    data = archive.read(archive.pickle)
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name.startswith("EXT"):  # a cached extension would pass find_class by
+                raise archive.error("holds a pickle extension code")
+            if opcode.name.endswith("PUT") and argument > len(data):  # type: ignore[operator]
+                raise archive.error("asks for a memo larger than itself")
+        return _Unpickler(archive, data).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # bytes made to harm let the unpickler raise nearly anything
+        raise archive.error(f"holds a damaged pickle ({type(error).__name__}: {error})") from error

@@ -1,0 +1,422 @@
+"""The command line: tumours into NIfTI files, one scan or a folder of them.
+
+Exit codes: 0 all done; 1 some cases of a folder failed, or something unexpected happened; 2 bad
+input. Errors are one line on stderr; ``--debug`` shows the traceback instead. torch is imported
+by the commands that need it, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as error:
+    sys.exit(f'tumorsynth: no {error.name}: the commands need pip install "tumorsynth[cli]"')
+
+import tumorsynth
+from tumorsynth import nifti
+from tumorsynth.cases import check_outputs, find_pairs, output_paths, synthesize_scan
+from tumorsynth.preview import require_matplotlib
+
+if TYPE_CHECKING:
+    from tumorsynth.intensity import HU, Scaled
+    from tumorsynth.synthesizer import SynthesizeTumor
+
+app = typer.Typer(
+    help="Realistic synthetic tumours for 3-D CT, image and label.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+STEPS = ("reading", "synthesising", "writing", "drawing")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code. Expected errors become one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    if debug:  # wherever it stands: the commands see it in front
+        arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    try:
+        code = typer.main.get_command(app).main(
+            arguments, prog_name="tumorsynth", standalone_mode=False
+        )
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("stopped", 130)
+    except Exception as error:
+        if debug:
+            raise
+        if hasattr(error, "format_message"):  # typer's own: unknown option, missing argument
+            place = getattr(getattr(error, "ctx", None), "command_path", "tumorsynth")
+            return _fail(f"{error.format_message().rstrip('.')}; see {place} --help", 2)
+        return _fail(_one_line(error), 2 if _expected(error) else 1)
+    return code if isinstance(code, int) else 0
+
+
+def _expected(error: Exception) -> bool:
+    return isinstance(error, (ValueError, TypeError, OSError, ImportError))
+
+
+def _one_line(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    if _expected(error) and words:
+        return words
+    return f"unexpected {type(error).__name__}: {words} (--debug shows where)"
+
+
+def _fail(words: str, code: int) -> int:
+    print(f"tumorsynth: {words}", file=sys.stderr)
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(tumorsynth.__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+# Shared options, so that every command says the same of the same word.
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+GeneratorName = Annotated[
+    str | None,
+    typer.Option(
+        help="Bundled name, generator folder or hub id; `tumorsynth info` lists the bundled ones. "
+        "[default: liver-early, or hu2023 where that does not ship]",
+        show_default=False,
+    ),
+]
+Count = Annotated[
+    str | None,
+    typer.Option(
+        help="Tumours per scan: N, or LOW-HIGH to draw from. "
+        "[default: 1-3; with --size-prior as many as real cases have]",
+        show_default=False,
+    ),
+]
+SizeMm = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Range of the equivalent diameter in mm. [default: 8 20]",
+        show_default=False,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Same seed, same tumours.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+
+
+@app.command()
+def synthesize(
+    context: typer.Context,
+    ct: Annotated[Path, typer.Argument(help="A CT (.nii or .nii.gz), or a folder, see above.")],
+    label: Annotated[
+        Path | None,
+        typer.Argument(help="Its label map on the same grid, or the folder of the label maps."),
+    ] = None,
+    *,
+    out: Out,
+    organ_label: Annotated[
+        list[int],
+        typer.Option(help="Label value a tumour may sit in; repeat it for several values."),
+    ] = [1],  # noqa: B006 (typer copies it)
+    tumor_label: Annotated[int, typer.Option(help="Label value given to tumour voxels.")] = 2,
+    generator: GeneratorName = None,
+    count: Count = None,
+    size_mm: SizeMm = None,
+    size_prior: Annotated[
+        str | None,
+        typer.Option(help="Sizes and shapes as in real tumours: liver, kidney, cyst, ..."),
+    ] = None,
+    seed: Seed = 0,
+    p: Annotated[float, typer.Option("--p", help="Probability that a scan gets tumours.")] = 1.0,
+    blend: Annotated[
+        str,
+        typer.Option(help="change: carry the change over; difftumor: paste, as published."),
+    ] = "change",
+    intensity: Annotated[
+        str,
+        typer.Option(help="hu, or HU_LOW,HU_HIGH,LOW,HIGH when the CT was scaled (-175,250,0,1)."),
+    ] = "hu",
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Put tumours into a scan or a folder of them.
+
+    \b
+    CT and LABEL are one of:
+      CT.nii.gz LABEL.nii.gz   one scan
+      FOLDER                   every NAME_ct.nii[.gz] in it, with NAME_label.nii[.gz] beside it
+      CT_FOLDER LABEL_FOLDER   every .nii[.gz] in the first, with its namesake in the second
+    Names are compared without .nii[.gz] and without _ct or _label at their end.
+
+    \b
+    Writes for each scan:
+      OUT/NAME_ct.nii.gz, OUT/NAME_label.nii.gz   affine, dtype and header kept
+      OUT/NAME_report.json                        what was placed, and how to make it again
+      OUT/NAME_preview.png                        each tumour in three planes, before and after
+
+    In a folder the k-th scan in the order of the names (k = 0, 1, ...) uses seed + k. A scan that
+    fails is reported and passed over, and the exit code is 1.
+    """
+    cases = find_pairs(ct, label)
+    check_outputs(cases, out, overwrite)
+    scale = _intensity(intensity)
+    if size_mm is not None and size_prior is not None:
+        raise ValueError("--size-mm and --size-prior exclude each other; give one of them")
+    synth = _synthesizer(
+        generator=generator,
+        organ_labels=tuple(organ_label),
+        tumor_label=tumor_label,
+        count=_count(count or "1-3") if count or size_prior is None else None,
+        size_mm=size_prior or size_mm or (8.0, 20.0),
+        p=p,
+        blend=blend,
+        intensity=scale,
+        device=device,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    with _progress(len(cases)) as progress:
+        for index, case in enumerate(cases):
+            try:
+                progress.begin(case.name)
+                image, mask = nifti.read_pair(case.ct, case.label)
+                mask.check_label_fits(tumor_label)
+                report = synthesize_scan(
+                    synth, image, mask, out, case.name, seed + index, progress.step
+                )
+                progress.say(_summary(case.name, report))
+            except Exception as error:
+                # a single scan fails as a whole; --debug stops at the first failure
+                if len(cases) == 1 or context.find_root().params["debug"]:
+                    raise
+                failed += 1
+                progress.warn(f"tumorsynth: {case.name}: {_one_line(error)}")
+            progress.end()
+    print(f"wrote {_number(len(cases) - failed, 'scan')} to {out}")
+    if failed:
+        print(f"tumorsynth: {failed} of {len(cases)} scans failed", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Out = Path("tumorsynth-demo"),
+    generator: GeneratorName = None,
+    count: Count = None,
+    size_mm: SizeMm = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Put tumours into a phantom: no data needed.
+
+    Makes an abdominal CT, synthesises tumours in its liver, writes what `synthesize` writes and
+    says where the pictures are. Results of an earlier demo in OUT are replaced.
+    """
+    from tumorsynth.phantom import LABELS, make_phantom
+
+    synth = _synthesizer(
+        generator=generator,
+        organ_labels=(LABELS["liver"],),
+        tumor_label=max(LABELS.values()) + 1,
+        count=_count(count or "3"),
+        size_mm=size_mm or (8.0, 20.0),
+        device=device,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with _progress(1) as progress:
+        progress.begin("phantom")
+        phantom = make_phantom(spacing=(1.0, 1.0, 1.5), seed=seed)
+        stored = phantom.image[0].round().short().numpy()
+        image = nifti.new_volume("phantom_ct.nii.gz", stored, phantom.affine)
+        mask = nifti.new_volume("phantom_label.nii.gz", phantom.label[0].numpy(), phantom.affine)
+        report = synthesize_scan(synth, image, mask, out, "phantom", seed, progress.step)
+        progress.say(_summary("phantom", report))
+        progress.end()
+    print(f"generator: {synth.handle.get(device).name}")
+    for path in output_paths(out, "phantom").values():
+        print(path)
+
+
+@app.command()
+def convert(
+    autoencoder: Annotated[Path, typer.Argument(help="The published AutoencoderModel.ckpt.")],
+    denoiser: Annotated[Path, typer.Argument(help="A published denoiser: liver_early.pt, ...")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The generator folder to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn published checkpoints into a generator.
+
+    Reads the published DiffTumor files and writes a folder of safetensors and a card, to be used
+    with --generator FOLDER. Nothing in the checkpoints is executed. The published weights may not
+    be redistributed, converted or not.
+    """
+    for path in (autoencoder, denoiser):
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+    if (out / "card.json").exists() and not overwrite:
+        raise ValueError(f"{out} holds a generator; choose another folder or add --overwrite")
+    from tumorsynth.generator import Generator
+
+    Generator.from_difftumor(autoencoder, denoiser).save(out)
+    print(f"wrote {out}; use it with --generator {out}")
+
+
+@app.command()
+def info(
+    name: Annotated[
+        str | None, typer.Argument(help="Bundled name, generator folder or hub id.")
+    ] = None,
+) -> None:
+    """Show and check a generator, or list all.
+
+    Prints the card of NAME after checking its files against it; without NAME, the bundled ones.
+    """
+    from tumorsynth import weights
+
+    names = weights.bundled_names() if name is None else [name]
+    for each in names:
+        generator = weights.load_generator(each)  # which checks the files against the card
+        card = {k: v for k, v in generator.card.items() if k not in ("format", "config")}
+        if name is None:
+            default = "  (default)" if each == weights.default_generator() else ""
+            print(f"{each}{default}: {card.get('description') or card.get('source', '')}")
+            continue
+        if each != weights.HANDCRAFTED:
+            parts = {k: getattr(generator, k) for k in ("autoencoder", "denoiser")}
+            card["parameters"] = {
+                k: f"{sum(p.numel() for p in part.parameters()):,}" for k, part in parts.items()
+            }
+            folder = weights.find_folder(each)
+            card["file"] = f"{(folder / weights.MODEL).stat().st_size / 1e6:.1f} MB, sha256 agrees"
+        _print_card(card)
+
+
+def _print_card(value: dict[str, Any], indent: str = "") -> None:
+    for key, entry in value.items():
+        title = indent + str(key).replace("_", " ")
+        if isinstance(entry, dict):
+            print(f"{title}:")
+            _print_card(entry, indent + "  ")
+        elif isinstance(entry, (list, tuple)) and any(isinstance(e, (dict, str)) for e in entry):
+            print(f"{title}:")
+            for item in entry:
+                print(f"{indent}  - {item}")
+        else:
+            print(f"{title}: {entry}")
+
+
+def _synthesizer(*, generator: str | None, device: str, **options: Any) -> SynthesizeTumor:
+    # now, and not after the work is done
+    nifti.require_nibabel()
+    require_matplotlib()
+    import torch
+
+    from tumorsynth.synthesizer import SynthesizeTumor
+    from tumorsynth.weights import default_generator, load_generator
+
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device must name a torch device, got {device!r}; try cpu") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there is no such GPU here; use --device cpu")
+    loaded = load_generator(generator or default_generator(), wanted)
+    return SynthesizeTumor(generator=loaded, device=wanted, **options)
+
+
+def _count(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise ValueError(f"--count must be N or LOW-HIGH, as 3 or 1-3, got {text!r}") from None
+
+
+def _intensity(text: str) -> HU | Scaled:
+    from tumorsynth.intensity import HU, Scaled
+
+    if text.lower() == "hu":
+        return HU()
+    try:
+        a_min, a_max, b_min, b_max = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--intensity must be hu or four numbers as in -175,250,0,1, got {text!r}"
+        ) from None
+    return Scaled(a_min, a_max, b_min, b_max)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _summary(name: str, records: list[dict[str, Any]]) -> str:
+    placed = [r for r in records if r.get("applied", True)]
+    sizes = ", ".join(f"{r['diameter_mm']:.1f} mm" for r in placed)
+    words = f"{name}: {_number(len(placed), 'tumour')}" + (f" ({sizes})" if sizes else "")
+    reasons = [str(r.get("reason")) for r in records if not r.get("applied", True)]
+    return "; ".join([words, *dict.fromkeys(reasons)])
+
+
+class _Progress:
+    """Scans done, and the step of the scan at hand, on stderr; silent off a terminal."""
+
+    def __init__(self, bar: Progress, total: int):
+        self.bar = bar
+        self.scans = bar.add_task("scans", total=total, visible=total > 1)
+        self.task = bar.add_task("", total=len(STEPS))
+        self.name, self.done = "", 0
+
+    def begin(self, name: str) -> None:
+        self.name, self.done = name, -1
+        self.step()
+
+    def step(self) -> None:
+        self.done += 1
+        words = f"{self.name}: {STEPS[self.done]}" if self.done < len(STEPS) else self.name
+        self.bar.update(self.task, description=words, completed=self.done)
+
+    def end(self) -> None:
+        self.bar.advance(self.scans)
+
+    def say(self, words: str) -> None:
+        print(words)
+
+    def warn(self, words: str) -> None:
+        print(words, file=sys.stderr)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[_Progress]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+        disable=not console.is_terminal,
+    ) as bar:
+        yield _Progress(bar, total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

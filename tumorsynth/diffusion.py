@@ -1,0 +1,221 @@
+"""Noise schedule and samplers: DDPM (Ho et al. 2020), cosine (Nichol 2021), DDIM (Song 2021).
+
+Nothing here knows the network: `denoise(x_t, t, cond)` is any callable with t (B,) int64. All
+randomness comes in as the tensor `noise` of shape (steps + 1, B, channels, d, h, w): the start,
+then one draw per step (the last step adds none).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+Prediction = Literal["noise", "x0", "v"]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A variance schedule; every tensor is (T,), float64, on the CPU.
+
+    betas                   noise added at step t (Ho 2020, eq. 2)
+    alphas_cumprod          alpha-bar_t, the signal's share of the variance left (eq. 4)
+    posterior_mean_x0/_xt   weights of x0 and x_t in the mean of q(x_{t-1} | x_t, x0) (eq. 7)
+    posterior_variance      its variance, beta-tilde_t (eq. 7); 0 at t = 0
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+    posterior_mean_x0: Tensor
+    posterior_mean_xt: Tensor
+    posterior_variance: Tensor
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.betas)
+
+
+def cosine_schedule(timesteps: int = 4, s: float = 0.008, max_beta: float = 0.9999) -> Schedule:
+    """The cosine schedule of Nichol & Dhariwal 2021, eq. 17, with every beta at most max_beta."""
+    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+        raise ValueError(f"timesteps must be a positive integer, got {timesteps!r}; pass 4 or 200")
+    x = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+    f = torch.cos((x + s) / (1 + s) * math.pi / 2) ** 2
+    betas = (1 - f[1:] / f[:-1]).clamp(0, max_beta)
+    alphas = 1 - betas
+    bar = alphas.cumprod(0)
+    previous = torch.cat([bar.new_ones(1), bar[:-1]])
+    return Schedule(
+        betas=betas,
+        alphas_cumprod=bar,
+        posterior_mean_x0=betas * previous.sqrt() / (1 - bar),
+        posterior_mean_xt=(1 - previous) * alphas.sqrt() / (1 - bar),
+        posterior_variance=betas * (1 - previous) / (1 - bar),
+    )
+
+
+def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t: the signal x0 (B, ...) with the noise of step t (B,) in it (Ho 2020, eq. 4)."""
+    signal, sigma = _levels(schedule, t, x0)
+    return signal * x0 + sigma * noise
+
+
+def target(
+    schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor, prediction: Prediction = "noise"
+) -> Tensor:
+    """What a network of this prediction has to answer for q_sample(schedule, x0, t, noise)."""
+    if _checked(prediction) == "noise":
+        return noise
+    if prediction == "x0":
+        return x0
+    signal, sigma = _levels(schedule, t, x0)
+    return signal * noise - sigma * x0  # Salimans & Ho 2022, section 4
+
+
+def to_x0(
+    schedule: Schedule,
+    answer: Tensor,
+    x_t: Tensor,
+    t: Tensor | int,
+    prediction: Prediction = "noise",
+) -> Tensor:
+    """The x0 that a network's answer means: the inverse of `target`. t is (B,), or one for all."""
+    if _checked(prediction) == "x0":
+        return answer
+    signal, sigma = _levels(schedule, t, x_t)
+    if prediction == "v":
+        return signal * x_t - sigma * answer
+    return (x_t - sigma * answer) / signal
+
+
+@torch.no_grad()
+def ddpm_sample(
+    denoise: Denoise,
+    schedule: Schedule,
+    cond: Tensor,
+    noise: Tensor,
+    clamp: float | None = 1.0,
+    prediction: Prediction = "noise",
+) -> Tensor:
+    """Ancestral sampling through every step (Ho 2020, algorithm 2, with x0 clamped to +-clamp).
+
+    noise (T + 1, B, channels, d, h, w); returns x0 (B, channels, d, h, w) in float32.
+    """
+    draws = _checked_noise(noise, schedule.timesteps + 1, cond)
+    x = draws[0]
+    for draw, i in zip(draws[1:], reversed(range(schedule.timesteps)), strict=True):
+        x0 = _predict_x0(denoise, schedule, x, i, cond, clamp, prediction)
+        x = float(schedule.posterior_mean_x0[i]) * x0 + float(schedule.posterior_mean_xt[i]) * x
+        if i:
+            x = x + math.sqrt(schedule.posterior_variance[i]) * draw
+    return x
+
+
+def ddim_steps(timesteps: int, steps: int) -> list[int]:
+    """The evenly spaced steps of DDIM, ascending: 1, 5, ..., 197 for 200 in 50."""
+    if steps < 1 or timesteps % steps:
+        raise ValueError(
+            f"steps must divide the schedule's {timesteps} timesteps, got {steps}; "
+            f"pass for example steps={timesteps // 4 if timesteps % 4 == 0 else timesteps}"
+        )
+    stride = timesteps // steps
+    return list(range(min(1, stride - 1), timesteps, stride))
+
+
+@torch.no_grad()
+def ddim_sample(
+    denoise: Denoise,
+    schedule: Schedule,
+    cond: Tensor,
+    noise: Tensor,
+    steps: int = 50,
+    eta: float = 0.0,
+    clamp: float | None = None,
+    prediction: Prediction = "noise",
+) -> Tensor:
+    """Sampling over a subset of the steps (Song et al. 2021, eq. 12 and 16).
+
+    noise (steps + 1, B, channels, d, h, w), of which eta = 0 uses the first alone (and (1, B, ...)
+    is enough); returns x0 (B, channels, d, h, w) in float32. As in the published model the last
+    step ends at the noise level just below its own (0.999745 for 200 in 50), not at 1.
+    """
+    chosen = ddim_steps(schedule.timesteps, steps)
+    draws = _checked_noise(noise, steps + 1 if eta else min(len(noise), steps + 1), cond)
+    bar = [1.0, *schedule.alphas_cumprod.tolist()]  # bar[t + 1] belongs to step t
+    x = draws[0]
+    for n, i in enumerate(reversed(chosen)):
+        now, then = bar[i + 1], bar[chosen[-n - 2] + 1 if n + 1 < steps else i]
+        x0 = _predict_x0(denoise, schedule, x, i, cond, clamp, prediction)
+        eps = (x - math.sqrt(now) * x0) / math.sqrt(1 - now)
+        sigma = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
+        x = math.sqrt(then) * x0 + math.sqrt(max(0.0, 1 - then - sigma**2)) * eps
+        if sigma:
+            x = x + sigma * draws[n + 1]
+    return x
+
+
+def draw_noise(
+    shape: Sequence[int],
+    steps: int,
+    generators: Sequence[torch.Generator],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Noise for a batch, (steps + 1, B, *shape): each sample's from its own CPU generator.
+
+    So a sample's noise depends on its seed alone, not on its batch-mates or on the device.
+    """
+    for generator in generators:
+        if generator.device.type != "cpu":
+            raise ValueError(
+                f"noise must be drawn from CPU generators, got one on {generator.device}; "
+                "pass torch.Generator('cpu').manual_seed(seed)"
+            )
+    draws = [torch.randn(steps + 1, *shape, generator=generator) for generator in generators]
+    return torch.stack(draws, dim=1).to(device)
+
+
+def _predict_x0(
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    i: int,
+    cond: Tensor,
+    clamp: float | None,
+    prediction: Prediction,
+) -> Tensor:
+    t = torch.full((len(x),), i, device=x.device)
+    x0 = to_x0(schedule, denoise(x, t, cond).float(), x, i, prediction)
+    return x0 if clamp is None else x0.clamp(-clamp, clamp)
+
+
+def _levels(
+    schedule: Schedule, t: Tensor | int, like: Tensor
+) -> tuple[Tensor | float, Tensor | float]:
+    """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), to multiply a tensor like `like` with."""
+    if isinstance(t, int):  # plain numbers: a sampler on a GPU never waits for them
+        bar = float(schedule.alphas_cumprod[t])
+        return math.sqrt(bar), math.sqrt(1 - bar)
+    bars = schedule.alphas_cumprod[t.cpu()].reshape(-1, *[1] * (like.ndim - 1))
+    return bars.sqrt().to(like), (1 - bars).sqrt().to(like)
+
+
+def _checked(prediction: str) -> str:
+    if prediction not in ("noise", "x0", "v"):
+        raise ValueError(f'prediction must be "noise", "x0" or "v", got {prediction!r}; pass one')
+    return prediction
+
+
+def _checked_noise(noise: Tensor, draws: int, cond: Tensor) -> Tensor:
+    fits = noise.ndim == 6 and len(noise) == draws
+    if not fits or noise.shape[1] != len(cond) or noise.shape[3:] != cond.shape[2:]:
+        wanted = (draws, len(cond), "channels", *cond.shape[2:])
+        raise ValueError(
+            f"noise must be ({', '.join(map(str, wanted))}) for this schedule and cond, "
+            f"got {tuple(noise.shape)}; draw it with draw_noise"
+        )
+    return noise.to(cond.device, torch.float32)

@@ -1,0 +1,308 @@
+"""The diffusion generator: autoencoder + denoiser + schedule + card, and how it paints a tumour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tumorsynth.diffusion import Prediction, cosine_schedule, ddim_sample, ddpm_sample, draw_noise
+from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
+from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
+from tumorsynth.models.unet import FactorizedUNet, UNetConfig
+
+DENOISERS: dict[str, tuple[type[Any], type[Any]]] = {
+    "factorized": (FactorizedUNet, UNetConfig),
+    "conv": (ConvUNet, ConvUNetConfig),
+}
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How a generator samples, and what it expects of a crop.
+
+    timesteps: T of the cosine schedule. steps: denoising steps, T itself for DDPM.
+    method: "ddpm" (early tumours, T = 4) or "ddim" (mid and late, 200 -> 50).
+    prediction: what the network predicts, "noise" (published), "x0" or "v".
+    clamp: x0 is kept in [-clamp, clamp] at every step; None leaves it (DDIM as published).
+    mask_conditioning: how the mask comes to latent size: "nearest" (published) or "area", which
+        keeps tiny tumours.
+    crop_size, crop_multiple: the crop's preferred side and what it must be a multiple of, in voxels
+        of the 1 mm grid.
+    """
+
+    method: str = "ddpm"
+    timesteps: int = 4
+    steps: int = 4
+    prediction: Prediction = "noise"
+    clamp: float | None = 1.0
+    mask_conditioning: str = "nearest"
+    crop_size: int = 96
+    crop_multiple: int = 32
+
+    def __post_init__(self) -> None:
+        rules = {
+            'method must be "ddpm" or "ddim"': self.method in ("ddpm", "ddim"),
+            'prediction must be "noise", "x0" or "v"': self.prediction in ("noise", "x0", "v"),
+            'mask_conditioning must be "nearest" or "area"': self.mask_conditioning
+            in ("nearest", "area"),
+            "steps must be timesteps for ddpm, a divisor of it for ddim": 0 < self.steps
+            and (
+                self.steps == self.timesteps
+                if self.method == "ddpm"
+                else self.timesteps % self.steps == 0
+            ),
+            "crop_size must be a positive multiple of crop_multiple": self.crop_multiple > 0
+            and self.crop_size > 0
+            and self.crop_size % self.crop_multiple == 0,
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(f"{rule}, got {asdict(self)}")
+
+
+class Generator:
+    """A trained diffusion generator. Build one with :func:`tumorsynth.load_generator`,
+    :meth:`from_difftumor` or the training commands.
+
+    autoencoder: :class:`tumorsynth.models.autoencoder.Autoencoder`.
+    denoiser: a network called as ``denoiser(x_t, t, cond)``.
+    card: name, licence, data, metrics; free-form but for ``name``.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        denoiser: nn.Module,
+        sampler: SamplerConfig = SamplerConfig(),  # noqa: B008 (frozen)
+        card: dict[str, Any] | None = None,
+    ):
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.sampler = sampler
+        self.schedule = cosine_schedule(sampler.timesteps)
+        self.card: dict[str, Any] = {"name": "unnamed", **(card or {})}
+        self.source: str | None = None  # the name or folder it was loaded from
+
+    # -- what the synthesizer asks of every kind of generator -------------------------------------
+
+    @property
+    def name(self) -> str:
+        return str(self.card["name"])
+
+    @property
+    def crop_size(self) -> int:
+        return self.sampler.crop_size
+
+    @property
+    def crop_multiple(self) -> int:
+        return self.sampler.crop_multiple
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.autoencoder.parameters()).device
+
+    def to(self, device: torch.device | str) -> Generator:
+        """Move both networks, in place; returns self."""
+        self.autoencoder.to(device)
+        self.denoiser.to(device)
+        return self
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        crop: Tensor,
+        tumor_mask: Tensor,
+        seed: int | Sequence[int] | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """The crop with a tumour in the mask, as the autoencoder decodes it (paper 3.2 and 3.3).
+
+        crop: (B, 1, X, Y, Z) in [0, 1] (-175 to 250 HU), 1 mm, RAS. tumor_mask: bool, same shape.
+        seed: one int, or one per sample; sample b of an int seed uses seed + b.
+        noise: (steps + 1, B, 8, d, h, w) instead of a seed, axes (z, x, y).
+        Returns (B, 1, X, Y, Z) in [0, 1]; every voxel has been through the autoencoder, so blend it.
+        """
+        cond, _ = self._condition(crop, tumor_mask)
+        latent = self.sample(cond, self._noise(cond, seed, noise))
+        return _to_xyz(self.decode(latent))
+
+    @torch.no_grad()
+    def change(
+        self,
+        crop: Tensor,
+        tumor_mask: Tensor,
+        seed: int | Sequence[int] | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Decoded tumour crop minus decoded healthy crop: shapes and scale as :meth:`inpaint`.
+
+        The autoencoder's blur is in both and cancels, so that adding the change to the scan keeps
+        the scan's own noise and sharpness.
+        """
+        cond, volume = self._condition(crop, tumor_mask)
+        latent = self.sample(cond, self._noise(cond, seed, noise))
+        healthy = self.autoencoder.decode(self.autoencoder.encode(volume))
+        return _to_xyz(self.decode(latent) - ((healthy + 1) / 2).clamp(0, 1))
+
+    # -- the steps ---------------------------------------------------------------------------------
+
+    def condition(self, crop: Tensor, tumor_mask: Tensor) -> Tensor:
+        """cond (B, 9, d, h, w): normalised latent of the hollowed crop, and the mask in {-1, 1}.
+
+        Arguments as :meth:`inpaint`. The hole is 0 in the network's [-1, 1], that is 37.5 HU.
+        """
+        return self._condition(crop, tumor_mask)[0]
+
+    def _condition(self, crop: Tensor, tumor_mask: Tensor) -> tuple[Tensor, Tensor]:
+        if crop.shape != tumor_mask.shape:
+            raise ValueError(
+                f"crop and tumor_mask must have the same shape (B, 1, X, Y, Z), got "
+                f"{tuple(crop.shape)} and {tuple(tumor_mask.shape)}"
+            )
+        volume = _to_zxy(crop.float() * 2 - 1)
+        hole = _to_zxy(tumor_mask.to(volume.dtype))
+        latent = self.autoencoder.normalize(self.autoencoder.encode(volume * (1 - hole)))
+        return torch.cat([latent, self._latent_mask(hole, latent)], dim=1), volume
+
+    def _latent_mask(self, hole: Tensor, latent: Tensor) -> Tensor:
+        size = latent.shape[2:]
+        area = F.interpolate(hole, size=size, mode="area")
+        if self.sampler.mask_conditioning == "area":
+            return area * 2 - 1
+        mask = F.interpolate(hole, size=size)
+        # sampling every fourth voxel can miss a tiny tumour altogether: then the fullest cells
+        fullest = (area == area.amax((2, 3, 4), keepdim=True)) & (area > 0)
+        missed = mask.amax((2, 3, 4), keepdim=True) == 0
+        return torch.where(missed, fullest.to(mask.dtype), mask) * 2 - 1
+
+    def sample(self, cond: Tensor, noise: Tensor | torch.Generator) -> Tensor:
+        """Normalised latent (B, 8, d, h, w) of the inpainted crop.
+
+        noise: (steps + 1, B, 8, d, h, w), the start and then one draw a step; or a CPU
+        torch.Generator, for a batch of one or one stream for the whole batch.
+        """
+        channels = self.autoencoder.config.latent_channels
+        s = self.sampler
+        if isinstance(noise, torch.Generator):
+            shape = (channels, *cond.shape[2:])
+            noise = torch.cat([self._draw(shape, [noise]) for _ in range(len(cond))], dim=1)
+        noise = noise.to(cond.device)
+        if s.method == "ddpm":
+            return ddpm_sample(
+                self.denoiser, self.schedule, cond, noise, clamp=s.clamp, prediction=s.prediction
+            )
+        return ddim_sample(
+            self.denoiser,
+            self.schedule,
+            cond,
+            noise,
+            steps=s.steps,
+            clamp=s.clamp,
+            prediction=s.prediction,
+        )
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Normalised latent -> crop in [0, 1], axes (z, x, y)."""
+        decoded = self.autoencoder.decode(self.autoencoder.denormalize(latent))
+        return ((decoded + 1) / 2).clamp(0, 1)
+
+    def _noise(
+        self, cond: Tensor, seed: int | Sequence[int] | None, noise: Tensor | None
+    ) -> Tensor:
+        if noise is not None:
+            return noise
+        shape = (self.autoencoder.config.latent_channels, *cond.shape[2:])
+        seeds = per_sample_seeds(seed, len(cond))
+        return self._draw(shape, [torch.Generator().manual_seed(s) for s in seeds])
+
+    def _draw(self, shape: Sequence[int], generators: list[torch.Generator]) -> Tensor:
+        # DDIM with eta 0 uses the start alone: no use in drawing 50 more
+        steps = self.sampler.steps if self.sampler.method == "ddpm" else 0
+        return draw_noise(shape, steps, generators)
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write model.safetensors, card.json and CARD.md into ``folder``; returns it."""
+        from tumorsynth.weights import save_generator
+
+        return save_generator(self, Path(folder))
+
+    @classmethod
+    def from_difftumor(cls, autoencoder: str | Path, denoiser: str | Path) -> Generator:
+        """A generator from the published files: AutoencoderModel.ckpt and e.g. liver_early.pt.
+
+        The files are read by a restricted reader that executes nothing. ``*_noearly.pt`` (T = 200)
+        samples by DDIM in 50 steps, as published.
+        """
+        from tumorsynth.difftumor import read_generator
+
+        return read_generator(Path(autoencoder), Path(denoiser))
+
+    def with_sampler(self, **changes: Any) -> Generator:
+        """The same networks sampled another way, for example ``steps=10`` of a DDIM generator."""
+        sampler = replace(self.sampler, **changes)
+        return Generator(self.autoencoder, self.denoiser, sampler, self.card)
+
+
+def per_sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+    """One seed per sample: a sequence as it is, an int counted up, None drawn from torch."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (batch,)).tolist()
+    seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else [int(s) for s in seed]
+    if len(seeds) != batch or any(s < 0 or s >= 2**63 for s in seeds):
+        raise ValueError(
+            f"seed must be one non-negative int below 2**63, or one for each of the {batch} "
+            f"samples, got {seed!r}"
+        )
+    return seeds
+
+
+def build(config: dict[str, Any]) -> tuple[Autoencoder, nn.Module, SamplerConfig]:
+    """Untrained networks and sampler from the ``config`` of a card.
+
+    Raises ValueError for an unknown denoiser or field.
+    """
+    try:
+        denoiser_config = dict(config["denoiser"])
+        kind = denoiser_config.pop("type")
+        network, network_config = DENOISERS[kind]
+        autoencoder = Autoencoder(AutoencoderConfig(**config["autoencoder"]))
+        denoiser = network(network_config(**denoiser_config))
+        return autoencoder, denoiser, SamplerConfig(**config["sampler"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the card's config does not describe a generator of this version: {error}; "
+            f"it needs autoencoder, denoiser (type {' or '.join(DENOISERS)}) and sampler"
+        ) from error
+
+
+def config_of(generator: Generator) -> dict[str, Any]:
+    """The inverse of :func:`build`: a JSON-able description of the networks and the sampler."""
+    for kind, (network, _) in DENOISERS.items():
+        if type(generator.denoiser) is network:
+            return {
+                "autoencoder": asdict(generator.autoencoder.config),
+                "denoiser": {"type": kind, **asdict(generator.denoiser.config)},  # type: ignore[arg-type]
+                "sampler": asdict(generator.sampler),
+            }
+    raise TypeError(
+        f"a generator to save needs a denoiser of type {' or '.join(DENOISERS)}, got "
+        f"{type(generator.denoiser).__name__}"
+    )
+
+
+def _to_zxy(x: Tensor) -> Tensor:
+    """(B, C, x, y, z) -> (B, C, z, x, y), the networks' order."""
+    return x.permute(0, 1, 4, 2, 3).contiguous()
+
+
+def _to_xyz(x: Tensor) -> Tensor:
+    return x.permute(0, 1, 3, 4, 2).contiguous()
+

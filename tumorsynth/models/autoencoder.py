@@ -1,0 +1,235 @@
+"""The 3-D autoencoder: a CT crop to a latent 4x smaller along each axis, and back (paper 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tumorsynth.models.codebook import Codebook
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of an autoencoder. The defaults are the published VQGAN of DiffTumor.
+
+    ``patch`` 2 folds 2x2x2 voxels into channels first, so that no layer runs at full resolution:
+    most of the published decoder's time is spent there. ``codes`` 0 leaves the latent continuous.
+    Each encoder width after the first, and each decoder width after the first, is one factor of 2.
+    """
+
+    patch: int = 1
+    encoder_widths: tuple[int, ...] = (16, 32, 64)
+    decoder_widths: tuple[int, ...] = (64, 64, 32)
+    encoder_blocks: int = 1
+    decoder_blocks: int = 2
+    inner_blocks: int = 0  # at the first encoder width and at the first decoder width
+    latent_channels: int = 8
+    codes: int = 16384
+    groups: int = 32
+    padding: str = "replicate"  # or "zeros": faster, different only next to the crop's faces
+
+    def __post_init__(self) -> None:
+        # JSON gives lists; equality and hashing want tuples
+        object.__setattr__(self, "encoder_widths", tuple(self.encoder_widths))
+        object.__setattr__(self, "decoder_widths", tuple(self.decoder_widths))
+        if self.padding not in ("replicate", "zeros"):
+            raise ValueError(f'padding must be "replicate" or "zeros", got {self.padding!r}')
+        if len(self.encoder_widths) != len(self.decoder_widths):
+            raise ValueError(
+                "encoder and decoder need the same number of widths, got "
+                f"{self.encoder_widths} and {self.decoder_widths}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Voxels per latent voxel along each axis."""
+        return self.patch * 2 ** (len(self.encoder_widths) - 1)
+
+
+LIGHT = AutoencoderConfig(
+    patch=2,
+    encoder_widths=(32, 64),
+    decoder_widths=(64, 32),
+    inner_blocks=1,
+    codes=0,
+    groups=8,
+    padding="zeros",
+)
+
+
+class Conv(nn.Module):
+    """3-D convolution, kernel k, stride s, padded to keep (or halve) the size.
+
+    The published network pads by replication with (before, after) = (p // 2 + p % 2, p // 2),
+    p = k - s: equal on both sides for all kernels used here.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, padding: str):
+        super().__init__()
+        self.padding = (kernel - stride) // 2
+        self.replicate = padding == "replicate" and self.padding > 0
+        self.conv = nn.Conv3d(
+            inputs, outputs, kernel, stride, padding=0 if self.replicate else self.padding
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.replicate:
+            x = F.pad(x, (self.padding,) * 6, mode="replicate")
+        return self.conv(x)
+
+
+class UpConv(nn.Module):
+    """Transposed convolution, kernel 4, stride 2: doubles the size.
+
+    With replication the published network pads its input by one voxel and then crops k - 1; with
+    zeros the usual padding of 1 gives the same size.
+    """
+
+    def __init__(self, inputs: int, outputs: int, padding: str):
+        super().__init__()
+        self.replicate = padding == "replicate"
+        self.convt = nn.ConvTranspose3d(inputs, outputs, 4, 2, padding=3 if self.replicate else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.replicate:
+            x = F.pad(x, (1,) * 6, mode="replicate")
+        return self.convt(x)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int, groups: int, padding: str):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv1 = Conv(width, width, 3, 1, padding)
+        self.norm2 = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv2 = Conv(width, width, 3, 1, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        c, widths = config, config.encoder_widths
+        self.patch = c.patch
+        self.stem = Conv(c.patch**3, widths[0], 3, 1, c.padding)
+        self.inner = _blocks(c.inner_blocks, widths[0], c)
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                Conv(wide, width, 4, 2, c.padding), *_blocks(c.encoder_blocks, width, c)
+            )
+            for wide, width in zip(widths, widths[1:], strict=False)
+        )
+        self.norm = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)
+        self.head = nn.Conv3d(widths[-1], c.latent_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.patch > 1:
+            p = self.patch
+            x = rearrange(x, "b c (d p) (h q) (w r) -> b (c p q r) d h w", p=p, q=p, r=p)
+        x = self.inner(self.stem(x))
+        for level in self.levels:
+            x = level(x)
+        return self.head(F.silu(self.norm(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        c, widths = config, config.decoder_widths
+        self.patch = c.patch
+        self.stem = nn.Conv3d(c.latent_channels, widths[0], 1)
+        self.norm = nn.GroupNorm(c.groups, widths[0], eps=1e-6)
+        self.inner = _blocks(c.inner_blocks, widths[0], c)
+        self.levels = nn.ModuleList(
+            nn.Sequential(UpConv(wide, width, c.padding), *_blocks(c.decoder_blocks, width, c))
+            for wide, width in zip(widths, widths[1:], strict=False)
+        )
+        self.head = Conv(widths[-1], c.patch**3, 3, 1, c.padding)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = self.inner(F.silu(self.norm(self.stem(latent))))
+        for level in self.levels:
+            x = level(x)
+        x = self.head(x)
+        if self.patch > 1:
+            p = self.patch
+            x = rearrange(x, "b (c p q r) d h w -> b c (d p) (h q) (w r)", p=p, q=p, r=p)
+        return x
+
+
+def _blocks(count: int, width: int, config: AutoencoderConfig) -> nn.Sequential:
+    return nn.Sequential(
+        *(ResidualBlock(width, config.groups, config.padding) for _ in range(count))
+    )
+
+
+class Autoencoder(nn.Module):
+    """Encoder, codebook and decoder. Inputs and outputs are in [-1, 1], axes (z, x, y).
+
+    -1 stands for -175 HU and 1 for 250 HU. A crop's sides must be multiples of ``config.factor``.
+    """
+
+    latent_low: Tensor
+    latent_high: Tensor
+
+    def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):  # noqa: B008 (frozen)
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.codebook = Codebook(config.codes, config.latent_channels) if config.codes else None
+        # range of a continuous latent, measured at the end of its training; a codebook has its own
+        self.register_buffer("latent_low", torch.tensor(-1.0), persistent=not config.codes)
+        self.register_buffer("latent_high", torch.tensor(1.0), persistent=not config.codes)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, 1, D, H, W) in [-1, 1] -> (B, 8, D/4, H/4, W/4), raw: not quantised."""
+        factor = self.config.factor
+        if x.ndim != 5 or x.shape[1] != 1 or any(side % factor for side in x.shape[2:]):
+            raise ValueError(
+                f"a crop to encode must be (B, 1, D, H, W) with sides that are multiples of "
+                f"{factor}, got {tuple(x.shape)}; pad or crop it"
+            )
+        return self.encoder(x)
+
+    def codes(self, latent: Tensor) -> Tensor:
+        """Index of the nearest code: (B, 8, d, h, w) -> (B, d, h, w) int64."""
+        if self.codebook is None:
+            raise ValueError("this autoencoder has a continuous latent and no codes")
+        return self.codebook.nearest(latent)
+
+    def quantize(self, latent: Tensor) -> Tensor:
+        """Every latent voxel replaced by its nearest code; unchanged where there is no codebook."""
+        if self.codebook is None:
+            return latent
+        return self.codebook.lookup(self.codebook.nearest(latent)).to(latent.dtype)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(B, 8, d, h, w) -> (B, 1, D, H, W): quantised first, then decoded."""
+        return self.decoder(self.quantize(latent))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction of x."""
+        return self.decode(self.encode(x))
+
+    def normalize(self, latent: Tensor) -> Tensor:
+        """Raw latent -> [-1, 1]: ``2 (z - min) / (max - min) - 1``, the denoiser's scale."""
+        low, high = self._range()
+        return 2 * (latent - low) / (high - low) - 1
+
+    def denormalize(self, latent: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize`."""
+        low, high = self._range()
+        return (latent + 1) / 2 * (high - low) + low
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        if self.codebook is None:
+            return self.latent_low, self.latent_high
+        return self.codebook.embeddings.min(), self.codebook.embeddings.max()

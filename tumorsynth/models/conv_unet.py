@@ -1,0 +1,104 @@
+"""A small 3-D convolutional U-Net denoiser, for the generators trained with this package."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ConvUNetConfig:
+    """Sizes of a :class:`ConvUNet`: a level per width, each after the first half as large."""
+
+    widths: tuple[int, ...] = (64, 128)
+    blocks: int = 2
+    latent_channels: int = 8
+    cond_channels: int = 9
+    time_channels: int = 64
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+
+
+class Block(nn.Module):
+    """GroupNorm, SiLU, 3x3x3 convolution, twice, plus the input; the time scales and shifts."""
+
+    def __init__(self, inputs: int, width: int, config: ConvUNetConfig):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.groups, inputs)
+        self.conv1 = nn.Conv3d(inputs, width, 3, padding=1)
+        self.time = nn.Linear(config.time_channels, 2 * width)
+        self.norm2 = nn.GroupNorm(config.groups, width)
+        self.conv2 = nn.Conv3d(width, width, 3, padding=1)
+        self.skip = nn.Conv3d(inputs, width, 1) if inputs != width else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.time(time)[:, :, None, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class ConvUNet(nn.Module):
+    """x_t (B, 8, d, h, w), step t (B,), cond (B, 9, d, h, w) -> prediction (B, 8, d, h, w).
+
+    d, h and w must be multiples of 2 ** (levels - 1).
+    """
+
+    def __init__(self, config: ConvUNetConfig = ConvUNetConfig()):  # noqa: B008 (frozen)
+        super().__init__()
+        self.config = c = config
+        widths = c.widths
+        self.time = nn.Sequential(
+            nn.Linear(c.time_channels, c.time_channels),
+            nn.SiLU(),
+            nn.Linear(c.time_channels, c.time_channels),
+            nn.SiLU(),
+        )
+        self.stem = nn.Conv3d(c.latent_channels + c.cond_channels, widths[0], 3, padding=1)
+        self.downs = nn.ModuleList()
+        self.shrinks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            self.downs.append(nn.ModuleList(Block(width, width, c) for _ in range(c.blocks)))
+            if level + 1 < len(widths):
+                self.shrinks.append(nn.Conv3d(width, widths[level + 1], 2, stride=2))
+        self.grows = nn.ModuleList()
+        self.ups = nn.ModuleList()
+        for wide, width in zip(widths[:0:-1], widths[-2::-1], strict=True):
+            self.grows.append(nn.ConvTranspose3d(wide, width, 2, stride=2))
+            self.ups.append(
+                nn.ModuleList(Block(width * (2 if i == 0 else 1), width, c) for i in range(c.blocks))
+            )
+        self.norm = nn.GroupNorm(c.groups, widths[0])
+        self.head = nn.Conv3d(widths[0], c.latent_channels, 3, padding=1)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        time = self.time(_sinusoids(t, self.config.time_channels).to(x_t.dtype))
+        x = self.stem(torch.cat([x_t, cond], dim=1))
+        skips = []
+        for level, blocks in enumerate(self.downs):
+            for block in blocks:  # type: ignore[attr-defined]
+                x = block(x, time)
+            if level < len(self.shrinks):
+                skips.append(x)
+                x = self.shrinks[level](x)
+        for grow, blocks in zip(self.grows, self.ups, strict=True):
+            x = torch.cat([grow(x), skips.pop()], dim=1)
+            for block in blocks:  # type: ignore[attr-defined]
+                x = block(x, time)
+        return self.head(F.silu(self.norm(x)))
+
+
+def _sinusoids(t: Tensor, channels: int) -> Tensor:
+    """(B,) integer steps -> (B, channels) sines and cosines."""
+    half = channels // 2
+    rates = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+    angles = t.float()[:, None] * 10 * rates[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

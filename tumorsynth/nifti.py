@@ -1,0 +1,277 @@
+"""NIfTI files in and out: what is not changed is written back as it was stored.
+
+nibabel hands out scaled floats and, on saving, chooses a new scale. Here the stored numbers stay
+as they are and only the changed voxels are converted, so that an untouched voxel, the affine and
+the header survive bit for bit.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One NIfTI image: the numbers as stored, and what is needed to write them back.
+
+    stored: (X, Y, Z), any real dtype, in the file's own orientation.
+    slope, inter: value = stored * slope + inter.
+    affine: (4, 4) float64, voxel to mm (RAS).
+    header: nibabel header, dtype and on-disk shape included.
+    """
+
+    name: str  # of the file, for messages
+    stored: np.ndarray
+    slope: float
+    inter: float
+    affine: np.ndarray
+    header: Any
+
+    def values(self) -> np.ndarray:
+        """(X, Y, Z) float32: HU of a CT."""
+        if (self.slope, self.inter) == (1.0, 0.0):
+            return self.stored.astype(np.float32)
+        return (self.stored * self.slope + self.inter).astype(np.float32)
+
+    def integers(self) -> np.ndarray:
+        """(X, Y, Z) int32: a label map. ValueError when a value is not a whole number."""
+        if self.stored.dtype.kind in "iu" and (self.slope, self.inter) == (1.0, 0.0):
+            whole = self.stored
+        else:
+            # a scaled whole number may come out one rounding error off
+            exact = self.stored.astype(np.float64) * self.slope + self.inter
+            whole = np.rint(exact)
+            wrong = ~np.isfinite(exact) | ~np.isclose(exact, whole, rtol=1e-6, atol=1e-5)
+            if wrong.any():
+                raise ValueError(
+                    f"a label must hold whole numbers, but {self.name} holds "
+                    f"{exact[wrong][0]:g}; give a label map, not an image or a probability map"
+                )
+        low, high = int(whole.min()), int(whole.max())
+        if low < np.iinfo(np.int32).min or high > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"a label must fit 32-bit integers, but {self.name} holds values from {low} to "
+                f"{high}; renumber its labels"
+            )
+        return whole.astype(np.int32)
+
+    def store(self, value: np.ndarray) -> np.ndarray:
+        """Values as this file would store them: scaled back, rounded to nearest, clipped."""
+        raw = (np.asarray(value, np.float64) - self.inter) / self.slope
+        dtype = self.stored.dtype
+        if dtype.kind in "iu":
+            info = np.iinfo(dtype)
+            raw = np.clip(np.rint(raw), info.min, info.max)
+        return raw.astype(dtype)
+
+    def with_changes(self, changed: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """A copy of the stored numbers in which the changed voxels hold the given values.
+
+        changed: (X, Y, Z) bool; values: (N,), N = changed.sum(), in C order.
+        """
+        out = self.stored.copy()
+        out[changed] = self.store(values)
+        return out
+
+    def check_label_fits(self, value: int) -> None:
+        """ValueError when this label file cannot hold ``value``."""
+        back = float(self.store(np.asarray(value))) * self.slope + self.inter
+        if abs(back - value) > 1e-5 * max(1, abs(value)):
+            dtype = self.stored.dtype
+            limits = ""
+            if dtype.kind in "iu":
+                info = np.iinfo(dtype)
+                ends = sorted(self.slope * end + self.inter for end in (info.min, info.max))
+                limits = f" ({ends[0]:g} to {ends[1]:g})"
+            raise ValueError(
+                f"the tumour label must fit the label file, but {self.name} holds {dtype}"
+                f"{limits} and the tumour label is {value}; choose a value that fits or convert "
+                "the label file"
+            )
+
+
+def require_nibabel() -> Any:
+    try:
+        import nibabel
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "NIfTI files need nibabel; install it with: pip install 'tumorsynth[io]'"
+        ) from error
+    return nibabel
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if not zipped:
+            yield file
+            return
+        with gzip.GzipFile(fileobj=file) as unzipped:
+            yield cast(BinaryIO, unzipped)
+
+
+def read_volume(path: Path) -> Volume:
+    """Read a .nii or .nii.gz whole, to the checksum at its end.
+
+    FileNotFoundError when it is not there; ValueError when it is not NIfTI, is cut short or
+    damaged, has more than three axes, no voxels, numbers that are not real, or no usable affine.
+    """
+    nibabel = require_nibabel()
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if not path.is_file():
+        raise ValueError(f"a NIfTI file is wanted, but {path} is a folder")
+    name = path.name
+    try:
+        with _opened(path) as file:
+            size = file.read(4)
+            kinds = {348: nibabel.Nifti1Image, 540: nibabel.Nifti2Image}
+            little, big = int.from_bytes(size, "little"), int.from_bytes(size, "big")
+            kind = kinds.get(little) or kinds.get(big)
+            if kind is not None:
+                file.seek(0)
+                scale = kind.header_class.from_fileobj(file, check=False)
+                file.seek(0)
+                image = kind.from_stream(file)
+                stored = np.asarray(image.dataobj.get_unscaled())
+                while file.read(1 << 20):  # gzip checks its sum at the very end only
+                    pass
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{name} is cut short or damaged ({error}); copy it again") from error
+    except OSError as error:
+        if error.errno is not None:  # the disk's own errors: permission, input/output
+            raise
+        raise ValueError(f"{name} is cut short or damaged; copy it again") from error
+    except (
+        nibabel.filebasedimages.ImageFileError,
+        nibabel.spatialimages.HeaderDataError,
+        nibabel.wrapstruct.WrapStructError,
+        ValueError,  # what numpy says of impossible sizes
+        OverflowError,
+        MemoryError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} is not a readable NIfTI file: {reason}") from error
+    if kind is None:
+        raise ValueError(f"{name} is not a NIfTI file; give a .nii or .nii.gz")
+    # nibabel forgets how the file wrote its scale; keep it to write it again
+    for field in ("scl_slope", "scl_inter"):
+        image.header[field] = scale[field]
+
+    if stored.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must hold real numbers, got dtype {stored.dtype}")
+    if stored.ndim > 3 and all(n == 1 for n in stored.shape[3:]):
+        stored = stored.reshape(stored.shape[:3])
+    if stored.ndim != 3 or stored.size == 0:
+        raise ValueError(
+            f"{name} must be one 3-D image, got shape {_times(stored.shape)}; "
+            "split a series into one file per image"
+        )
+    affine = np.asarray(image.affine, np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(
+            f"{name} has no usable affine (its axes must be finite and span space): "
+            f"{affine[:3].round(4).tolist()}; repair its header"
+        )
+    proxy = image.dataobj
+    return Volume(name, stored, float(proxy.slope), float(proxy.inter), affine, image.header)
+
+
+def read_pair(ct: Path, label: Path) -> tuple[Volume, Volume]:
+    """Read a CT and its label map; ValueError when they do not share one grid."""
+    image, mask = read_volume(ct), read_volume(label)
+    check_same_grid(image, mask)
+    return image, mask
+
+
+def check_same_grid(image: Volume, label: Volume) -> None:
+    """ValueError that says which of shape, spacing, orientation and origin differs."""
+    if image.stored.shape != label.stored.shape:
+        what = f"shape {_times(image.stored.shape)} against {_times(label.stored.shape)} voxels"
+    elif np.abs(image.affine - label.affine).max() <= AFFINE_TOLERANCE:
+        return
+    else:
+        what = _affine_difference(image.affine, label.affine)
+    raise ValueError(
+        f"CT and label must share one grid, but {image.name} and {label.name} differ in {what}; "
+        "resample the label onto the CT"
+    )
+
+
+def _affine_difference(first: np.ndarray, second: np.ndarray) -> str:
+    spacing = [np.linalg.norm(a[:3, :3], axis=0) for a in (first, second)]
+    if np.abs(spacing[0] - spacing[1]).max() > AFFINE_TOLERANCE:
+        return "affine: spacing {} against {} mm".format(*(_times(s.round(4)) for s in spacing))
+    if np.abs(first[:3, :3] - second[:3, :3]).max() > AFFINE_TOLERANCE:
+        axcodes = require_nibabel().aff2axcodes
+        codes = ["".join(axcodes(a)) for a in (first, second)]
+        return f"affine: orientation ({codes[0]} against {codes[1]}, or a rotation between them)"
+    origin = ["(" + ", ".join(f"{v:.6g}" for v in a[:3, 3]) + ")" for a in (first, second)]
+    return f"affine: origin {origin[0]} against {origin[1]} mm"
+
+
+def _times(numbers: Any) -> str:
+    return "x".join(f"{n:g}" for n in numbers)
+
+
+def write_volume(path: Path, like: Volume, stored: np.ndarray) -> None:
+    """Write numbers as stored (X, Y, Z) with the affine, dtype, scale and header of ``like``.
+
+    The path ends in .nii.gz. The file appears whole or not at all.
+    """
+    nibabel = require_nibabel()
+    two = isinstance(like.header, nibabel.Nifti2Header)
+    kind = nibabel.Nifti2Image if two else nibabel.Nifti1Image
+    shape = like.header.get_data_shape()
+    image = kind(stored.reshape(shape), like.affine, like.header)
+    # with a scale given, nibabel writes the numbers as they are
+    scale = like.header["scl_slope"], like.header["scl_inter"]
+    if not np.isfinite(scale).all():
+        scale = like.slope, like.inter
+    image.header["scl_slope"], image.header["scl_inter"] = scale
+
+    def write(file: BinaryIO) -> None:
+        # no name and no time inside: equal volumes give equal files
+        with gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) as zipped:
+            image.to_stream(zipped)
+
+    write_atomic(path, write)
+
+
+def new_volume(name: str, values: np.ndarray, affine: np.ndarray) -> Volume:
+    """A Volume from an array (X, Y, Z) in its own dtype, as if read from a file."""
+    image = require_nibabel().Nifti1Image(values, affine, dtype=values.dtype)
+    image.header.set_xyzt_units("mm", "sec")
+    return Volume(name, values, 1.0, 0.0, np.asarray(affine, np.float64), image.header)
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call ``write`` with a temporary file beside ``path``, then rename it to ``path``.
+
+    A kill at any moment leaves the old file or the new one, never half of one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

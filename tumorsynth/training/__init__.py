@@ -1,0 +1,1 @@
+"""Training of generators: never imported by inference."""

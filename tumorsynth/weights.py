@@ -1,0 +1,283 @@
+"""Generator folders: finding, checking, loading and writing them.
+
+A folder holds ``model.safetensors`` (tensors named ``autoencoder.*`` and ``denoiser.*``),
+``card.json`` (config, sha256 of the tensors, data, licence, metrics) and ``CARD.md`` (the same for
+people). Nothing in a folder is executed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from tumorsynth.generator import Generator, build, config_of
+from tumorsynth.handcrafted import HandcraftedGenerator
+
+MODEL, CARD, READABLE = "model.safetensors", "card.json", "CARD.md"
+HANDCRAFTED = "hu2023"
+FORMAT = 1  # of the folder; raised when an older reader could not read it rightly
+
+AnyGenerator = Generator | HandcraftedGenerator
+
+_loaded: dict[tuple[str, str], AnyGenerator] = {}
+_lock = threading.Lock()
+
+
+def bundled_folder() -> Path:
+    """Where the generators that ship with the package lie: in the wheel, or in a source checkout."""
+    packed = Path(__file__).parent / "_weights"
+    return packed if packed.is_dir() else Path(__file__).parents[1] / "weights"
+
+
+def bundled_names() -> list[str]:
+    """Names that :func:`load_generator` knows without a path, the hand-crafted one included."""
+    return sorted(p.parent.name for p in bundled_folder().glob(f"*/{CARD}")) + [HANDCRAFTED]
+
+
+def default_generator() -> str:
+    """``liver-early`` where it ships, else the hand-crafted baseline."""
+    return "liver-early" if "liver-early" in bundled_names() else HANDCRAFTED
+
+
+def load_generator(
+    name_or_path: str | os.PathLike[str], device: torch.device | str | None = None
+) -> AnyGenerator:
+    """A bundled generator by name, a folder, or a hub id (``owner/name``, needs huggingface_hub).
+
+    The same generator on the same device is loaded once per process and shared. ``device`` None
+    is the CPU. Raises FileNotFoundError for an unknown name, ValueError for a folder whose files
+    do not belong together.
+    """
+    device = torch.device(device if device is not None else "cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if str(name_or_path) == HANDCRAFTED:
+        key = (HANDCRAFTED, str(device))
+        with _lock:
+            if key not in _loaded:
+                _loaded[key] = HandcraftedGenerator().to(device)
+            return _loaded[key]
+    folder = find_folder(name_or_path)
+    # a folder written anew since it was loaded is another generator
+    stamp = (folder / CARD).stat().st_mtime_ns
+    key = (f"{folder.resolve()}@{stamp}", str(device))
+    with _lock:
+        if key not in _loaded:
+            generator = read_folder(folder).to(device)
+            generator.source = os.fspath(name_or_path)
+            _loaded[key] = generator
+        return _loaded[key]
+
+
+class Handle:
+    """A generator held by name, folder or object; loaded on first use, once per device.
+
+    A handle pickles and copies as what it was made from: a name or a folder, not the weights,
+    unless the generator exists in memory alone.
+    """
+
+    def __init__(self, generator: str | os.PathLike[str] | AnyGenerator):
+        if isinstance(generator, str | os.PathLike):
+            self.source: str | None = os.fspath(generator)
+            self._held: AnyGenerator | None = None
+            if self.source != HANDCRAFTED:
+                read_card(find_folder(self.source))  # a wrong name is said now, not in a worker
+        elif isinstance(generator, Generator | HandcraftedGenerator):
+            self.source = generator.source
+            self._held = generator
+        else:
+            raise TypeError(
+                "generator must be a bundled name, a folder, a hub id or a loaded generator, got "
+                f"{type(generator).__name__}; bundled are {', '.join(bundled_names())}"
+            )
+
+    def get(self, device: torch.device | str) -> AnyGenerator:
+        """The generator on a device."""
+        device = torch.device(device)
+        if self._held is not None and _same_device(self._held.device, device):
+            return self._held
+        if self.source is None:
+            assert self._held is not None
+            self._held = copy.deepcopy(self._held).to(device)
+            return self._held
+        return load_generator(self.source, device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "_held": None if self.source else self._held}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        return self
+
+
+def _same_device(a: torch.device, b: torch.device) -> bool:
+    return a.type == b.type and (b.index is None or a.index == b.index)
+
+
+def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
+    """The folder of a bundled name, a path or a hub id."""
+    text = os.fspath(name_or_path)
+    for folder in (bundled_folder() / text if Path(text).name == text else None, Path(text)):
+        if folder is not None and (folder / CARD).is_file():
+            return folder
+    if Path(text).is_dir():
+        raise FileNotFoundError(
+            f"a generator folder must hold {CARD} and {MODEL}, but {text} has no {CARD}; "
+            "pass the folder that generator.save() or a training command wrote"
+        )
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return _from_hub(text)
+    raise FileNotFoundError(
+        f"no generator {text!r}: it must be one of {', '.join(bundled_names())}, a folder with "
+        f"{CARD} and {MODEL}, or a hub id owner/name"
+    )
+
+
+def _from_hub(repository: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"no folder {repository!r} here, and reading it as a hub id needs huggingface_hub: "
+            'pip install "tumorsynth[hub]"'
+        ) from error
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[MODEL, CARD, READABLE]))
+    except Exception as error:  # the hub client raises many kinds; all mean: not to be had
+        raise FileNotFoundError(
+            f"no generator {repository!r}: it is neither a folder here nor to be had from the hub "
+            f"({type(error).__name__}); bundled are {', '.join(bundled_names())}"
+        ) from error
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """card.json, checked for what loading needs."""
+    path = folder / CARD
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be JSON: {error}; restore the folder") from error
+    missing = [key for key in ("name", "format", "config", "sha256") if key not in card]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; restore the folder")
+    if card["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {card['format']}, this version reads format {FORMAT}; "
+            "install the version of tumorsynth that wrote it, or save the generator anew"
+        )
+    return card
+
+
+def read_folder(folder: Path) -> Generator:
+    """Load and check one generator folder, on the CPU."""
+    card = read_card(folder)
+    path = folder / MODEL
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {MODEL}; restore the folder")
+    raw = path.read_bytes()
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != card["sha256"]:
+        raise ValueError(
+            f"{path} must have the sha256 of its card, {card['sha256']}, but has {digest}; "
+            "the file was changed or cut short: restore it"
+        )
+    try:
+        tensors = load(raw)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}; restore it") from error
+    autoencoder, denoiser, sampler = build(card["config"])
+    for prefix, module in (("autoencoder.", autoencoder), ("denoiser.", denoiser)):
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        load_exactly(module, state, str(path))
+    stray = [k for k in tensors if not k.startswith(("autoencoder.", "denoiser."))]
+    if stray:
+        raise ValueError(f"{path} holds tensors that are no part of a generator: {stray[:5]}")
+    return Generator(autoencoder, denoiser, sampler, card)
+
+
+def load_exactly(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """load_state_dict that names what is missing, extra, or of another shape, as a ValueError."""
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    extra = sorted(state.keys() - own.keys())
+    wrong = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & state.keys())
+        if own[k].shape != state[k].shape
+    ]
+    problems = [
+        f"{kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for kind, names in (("missing", missing), ("extra", extra), ("wrong shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{source} does not fit {type(module).__name__} ({'; '.join(problems)}); "
+            "use the files that belong together"
+        )
+    module.load_state_dict(state)
+
+
+def save_generator(generator: Generator, folder: Path) -> Path:
+    """Write a generator folder; each file under a temporary name first, the card last."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"a generator is saved into a folder, but {folder} is a file")
+    tensors = {
+        f"{part}.{k}": v.detach().cpu().contiguous()
+        for part, module in (
+            ("autoencoder", generator.autoencoder),
+            ("denoiser", generator.denoiser),
+        )
+        for k, v in module.state_dict().items()
+    }
+    raw = save(tensors)
+    card = {
+        **generator.card,
+        "format": FORMAT,
+        "config": config_of(generator),
+        "sha256": hashlib.sha256(raw).hexdigest(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / MODEL, raw)
+    _write(folder / READABLE, readable_card(card).encode())
+    _write(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
+    return folder
+
+
+def _write(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def readable_card(card: dict[str, Any]) -> str:
+    """CARD.md of a card: a heading, a paragraph, and every further entry as a list."""
+    lines = [f"# {card['name']}", ""]
+    if "description" in card:
+        lines += [str(card["description"]), ""]
+    for key, value in card.items():
+        if key in ("name", "description", "config", "format"):
+            continue
+        title = key.replace("_", " ")
+        if isinstance(value, dict):
+            lines += [f"## {title}", "", *(f"- {k}: {v}" for k, v in value.items()), ""]
+        elif isinstance(value, list):
+            lines += [f"## {title}", "", *(f"- {v}" for v in value), ""]
+        else:
+            lines += [f"- {title}: {value}"]
+    return "\n".join(lines).rstrip() + "\n"
