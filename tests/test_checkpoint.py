@@ -184,6 +184,7 @@ def test_nothing_is_executed(tmp_path: Path, kind: str, protocol: int) -> None:
         b"(X\x07\x00\x00\x00storageX\x01\x00\x00\x00aX\x01\x00\x00\x000h\x00K\x01tQ.",
         b"\x82\x01.",  # extension code
         b"Nr\xff\xff\xff\x7f.",  # a memo of 2^31 entries
+        b"Nr\x00\x00\x00\x01.",  # of 2^24, which would be had
         b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # bytes that are not there
         b"}]K\x01s.",  # a list as a key
         b"K\x01",  # no end

@@ -13,28 +13,14 @@ from torch import Tensor
 
 from ._phantom_shapes import Box, Lattice, Warp, Waves, join, meet, spline
 
-LABELS = {
-    "liver": 1,
-    "pancreas": 2,
-    "left_kidney": 3,
-    "right_kidney": 4,
-    "spleen": 5,
-    "stomach": 6,
-    "gallbladder": 7,
-    "aorta": 8,
-    "vena_cava": 9,
-    "colon": 10,
-    "duodenum": 11,
-    "small_bowel": 12,
-    "portal_vein": 13,
-    "spine": 14,
-    "ribs": 15,
-    "lungs": 16,
-}
-
 _INF = math.inf
 Path = Sequence[Sequence[float]]  # points x, y, z, radius
 # fmt: off
+LABELS = {
+    "liver": 1, "pancreas": 2, "left_kidney": 3, "right_kidney": 4, "spleen": 5, "stomach": 6,
+    "gallbladder": 7, "aorta": 8, "vena_cava": 9, "colon": 10, "duodenum": 11, "small_bowel": 12,
+    "portal_vein": 13, "spine": 14, "ribs": 15, "lungs": 16,
+}
 _STOMACH = [(-50, -34, 50, 18), (-58, -12, 42, 27), (-60, 20, 22, 25), (-44, 48, 0, 21),
             (-14, 58, -14, 16), (12, 48, -14, 12), (29, 36, -12, 8)]
 _DUODENUM = [(29, 36, -12, 10), (46, 22, -16, 12), (52, 8, -34, 12), (40, 2, -54, 12),
@@ -45,7 +31,8 @@ _COLON = [(100, -14, -110, 24), (97, 0, -70, 24), (86, 34, -54, 19), (50, 60, -6
           (0, 64, -68, 19), (-52, 58, -48, 19), (-88, 36, -14, 18), (-102, 10, 0, 17),
           (-104, -22, -30, 15), (-104, -30, -110, 15)]
 _AORTA = [(-8, -8, 120, 11), (-6, -6, 40, 10), (-4, -6, -20, 9), (-4, -10, -120, 8)]
-_CAVA = [(20, 2, 90, 12), (20, -2, 62, 13), (20, -8, 30, 12), (18, -8, -10, 11), (18, -12, -120, 10)]
+_CAVA = [(20, 2, 90, 12), (20, -2, 62, 13), (20, -8, 30, 12), (18, -8, -10, 11),
+         (18, -12, -120, 10)]
 _PORTAL = [(36, 14, 14, 6.5), (24, 14, 6, 7), (10, 14, -10, 7)]
 _GALLBLADDER = [(40, 30, -12, 4), (47, 42, -24, 13), (51, 50, -40, 15)]
 _VESSELS = [
@@ -65,9 +52,9 @@ _LIVER_STEMS = [  # start, a point on the way, radius, first length
     ((36, 14, 14), (70, 22, 14), 5.2, 22),  # portal: right anterior
     ((38, 12, 15), (75, -30, 18), 5.0, 26),  # right posterior
     ((34, 15, 15), (0, 44, 30), 4.6, 30),  # left
-    ((26, 0, 58), (95, -12, 30), 5.2, 30),  # hepatic veins: right
-    ((22, 4, 58), (55, 60, 30), 5.0, 30),  # middle
-    ((18, 4, 58), (-30, 50, 40), 4.2, 28),  # left
+    ((26, 0, 58), (95, -12, 30), 4.6, 30),  # hepatic veins: right
+    ((22, 4, 58), (55, 60, 30), 4.4, 30),  # middle
+    ((18, 4, 58), (-30, 50, 40), 3.8, 28),  # left
 ]
 _MESENTERIC_STEMS = [
     ((8, 20, -40), (50, 30, -60), 2.8, 20), ((7, 24, -64), (50, 40, -80), 2.8, 20),
@@ -83,13 +70,13 @@ class Patient:
 
     def __init__(self, rng: torch.Generator):
         self.rng = rng
-        self.warp = Warp(rng, 3.5)
+        self.warp = Warp(rng, (4.0, 4.0, 1.5))
         self._wobble, self._ripple = Waves(rng, 20.0, 45.0, 16), Waves(rng, 9.0, 16.0, 16)
         self.tile = torch.randn(64, 64, 64, generator=rng)
         self.fat = 12 + 9 * float(torch.rand((), generator=rng))  # under the skin, mm
         upright = Lattice(((-130, -90, -110), (130, 100, 90)), 4.0)
-        self.liver_trees = self._trees(_LIVER_STEMS, upright, self.liver(upright) + 4, 0.75)
-        self.mesentery = self._trees(_MESENTERIC_STEMS, upright, self.cavity(upright) + 6, 1.1)
+        self.liver_trees = self._trees(_LIVER_STEMS, upright, self.liver(upright) + 3, 0.9)
+        self.mesentery = self._trees(_MESENTERIC_STEMS, upright, self.cavity(upright) + 6, 1.2)
         self.bowel = self._bowel()
 
     def wobble(self, p: Lattice) -> Tensor:
@@ -107,15 +94,22 @@ class Patient:
         def normal() -> Tensor:
             return torch.randn(3, generator=self.rng)
 
-        def grow(at: Tensor, way: Tensor, radius: float, length: float) -> None:
+        def blocked(at: Tensor) -> bool:
+            i, j, k = ((at / p.step).round().long().clamp(low, high) - low).tolist()
+            return bool(room[i, j, k] > 0)
+
+        def grow(at: Tensor, way: Tensor, radius: float, length: float, stem: bool = False) -> None:
             points = [(*at.tolist(), radius)]
-            for i in range(3):
-                way = way / way.norm() + 0.15 * normal()
-                at = at + way * (length / 3 / way.norm())
-                i, j, k = ((at / p.step).round().long().clamp(low, high) - low).tolist()
-                if room[i, j, k] > 0:
+            for third in range(3):
+                for bend in (0.15, 0.4, 0.7, 1.0, 1.3):  # turn away from the surface
+                    turned = way / way.norm() + bend * normal()
+                    end = at + turned * (length / 3 / turned.norm())
+                    if stem or not blocked(end):
+                        break
+                else:
                     break
-                points.append((*at.tolist(), radius * (0.96 - 0.04 * i)))
+                at, way = end, turned
+                points.append((*at.tolist(), radius * (0.96 - 0.04 * third)))
             if len(points) > 1:
                 paths.append(torch.tensor(points))
             if len(points) < 4 or radius < thinnest:
@@ -123,20 +117,29 @@ class Patient:
             across = torch.linalg.cross(way, normal())
             across, way = across / across.norm(), way / way.norm()
             share = 0.25 + 0.35 * float(torch.rand((), generator=self.rng))
-            for part, tilt in ((share, 1.0 - 0.5 * share), (1 - share, -0.5 - 0.5 * (share - 0.25))):
-                grow(at, way + tilt * across, radius * part ** (1 / 3), length * (0.6 + 0.35 * part))
+            for part, tilt in (
+                (share, 1.0 - 0.5 * share),
+                (1 - share, -0.5 - 0.5 * (share - 0.25)),
+            ):
+                grow(
+                    at, way + tilt * across, radius * part ** (1 / 3), length * (0.6 + 0.35 * part)
+                )
 
         for start, through, radius, length in stems:
             a = torch.tensor(start, dtype=torch.float32)
-            grow(a, torch.tensor(through) - a, radius, float(length))
+            grow(a, torch.tensor(through) - a, radius, float(length), stem=True)
         return paths
 
     def _bowel(self) -> Tensor:
         """Small bowel: rows of upright coils."""
         points = []
-        for middle, rows in ((-96, (10, 34, 56)), (-50, (4, 28, 50))):
+        for middle, rows, right in (
+            (-96, (10, 34, 56), 79),
+            (-50, (4, 28, 50), 79),
+            (-14, (4, 24), -20),
+        ):
             for n, y in enumerate(rows):
-                xs = range(-78, 79, 21)
+                xs = range(-78, right, 21)
                 for x in xs if n % 2 == 0 else xs[::-1]:
                     up = 16 if (x // 21) % 2 else -16
                     points += [(x, y, middle - up, 10.5), (x, y, middle + up, 10.5)]
@@ -151,7 +154,8 @@ class Patient:
         a, front, back = 144 - inset, 109 - inset, 98 - 0.7 * inset
         v = torch.where(p.y > 0, p.y / front, p.y / back).abs()
         k = ((p.x.abs() / a) ** 2.15 + v**2.15) ** (1 / 2.15)
-        return (p.x**2 + p.y**2).sqrt() * (1 - 1 / (k + 1e-3))
+        groove = torch.exp(-((p.x / 10) ** 2)) * torch.sigmoid(-p.y / 6)
+        return (p.x**2 + p.y**2).sqrt() * (1 - 1 / (k + 1e-3)) + 4 * groove
 
     def cavity(self, p: Lattice) -> Tensor:
         """Inside of the muscle wall: thick at the recti and at the back, thin between the recti."""
@@ -162,10 +166,16 @@ class Patient:
 
     def below_diaphragm(self, p: Lattice) -> Tensor:
         def dome(cx: float, cz: float, radii: Sequence[float]) -> Tensor:
-            x, y, z = (p.x - cx) / radii[0], (p.y - 2) / radii[1], (p.z - cz).clamp(min=0) / radii[2]
+            x, y, z = (
+                (p.x - cx) / radii[0],
+                (p.y - 2) / radii[1],
+                (p.z - cz).clamp(min=0) / radii[2],
+            )
             return ((x * x + y * y + z * z).sqrt() - 1) * 70
 
-        return join(dome(56, -5, (78, 90, 78)), dome(-62, -8, (72, 88, 76)), 25) + 0.4 * self.wobble(p)
+        return join(
+            dome(56, -5, (78, 90, 78)), dome(-62, -8, (72, 88, 76)), 25
+        ) + 0.4 * self.wobble(p)
 
     def heart(self, p: Lattice) -> Tensor:
         return p.ellipsoid((-22, 34, 102), (56, 44, 40), 0.3) + 1.5 * self.wobble(p)
@@ -189,14 +199,14 @@ class Patient:
     def ribs(self) -> list[Tensor]:
         """Ribs from the 12th up, right and left: round the wall from the spine, sinking."""
         depth, paths = self.fat + 5, []
-        for k in range(9):
-            end = (1.0, 1.5, 2.0, 2.2, 2.35, 2.45, 2.5, 2.5, 2.5)[k]
-            angle = torch.linspace(0.25, end, 28)
+        for k in range(10):
+            end = (1.0, 1.5, 2.0, 2.2, 2.35, 2.45, 2.5, 2.5, 2.5, 2.5)[k]
+            angle = torch.linspace(0.25, end, 29)
             dx, dy = angle.sin(), -angle.cos()
             b = torch.where(dy > 0, 109 - depth, 98 - 0.7 * depth)
             k0 = ((dx / (144 - depth)) ** 2.15 + (dy.abs() / b) ** 2.15) ** (-1 / 2.15)
-            z = -8 + 26 * k - 80 * torch.sin(angle * 0.55) ** 1.2
-            r = torch.full_like(z, 3.9)
+            z = -8 + 26 * k - 125 * torch.sin(angle * 0.55) ** 1.2
+            r = torch.full_like(z, 4.0)
             paths += [torch.stack([side * dx * k0, dy * k0, z, r], 1) for side in (1, -1)]
         return paths
 
@@ -214,8 +224,11 @@ class Patient:
         left = 12 - 0.65 * p.x - p.y  # the left lobe lies in front of this plane,
         right = 17 - 0.45 * (p.y - 2) - p.x  # the right one beside this
         floor = -62 + 0.5 * (112 - p.x) + 0.1 * p.y - p.z
-        d = meet(meet(0.8 * join(left, right, 14), 0.85 * floor, 12) + 1.5 * bumps,
-                 p.ellipsoid((40, 0, 20), (104, _INF, 150), 0.1), 12)
+        d = meet(
+            meet(0.8 * join(left, right, 14), 0.85 * floor, 12) + 1.5 * bumps,
+            p.ellipsoid((40, 0, 20), (104, _INF, 150), 0.1),
+            12,
+        )
         for hole in (
             p.ellipsoid((60, -38, -26), (32, 29, 58), -0.16),  # right kidney
             p.ellipsoid((2, 62, -8), (4, 24, 26)),  # fissure of the round ligament
@@ -267,7 +280,7 @@ def _haustra(points: Path) -> Tensor:
     return path
 
 
-def _around(path: Path | Tensor, margin: float = 12.0) -> Box:
+def _around(path: Path | Tensor, margin: float = 10.0) -> Box:
     p = torch.as_tensor(path, dtype=torch.float32)
     low, high = (p[:, :3] - p[:, 3:]).amin(0) - margin, (p[:, :3] + p[:, 3:]).amax(0) + margin
     return low.tolist(), high.tolist()
@@ -276,85 +289,129 @@ def _around(path: Path | Tensor, margin: float = 12.0) -> Box:
 def paint_patient(paint: Callable, patient: Patient) -> None:
     """Call paint(box, step, distance, (depth, HU, label), ...) from the outside inwards: what is
     painted later covers what lies below."""
-    everywhere: Box = ((-_INF, -_INF, -_INF), (_INF, _INF, _INF))
     trunk: Box = ((-168, -115, -_INF), (168, 125, _INF))
 
-    def grained(hu: float, spread: float, shift: int, cut: float = -9.0, top: float = 9.0):
-        """hu + spread x (grain clipped to [cut, top], less the bound that is 0)."""
-        low = max(cut, 0.0) if cut > -9 else 0.0
-        return lambda p: hu + spread * (p.grain(shift).clamp(cut, top) - low)
-
-    def tubes(*paths: Tensor, rough: float = 0.0, inset: float = 0.0, level: float | None = None):
+    def tubes(
+        *paths: Tensor,
+        rough: float = 0.0,
+        inset: float = 0.0,
+        level: float | None = None,
+        reach: float = 5.0,
+    ) -> Callable[[Lattice], Tensor]:
         def distance(p: Lattice) -> Tensor:
-            d = p.tubes(*paths) + inset
+            d = p.tubes(*paths, reach=reach) + inset
             d = d + rough * patient.ripple(p) if rough else d
             return d if level is None else meet(d, level - p.y, 1)  # air rises
 
         return distance
 
-    fat, muscle = grained(-106, 9, 4), grained(62, -45, 0, 1.1)
-    fluid, stool = grained(30, 12, 1), grained(35, -240, 7, 0.2)
-    wall = lambda p: patient.outline(p, patient.fat) - 0.8 * patient.wobble(p)  # noqa: E731
+    def fat(p: Lattice) -> Tensor:  # with strands
+        return -104 + 7 * p.grain(4) + 25 * (p.grain(11) - 1.3).clamp(min=0)
+
+    def muscle(p: Lattice) -> Tensor:  # marbled
+        return 62 - 70 * (patient.ripple(p) - 1.1).clamp(min=0)
+
+    def fluid(p: Lattice) -> Tensor:
+        return 30 + 12 * p.grain(1)
+
+    def stool(p: Lattice) -> Tensor:
+        return 40 - 260 * (p.grain(7) - 0.2).clamp(min=0) * (0.4 + 0.4 * patient.wobble(p)).clamp(
+            0.02
+        )
+
+    def lung(p: Lattice) -> Tensor:
+        return -860 + 45 * p.grain(2)
+
+    def spongy(p: Lattice) -> Tensor:
+        return 200 + 45 * p.grain(3)
+
+    def lobules(p: Lattice) -> Tensor:  # of the pancreas, in fat
+        return 98 - 40 * (p.grain(5) - 0.8).clamp(min=0)
+
+    def pyramids(p: Lattice) -> Tensor:
+        return 160 - 25 * torch.tanh(2 * patient.ripple(p))
+
+    def parenchyma(p: Lattice) -> Tensor:
+        return 108 + 3 * patient.wobble(p)
+
+    def chyme(p: Lattice) -> Tensor:
+        state = patient.wobble(p)
+        return torch.where(state > 1.6, -850.0, 32 + 15 * state + 12 * p.grain(1))
+
+    def wall(p: Lattice) -> Tensor:
+        return meet(patient.outline(p, patient.fat), -patient.cavity(p), 2)
+
     paint(((-190, -130, -_INF), (190, -90, _INF)), 3.0, _table, (0, -60, None), (1.5, -960, None))
     paint(trunk, 5.0, lambda p: patient.outline(p, 0), (0, 15, None), (2, fat, None))
-    paint(trunk, 4.0, wall, (0, muscle, None), (4.5, lambda p: 5 - 40 * patient.wobble(p).clamp(-1, 1), None), (5.2, 58, None))
-    paint(trunk, 4.0, patient.cavity, (0, fat, None))
+    paint(trunk, 3.5, wall, (0, muscle, None), (3.8, -40, None), (4.5, 58, None))
     chest: Box = ((-150, -110, -50), (150, 110, _INF))
-    paint(chest, 3.0, patient.heart, (-2, -60, None), (0, 60, None), (1.5, -70, None),
-          (4, 110, None), (12, 150, None))
-    paint(chest, 3.0, patient.lung, (-2.2, 55, None), (0, grained(-860, 45, 2), LABELS["lungs"]))
-    paint(((-100, -115, -_INF), (100, -5, _INF)), 2.5, patient.muscle, (-1.2, -60, None),
-          (0, muscle, 0))
-    for path in _CRURA:
-        paint(_around(path), 2.0, tubes(spline(path)), (0, 60, 0))
+    paint(chest, 3.0, patient.heart, (-2, -70, None), (2, 110, None), (11, 150, None))
+    paint(chest, 3.0, patient.lung, (-2.2, 55, None), (0, lung, LABELS["lungs"]))
+    paint(
+        ((-100, -115, -_INF), (100, -5, _INF)),
+        2.5,
+        patient.muscle,
+        (-1.2, -60, None),
+        (0, muscle, 0),
+    )
+    for crus in _CRURA:
+        paint(_around(crus), 2.0, tubes(spline(crus)), (0, 60, 0))
     back: Box = ((-48, -110, -_INF), (48, 0, _INF))
     bone = LABELS["spine"]
     paint(back, 2.0, patient.disc, (0, 85, None))
-    paint(back, 1.5, patient.vertebrae, (0, 520, bone), (1.8, grained(200, 45, 3), bone))
+    paint(back, 1.5, patient.vertebrae, (0, 520, bone), (1.8, spongy, bone))
     paint(back, 2.0, patient.canal, (0, 0, 0), (2.5, 40, 0))
     bone = LABELS["ribs"]
-    up = torch.tensor([0.0, 0.0, 2.5, 0.0])  # ribs are higher than thick
+    up = torch.tensor([0.0, 0.0, 1.8, 0.0])  # ribs are higher than thick
     for rib in patient.ribs():
         for i in range(0, len(rib) - 1, 7):
             part = rib[i : i + 8]
             paint(_around(part), 2.0, tubes(part + up, part - up), (0, 620, bone), (1.7, 190, bone))
 
-    paint(_around(torch.cat(patient.mesentery), 2.0), 1.5, tubes(*patient.mesentery), (0, 140, None))
+    paint(
+        _around(torch.cat(patient.mesentery), 2.0),
+        1.5,
+        tubes(*patient.mesentery, reach=2.5),
+        (0, 140, None),
+    )
     gut = LABELS["small_bowel"]
-    paint(_around(patient.bowel), 2.0, tubes(patient.bowel, rough=0.8), (0, 100, gut),
-          (2.6, lambda p: fluid(p) + 15 * patient.wobble(p), gut))
-    paint(_around(patient.bowel), 3.0,
-          lambda p: meet(p.tubes(patient.bowel) + 3.5, 10 * (1.5 - patient.wobble(p)), 1),
-          (0, -900, None))
+    for i in range(0, len(patient.bowel) - 1, 8):  # one by one: each loop keeps its wall
+        loop = patient.bowel[i : i + 9]
+        paint(_around(loop, 4.0), 2.0, tubes(loop, rough=0.8), (0, 100, gut), (2.4, chyme, gut))
     colon, gut = _haustra(_COLON), LABELS["colon"]
     box = _around(colon)
     paint(box, 2.0, tubes(colon, rough=0.8), (0, 75, gut), (2.5, stool, gut))
     paint(box, 3.0, tubes(colon, inset=3, level=64), (0, -960, None))
     duodenum, gut = spline(_DUODENUM), LABELS["duodenum"]
     paint(_around(duodenum), 2.0, tubes(duodenum, rough=0.7), (0, 90, gut), (3, fluid, gut))
-    for path in _VESSELS:
-        paint(_around(path), 1.5, tubes(spline(path)), (0, 160, 0))
+    for vessel in _VESSELS:
+        paint(_around(vessel), 1.5, tubes(spline(vessel)), (0, 160, 0))
     pancreas = spline(_PANCREAS)
-    paint(_around(pancreas), 2.0, tubes(pancreas, rough=1.7),
-          (0, grained(98, -40, 5, 0.8), LABELS["pancreas"]))
-    for path in _ADRENALS:
-        paint(_around(path), 1.5, tubes(spline(path)), (0, 75, 0))
+    paint(_around(pancreas), 2.0, tubes(pancreas, rough=1.7), (0, lobules, LABELS["pancreas"]))
+    for gland in _ADRENALS:
+        paint(_around(gland), 1.5, tubes(spline(gland)), (0, 75, 0))
     paint(((-140, -90, -40), (-40, 50, 90)), 2.5, patient.spleen, (0, 118, LABELS["spleen"]))
     paint(_around(_AORTA), 2.0, tubes(spline(_AORTA)), (0, 165, LABELS["aorta"]))
     paint(_around(_CAVA), 2.0, tubes(spline(_CAVA)), (0, 150, LABELS["vena_cava"]))
-    pyramids = lambda p: 160 - 25 * torch.tanh(2 * patient.ripple(p))  # noqa: E731
-    for name, low, high in (("left_kidney", (-104, -78, -76), (-16, 2, 56)),
-                            ("right_kidney", (14, -78, -92), (102, 2, 40))):
+    for name, low, high in (
+        ("left_kidney", (-104, -78, -76), (-16, 2, 56)),
+        ("right_kidney", (14, -78, -92), (102, 2, 40)),
+    ):
         right, value = name == "right_kidney", LABELS[name]
-        paint((low, high), 2.0, lambda p, right=right: patient.kidney(p, right), (0, 180, value),
-              (5, pyramids, value))
+        paint(
+            (low, high),
+            2.0,
+            lambda p, right=right: patient.kidney(p, right),
+            (0, 180, value),
+            (5, pyramids, value),
+        )
     stomach, gut = spline(_STOMACH), LABELS["stomach"]
     box = _around(stomach)
     paint(box, 2.0, tubes(stomach, rough=1.0), (0, 90, gut), (4.5, fluid, gut))
     paint(box, 3.0, tubes(stomach, inset=5.5, level=44), (0, -970, None))
     box = ((-95, -95, -90), (135, 105, 95))
-    paint(box, 3.0, patient.liver, (0, lambda p: 108 + 3 * patient.wobble(p), LABELS["liver"]))
-    paint(box, 1.5, tubes(*patient.liver_trees), (0, 160, None))
+    paint(box, 3.0, patient.liver, (0, parenchyma, LABELS["liver"]))
+    paint(box, 1.5, tubes(*patient.liver_trees, reach=2.5), (0, 160, None), only=LABELS["liver"])
     paint(_around(_PORTAL), 1.5, tubes(spline(_PORTAL)), (0, 165, LABELS["portal_vein"]))
     gut = LABELS["gallbladder"]
     paint(_around(_GALLBLADDER), 2.0, tubes(spline(_GALLBLADDER)), (0, 50, gut), (1.6, 8, gut))

@@ -32,12 +32,12 @@ class Waves:
 class Warp:
     """Smooth displacement between the world and the upright patient, a few mm."""
 
-    def __init__(self, rng: torch.Generator, amplitude: float):
+    def __init__(self, rng: torch.Generator, amplitude: Point):
         self.amplitude = amplitude
         self.bend = [Waves(rng, 90.0, 220.0) for _ in range(3)]
 
     def shift(self, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
-        return [self.amplitude * bend(x, y, z) for bend in self.bend]
+        return [a * bend(x, y, z) for a, bend in zip(self.amplitude, self.bend, strict=True)]
 
     def to_world(self, points: Tensor) -> Tensor:
         """World positions (N, 3) of upright positions, by fixed-point iteration."""
@@ -48,15 +48,15 @@ class Warp:
 
 
 def resample(values: Tensor, first: Sequence[int], step: float, axes: Sequence[Tensor]) -> Tensor:
-    """Linear interpolation of lattice values, index 0 at first * step mm, at the axes' positions."""
-    for dim in (2, 1, 0):
-        at = axes[dim] / step - first[dim]
-        low = at.floor().long().clamp_(0, values.shape[dim] - 2)
-        part = (at - low).to(values).view([-1 if i == dim else 1 for i in range(3)])
-        low = low.to(values.device)
-        lower = values.index_select(dim, low)
-        values = lower.lerp_(values.index_select(dim, low + 1), part.expand_as(lower))
-    return values
+    """Linear interpolation of lattice values (index 0 at first * step mm) at the axes' points."""
+    to_x, to_y, to_z = (
+        (1 - (axis[:, None] / step - first[i] - torch.arange(values.shape[i])).abs())
+        .clamp_(min=0)
+        .to(values)
+        for i, axis in enumerate(axes)
+    )
+    values = to_y @ (values @ to_z.T)
+    return (to_x @ values.flatten(1)).view(-1, *values.shape[1:])
 
 
 def _span(box: Box, step: float) -> tuple[list[int], list[int]]:
@@ -75,13 +75,14 @@ class Lattice:
             torch.arange(a, b + 1) * step for a, b in zip(self.first, self.last, strict=True)
         ]
         self.shape = [len(axis) for axis in self.axes]
+        self.box = [a * step for a in self.first], [b * step for b in self.last]
 
     @cached_property
     def _upright(self) -> list[Tensor]:
         grid = [a.view([-1 if i == d else 1 for i in range(3)]) for d, a in enumerate(self.axes)]
         if self.warp is None:
             return [g.expand(self.shape) for g in grid]
-        coarse = Lattice(([a[0] for a in self.axes], [a[-1] for a in self.axes]), 12.0)
+        coarse = Lattice(self.box, 12.0)
         shift = self.warp.shift(*coarse._upright)
         return [
             g + resample(s, coarse.first, coarse.step, self.axes)
@@ -102,7 +103,7 @@ class Lattice:
 
     def waves(self, waves: Waves, step: float) -> Tensor:
         """waves at the lattice's world positions, computed on points about step mm apart."""
-        coarse = Lattice(([a[0] for a in self.axes], [a[-1] for a in self.axes]), step)
+        coarse = Lattice(self.box, step)
         return resample(waves(*coarse._upright), coarse.first, step, self.axes)
 
     def grain(self, shift: int = 0) -> Tensor:

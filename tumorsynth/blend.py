@@ -51,7 +51,8 @@ def feather(
         # makes it a plateau
         peak = weight[tumor_mask].max() if bool(tumor_mask.any()) else weight.new_ones(())
         weight = (weight / (0.98 * peak)).clamp(max=1.0)
-        weight = torch.where(weight < 0.005, 0.0, weight)
+        # never nothing where there is a label, not even at the tip of a spike
+        weight = torch.where((weight < 0.005) & ~tumor_mask, 0.0, weight)
     return weight
 
 

@@ -219,7 +219,7 @@ def synthesize(
 def demo(
     out: Out = Path("tumorsynth-demo"),
     generator: GeneratorName = None,
-    count: Count = None,
+    count: Annotated[str, typer.Option(help="Tumours: N, or LOW-HIGH to draw from.")] = "3",
     size_mm: SizeMm = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -235,7 +235,7 @@ def demo(
         generator=generator,
         organ_labels=(LABELS["liver"],),
         tumor_label=max(LABELS.values()) + 1,
-        count=_count(count or "3"),
+        count=_count(count),
         size_mm=size_mm or (8.0, 20.0),
         device=device,
     )
@@ -337,8 +337,9 @@ def _synthesizer(*, generator: str | None, device: str, **options: Any) -> Synth
         raise ValueError(f"--device must name a torch device, got {device!r}; try cpu") from error
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: there is no such GPU here; use --device cpu")
-    loaded = load_generator(generator or default_generator(), wanted)
-    return SynthesizeTumor(generator=loaded, device=wanted, **options)
+    name = generator or default_generator()
+    load_generator(name, wanted)  # damaged weights are said before any scan is read
+    return SynthesizeTumor(generator=name, device=wanted, **options)
 
 
 def _count(text: str) -> tuple[int, int]:

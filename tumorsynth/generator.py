@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Generator:
         return self._condition(crop, tumor_mask)[0]
 
     def _condition(self, crop: Tensor, tumor_mask: Tensor) -> tuple[Tensor, Tensor]:
-        if crop.shape != tumor_mask.shape:
+        if crop.shape != tumor_mask.shape or crop.ndim != 5 or crop.shape[1] != 1:
             raise ValueError(
                 f"crop and tumor_mask must have the same shape (B, 1, X, Y, Z), got "
                 f"{tuple(crop.shape)} and {tuple(tumor_mask.shape)}"
@@ -255,11 +256,17 @@ def per_sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     """One seed per sample: a sequence as it is, an int counted up, None drawn from torch."""
     if seed is None:
         return torch.randint(2**63 - 1, (batch,)).tolist()
-    seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else [int(s) for s in seed]
+    try:  # index() takes the integers of numpy and torch, and no floats
+        seeds = [index(s) for s in seed]  # type: ignore[union-attr]
+    except TypeError:
+        try:
+            seeds = [index(seed) + i for i in range(batch)]  # type: ignore[arg-type]
+        except TypeError:
+            seeds = []
     if len(seeds) != batch or any(s < 0 or s >= 2**63 for s in seeds):
         raise ValueError(
             f"seed must be one non-negative int below 2**63, or one for each of the {batch} "
-            f"samples, got {seed!r}"
+            f"samples, got {seed!r}; pass seed=0, or a list of {batch} ints"
         )
     return seeds
 

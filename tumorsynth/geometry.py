@@ -63,13 +63,17 @@ def frame_from_spacing(spacing: Sequence[float] | float) -> Frame:
 
 def frame_from_affine(affine: Tensor | np.ndarray | Sequence[Sequence[float]]) -> Frame:
     """A frame from a 4x4 voxel-to-mm matrix (RAS+, as NIfTI, MONAI and TorchIO give it)."""
-    matrix = np.asarray(
-        affine.detach().cpu().numpy() if isinstance(affine, Tensor) else affine, dtype=float
-    )
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
+    try:
+        matrix = np.asarray(
+            affine.detach().cpu().numpy() if isinstance(affine, Tensor) else affine, dtype=float
+        )
+        good = matrix.shape == (4, 4) and bool(np.isfinite(matrix).all())
+    except (TypeError, ValueError):
+        good = False
+    if not good or not np.allclose(matrix[3], (0, 0, 0, 1)):
         raise ValueError(
-            f"affine must be a finite 4x4 voxel-to-mm matrix, got shape {matrix.shape}: "
-            f"{matrix.tolist()}; pass nibabel's img.affine, or spacing=(dx, dy, dz)"
+            "affine must be a finite 4x4 voxel-to-mm matrix with last row 0 0 0 1, got "
+            f"{affine!r}; pass nibabel's img.affine, or spacing=(dx, dy, dz)"
         )
     linear = matrix[:3, :3]
     spacing = np.linalg.norm(linear, axis=0)
@@ -185,9 +189,10 @@ def _weights(at: np.ndarray, count: int, ratio: float) -> Tensor:
     """Rows of interpolation weights from ``count`` source points to the (fractional) points ``at``.
 
     Linear between source points; where a target point stands for several (``ratio`` source points,
-    coarser target), a wider triangle averages them.
+    coarser target), a wider triangle averages them: as spread as a box of that many points, so that
+    each of them counts (a half width of ratio / 2 would lose every other point at a ratio of 2).
     """
-    half_width = max(1.0, ratio / 2)
+    half_width = max(1.0, ratio / math.sqrt(2))
     distance = np.abs(at[:, None] - np.arange(count)[None, :])
     weights = np.clip(1 - distance / half_width, 0, None)
     weights /= weights.sum(1, keepdims=True)
@@ -196,7 +201,7 @@ def _weights(at: np.ndarray, count: int, ratio: float) -> Tensor:
 
 def _along(volume: Tensor, axis: int, weights: Tensor) -> Tensor:
     rows, count = weights.shape
-    if rows == count and torch.equal(weights, torch.eye(count)):
+    if rows == count and torch.equal(weights, torch.eye(count, dtype=weights.dtype)):
         return volume
     weights = weights.to(volume.device, volume.dtype)
     return torch.movedim(torch.tensordot(weights, volume, dims=([1], [axis])), 0, axis)

@@ -92,9 +92,12 @@ class ZScore:
                 f"ZScore needs a finite mean and a std > 0 in HU, got mean={self.mean}, "
                 f"std={self.std}; take them from the dataset's fingerprint or plans"
             )
-        if self.low is not None and self.high is not None and not self.low < self.high:
+        low = -math.inf if self.low is None else self.low
+        high = math.inf if self.high is None else self.high
+        if not low < high:  # NaN included
             raise ValueError(
-                f"ZScore needs low < high in HU, got low={self.low}, high={self.high}"
+                f"ZScore needs low < high in HU, got low={self.low}, high={self.high}; "
+                "pass the values the image was clipped to, or None where it was not"
             )
 
     @property

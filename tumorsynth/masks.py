@@ -587,3 +587,28 @@ def _count(count: int | Sequence[int] | None, prior: SizePrior, rng: torch.Gener
             f"count must be a whole number or (lo, hi) with 0 <= lo <= hi, got {count!r}"
         )
     return int(torch.randint(pair[0], pair[1] + 1, (), generator=rng))
+
+
+def dilate(mask: Tensor, gap_mm: float, spacing: Sequence[float]) -> Tensor:
+    """A bool mask (X, Y, Z) grown by gap_mm, at least one voxel, along each axis."""
+    out = mask.clone()
+    for axis, s in enumerate(spacing):
+        size = out.shape[axis]
+        for _ in range(max(1, math.ceil(gap_mm / s - 1e-6)) if size > 1 else 0):
+            before = out.clone()
+            out.narrow(axis, 1, size - 1).logical_or_(before.narrow(axis, 0, size - 1))
+            out.narrow(axis, 0, size - 1).logical_or_(before.narrow(axis, 1, size - 1))
+    return out
+
+
+# TEMPORARY public names, the lead renames the functions themselves later
+check_organ_labels = _organ_labels
+check_range = _range
+
+
+def check_size(size_mm: float | Sequence[float] | str | SizePrior) -> None:
+    _size(size_mm, None)
+
+
+def check_count(count: int | Sequence[int] | None) -> None:
+    _count(count, get_prior("liver"), torch.Generator())

@@ -1,4 +1,4 @@
-"""A procedural abdominal CT in the portal-venous phase: a healthy stand-in for a scan, no data needed.
+"""A procedural abdominal CT in the portal-venous phase: a healthy stand-in for a scan.
 
 Every structure is a signed distance evaluated on a coarse lattice fixed in the world, interpolated
 to the voxels of the structure's box and painted over what lies below with a soft edge, the
@@ -26,7 +26,7 @@ __all__ = ["LABELS", "Phantom", "make_phantom"]
 _FIELD_MM = (320.0, 260.0, 160.0)  # the default field, centred on 0
 _FOCUS_MM = (62.0, 12.0, 22.0)  # inside the liver: where ever smaller fields end up
 _EDGE_MM = 0.8  # half the width of a painted edge
-_NOISE_HU = 15.0  # standard deviation at the body's centre, about half of it outside
+_NOISE_HU = 15.0  # standard deviation at the body's centre, two thirds of it far out
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def _three(values: Sequence, kind: type, name: str, rule: str) -> tuple:
 
 
 class _Canvas:
-    def __init__(self, patient: Patient, affine: np.ndarray, shape: Sequence[int], device):
+    def __init__(
+        self, patient: Patient, affine: np.ndarray, shape: Sequence[int], device: torch.device
+    ):
         self.patient = patient
         self.axes = [
             affine[i, 3] + affine[i, i] * torch.arange(shape[i], dtype=torch.float64)
@@ -104,9 +106,11 @@ class _Canvas:
         step: float,
         shape: Callable[[Lattice], Tensor],
         *layers: tuple[float, float | Callable[[Lattice], Tensor], int | None],
+        only: int | None = None,
     ) -> None:
         """shape: distance on a lattice of step mm over the box, as far as it is in the field.
-        layers: depth in mm below the surface, HU, label (None keeps what is there)."""
+        layers: depth in mm below the surface, HU, label (None keeps what is there). only: paint
+        over this label alone."""
         cut, axes = [], []
         for lo, hi, axis in zip(*box, self.axes, strict=True):
             inside = slice(*torch.searchsorted(axis, torch.tensor([lo, hi]).to(axis)).tolist())
@@ -120,24 +124,27 @@ class _Canvas:
         def voxels(values: Tensor) -> Tensor:
             return resample(values.to(self.image.device), lattice.first, step, axes)
 
-        distance = voxels(shape(lattice))
+        # 0.5 on the surface, 1 an edge's half width within
+        cover = voxels(0.5 - shape(lattice) * (0.5 / _EDGE_MM))
         image, label = self.image[tuple(cut)], self.label[tuple(cut)]
+        if only is not None:
+            cover.masked_fill_(label != only, 0)
         for depth, hu, value in layers:
-            weight = (distance + (depth - _EDGE_MM)).mul_(-0.5 / _EDGE_MM).clamp_(0, 1)
-            if callable(hu):
-                image.lerp_(voxels(hu(lattice)), weight)
-            else:
-                image += weight.mul_(hu - image)
+            deep = depth * 0.5 / _EDGE_MM
+            paint = voxels(hu(lattice)) if callable(hu) else torch.tensor(float(hu)).to(image)
+            image.lerp_(paint, (cover - deep).clamp_(0, 1))
             if value is not None:
-                label.masked_fill_(distance < -depth, value)
+                label.masked_fill_(cover > 0.5 + deep, value)
 
     def noise_level(self) -> Tensor:
         x, y, _ = (axis.float().to(self.image.device) for axis in self.axes)
         far = (x[:, None] / 150) ** 2 + (y / 110) ** 2
-        return (_NOISE_HU * (0.55 + 0.45 * torch.exp(-0.8 * far)))[:, :, None]
+        return (_NOISE_HU * (0.65 + 0.35 * torch.exp(-0.8 * far)))[:, :, None]
 
 
-def _noise(shape: Sequence[int], spacing: Sequence[float], rng: torch.Generator, device) -> Tensor:
+def _noise(
+    shape: Sequence[int], spacing: Sequence[float], rng: torch.Generator, device: torch.device
+) -> Tensor:
     """Noise of unit variance with the spectrum of filtered back-projection: in the plane a ramp,
     rolled off by the kernel; neighbours 1 mm apart correlate by about 0.3."""
     white = torch.randn(*shape, generator=rng).to(device)
@@ -145,8 +152,8 @@ def _noise(shape: Sequence[int], spacing: Sequence[float], rng: torch.Generator,
         torch.fft.fftfreq(n, s, device=device) for n, s in zip(shape, spacing, strict=True)
     )
     plane = (fx[:, None] ** 2 + fy**2).sqrt()  # cycles per mm
-    power = (0.06 + plane) * torch.exp(-((plane / 0.42) ** 2))
-    axial = torch.exp(-((fz / 0.42) ** 2))
+    power = (0.3 + plane) * torch.exp(-((plane / 0.32) ** 2))
+    axial = torch.exp(-((fz / 0.36) ** 2))
     power, axial = power / power.mean(), (axial / axial.mean())[: shape[2] // 2 + 1]
     gain = (power[:, :, None] * axial).sqrt()
     return torch.fft.irfftn(torch.fft.rfftn(white).mul_(gain), s=tuple(shape))

@@ -9,7 +9,7 @@ assumptions from the clinical literature, to be replaced when masks are at hand.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import torch
@@ -29,7 +29,7 @@ class SizePrior:
     """
 
     name: str
-    log_diameter: tuple[float, float]  # ln d, d in mm, truncated to range_mm
+    log_diameter: tuple[float, float]  # ln d, d in mm, before truncation to range_mm
     range_mm: tuple[float, float]
     elongation: tuple[float, float]  # logit of axis2 / axis1
     flatness: tuple[float, float]  # logit of axis3 / axis2
@@ -96,16 +96,69 @@ def _logistic(x: float) -> float:
 
 _LIVER = SizePrior(
     name="liver",
-    log_diameter=(2.758, 0.740),
+    log_diameter=(2.403, 1.022),
     range_mm=(5.0, 100.0),
-    elongation=(1.45, 0.75),
-    flatness=(1.65, 0.70),
-    flatness_slope=0.2,
-    roughness=(-2.5, 0.5),
-    roughness_slope=0.4,
-    capsule=(-4.185, 1.621),
-    count=(45, 8, 6, 3, 5, 3, 1, 2, 1, 2),
-    source="MSD liver",
+    elongation=(1.90, 1.34),
+    flatness=(2.04, 0.96),
+    flatness_slope=0.42,
+    roughness=(-1.93, 0.42),
+    roughness_slope=0.28,
+    capsule=(-4.185, 1.621),  # 33 % at 8 mm, 54 % at 15 mm, 84 % at 30 mm
+    count=(46, 8, 6, 3, 5, 2, 1, 3, 1, 2),
+    source="306 components of the MSD liver tumours; capsule contact from 227 of them",
 )
 
-PRIORS: dict[str, SizePrior] = {p.name: p for p in (_LIVER,)}
+_KIDNEY = SizePrior(
+    name="kidney",
+    log_diameter=(3.597, 0.640),
+    range_mm=(8.0, 150.0),
+    elongation=(2.26, 1.12),
+    flatness=(2.25, 0.76),
+    flatness_slope=0.5,
+    roughness=(-2.21, 0.30),
+    roughness_slope=0.15,
+    capsule=(-2.094, 1.928),
+    count=(439, 37, 12),
+    source="558 tumours of KiTS23",
+)
+
+_CYST = SizePrior(
+    name="cyst",
+    log_diameter=(2.345, 0.789),
+    range_mm=(4.5, 80.0),
+    elongation=(2.0, 1.22),
+    flatness=(2.22, 0.97),
+    flatness_slope=0.74,
+    roughness=(-2.27, 0.25),
+    roughness_slope=0.1,
+    capsule=(-3.798, 2.048),
+    count=(87, 60, 27, 15, 21, 10, 3, 11, 1, 5),
+    source="805 kidney cysts of KiTS23",
+)
+
+# No masks behind these two: early liver tumours' shapes, a little rounder (round to oval). Sizes
+# are assumptions: ductal carcinoma at detection around 2.5 cm, most lung nodules under 1 cm.
+_PANCREAS = replace(
+    _LIVER,
+    name="pancreas",
+    log_diameter=(3.0, 0.45),
+    range_mm=(5.0, 50.0),
+    elongation=(2.1, 1.0),
+    flatness=(2.1, 0.8),
+    roughness=(-2.0, 0.3),
+    capsule=(2.2, 0.0),  # a thin organ: 90 % reach its surface at any size
+    count=(1,),
+    source="assumed sizes and contact; shapes of early MSD liver tumours, rounder",
+)
+
+_LUNG = replace(
+    _PANCREAS,
+    name="lung",
+    log_diameter=(2.2, 0.45),
+    range_mm=(4.0, 30.0),
+    capsule=(-0.85, 0.0),  # 30 % reach the pleura
+    count=(6, 2, 1),
+    source="assumed sizes, contact and counts; shapes of early MSD liver tumours, rounder",
+)
+
+PRIORS: dict[str, SizePrior] = {p.name: p for p in (_LIVER, _KIDNEY, _CYST, _PANCREAS, _LUNG)}

@@ -86,7 +86,7 @@ class SynthesizeTumor(nn.Module):
         masks.check_count(count)
         masks.check_size(size_mm)
         self.count, self.size_mm = count, size_mm
-        if not isinstance(intensity, Intensity):
+        if not isinstance(intensity, Intensity) or isinstance(intensity, type):
             raise TypeError(
                 f"intensity must be ts.HU(), ts.Scaled(...) or ts.ZScore(...), got {intensity!r}"
             )
@@ -128,17 +128,18 @@ class SynthesizeTumor(nn.Module):
         Raises ValueError or TypeError for input that cannot work. Where an organ is absent or has
         no room the sample comes back unchanged and the report says why.
         """
-        if self.p == 0 and params is None:
-            self.report, self.params = [], []
-            return image, label
         _check_input(image, label, self.tumor_label)
         batched = image.ndim == 5
         frames = _frames(image, spacing, affine)
-        if params is not None and len(params) != len(frames):
-            raise ValueError(
-                f"params must hold one record for each of the {len(frames)} samples, got "
-                f"{len(params)}; pass the params of a call with the same batch"
-            )
+        if params is not None:
+            _check_params(params, len(frames))
+        if self.p == 0 and params is None:  # nothing to draw, nothing to load
+            reason = f"left alone (p = {self.p:g})"
+            self.report = [_left_alone(b, 0, reason) for b in range(len(frames))]
+            self.params = [
+                {"seed": None, "applied": False, "tumors": [], "reason": reason} for _ in frames
+            ]
+            return image, label
         seeds = [0] * len(frames) if params is not None else per_sample_seeds(seed, len(frames))
 
         new_image, new_label = image.clone(), label.clone()
@@ -151,21 +152,23 @@ class SynthesizeTumor(nn.Module):
         new_params: list[dict[str, Any]] = []
         jobs: list[_Job] = []
         generator = self._generator_for(image.device)
-        for b, frame in enumerate(frames):
-            record, results = self._masks(
-                originals[b, 0], labels[b, 0], frame, seeds[b], params[b] if params else None
-            )
-            new_params.append(record)
-            if not record["applied"]:
-                report.append(_left_alone(b, 0, record["reason"]))
-            for i, result in enumerate(results):
-                if isinstance(result, Skip):
-                    report.append(_left_alone(b, i, result.reason))
-                else:
-                    jobs.append(self._crop(b, i, originals[b, 0], result, frame, generator))
-        for job, change in self._generate(jobs, generator):
-            target = images[job.sample, 0], labels[job.sample, 0]
-            report.append(self._blend(job, change, *target, generator.name))
+        # a caller's autocast would do the resampling and the feather in half precision
+        with torch.autocast(image.device.type, enabled=False):
+            for b, frame in enumerate(frames):
+                record, results = self._masks(
+                    originals[b, 0], labels[b, 0], frame, seeds[b], params[b] if params else None
+                )
+                new_params.append(record)
+                if not record["applied"]:
+                    report.append(_left_alone(b, 0, record["reason"]))
+                for i, result in enumerate(results):
+                    if isinstance(result, Skip):
+                        report.append(_left_alone(b, i, result.reason))
+                    else:
+                        jobs.append(self._crop(b, i, originals[b, 0], result, frame, generator))
+            for job, change in self._generate(jobs, generator):
+                target = images[job.sample, 0], labels[job.sample, 0]
+                report.append(self._blend(job, change, *target, generator.name))
 
         self.report = sorted(report, key=lambda r: (r["sample"], r["index"]))
         self.params = new_params
@@ -271,7 +274,7 @@ class SynthesizeTumor(nn.Module):
         hu = self.intensity.to_hu(image[grid.source].float())
         hu = hu.nan_to_num(nan=0.0, posinf=HU_HIGH, neginf=HU_LOW).clamp(HU_LOW, HU_HIGH)
         crop = grid.cut((hu - HU_LOW) / (HU_HIGH - HU_LOW))
-        inside = torch.zeros(hu.shape, device=hu.device)
+        inside = torch.zeros_like(hu)
         place = [
             slice(s - part.start, e - part.start)
             for s, e, part in zip(tumor.start, stop, grid.source, strict=True)
@@ -331,7 +334,8 @@ class SynthesizeTumor(nn.Module):
         else:
             hu = self.intensity.to_hu(before.float())
             change = weight * (made + HU_LOW - hu) / self.intensity.hu_per_unit
-        after = before.float() + change
+        # at least float32; float64 stays, or it would lose digits and range
+        after = before.to(torch.promote_types(before.dtype, torch.float32)) + change
         if self.intensity.limits is not None:
             after = after.clamp(*self.intensity.limits)
         keep = (weight > 0) & before.isfinite()
@@ -375,7 +379,11 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _check_tumor_label(tumor_label: int, organ_labels: tuple[int, ...]) -> int:
-    if isinstance(tumor_label, bool) or int(tumor_label) != tumor_label:
+    try:
+        whole = not isinstance(tumor_label, bool) and int(tumor_label) == tumor_label
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
         raise ValueError(f"tumor_label must be a whole number, got {tumor_label!r}")
     if tumor_label in organ_labels:
         raise ValueError(
@@ -415,6 +423,19 @@ def _check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         raise ValueError(
             f"tumor_label {tumor_label} does not fit the label's dtype {label.dtype}; "
             "convert the label, for example with label.to(torch.int16)"
+        )
+
+
+def _check_params(params: Any, batch: int) -> None:
+    needed = {"applied", "tumors"}
+    if (
+        not isinstance(params, Sequence)
+        or len(params) != batch
+        or not all(isinstance(record, dict) and needed <= record.keys() for record in params)
+    ):
+        raise ValueError(
+            f"params must hold one record for each of the {batch} samples, got {params!r}; "
+            "pass synth.params of an earlier call with the same batch"
         )
 
 

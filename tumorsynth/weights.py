@@ -72,7 +72,8 @@ def load_generator(
     stamp = (folder / CARD).stat().st_mtime_ns
     key = (f"{folder.resolve()}@{stamp}", str(device))
     with _lock:
-        if key not in _loaded:
+        # .to() moves a generator in place: one that its user moved elsewhere is read again
+        if key not in _loaded or not _same_device(_loaded[key].device, device):
             generator = read_folder(folder).to(device)
             generator.source = os.fspath(name_or_path)
             _loaded[key] = generator
@@ -93,7 +94,8 @@ class Handle:
             if self.source != HANDCRAFTED:
                 read_card(find_folder(self.source))  # a wrong name is said now, not in a worker
         elif isinstance(generator, Generator | HandcraftedGenerator):
-            self.source = generator.source
+            # the hand-crafted one is all settings and no weights: it travels as it is
+            self.source = generator.source if isinstance(generator, Generator) else None
             self._held = generator
         else:
             raise TypeError(
@@ -166,6 +168,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         card = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be JSON: {error}; restore the folder") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path} must hold a JSON object; restore the folder")
     missing = [key for key in ("name", "format", "config", "sha256") if key not in card]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; restore the folder")
@@ -228,7 +232,10 @@ def load_exactly(module: torch.nn.Module, state: dict[str, torch.Tensor], source
 
 
 def save_generator(generator: Generator, folder: Path) -> Path:
-    """Write a generator folder; each file under a temporary name first, the card last."""
+    """Write a generator folder: all files under temporary names, and only then into place.
+
+    So a full disk, a kill or a card that is not JSON leaves an earlier generator there as it was.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"a generator is saved into a folder, but {folder} is a file")
     tensors = {
@@ -246,23 +253,27 @@ def save_generator(generator: Generator, folder: Path) -> Path:
         "config": config_of(generator),
         "sha256": hashlib.sha256(raw).hexdigest(),
     }
+    files = {
+        MODEL: raw,
+        CARD: (json.dumps(card, indent=2) + "\n").encode(),
+        READABLE: readable_card(card).encode(),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / MODEL, raw)
-    _write(folder / READABLE, readable_card(card).encode())
-    _write(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
-    return folder
-
-
-def _write(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    staged: dict[str, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for name, content in files.items():
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            staged[name] = Path(temporary)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(temporary, 0o644)
+        for name, path in staged.items():
+            os.replace(path, folder / name)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for path in staged.values():
+            path.unlink(missing_ok=True)
         raise
+    return folder
 
 
 def readable_card(card: dict[str, Any]) -> str:

@@ -109,6 +109,7 @@ def train(
     lr: float = 1e-3,
     inside_weight: float = 4.0,
     ema_decay: float = 0.995,
+    pool_size: int = 256,
     config: ConvUNetConfig = ConvUNetConfig(),  # noqa: B008 (frozen)
     init: ConvUNet | None = None,
     seed: int = 0,
@@ -128,21 +129,31 @@ def train(
     generator = Generator(autoencoder, average, sampler, {"name": name, **(card or {})})
     optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
     print(f"{len(tumors)} tumours; {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M")
+
+    @torch.no_grad()
+    def encoded() -> tuple[Tensor, Tensor]:
+        """Normalised latent of one augmented tumour crop, and its condition."""
+        tumor = tumors[int(rng.integers(len(tumors)))]
+        hu, mask = sample_crop(cases, tumor, tumor_label, side, rng)
+        image = to_unit(hu[None])
+        with torch.autocast("cpu", torch.bfloat16):
+            volume = (image * 2 - 1).permute(0, 1, 4, 2, 3).contiguous()
+            latent = autoencoder.normalize(autoencoder.encode(volume)).float()
+            return latent, generator.condition(image, mask[None]).float()
+
+    pool: list[tuple[Tensor, Tensor]] = []
     start, running, step, progress = time.time(), None, 0, 0.0
     while progress < 1:
         rate = lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress)))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        crops = [
-            sample_crop(cases, tumors[int(rng.integers(len(tumors)))], tumor_label, side, rng)
-            for _ in range(batch)
-        ]
-        image = to_unit(torch.stack([hu for hu, _ in crops]))
-        mask = torch.stack([m for _, m in crops])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            volume = (image * 2 - 1).permute(0, 1, 4, 2, 3).contiguous()
-            x0 = autoencoder.normalize(autoencoder.encode(volume)).float()
-            cond = generator.condition(image, mask).float()
+        # a pool of encoded crops, one new in every step: encoding costs as much as training
+        while len(pool) < min(pool_size, batch + 4 * step) or step == 0 and len(pool) < batch:
+            pool.append(encoded())
+        pool[int(rng.integers(len(pool)))] = encoded()
+        chosen = rng.choice(len(pool), batch, replace=False)
+        x0 = torch.cat([pool[i][0] for i in chosen])
+        cond = torch.cat([pool[i][1] for i in chosen])
         t = torch.randint(schedule.timesteps, (batch,))
         noise = torch.randn_like(x0)
         x_t = q_sample(schedule, x0, t, noise)

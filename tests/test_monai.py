@@ -1,0 +1,405 @@
+"""The transforms as MONAI's own users meet them: Compose, datasets, loaders, MetaTensor, inverse."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("monai")
+
+from monai.data import (
+    CacheDataset,
+    DataLoader,
+    Dataset,
+    MetaTensor,
+    PersistentDataset,
+    ThreadDataLoader,
+    decollate_batch,
+)
+from monai.data.utils import list_data_collate
+from monai.transforms import (
+    Compose,
+    EnsureTyped,
+    Flipd,
+    Identityd,
+    OneOf,
+    Orientationd,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    Spacingd,
+)
+
+import tumorsynth as ts
+from tumorsynth.monai import (
+    BatchSynthesizeTumord,
+    RandSynthesizeTumor,
+    RandSynthesizeTumorD,
+    RandSynthesizeTumord,
+    RandSynthesizeTumorDict,
+)
+
+SETTINGS = {"generator": "hu2023", "count": 1, "size_mm": (8, 10)}
+LPS = np.diag([-0.8, -0.8, 2.5, 1.0])  # the array's x and y run to the left and to the back
+
+
+def volume(shape=(48, 48, 48), seed=0):
+    """(image float32 HU, label int16), numpy (1, X, Y, Z): an ellipsoid of organ 1 in tissue."""
+    rng = np.random.default_rng(seed)
+    grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    label = (sum(g**2 for g in grid) < 0.7).astype(np.int16)[None]
+    image = (60 + 40 * label + rng.normal(0, 10, label.shape)).astype(np.float32)
+    return image, label
+
+
+def sample(kind="numpy", affine=None, **kwargs):
+    image, label = volume(**kwargs)
+    if kind == "numpy":
+        return {"image": image, "label": label, "name": "a"}
+    image, label = torch.from_numpy(image), torch.from_numpy(label)
+    if kind == "meta":
+        affine = np.eye(4) if affine is None else affine
+        meta = {"filename_or_obj": "ct.nii.gz"}
+        image, label = (MetaTensor(x, affine=affine, meta=dict(meta)) for x in (image, label))
+    return {"image": image, "label": label, "name": "a"}
+
+
+def transform(**kwargs):
+    return RandSynthesizeTumord("image", label_key="label", **{**SETTINGS, **kwargs})
+
+
+def tumor(data, value=2):
+    return np.asarray(data["label"]) == value
+
+
+def same(a, b):
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def equal(a, b):
+    return all(same(a[key], b[key]) for key in ("image", "label"))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "tensor", "meta"])
+@pytest.mark.parametrize("image_dtype", ["float32", "float64", "int16"])
+@pytest.mark.parametrize("label_dtype", ["uint8", "int64", "float32"])
+def test_types_and_dtypes_come_back_and_the_input_stays(kind, image_dtype, label_dtype):
+    data = sample(kind, LPS)
+    for key, dtype in (("image", image_dtype), ("label", label_dtype)):
+        x = data[key]
+        data[key] = x.astype(dtype) if kind == "numpy" else x.to(getattr(torch, dtype))
+    before = copy.deepcopy(data)
+    out = transform().set_random_state(0)(data)
+
+    assert equal(data, before)
+    assert out["name"] == "a" and set(out) == set(data)
+    for key in ("image", "label"):
+        assert type(out[key]) is type(data[key])
+        assert out[key].dtype == data[key].dtype
+    changed = np.asarray(out["image"]) != np.asarray(before["image"])
+    assert tumor(out).sum() > 50
+    assert changed[tumor(out)].mean() > 0.9
+    assert changed.mean() < 0.2
+    core = (np.asarray(out["image"], float) - np.asarray(before["image"], float))[tumor(out)]
+    assert core.mean() < -8
+
+
+def test_integer_images_are_the_float_result_rounded():
+    data = sample()
+    data["image"] = data["image"].round()
+    exact = transform().set_random_state(3)(data)["image"]
+    whole = transform().set_random_state(3)({**data, "image": data["image"].astype(np.int16)})
+    assert same(whole["image"], exact.round())
+
+
+@pytest.mark.parametrize("dtype", [">i2", "uint16", "uint32"])
+def test_odd_numpy_arrays(dtype):
+    data = sample()
+    data["image"] = np.flip(data["image"], 1)  # negative stride
+    data["label"] = data["label"].astype(dtype)
+    data["label"].setflags(write=False)
+    out = transform().set_random_state(0)(data)
+    assert out["label"].dtype == np.dtype(dtype)
+    plain = transform().set_random_state(0)(
+        {"image": data["image"].copy(), "label": data["label"].astype(np.int32)}
+    )
+    assert equal(out, plain) and tumor(out).any()
+
+
+def test_tumor_label_has_to_fit_the_label():
+    data = sample()
+    data["label"] = data["label"].astype(np.uint16)
+    with pytest.raises(ValueError, match="tumor_label -1 does not fit .* convert"):
+        transform(tumor_label=-1)(data)
+
+
+def test_metatensor_keeps_affine_meta_and_gives_spacing_and_orientation():
+    data = sample("meta", LPS, shape=(64, 64, 24))
+    synthesis = transform(size_mm=15)
+    out = synthesis.set_random_state(1)(data)
+    for key in ("image", "label"):
+        assert torch.equal(out[key].affine, data[key].affine)
+        assert out[key].meta["filename_or_obj"] == "ct.nii.gz"
+        assert out[key].affine is not data[key].affine
+    volume_mm3 = tumor(out).sum() * 0.8 * 0.8 * 2.5
+    assert volume_mm3 == pytest.approx(np.pi / 6 * 15**3, rel=0.1)
+    report = synthesis.report[0]
+    centre = LPS @ [*report["centre_voxel"], 1]
+    np.testing.assert_allclose(report["centre_mm"], centre[:3])
+
+    bare = {key: np.asarray(data[key]) for key in ("image", "label")}
+    given = transform(size_mm=15, spacing=(0.8, 0.8, 2.5)).set_random_state(1)(bare)
+    assert same(given["label"], out["label"])
+
+
+def test_applied_operations_are_untouched_and_inverse_works():
+    chain = Compose(
+        [
+            Orientationd(["image", "label"], "RAS", labels=None),
+            Flipd(["image", "label"], 0),
+            transform(),
+        ]
+    ).set_random_state(0)
+    data = sample("meta", LPS, shape=(40, 44, 24))
+    out = chain(data)
+    names = [op["class"] for op in out["image"].applied_operations]
+    assert names == ["Orientationd", "Flipd"] or names == ["Orientation", "Flip"]
+    back = chain.inverse(out)
+    assert back["image"].shape == data["image"].shape
+    assert np.allclose(back["image"].affine, LPS)
+    kept = ~tumor(back)
+    assert same(np.asarray(back["label"])[kept], np.asarray(data["label"])[kept])
+    assert tumor(back).sum() == tumor(out).sum() > 0
+
+
+def test_probability():
+    data = sample("meta")
+    out = transform(prob=0.0)(data)
+    assert out["image"] is data["image"] and out["label"] is data["label"] and out is not data
+
+    synthesis = transform(prob=0.5).set_random_state(0)
+    done = [tumor(synthesis(data)).any() for _ in range(20)]
+    assert 4 < sum(done) < 16
+    assert synthesis.report == [] or done[-1]
+
+
+def test_set_random_state_reproduces_and_the_global_generators_are_not_touched():
+    data = sample()
+    np.random.seed(5)
+    torch.manual_seed(5)
+    states = np.random.get_state()[1].copy(), torch.get_rng_state()
+    chain = Compose([transform(prob=0.9, count=(1, 2)), Identityd("image")])
+    chain.set_random_state(7)
+    first = [chain(data) for _ in range(3)]
+    chain.set_random_state(7)
+    again = [chain(data) for _ in range(3)]
+    assert all(equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not equal(first[0], first[1])
+    assert same(np.random.get_state()[1], states[0])
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+@pytest.mark.parametrize("loader", [DataLoader, torch.utils.data.DataLoader])
+def test_workers_and_epochs_do_not_repeat_each_other(loader):
+    chain = Compose([transform()]).set_random_state(0)
+    data = Dataset([sample("tensor")] * 4, chain)
+
+    def epochs():
+        torch.manual_seed(0)
+        made = loader(data, batch_size=1, num_workers=2, collate_fn=list_data_collate)
+        return [batch["label"].clone() for _ in range(2) for batch in made]
+
+    first = epochs()
+    assert all((x == 2).any() for x in first)
+    assert len({x.numpy().tobytes() for x in first}) == 8
+    assert all(torch.equal(a, b) for a, b in zip(first, epochs(), strict=True))
+
+
+class SeededByIndex(torch.utils.data.Dataset):
+    def __init__(self, data, synthesis):
+        self.data, self.synthesis = data, synthesis
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.synthesis.set_random_state(index)(self.data)["label"]
+
+
+def test_a_state_set_inside_a_worker_holds():
+    data = SeededByIndex(sample("tensor"), transform())
+    own = list(torch.utils.data.DataLoader(data, batch_size=None))
+    workers = list(torch.utils.data.DataLoader(data, batch_size=None, num_workers=2))
+    assert all(torch.equal(a, b) for a, b in zip(own, workers, strict=True))
+
+
+def test_cached_datasets_synthesise_anew(tmp_path):
+    chain = Compose([EnsureTyped(["image", "label"]), transform()]).set_random_state(0)
+    items = [sample("tensor")]
+    cached = CacheDataset(items, chain, progress=False)
+    stored = PersistentDataset(items, chain, cache_dir=tmp_path)
+    for dataset in (cached, stored):
+        one, two = dataset[0], dataset[0]
+        assert tumor(one).any() and tumor(two).any() and not equal(one, two)
+    assert not tumor(cached._cache[0]).any()
+    batch = next(iter(ThreadDataLoader(cached, batch_size=1)))
+    assert tumor(batch).any()
+
+
+def test_pickle_is_small_and_goes_on_alike():
+    synthesis = transform().set_random_state(0)
+    data = sample()
+    synthesis(data)
+    raw = pickle.dumps(synthesis)
+    assert len(raw) < 20_000
+    assert equal(pickle.loads(raw)(data), copy.deepcopy(synthesis)(data))
+    assert equal(pickle.loads(raw)(data), synthesis(data))
+
+
+def test_separate_organ_map_whose_values_mean_something_else():
+    data = sample("meta")
+    liver = data["label"].clone()
+    organ = liver.to(torch.uint8)
+    organ[:, :10] = 2  # another organ that has the tumour's value in the label
+    lesions = torch.zeros_like(liver)
+    lesions[:, 20:24, 20:24, 20:24] = 1
+    data = {"image": data["image"], "label": lesions, "organ": organ}
+    before = copy.deepcopy(data)
+    synthesis = transform(organ_key="organ", organ_labels=1, tumor_label=1, gap_mm=2)
+    out = synthesis.set_random_state(0)(data)
+    assert equal(data, before) and same(out["organ"], before["organ"])
+    assert type(out["label"]) is MetaTensor and out["label"].dtype == lesions.dtype
+    new = tumor(out, 1) & ~tumor(before, 1)
+    assert new.sum() == synthesis.report[0]["label_voxels"] > 0
+    assert tumor(out, 1)[tumor(before, 1)].all()
+    assert (np.asarray(organ)[new] == 1).all()
+    assert not new[:, 18:26, 20:24, 20:24].any()
+
+    with pytest.raises(ValueError, match="organ map must have the label's shape"):
+        synthesis({**data, "organ": organ[:, :-1]})
+    none = synthesis({**data, "organ": torch.zeros_like(organ)})
+    assert equal(none, before)
+    assert synthesis.report[0]["reason"].startswith("no organ: no voxel has a label of (1,)")
+
+
+def test_missing_keys():
+    data = {"image": volume()[0]}
+    with pytest.raises(KeyError, match="label"):
+        transform()(data)
+    out = transform(allow_missing_keys=True)(data)
+    assert out["image"] is data["image"]
+
+
+def test_multi_sample_crops_one_of_and_nesting():
+    crops = RandCropByPosNegLabeld(
+        ["image", "label"], "label", (32, 32, 32), pos=1, neg=0, num_samples=2
+    )
+    choice = OneOf([transform(size_mm=6), Compose([transform(size_mm=6)])])
+    chain = Compose([EnsureTyped(["image", "label"]), crops, choice])
+    out = chain.set_random_state(0)(sample("meta"))
+    assert len(out) == 2 and all(tumor(x).any() for x in out)
+    assert not equal(out[0], out[1])
+
+
+def transform_after(data):
+    return Compose([Identityd("image"), transform()]).set_random_state(0)(data)
+
+
+def test_lazy_pipeline_gives_the_synthesis_its_pending_grid():
+    keys = ["image", "label"]
+    resample = Spacingd(keys, (1.5, 1.5, 1.5), mode=("bilinear", "nearest"))
+    data = sample("meta", LPS, shape=(64, 64, 24))
+    chain = Compose([resample, transform()], lazy=True).set_random_state(0)
+    out = chain(data)
+    assert tumor(out).any() and not out["image"].pending_operations
+    assert equal(out, transform_after(resample(data)))
+
+
+def test_array_transform_and_aliases():
+    assert RandSynthesizeTumorD is RandSynthesizeTumorDict is RandSynthesizeTumord
+    image, label = volume()
+    array = RandSynthesizeTumor(**SETTINGS).set_random_state(0)
+    new_image, new_label = array(image, label)
+    out = transform().set_random_state(0)({"image": image, "label": label})
+    assert same(out["image"], new_image) and same(out["label"], new_label)
+    organ = RandSynthesizeTumor(separate_organ=True, **SETTINGS)(image, 0 * label, label)
+    assert (organ[1] == 2).any() and not (organ[1] == 1).any()
+
+
+def test_scaled_intensity_trains():
+    data = sample("tensor")
+    data["image"] = ((data["image"] + 175) / 425).clamp(0, 1)
+    out = transform(intensity=ts.Scaled()).set_random_state(0)(data)
+    assert out["image"].max() <= 1
+    weight = torch.nn.Parameter(torch.ones(1))
+    (weight * out["image"]).sum().backward()
+    assert not out["image"].is_inference() and weight.grad.isfinite()
+
+
+def test_from_a_json_config():
+    pytest.importorskip("yaml")
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser(
+        {
+            "synthesis": {
+                "_target_": "tumorsynth.monai.RandSynthesizeTumord",
+                "keys": "image",
+                "label_key": "label",
+                "prob": 1.0,
+                "generator": "hu2023",
+                "count": [1, 2],
+                "organ_labels": [1],
+                "intensity": {"_target_": "tumorsynth.HU"},
+            }
+        }
+    )
+    assert tumor(parser.get_parsed_content("synthesis")(sample())).any()
+
+
+def test_batch():
+    items = [sample("meta", LPS, shape=(40, 40, 24), seed=s) for s in range(3)]
+    batch = next(iter(DataLoader(Dataset(items), batch_size=3)))
+    before = copy.deepcopy(batch)
+    synthesis = BatchSynthesizeTumord("image", label_key="label", **SETTINGS).set_random_state(0)
+    out = synthesis(batch)
+    assert equal(batch, before)
+    assert type(out["image"]) is MetaTensor and out["image"].is_batch
+    parts = decollate_batch(out)
+    assert all(tumor(part).any() for part in parts)
+    assert all(np.allclose(part["image"].affine, LPS) for part in parts)
+    assert {r["sample"] for r in synthesis.report} == {0, 1, 2}
+    assert equal(out, synthesis.set_random_state(0)(batch))
+
+    plain = {key: np.concatenate([np.asarray(out[key])] * 4) for key in ("image", "label")}
+    half = BatchSynthesizeTumord("image", prob=0.5, tumor_label=3, **SETTINGS)
+    made = tumor(half.set_random_state(1)(plain), 3).any((1, 2, 3, 4))
+    assert made.any() and not made.all()
+    none = BatchSynthesizeTumord("image", prob=0, **SETTINGS)(batch)
+    assert none["image"] is batch["image"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"prob": 1.5}, ValueError, "prob must be a probability"),
+        ({"p": 0.5}, TypeError, "unknown keyword argument p;"),
+        ({"sise_mm": 3}, TypeError, "unknown keyword argument sise_mm"),
+        ({"keys": ["image", "label"]}, ValueError, "label_key"),
+        ({"tumor_label": 1}, ValueError, "tumor_label must differ"),
+        ({"organ_key": "organ", "tumor_label": 1.5}, ValueError, "whole number"),
+    ],
+)
+def test_bad_arguments(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        RandSynthesizeTumord(**{"keys": "image", **SETTINGS, **kwargs})
+
+
+def test_flips_after_the_synthesis_still_invert():
+    chain = Compose([transform(), RandFlipd(["image", "label"], prob=1, spatial_axis=1)])
+    out = chain.set_random_state(0)(sample("meta"))
+    back = chain.inverse(out)
+    assert same(back["label"], np.flip(np.asarray(out["label"]), 2))

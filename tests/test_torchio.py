@@ -1,0 +1,240 @@
+"""The transforms as TorchIO's own users meet them: history, seeds, Compose, Queue, loaders."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+tio = pytest.importorskip("torchio")
+
+import tumorsynth as ts  # noqa: E402
+from tumorsynth.generator import build  # noqa: E402
+from tumorsynth.handcrafted import HandcraftedConfig  # noqa: E402
+from tumorsynth.torchio import RandomSynthesizeTumor, SynthesizeTumor  # noqa: E402
+
+SETTINGS = {"generator": "hu2023", "count": 1, "size_mm": (8, 10)}
+OBLIQUE = np.array(  # tilted by 10 degrees, axes to the left, up and to the back; in mm
+    [[-0.8, 0, 0, 90.0], [0, -0.26, -1.4772, -40.0], [0, 1.4772, -0.26, 1200.5], [0, 0, 0, 1]]
+)
+
+
+def subject(affine=None, shape=(48, 48, 48), image_dtype=torch.float32, label_dtype=torch.int16):
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in shape), indexing="ij")
+    label = (sum(a**2 for a in axes) < 0.7)[None].to(label_dtype)
+    image = 60 + 40 * label.float() + 10 * torch.randn(label.shape, generator=generator)
+    affine = np.eye(4) if affine is None else affine
+    return tio.Subject(
+        image=tio.ScalarImage(tensor=image.to(image_dtype), affine=affine),
+        label=tio.LabelMap(tensor=label, affine=affine),
+        name="a",
+    )
+
+
+def transform(**kwargs):
+    return RandomSynthesizeTumor(**{**SETTINGS, **kwargs})
+
+
+def tumor(x, value=2):
+    return x["label"].data == value
+
+
+def equal(a, b):
+    return torch.equal(a["image"].data, b["image"].data) and torch.equal(
+        a["label"].data, b["label"].data
+    )
+
+
+@pytest.mark.parametrize("image_dtype", [torch.float32, torch.int16])
+@pytest.mark.parametrize("label_dtype", [torch.uint8, torch.int64])
+def test_subject_comes_back_as_it_was_with_a_tumor(image_dtype, label_dtype):
+    before = subject(OBLIQUE, image_dtype=image_dtype, label_dtype=label_dtype)
+    given = copy.deepcopy(before)
+    torch.manual_seed(0)
+    synthesis = transform()
+    out = synthesis(given)
+    assert equal(given, before) and not given.history
+    assert out["image"].data.dtype == image_dtype and out["label"].data.dtype == label_dtype
+    assert type(out["label"]) is tio.LabelMap and out["name"] == "a"
+    np.testing.assert_array_equal(out["image"].affine, OBLIQUE)
+    inside = tumor(out)
+    change = (out["image"].data.float() - before["image"].data.float())[inside]
+    assert change.mean() < -8
+    record = synthesis.report[0]
+    assert int(inside.sum()) == record["label_voxels"]
+    np.testing.assert_allclose(
+        record["centre_mm"], (OBLIQUE @ [*record["centre_voxel"], 1])[:3], atol=1e-9
+    )
+    voxel = abs(np.linalg.det(OBLIQUE[:3, :3]))
+    diameter = (6 / np.pi * float(inside.sum()) * voxel) ** (1 / 3)
+    assert 7.5 < diameter < 10.5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"image_dtype": torch.int16},
+        {"blend": "difftumor", "count": 2, "merge": True, "sigma_mm": (1, 2)},
+        {"organ": "organ", "organ_labels": (1,), "tumor_label": 1},
+        {"organ_labels": 9},
+    ],
+    ids=["plain", "integer image", "published blend", "organ map", "no organ"],
+)
+def test_history_is_small_and_replays_bit_by_bit(settings):
+    settings = dict(settings)
+    given = subject(OBLIQUE, image_dtype=settings.pop("image_dtype", torch.float32))
+    if "organ" in settings:
+        given.add_image(given["label"], "organ")
+        empty = torch.zeros_like(given["label"].data)
+        given.add_image(tio.LabelMap(tensor=empty, affine=OBLIQUE), "label")
+    torch.manual_seed(1)
+    out = transform(**settings)(given)
+    (name, arguments), *rest = out.applied_transforms
+    assert name == "SynthesizeTumor" and not rest
+    assert len(pickle.dumps(arguments)) < 3000
+    assert not any(isinstance(v, torch.nn.Module | torch.Tensor) for v in arguments.values())
+    assert type(out.history[0]) is SynthesizeTumor
+
+    arguments = pickle.loads(pickle.dumps(arguments))
+    torch.manual_seed(99)  # nothing is drawn any more
+    again = SynthesizeTumor(**arguments)(given)
+    assert equal(again, out) and equal(out.get_composed_history()(given), out)
+    assert again.applied_transforms == out.applied_transforms
+    assert equal(out, given) == (settings.get("organ_labels") == 9)
+
+
+def test_history_of_a_chain_replays():
+    given = subject()
+    chain = tio.Compose([tio.RandomFlip(axes=(0, 1)), transform(), tio.RandomNoise(std=2)])
+    torch.manual_seed(4)
+    out = chain(given)
+    replayed = out.get_composed_history()(given)
+    assert equal(replayed, out) and tumor(out).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that the noise, say, has no inverse
+        back = out.apply_inverse_transform()
+    assert int(tumor(back).sum()) == int(tumor(out).sum())
+
+
+def test_manual_seed_reproduces_and_p_holds():
+    given = subject()
+    synthesis = transform()
+    torch.manual_seed(0)
+    first, second = synthesis(given), synthesis(given)
+    torch.manual_seed(0)
+    assert equal(first, synthesis(given)) and not equal(first, second)
+
+    never = transform(p=0)(given)
+    assert equal(never, given) and not never.history
+    torch.manual_seed(0)
+    half = transform(p=0.5)
+    done = [bool(tumor(half(given)).any()) for _ in range(20)]
+    assert 4 < sum(done) < 16
+
+
+def test_include_exclude_and_keep():
+    given = subject()
+    for spared in ({"exclude": ["image"]}, {"exclude": ["label"]}, {"include": ["image"]}):
+        out = transform(**spared)(given)
+        assert equal(out, given) and not out.history
+    out = transform(include=["image", "label"], keep={"image": "before"})(given)
+    assert torch.equal(out["before"].data, given["image"].data) and tumor(out).any()
+
+
+def test_dictionary_of_tensors():
+    given = subject()
+    data = {"ct": given["image"].data, "organs": given["label"].data}
+    synthesis = transform(
+        image="ct", label="organs", include=["ct", "organs"], label_keys=["organs"]
+    )
+    out = synthesis(data)
+    assert isinstance(out["ct"], torch.Tensor) and (out["organs"] == 2).any()
+    assert not (data["organs"] == 2).any()
+
+
+def test_one_of_queue_and_loader_with_workers():
+    choice = tio.OneOf({transform(): 1, transform(size_mm=6): 1})
+    data = tio.SubjectsDataset([subject() for _ in range(4)], transform=tio.Compose([choice]))
+    torch.manual_seed(0)
+    batches = list(tio.SubjectsLoader(data, batch_size=2, num_workers=2))
+    labels = [label for batch in batches for label in batch["label"][tio.DATA]]
+    assert all((label == 2).any() for label in labels)
+    assert len({label.numpy().tobytes() for label in labels}) == 4
+
+    sampler = tio.LabelSampler(16, "label", {0: 0, 1: 0, 2: 1})
+    queue = tio.Queue(data, max_length=4, samples_per_volume=2, sampler=sampler, num_workers=0)
+    patches = list(tio.SubjectsLoader(queue, batch_size=4))
+    assert len(patches) == 2
+    assert all((patch == 2).any() for batch in patches for patch in batch["label"][tio.DATA])
+
+
+@pytest.mark.parametrize("prior", ["liver", (4, 6)])
+def test_numpy_errors_are_not_raised(prior):
+    given = subject(np.diag([1.3, 0.7, 2.2, 1]), shape=(48, 64, 24))
+    given["image"].data[:, :4] = float("nan")
+    with np.errstate(all="raise"):
+        out = transform(size_mm=prior, count=None, intensity=ts.HU())(given)
+    assert torch.equal(out["image"].data.isnan(), given["image"].data.isnan())
+
+
+def test_pickle_and_copies_are_small():
+    synthesis = transform(intensity=ts.Scaled())
+    assert len(pickle.dumps(synthesis)) < 20_000
+    copied = pickle.loads(pickle.dumps(synthesis))
+    torch.manual_seed(0)
+    first = transform()(subject())
+    torch.manual_seed(0)
+    assert torch.equal(copied(subject())["label"].data, first["label"].data)
+
+
+def test_a_generator_has_to_have_a_name_and_only_that_enters_the_history(tmp_path):
+    config = {
+        "autoencoder": {"encoder_widths": (8, 8, 8), "decoder_widths": (8, 8, 8), "groups": 4},
+        "denoiser": {"type": "conv", "widths": (8, 16), "blocks": 1},
+        "sampler": {"crop_size": 32, "crop_multiple": 32},
+    }
+    generator = ts.Generator(*build(config))
+    with pytest.raises(ValueError, match="save it with generator.save"):
+        transform(generator=generator)
+    folder = generator.save(tmp_path / "own")
+    for named in (folder, ts.load_generator(folder)):
+        torch.manual_seed(0)
+        out = transform(generator=named)(subject())
+        assert out.history[0].settings["generator"] == str(folder)
+        assert equal(out.get_composed_history()(subject()), out)
+
+    handmade = ts.HandcraftedGenerator(HandcraftedConfig(contrast_hu=(40, 50)))
+    out = transform(generator=handmade)(subject())
+    assert equal(out.get_composed_history()(subject()), out)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"label": "seg"}, "needs the image seg, but the subject has image, label"),
+        ({"organ": "organ"}, "needs the image organ"),
+    ],
+)
+def test_names_the_subject_lacks(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        transform(**kwargs)(subject())
+
+
+def test_images_of_different_geometry():
+    given = subject()
+    given.add_image(tio.LabelMap(tensor=given["label"].data, affine=OBLIQUE), "label")
+    with pytest.raises(ValueError, match="must share one grid"):
+        transform()(given)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="sise_mm"):
+        RandomSynthesizeTumor(generator="hu2023", sise_mm=3)
+    with pytest.raises(ValueError, match="size_mm"):
+        transform(size_mm=(5, 2))

@@ -1,0 +1,135 @@
+"""What all frameworks' adapters share: the core for any real dtype, and for a separate organ map.
+
+An adapter takes the user's container apart and puts it together as it came. It holds no science.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tumorsynth import masks
+from tumorsynth.synthesizer import SynthesizeTumor, _check_input, _check_tumor_label
+
+# The core's keyword arguments with their defaults, but for p: a framework has its own word for it.
+SETTINGS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(SynthesizeTumor).parameters.items()
+    if name != "p"
+}
+_WIDE = [getattr(torch, name, None) for name in ("uint16", "uint32", "uint64")]  # torch >= 2.3
+
+
+class Adapter:
+    """The core, called with what a framework's container holds.
+
+    Images of an integer dtype (HU as read from a file) are computed in float32; the changed voxels
+    are rounded back, clipped to the dtype. Labels keep their dtype, whichever it is.
+
+    separate_organ: every call brings a map of its own for the organ. ``organ_labels`` are values of
+        that map and ``tumor_label`` is one of the label, so they may be equal. The map stays as it
+        is; the label gets the tumour, whatever value lies there.
+    settings: the core's keyword arguments; ``adapter.synth.p`` stays 1, unless the framework leaves
+        the decision to the core.
+    """
+
+    def __init__(self, separate_organ: bool = False, **settings: Any) -> None:
+        unknown = sorted(settings.keys() - SETTINGS.keys())
+        if unknown:
+            raise TypeError(
+                f"unknown keyword argument {', '.join(unknown)}; "
+                f"the synthesis takes {', '.join(SETTINGS)}"
+            )
+        self.separate_organ = separate_organ
+        self.tumor_label: int = settings.get("tumor_label", SETTINGS["tumor_label"])
+        if separate_organ:
+            self.tumor_label = _check_tumor_label(self.tumor_label, ())
+            organs = masks.check_organ_labels(settings.get("organ_labels", (1,)))
+            # in the map handed to the core, which is made for the call, a value that is free
+            settings = {**settings, "organ_labels": organs, "tumor_label": max(organs) + 1}
+        self.synth = SynthesizeTumor(**settings)
+
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        return self.synth.report
+
+    def __call__(
+        self, image: Tensor, label: Tensor, organ: Tensor | None = None, **call: Any
+    ) -> tuple[Tensor, Tensor]:
+        """A new (image, label), of the types, dtypes and metadata of the old.
+
+        image, label, organ: (B, 1, X, Y, Z) or (1, X, Y, Z). call: what the core's forward takes
+        (spacing, affine, seed, params). Errors are the core's.
+        """
+        if organ is None and self.separate_organ:
+            raise ValueError(
+                "organ must be given: this synthesis was made for a separate organ map"
+            )
+        work_image = image.float() if _holds_integers(image) else image
+        if organ is not None:
+            _check_input(work_image, label, self.tumor_label)
+            work_label = self._organ_and_tumor(label, organ)
+        elif isinstance(label, Tensor) and label.dtype in _WIDE:
+            _check_input(work_image, label, self.tumor_label)
+            work_label = label.to(torch.int64)
+        else:
+            work_label = label
+
+        new_image, new_label = self.synth(work_image, work_label, **call)
+
+        if new_image is work_image:  # the core's way of saying that nothing was to be done
+            return image, label
+        if work_image is not image:
+            changed = _plain(new_image) != _plain(work_image)
+            new_image = _with(image, changed, _rounded(_plain(new_image), image.dtype))
+        if work_label is not label:
+            changed = _plain(new_label) != _plain(work_label)
+            value = torch.tensor(self.tumor_label, device=label.device).to(label.dtype)
+            new_label = _with(label, changed, value)
+        return new_image, new_label
+
+    def _organ_and_tumor(self, label: Tensor, organ: Tensor) -> Tensor:
+        """One map for the core: the organ map's organs, and tumours that the label has already."""
+        if not isinstance(organ, Tensor) or organ.shape != label.shape:
+            found = tuple(organ.shape) if isinstance(organ, Tensor) else type(organ).__name__
+            raise ValueError(
+                f"the organ map must have the label's shape {tuple(label.shape)}, got {found}; "
+                "resample it onto the label's grid"
+            )
+        if organ.device != label.device:
+            raise ValueError(
+                f"organ map and label must be on one device, got {organ.device} and {label.device}"
+            )
+        there, organ = _plain(label), _plain(organ)
+        both = torch.zeros(organ.shape, dtype=torch.int32, device=organ.device)
+        for value in self.synth.organ_labels:
+            both[organ == value] = value
+        both[there == self.tumor_label] = self.synth.tumor_label
+        return both
+
+
+def _holds_integers(x: object) -> bool:
+    if not isinstance(x, Tensor):
+        return False
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.as_subclass(Tensor) if type(x) is not Tensor else x
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in an integer dtype: to the nearest, clipped to what the dtype holds."""
+    limits = torch.iinfo(dtype)
+    return x.round().clamp(limits.min, limits.max).to(dtype)
+
+
+def _with(x: Tensor, changed: Tensor, value: Tensor) -> Tensor:
+    """A clone of x, subclass and metadata included, that holds ``value`` where ``changed``."""
+    out = x.clone()
+    plain = _plain(out)
+    plain.copy_(torch.where(changed, value, plain))
+    return out

@@ -1,0 +1,221 @@
+"""Tumour synthesis as MONAI transforms.
+
+    Compose([
+        LoadImaged(["image", "label"]), EnsureChannelFirstd(["image", "label"]),
+        Orientationd(["image", "label"], "RAS"), Spacingd(["image", "label"], (1, 1, 1), ...),
+        RandSynthesizeTumord("image", label_key="label", prob=0.5),     # on HU, so before ...
+        ScaleIntensityRanged("image", -175, 250, 0, 1, clip=True),      # ... the scaling,
+        ...                                                 # or after it with intensity=Scaled()
+    ])
+
+Everything is drawn from ``self.R``, never from the global generators. ``set_random_state``
+reproduces; in worker processes ``torch.manual_seed`` (or ``set_determinism``) does, since every
+worker draws from a stream of its own. Nothing enters ``applied_operations``: a later ``inverse``
+works as without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+try:
+    from monai.transforms import MapTransform, RandomizableTransform
+    from monai.utils import TransformBackends
+except ImportError as error:
+    raise ImportError('tumorsynth.monai needs MONAI: pip install "tumorsynth[monai]"') from error
+
+from tumorsynth.adapter import Adapter
+
+__all__ = [
+    "BatchSynthesizeTumorD",
+    "BatchSynthesizeTumorDict",
+    "BatchSynthesizeTumord",
+    "RandSynthesizeTumor",
+    "RandSynthesizeTumorD",
+    "RandSynthesizeTumorDict",
+    "RandSynthesizeTumord",
+]
+
+_SEEDS = 2**63 - 1
+
+
+class RandSynthesizeTumor(RandomizableTransform):
+    """Adds synthetic tumours to a CT (1, X, Y, Z) and its label; the inputs are left as they are.
+
+    Called as ``transform(img, label)``; numpy arrays, tensors and MetaTensors come back as the same
+    type, dtype, device, affine and metadata. Integer images get rounded values.
+
+    prob: probability of changing a sample.
+    spacing: mm per voxel along X, Y, Z; by default from the MetaTensor's affine (which gives the
+        orientation as well), and 1 mm for other types.
+    separate_organ: ``transform(img, label, organ)``; ``organ_labels`` are then values of organ.
+    settings: keyword arguments of :class:`tumorsynth.SynthesizeTumor`: generator, organ_labels,
+        tumor_label, count, size_mm, intensity, blend, sigma_mm, gap_mm, merge, device.
+
+    ``transform.report`` says what the last call in this process did.
+    """
+
+    backend = [TransformBackends.TORCH, TransformBackends.NUMPY]
+
+    def __init__(
+        self,
+        prob: float = 1.0,
+        *,
+        spacing: Any = None,
+        separate_organ: bool = False,
+        **settings: Any,
+    ) -> None:
+        if not isinstance(prob, int | float) or not 0 <= prob <= 1:
+            raise ValueError(f"prob must be a probability between 0 and 1, got {prob!r}")
+        RandomizableTransform.__init__(self, prob)
+        self.adapter = Adapter(separate_organ, **settings)
+        self.spacing = spacing
+        self._seed = 0
+        self._stream: int | None = None  # the worker whose own random state R is
+
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        """One dict per tumour, or per reason for none, of the last call."""
+        return self.adapter.report
+
+    def set_random_state(
+        self, seed: int | None = None, state: np.random.RandomState | None = None
+    ) -> RandSynthesizeTumor:
+        super().set_random_state(seed, state)
+        worker = get_worker_info()
+        self._stream = None if worker is None else worker.seed
+        return self
+
+    def randomize(self, data: Any = None) -> None:
+        """Whether to act, and the one seed that decides how."""
+        self._leave_shared_stream()
+        super().randomize(None)
+        self._seed = int(self.R.randint(_SEEDS, dtype=np.int64))
+        self.adapter.synth.report = []  # what an earlier call did is no report of this one
+
+    def _leave_shared_stream(self) -> None:
+        """Give each worker process its own draws, in each epoch anew.
+
+        torch's workers start as copies, R included. MONAI's DataLoader gives each one another
+        state; torch's does not, so it is done here from the seed that torch gave the worker.
+        """
+        worker = get_worker_info()
+        if worker is not None and self._stream != worker.seed:
+            own = [*self.R.randint(2**32, size=4, dtype=np.uint32), worker.seed % 2**32]
+            self.set_random_state(state=np.random.RandomState(own))
+
+    def __call__(self, img: Any, label: Any, organ: Any = None) -> tuple[Any, Any]:
+        self.randomize()
+        if not self._do_transform:
+            return img, label
+        return self._apply(img, label, organ, self._seed)
+
+    def _apply(self, img: Any, label: Any, organ: Any, seed: int | list[int]) -> tuple[Any, Any]:
+        parts = [_tensor(x) for x in (img, label)]
+        new = self.adapter(
+            *parts, None if organ is None else _tensor(organ), spacing=self.spacing, seed=seed
+        )
+        new_img, new_label = (
+            old if made is part else _like(old, made)
+            for old, part, made in zip((img, label), parts, new, strict=True)
+        )
+        return new_img, new_label
+
+
+class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
+    """:class:`RandSynthesizeTumor` for a dictionary.
+
+    keys: the key of the CT (1, X, Y, Z), one.
+    label_key: the key of the label that gets the tumour.
+    organ_key: the key of a separate map of organs, of which ``organ_labels`` are then values;
+        by default the label marks the organ.
+    prob, spacing, settings: as for :class:`RandSynthesizeTumor`.
+    allow_missing_keys: a dictionary that lacks one of the keys is left as it is, instead of a
+        KeyError.
+    """
+
+    def __init__(
+        self,
+        keys: Hashable,
+        label_key: Hashable = "label",
+        organ_key: Hashable | None = None,
+        prob: float = 1.0,
+        allow_missing_keys: bool = False,
+        *,
+        spacing: Any = None,
+        **settings: Any,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        if len(self.keys) != 1:
+            raise ValueError(
+                f"keys must be the key of one image, got {self.keys}; "
+                "name the label with label_key=..."
+            )
+        super().__init__(prob, spacing=spacing, separate_organ=organ_key is not None, **settings)
+        self.label_key = label_key
+        self.organ_key = organ_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:  # type: ignore[override]
+        out = dict(data)
+        self.randomize()
+        if self._do_transform:
+            self._update(out, self._seed)
+        return out
+
+    def _update(self, out: dict[Hashable, Any], seed: int | list[int]) -> None:
+        wanted = [self.keys[0], self.label_key]
+        wanted += [] if self.organ_key is None else [self.organ_key]
+        missing = [key for key in wanted if key not in out]
+        if missing and not self.allow_missing_keys:
+            raise KeyError(
+                f"{type(self).__name__} misses {missing} in the data, which has {list(out)}; "
+                "name the keys it has, or pass allow_missing_keys=True"
+            )
+        if not missing:
+            image, label, *organ = (out[key] for key in wanted)
+            made = self._apply(image, label, organ[0] if organ else None, seed)
+            out[self.keys[0]], out[self.label_key] = made
+
+
+class BatchSynthesizeTumord(RandSynthesizeTumord):
+    """:class:`RandSynthesizeTumord` for a collated batch (B, 1, X, Y, Z), on the batch's device.
+
+    prob holds for each sample of the batch. To be called on what a DataLoader yields::
+
+        for batch in loader:
+            batch = synthesize({k: v.to(device) for k, v in batch.items()})
+    """
+
+    def __init__(self, keys: Hashable, *args: Any, **kwargs: Any) -> None:
+        super().__init__(keys, *args, **kwargs)
+        self.adapter.synth.p = float(self.prob)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:  # type: ignore[override]
+        out = dict(data)
+        image = out.get(self.keys[0])
+        batch = len(image) if isinstance(image, torch.Tensor | np.ndarray) else 1
+        self._leave_shared_stream()
+        self._update(out, self.R.randint(_SEEDS, size=batch, dtype=np.int64).tolist())
+        return out
+
+
+RandSynthesizeTumorD = RandSynthesizeTumorDict = RandSynthesizeTumord
+BatchSynthesizeTumorD = BatchSynthesizeTumorDict = BatchSynthesizeTumord
+
+
+def _tensor(x: Any) -> Any:
+    """A numpy array as a tensor of the same values; anything else as it is."""
+    if not isinstance(x, np.ndarray):
+        return x
+    native = x.astype(x.dtype.newbyteorder("="), copy=False)
+    # torch takes neither negative strides nor memory that must not be written
+    return torch.from_numpy(np.require(native, requirements=["C", "W"]))
+
+
+def _like(old: Any, new: torch.Tensor) -> Any:
+    return new.numpy().astype(old.dtype, copy=False) if isinstance(old, np.ndarray) else new
