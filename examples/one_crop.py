@@ -23,5 +23,6 @@ again, _ = synth(ct.image, ct.label, spacing=ct.spacing, params=synth.params)
 assert again.equal(image)
 
 picture = Path("one_crop.png")
-save_preview(picture, ct.image, image, label, synth.report, spacing=ct.spacing)
+new = (label != ct.label)[0].numpy()
+save_preview(picture, ct.image[0].numpy(), image[0].numpy(), new, ct.affine, synth.report)
 print(f"before and after: {picture}")

@@ -35,7 +35,7 @@ _CAVA = [(20, 2, 90, 12), (20, -2, 62, 13), (20, -8, 30, 12), (18, -8, -10, 11),
          (18, -12, -120, 10)]
 _PORTAL = [(36, 14, 14, 6.5), (24, 14, 6, 7), (10, 14, -10, 7)]
 _GALLBLADDER = [(40, 30, -12, 4), (47, 42, -24, 13), (51, 50, -40, 15)]
-_VESSELS = [
+_VESSELS: list[Path] = [
     [(10, 14, -10, 5), (-14, 16, -4, 4.5), (-44, -2, 8, 4), (-72, -24, 22, 4), (-86, -28, 28, 3)],
     [(10, 14, -10, 6), (8, 18, -40, 5), (6, 26, -100, 4)],  # superior mesenteric vein
     [(-5, 2, 4, 4), (-6, 12, -8, 3.5), (-6, 16, -40, 3.5), (-4, 24, -100, 3)],  # and artery
@@ -44,9 +44,9 @@ _VESSELS = [
     [(-44, -32, -8, 4), (-24, -4, -8, 4.5), (0, 3, -10, 4), (14, -6, -10, 5)],  # renal veins
     [(44, -34, -22, 4), (32, -20, -20, 5), (18, -10, -18, 5)],
 ]
-_CRURA = [[(17, -20, 70, 3), (12, -14, 20, 5), (14, -24, -40, 4)],
+_CRURA: list[Path] = [[(17, -20, 70, 3), (12, -14, 20, 5), (14, -24, -40, 4)],
           [(-19, -18, 70, 3), (-18, -14, 20, 5), (-15, -24, -40, 4)]]
-_ADRENALS = [[(-42, -32, 30, 2), (-36, -20, 34, 3), (-34, -34, 32, 2)],
+_ADRENALS: list[Path] = [[(-42, -32, 30, 2), (-36, -20, 34, 3), (-34, -34, 32, 2)],
              [(30, -24, 34, 2.5), (36, -42, 34, 1.8)]]
 _LIVER_STEMS = [  # start, a point on the way, radius, first length
     ((36, 14, 14), (70, 22, 14), 5.2, 22),  # portal: right anterior
@@ -75,9 +75,15 @@ class Patient:
         self.tile = torch.randn(64, 64, 64, generator=rng)
         self.fat = 12 + 9 * float(torch.rand((), generator=rng))  # under the skin, mm
         upright = Lattice(((-130, -90, -110), (130, 100, 90)), 4.0)
-        self.liver_trees = self._trees(_LIVER_STEMS, upright, self.liver(upright) + 3, 0.9)
+        self.liver_trees = self._trees(_LIVER_STEMS, upright, self.liver(upright) + 3, 1.0)
         self.mesentery = self._trees(_MESENTERIC_STEMS, upright, self.cavity(upright) + 6, 1.2)
         self.bowel = self._bowel()
+
+    def around(self, path: Path | Tensor) -> Box:
+        """The world's box around tubes, with room for their rough surface."""
+        p = torch.as_tensor(path, dtype=torch.float32)
+        at, room = self.warp.to_world(p[:, :3]), p[:, 3:] + 5
+        return (at - room).amin(0).tolist(), (at + room).amax(0).tolist()
 
     def wobble(self, p: Lattice) -> Tensor:
         return p.waves(self._wobble, 6.0)
@@ -280,15 +286,10 @@ def _haustra(points: Path) -> Tensor:
     return path
 
 
-def _around(path: Path | Tensor, margin: float = 10.0) -> Box:
-    p = torch.as_tensor(path, dtype=torch.float32)
-    low, high = (p[:, :3] - p[:, 3:]).amin(0) - margin, (p[:, :3] + p[:, 3:]).amax(0) + margin
-    return low.tolist(), high.tolist()
-
-
 def paint_patient(paint: Callable, patient: Patient) -> None:
     """Call paint(box, step, distance, (depth, HU, label), ...) from the outside inwards: what is
     painted later covers what lies below."""
+    around = patient.around
     trunk: Box = ((-168, -115, -_INF), (168, 125, _INF))
 
     def tubes(
@@ -345,7 +346,14 @@ def paint_patient(paint: Callable, patient: Patient) -> None:
     paint(trunk, 5.0, lambda p: patient.outline(p, 0), (0, 15, None), (2, fat, None))
     paint(trunk, 3.5, wall, (0, muscle, None), (3.8, -40, None), (4.5, 58, None))
     chest: Box = ((-150, -110, -50), (150, 110, _INF))
-    paint(chest, 3.0, patient.heart, (-2, -70, None), (2, 110, None), (11, 150, None))
+    paint(
+        ((-100, -30, 40), (60, 105, _INF)),
+        3.0,
+        patient.heart,
+        (-2, -70, None),
+        (2, 110, None),
+        (11, 150, None),
+    )
     paint(chest, 3.0, patient.lung, (-2.2, 55, None), (0, lung, LABELS["lungs"]))
     paint(
         ((-100, -115, -_INF), (100, -5, _INF)),
@@ -355,7 +363,7 @@ def paint_patient(paint: Callable, patient: Patient) -> None:
         (0, muscle, 0),
     )
     for crus in _CRURA:
-        paint(_around(crus), 2.0, tubes(spline(crus)), (0, 60, 0))
+        paint(around(spline(crus)), 2.0, tubes(spline(crus)), (0, 60, 0))
     back: Box = ((-48, -110, -_INF), (48, 0, _INF))
     bone = LABELS["spine"]
     paint(back, 2.0, patient.disc, (0, 85, None))
@@ -366,10 +374,10 @@ def paint_patient(paint: Callable, patient: Patient) -> None:
     for rib in patient.ribs():
         for i in range(0, len(rib) - 1, 7):
             part = rib[i : i + 8]
-            paint(_around(part), 2.0, tubes(part + up, part - up), (0, 620, bone), (1.7, 190, bone))
+            paint(around(part), 2.0, tubes(part + up, part - up), (0, 620, bone), (1.7, 190, bone))
 
     paint(
-        _around(torch.cat(patient.mesentery), 2.0),
+        around(torch.cat(patient.mesentery)),
         1.5,
         tubes(*patient.mesentery, reach=2.5),
         (0, 140, None),
@@ -377,22 +385,22 @@ def paint_patient(paint: Callable, patient: Patient) -> None:
     gut = LABELS["small_bowel"]
     for i in range(0, len(patient.bowel) - 1, 8):  # one by one: each loop keeps its wall
         loop = patient.bowel[i : i + 9]
-        paint(_around(loop, 4.0), 2.0, tubes(loop, rough=0.8), (0, 100, gut), (2.4, chyme, gut))
+        paint(around(loop), 2.0, tubes(loop, rough=0.8), (0, 100, gut), (2.4, chyme, gut))
     colon, gut = _haustra(_COLON), LABELS["colon"]
-    box = _around(colon)
+    box = around(colon)
     paint(box, 2.0, tubes(colon, rough=0.8), (0, 75, gut), (2.5, stool, gut))
     paint(box, 3.0, tubes(colon, inset=3, level=64), (0, -960, None))
     duodenum, gut = spline(_DUODENUM), LABELS["duodenum"]
-    paint(_around(duodenum), 2.0, tubes(duodenum, rough=0.7), (0, 90, gut), (3, fluid, gut))
+    paint(around(duodenum), 2.0, tubes(duodenum, rough=0.7), (0, 90, gut), (3, fluid, gut))
     for vessel in _VESSELS:
-        paint(_around(vessel), 1.5, tubes(spline(vessel)), (0, 160, 0))
+        paint(around(spline(vessel)), 1.5, tubes(spline(vessel)), (0, 160, 0))
     pancreas = spline(_PANCREAS)
-    paint(_around(pancreas), 2.0, tubes(pancreas, rough=1.7), (0, lobules, LABELS["pancreas"]))
+    paint(around(pancreas), 2.0, tubes(pancreas, rough=1.7), (0, lobules, LABELS["pancreas"]))
     for gland in _ADRENALS:
-        paint(_around(gland), 1.5, tubes(spline(gland)), (0, 75, 0))
+        paint(around(spline(gland)), 1.5, tubes(spline(gland)), (0, 75, 0))
     paint(((-140, -90, -40), (-40, 50, 90)), 2.5, patient.spleen, (0, 118, LABELS["spleen"]))
-    paint(_around(_AORTA), 2.0, tubes(spline(_AORTA)), (0, 165, LABELS["aorta"]))
-    paint(_around(_CAVA), 2.0, tubes(spline(_CAVA)), (0, 150, LABELS["vena_cava"]))
+    paint(around(spline(_AORTA)), 2.0, tubes(spline(_AORTA)), (0, 165, LABELS["aorta"]))
+    paint(around(spline(_CAVA)), 2.0, tubes(spline(_CAVA)), (0, 150, LABELS["vena_cava"]))
     for name, low, high in (
         ("left_kidney", (-104, -78, -76), (-16, 2, 56)),
         ("right_kidney", (14, -78, -92), (102, 2, 40)),
@@ -406,15 +414,17 @@ def paint_patient(paint: Callable, patient: Patient) -> None:
             (5, pyramids, value),
         )
     stomach, gut = spline(_STOMACH), LABELS["stomach"]
-    box = _around(stomach)
+    box = around(stomach)
     paint(box, 2.0, tubes(stomach, rough=1.0), (0, 90, gut), (4.5, fluid, gut))
     paint(box, 3.0, tubes(stomach, inset=5.5, level=44), (0, -970, None))
     box = ((-95, -95, -90), (135, 105, 95))
     paint(box, 3.0, patient.liver, (0, parenchyma, LABELS["liver"]))
     paint(box, 1.5, tubes(*patient.liver_trees, reach=2.5), (0, 160, None), only=LABELS["liver"])
-    paint(_around(_PORTAL), 1.5, tubes(spline(_PORTAL)), (0, 165, LABELS["portal_vein"]))
+    paint(around(spline(_PORTAL)), 1.5, tubes(spline(_PORTAL)), (0, 165, LABELS["portal_vein"]))
     gut = LABELS["gallbladder"]
-    paint(_around(_GALLBLADDER), 2.0, tubes(spline(_GALLBLADDER)), (0, 50, gut), (1.6, 8, gut))
+    paint(
+        around(spline(_GALLBLADDER)), 2.0, tubes(spline(_GALLBLADDER)), (0, 50, gut), (1.6, 8, gut)
+    )
 
 
 def _table(p: Lattice) -> Tensor:

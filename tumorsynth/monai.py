@@ -8,10 +8,11 @@
         ...                                                 # or after it with intensity=Scaled()
     ])
 
-Everything is drawn from ``self.R``, never from the global generators. ``set_random_state``
-reproduces; in worker processes ``torch.manual_seed`` (or ``set_determinism``) does, since every
-worker draws from a stream of its own. Nothing enters ``applied_operations``: a later ``inverse``
-works as without it.
+Everything is drawn from ``self.R``, never from the global generators: ``set_random_state``
+reproduces. In worker processes each worker draws from a stream of its own, in each epoch anew, that
+depends on the loader's seed as well: with MONAI's DataLoader ``torch.manual_seed`` (or
+``set_determinism``) reproduces, with torch's the two together.
+Nothing enters ``applied_operations``: a later ``inverse`` works as without the synthesis.
 """
 
 from __future__ import annotations
@@ -116,15 +117,14 @@ class RandSynthesizeTumor(RandomizableTransform):
         return self._apply(img, label, organ, self._seed)
 
     def _apply(self, img: Any, label: Any, organ: Any, seed: int | list[int]) -> tuple[Any, Any]:
-        parts = [_tensor(x) for x in (img, label)]
-        new = self.adapter(
-            *parts, None if organ is None else _tensor(organ), spacing=self.spacing, seed=seed
+        image, old_label = _tensor(img), _tensor(label)
+        new_image, new_label = self.adapter(
+            image, old_label, _tensor(organ), spacing=self.spacing, seed=seed
         )
-        new_img, new_label = (
-            old if made is part else _like(old, made)
-            for old, part, made in zip((img, label), parts, new, strict=True)
+        return (
+            img if new_image is image else _like(img, new_image),
+            label if new_label is old_label else _like(label, new_label),
         )
-        return new_img, new_label
 
 
 class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):

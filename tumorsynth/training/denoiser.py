@@ -68,9 +68,10 @@ def sample_crop(
     case = cases[tumor.case]
     assert case.label is not None
     extent = max(h - lo for lo, h in zip(tumor.low, tumor.high, strict=True))
-    # large tumours are shrunk until they fit: their texture at the size of early ones
+    # shrunk down to 0.4: large ones until they fit, all to the size of early ones, or a generator
+    # trained on tumours of 20 mm paints those of 8 mm too faint
     most = min(1.15, 0.75 * side / extent)
-    zoom = float(np.exp(rng.uniform(np.log(0.6 * most), np.log(most))))
+    zoom = float(np.exp(rng.uniform(np.log(0.4), np.log(max(most, 0.5)))))
     source = round(side / zoom)
     starts = []
     for lo, h in zip(tumor.low, tumor.high, strict=True):
@@ -87,10 +88,10 @@ def sample_crop(
     size = (side, side, side)
     hu = F.interpolate(hu, size=size, mode="trilinear", align_corners=False)[0]
     mask = F.interpolate(mask, size=size, mode="trilinear", align_corners=False)[0] > 0.5
-    if rng.random() < 0.5:  # a generous contour has a rim of healthy tissue: soft edges are learned
+    if rng.random() < 0.2:  # a generous contour has a rim of healthy tissue: soft edges are learned
         mask = F.max_pool3d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
     both = augment(torch.cat([hu, mask.float()]), rng)
-    gain, offset = rng.uniform(0.7, 1.1), rng.uniform(-20, 20)
+    gain, offset = rng.uniform(0.75, 1.2), rng.uniform(-20, 20)
     hu = (40 + (both[:1] - 40) * gain + offset).clamp(-175, 250)
     return hu, both[1:] > 0.5
 

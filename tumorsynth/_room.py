@@ -1,0 +1,137 @@
+"""The room for a tumour: which voxels it may take, and which of them hang together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tumorsynth.masks import LocalMask
+
+
+class Field:
+    """Where a tumour may be: organ, less forbidden voxels, less other tumours and their gap."""
+
+    def __init__(
+        self,
+        label: Tensor,
+        labels: tuple[int, ...],
+        spacing: tuple[float, float, float],
+        forbid: Tensor | None,
+        others: Sequence[LocalMask],
+        gap_mm: float,
+    ) -> None:
+        self.label, self.labels, self.spacing, self.forbid = label, labels, spacing, forbid
+        self.voxel_mm3 = math.prod(spacing)
+        # A box-shaped dilation by ceil(gap / spacing): whatever is left is more than gap away.
+        self.gap = [max(1, math.ceil(gap_mm / s - 1e-6)) for s in spacing]
+        self.others = [_dilated(other, self.gap) for other in others]
+
+    def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """For voxel indices (3, ...): may a tumour be there (bool), and is it in the volume."""
+        clamped = torch.stack(
+            [i.clamp(0, n - 1) for i, n in zip(index, self.label.shape, strict=True)]
+        )
+        x, y, z = clamped
+        within = (clamped == index).all(0)
+        free = is_organ(self.label[x, y, z], self.labels).logical_and_(within)
+        if self.forbid is not None:
+            free &= ~self.forbid[x, y, z]
+        for start, mask in self.others:
+            local = [i - s for i, s in zip(index, start, strict=True)]
+            i, j, k = (t.clamp(0, n - 1) for t, n in zip(local, mask.shape, strict=True))
+            near = (i == local[0]) & (j == local[1]) & (k == local[2])
+            free &= ~(near & mask[i, j, k])
+        return free, within
+
+    def local(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
+        """The same for a whole box, which must lie in the volume."""
+        where = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        free = is_organ(self.label[where], self.labels)
+        if self.forbid is not None:
+            free &= ~self.forbid[where]
+        for other_start, mask in self.others:
+            here, there = [], []
+            for a, b, s, n in zip(start, stop, other_start, mask.shape, strict=True):
+                first, last = max(a, s), min(b, s + n)
+                here.append(slice(first - a, max(last, first) - a))
+                there.append(slice(first - s, max(last, first) - s))
+            free[tuple(here)] &= ~mask[tuple(there)]
+        return free
+
+
+def lowest_connected(level: Tensor, where: Tensor, n: int) -> Tensor | int:
+    """The n voxels of lowest level that hang together (X, Y, Z), or how many if there are fewer.
+
+    Every connected part of a sublevel set has a lowest voxel. So one local minimum means one
+    part, which is the rule; the flood is for shapes that the organ's surface cuts apart.
+    level: (N,), infinite where no tumour may be. where: (X, Y, Z) bool, the voxels of level.
+    """
+    found = 0
+    for _ in range(3):
+        if int(level.isfinite().sum()) < n:
+            break
+        lowest = level <= level.kthvalue(n).values
+        grid = level.new_full(where.shape, math.inf)
+        grid[where] = level.masked_fill(~lowest, math.inf)
+        mask = grid.isfinite()
+        lowest_near = -F.max_pool3d(-grid[None, None], 3, 1, 1)[0, 0]
+        if int((mask & (grid <= lowest_near)).sum()) == 1:
+            return mask
+        part = flood(mask, int(grid.argmin()))
+        found = int(part.sum())
+        if found == n:
+            return part
+        level = level.masked_fill(lowest & ~part[where], math.inf)
+    return max(found, 1) if bool(level.isfinite().any()) else 0
+
+
+def flood(mask: Tensor, seed: int) -> Tensor:
+    """The 26-connected part of a bool mask (X, Y, Z) that holds the voxel of flat index seed."""
+    part = torch.zeros(mask.numel(), dtype=torch.float32, device=mask.device)
+    part[seed] = 1.0
+    allowed = mask.float()[None, None]
+    part = part.view_as(allowed)
+    size = 1
+    for _ in range(sum(mask.shape)):  # a path that winds more than this is not followed
+        for _ in range(4):
+            part = F.max_pool3d(part, 3, 1, 1) * allowed
+        grown = int(part.sum())
+        if grown == size:
+            break
+        size = grown
+    return part[0, 0] > 0
+
+
+def _dilated(other: LocalMask, gap: list[int]) -> tuple[list[int], Tensor]:
+    """Start and mask of a tumour grown by a box of `gap` voxels to each side."""
+    x, y, z = gap
+    padded = F.pad(other.mask.float(), (z, z, y, y, x, x))[None, None]
+    grown = F.max_pool3d(padded, (2 * x + 1, 2 * y + 1, 2 * z + 1), 1, (x, y, z))[0, 0] > 0
+    return [s - g for s, g in zip(other.start, gap, strict=True)], grown
+
+
+def dilate(mask: Tensor, gap_mm: float, spacing: Sequence[float]) -> Tensor:
+    """A bool mask (X, Y, Z) grown by gap_mm, at least one voxel, along each axis."""
+    out = mask.clone()
+    for axis, s in enumerate(spacing):
+        size = out.shape[axis]
+        for _ in range(max(1, math.ceil(gap_mm / s - 1e-6)) if size > 1 else 0):
+            before = out.clone()
+            out.narrow(axis, 1, size - 1).logical_or_(before.narrow(axis, 0, size - 1))
+            out.narrow(axis, 0, size - 1).logical_or_(before.narrow(axis, 1, size - 1))
+    return out
+
+
+def is_organ(label: Tensor, labels: tuple[int, ...]) -> Tensor:
+    if label.dtype == torch.bool:
+        return label.clone() if 1 in labels else torch.zeros_like(label)
+    organ = label == labels[0]
+    for value in labels[1:]:
+        organ |= label == value
+    return organ

@@ -1,0 +1,134 @@
+"""The shape of one tumour: a deformed ellipsoid, as a level field in mm around its centre."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_LEVEL = 1.2  # a tumour cut by the organ's surface grows elsewhere by this factor at most
+WAVES = 16  # terms of the random surface function
+_CHUNK = 1 << 18  # voxels whose surface function is evaluated at once: bounds the memory
+
+
+@dataclass(frozen=True)
+class TumorParams:
+    """Everything random about one tumour; with the label and spacing it fixes every voxel."""
+
+    centre: tuple[int, int, int]  # voxel in the sample's grid
+    diameter_mm: float  # equivalent diameter asked for: volume = pi / 6 d^3
+    axes: tuple[float, float, float]  # relative half-axes, product 1
+    rotation: tuple[float, float, float, float]  # unit quaternion (w, x, y, z)
+    roughness: float  # relative amplitude of the surface, standard deviation
+    shape_seed: int  # seeds the surface and the centre's place within its voxel
+    seed: int  # seeds the generator's noise
+    sigma_mm: float  # feather
+    drawn_mm: float  # diameter drawn, before any shrinking to fit
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of numbers and tuples of numbers, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TumorParams:
+        """The inverse of `to_dict`, also after JSON made lists of the tuples."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class Shape:
+    """The surface of one tumour. Lengths in mm; everything on the CPU until `level` is called."""
+
+    def __init__(self, params: TumorParams) -> None:
+        rng = torch.Generator().manual_seed(params.shape_seed)
+        f64 = torch.float64
+        # Plane waves seen on the unit sphere: wave number k has features of about pi / k radians.
+        # Range and slope give the angular spectrum measured on real tumours (power ~ degree^-3);
+        # small tumours get no waves shorter than about 4 mm.
+        finest = min(max(0.8 * params.diameter_mm, 5.0), 12.0)
+        number = 3.5 * (finest / 3.5) ** torch.rand(WAVES, 1, generator=rng, dtype=f64)
+        direction = F.normalize(torch.randn(WAVES, 3, generator=rng, dtype=f64), dim=1)
+        self.waves = number * direction
+        self.phases = 2 * math.pi * torch.rand(WAVES, generator=rng, dtype=f64)
+        amplitude = number[:, 0] ** -1.5
+        self.amplitudes = params.roughness * amplitude * (2 / (amplitude**2).sum()) ** 0.5
+        self.offset = torch.rand(3, generator=rng, dtype=f64) - 0.5  # of the centre, in voxels
+        self.axes = torch.tensor(params.axes, dtype=f64)
+        self.half_axes = self.axes * params.diameter_mm / 2
+        self.volume_mm3 = math.pi / 6 * params.diameter_mm**3
+        self.turn = _rotation(params.rotation)
+        self.scale = 1.0
+        mean_cube = float((self.radius(SPHERE) ** 3).mean())
+        self.scale = mean_cube ** (-1.0 / 3.0)  # so that level 1 encloses the volume asked for
+
+    def radius(self, unit: Tensor) -> Tensor:
+        """Relative radius (N,) in unit directions (N, 3) of the ellipsoid's own frame.
+
+        Bumps have the same height in mm all over: in proportion to the radius they would draw
+        the ends of long tumours out to points.
+        """
+        device, dtype = unit.device, unit.dtype
+        axes = self.axes.to(device, dtype)
+        waves, phases = self.waves.to(device, dtype), self.phases.to(device, dtype)
+        amplitudes = self.amplitudes.to(device, dtype)
+        parts = [
+            torch.addmm(phases, part, waves.T).cos_() @ amplitudes / (part * axes).norm(dim=1)
+            for part in unit.split(_CHUNK)
+        ]
+        return torch.cat(parts).exp_() * self.scale
+
+    def points(self, unit: Tensor, level: Tensor | float, margin_mm: float = 0.0) -> Tensor:
+        """Points (N, 3) in mm from the centre, at a level, in given directions of the own frame."""
+        surface = unit * self.radius(unit)[:, None] * self.half_axes
+        surface = surface * (level[:, None] if isinstance(level, Tensor) else level)
+        if margin_mm:
+            surface = surface + margin_mm * F.normalize(surface, dim=1)
+        return surface @ self.turn.T
+
+    def level(self, millimetres: Sequence[Tensor], n: int) -> tuple[Tensor, Tensor]:
+        """Level of the grid points that may be among the n lowest, and where these are (bool).
+
+        millimetres: the grid's coordinate vectors, mm from the centre. Returns level (N,) in the
+        order of where (X, Y, Z). Points certainly beyond MAX_LEVEL are left out, unless n is small.
+        """
+        to_own = (self.turn / self.half_axes).to(millimetres[0])  # own = x @ to_own
+        x, y, z = (m[:, None] * to_own[i] for i, m in enumerate(millimetres))
+        own = x[:, None, None] + y[None, :, None] + z[None, None, :]
+        length = own.square().sum(-1).sqrt_()
+        most = math.inf if n < 32 else 1.03 * MAX_LEVEL * float(self.radius(SPHERE).max())
+        where = length <= most
+        length = length[where].clamp_min_(1e-9)
+        return length / self.radius(own[where] / length[:, None]), where
+
+
+def _rotation(quaternion: tuple[float, float, float, float]) -> Tensor:
+    """Rotation matrix (3, 3) of a unit quaternion (w, x, y, z)."""
+    w, x, y, z = quaternion
+    return torch.tensor(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ],
+        dtype=torch.float64,
+    )
+
+
+def _fibonacci(n: int) -> Tensor:
+    """n unit vectors (n, 3) spread evenly over the sphere."""
+    k = torch.arange(n, dtype=torch.float64) + 0.5
+    z = 1 - 2 * k / n
+    turn = math.pi * (1 + 5**0.5) * k
+    ring = (1 - z * z).sqrt()
+    return torch.stack([ring * turn.cos(), ring * turn.sin(), z], dim=1)
+
+
+SPHERE = _fibonacci(256)
+RIM = _fibonacci(64)
+BALL = _fibonacci(160)
+# Radii in an order unrelated to the direction (golden ratio), uniform in volume.
+BALL_LEVEL = MAX_LEVEL * ((torch.arange(160, dtype=torch.float64) * 0.6180339887) % 1) ** (1 / 3)
