@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 
-from tumorsynth.preview import COLUMNS, canonical_axes, render, save_preview
+from tumorsynth.preview import COLUMNS, render, save_preview
 
 pytest.importorskip("matplotlib")
 
@@ -34,9 +35,10 @@ def patient(shape=(40, 44, 36)):
 
 def from_ras(volume, affine):
     """The same patient in the array order and direction of another affine."""
-    order, flips = canonical_axes(affine)
-    out = volume[tuple(slice(None, None, -1 if f else 1) for f in flips)]
-    return out.transpose(np.argsort(order))
+    towards, directions = nib.io_orientation(affine).astype(int).T  # one of each per array axis
+    array_axis = np.argsort(towards)
+    out = volume[tuple(slice(None, None, directions[a]) for a in array_axis)]
+    return out.transpose(towards)
 
 
 def drawn(figure):

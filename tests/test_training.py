@@ -85,9 +85,7 @@ def test_both_stages_make_a_generator_that_works(cases, tmp_path, capsys):
     assert again.name == "tiny" and again.card["training"]["tumours"] == 2
     crop, mask = torch.rand(1, 1, 32, 32, 32), torch.zeros(1, 1, 32, 32, 32, dtype=torch.bool)
     mask[..., 12:20, 12:20, 12:20] = True
-    assert torch.equal(
-        generator.inpaint(crop, mask, seed=1), again.inpaint(crop, mask, seed=1)
-    )
+    assert torch.equal(generator.inpaint(crop, mask, seed=1), again.inpaint(crop, mask, seed=1))
     synth = ts.SynthesizeTumor(tmp_path / "gen", tumor_label=3, count=1, size_mm=8)
     image, label = synth(cases[0].hu.float()[None], cases[0].label[None], seed=0)
     assert synth.report[0]["applied"] and int((label == 3).sum()) > 100

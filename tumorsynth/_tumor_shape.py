@@ -49,12 +49,12 @@ class Shape:
         # Plane waves seen on the unit sphere: wave number k has features of about pi / k radians.
         # Range and slope give the angular spectrum measured on real tumours (power ~ degree^-3);
         # small tumours get no waves shorter than about 4 mm.
-        finest = min(max(0.8 * params.diameter_mm, 5.0), 12.0)
-        number = 3.5 * (finest / 3.5) ** torch.rand(WAVES, 1, generator=rng, dtype=f64)
+        finest = min(max(0.8 * params.diameter_mm, 5.0), 20.0)
+        number = 3.0 * (finest / 3.0) ** torch.rand(WAVES, 1, generator=rng, dtype=f64)
         direction = F.normalize(torch.randn(WAVES, 3, generator=rng, dtype=f64), dim=1)
         self.waves = number * direction
         self.phases = 2 * math.pi * torch.rand(WAVES, generator=rng, dtype=f64)
-        amplitude = number[:, 0] ** -1.5
+        amplitude = 1 / number[:, 0]
         self.amplitudes = params.roughness * amplitude * (2 / (amplitude**2).sum()) ** 0.5
         self.offset = torch.rand(3, generator=rng, dtype=f64) - 0.5  # of the centre, in voxels
         self.axes = torch.tensor(params.axes, dtype=f64)

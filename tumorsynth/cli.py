@@ -201,18 +201,17 @@ def synthesize(
                 report = synthesize_scan(
                     synth, image, mask, out, case.name, seed + index, progress.step
                 )
-                progress.say(_summary(case.name, report))
+                print(_summary(case.name, report))
             except Exception as error:
                 # a single scan fails as a whole; --debug stops at the first failure
                 if len(cases) == 1 or context.find_root().params["debug"]:
                     raise
                 failed += 1
-                progress.warn(f"tumorsynth: {case.name}: {_one_line(error)}")
+                _fail(f"{case.name}: {_one_line(error)}", 1)
             progress.end()
     print(f"wrote {_number(len(cases) - failed, 'scan')} to {out}")
     if failed:
-        print(f"tumorsynth: {failed} of {len(cases)} scans failed", file=sys.stderr)
-        raise typer.Exit(1)
+        raise typer.Exit(_fail(f"{failed} of {len(cases)} scans failed", 1))
 
 
 @app.command()
@@ -247,7 +246,7 @@ def demo(
         image = nifti.new_volume("phantom_ct.nii.gz", stored, phantom.affine)
         mask = nifti.new_volume("phantom_label.nii.gz", phantom.label[0].numpy(), phantom.affine)
         report = synthesize_scan(synth, image, mask, out, "phantom", seed, progress.step)
-        progress.say(_summary("phantom", report))
+        print(_summary("phantom", report))
         progress.end()
     print(f"generator: {synth.handle.get(device).name}")
     for path in output_paths(out, "phantom").values():
@@ -396,12 +395,6 @@ class _Progress:
 
     def end(self) -> None:
         self.bar.advance(self.scans)
-
-    def say(self, words: str) -> None:
-        print(words)
-
-    def warn(self, words: str) -> None:
-        print(words, file=sys.stderr)
 
 
 @contextmanager

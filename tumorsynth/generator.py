@@ -296,7 +296,7 @@ def config_of(generator: Generator) -> dict[str, Any]:
         if type(generator.denoiser) is network:
             return {
                 "autoencoder": asdict(generator.autoencoder.config),
-                "denoiser": {"type": kind, **asdict(generator.denoiser.config)},  # type: ignore[arg-type]
+                "denoiser": {"type": kind, **asdict(generator.denoiser.config)},  # type: ignore[call-overload]
                 "sampler": asdict(generator.sampler),
             }
     raise TypeError(
@@ -312,4 +312,3 @@ def _to_zxy(x: Tensor) -> Tensor:
 
 def _to_xyz(x: Tensor) -> Tensor:
     return x.permute(0, 1, 3, 4, 2).contiguous()
-

@@ -8,12 +8,12 @@ true shape. Nothing here touches pyplot: it is safe in threads and leaves the ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tumorsynth.geometry import frame_from_affine
 from tumorsynth.nifti import write_atomic
 
 PANEL, GAP, HEADER, MARGIN = 2.3, 0.05, 0.32, 0.3  # inches
@@ -23,27 +23,18 @@ PLANES = (("axial", 0, 1, "RLAP"), ("coronal", 0, 2, "RLSI"), ("sagittal", 1, 2,
 INK, PAPER, OUTLINE = "#d8d8d8", "#101010", "#ffd23f"
 
 
-def canonical_axes(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """For each of R, A, S: the array axis nearest to it, and whether that axis runs against it."""
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    order = max(
-        permutations(range(3)), key=lambda p: sum(abs(directions[i, p[i]]) for i in (0, 1, 2))
-    )
-    a, b, c = order
-    flips = (bool(directions[0, a] < 0), bool(directions[1, b] < 0), bool(directions[2, c] < 0))
-    return (a, b, c), flips
-
-
 def _to_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    order, flips = canonical_axes(affine)
-    return array.transpose(order)[tuple(slice(None, None, -1 if f else 1) for f in flips)]
+    frame = frame_from_affine(affine)
+    flips = tuple(slice(None, None, -1 if flip else 1) for flip in frame.flips)
+    return array.transpose(frame.axes)[flips]
 
 
 def _centre_to_ras(
     centre: Sequence[float], shape: Sequence[int], affine: np.ndarray
 ) -> tuple[int, ...]:
-    order, flips = canonical_axes(affine)
-    picked = [(int(round(centre[a])), shape[a], f) for a, f in zip(order, flips, strict=True)]
+    frame = frame_from_affine(affine)
+    along = zip(frame.axes, frame.flips, strict=True)
+    picked = [(int(round(centre[a])), shape[a], f) for a, f in along]
     return tuple(int(np.clip(n - 1 - c if f else c, 0, n - 1)) for c, n, f in picked)
 
 
@@ -94,7 +85,8 @@ def render(
     figure = Figure(figsize=(width, height), dpi=100, facecolor=PAPER)
     FigureCanvasAgg(figure)
 
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)[list(canonical_axes(affine)[0])]
+    frame = frame_from_affine(affine)
+    spacing = np.array(frame.spacing)[list(frame.axes)]
     old, new, mask = (_to_ras(v, affine) for v in (before, after, tumor))
     # one HU scale for all differences, so that panels can be compared
     change = np.abs(after[tumor] - before[tumor]) if tumor.any() else np.zeros(1)

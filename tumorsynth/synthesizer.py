@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class SynthesizeTumor(nn.Module):
         self.handle = Handle(generator)
         self.organ_labels = masks.check_organ_labels(organ_labels)
         self.tumor_label = _check_tumor_label(tumor_label, self.organ_labels)
-        if not isinstance(p, int | float) or not 0 <= p <= 1:
+        if not isinstance(p, Real) or not 0 <= p <= 1:
             raise ValueError(f"p must be a probability between 0 and 1, got {p!r}")
         self.p = float(p)
         masks.check_count(count)
@@ -340,17 +341,27 @@ class SynthesizeTumor(nn.Module):
             after = after.clamp(*self.intensity.limits)
         keep = (weight > 0) & before.isfinite()
         after = torch.where(keep, after.to(image.dtype), before)
+        # no label on what cannot be seen: fat or air under an organ's label, a scale that is clipped
+        if float((after != before)[inside].float().mean()) < 0.5:
+            return _left_alone(job.sample, job.index, "the generator leaves this tissue as it is")
         image[where] = after
         label[where] = torch.where(
-            inside, torch.tensor(self.tumor_label, dtype=label.dtype, device=label.device), label[where]
+            inside,
+            torch.tensor(self.tumor_label, dtype=label.dtype, device=label.device),
+            label[where],
         )
+        # the middle one of the voxels made; params.centre may lie beside them
+        voxels = tumor.mask.nonzero().float()
+        far = (voxels - voxels.mean(0)) * voxels.new_tensor(frame.spacing)
+        middle = voxels[far.square().sum(1).argmin()].long().tolist()
+        centre = [s + m for s, m in zip(tumor.start, middle, strict=True)]
         hu_change = (after.float() - before.float())[inside].mean() * self.intensity.hu_per_unit
         return {
             "sample": job.sample,
             "index": job.index,
             "applied": True,
-            "centre_voxel": list(tumor.params.centre),
-            "centre_mm": list(frame.to_mm(tumor.params.centre)),
+            "centre_voxel": centre,
+            "centre_mm": list(frame.to_mm(centre)),
             "diameter_mm": tumor.diameter_mm,
             "requested_diameter_mm": tumor.params.drawn_mm,
             "volume_mm3": tumor.voxels * math.prod(frame.spacing),

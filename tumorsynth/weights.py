@@ -34,7 +34,7 @@ _lock = threading.Lock()
 
 
 def bundled_folder() -> Path:
-    """Where the generators that ship with the package lie: in the wheel, or in a source checkout."""
+    """Where the shipped generators lie: in the wheel, or in a source checkout."""
     packed = Path(__file__).parent / "_weights"
     return packed if packed.is_dir() else Path(__file__).parents[1] / "weights"
 

@@ -121,9 +121,7 @@ class Encoder(nn.Module):
         self.stem = Conv(c.patch**3, widths[0], 3, 1, c.padding)
         self.inner = _blocks(c.inner_blocks, widths[0], c)
         self.levels = nn.ModuleList(
-            nn.Sequential(
-                Conv(wide, width, 4, 2, c.padding), *_blocks(c.encoder_blocks, width, c)
-            )
+            nn.Sequential(Conv(wide, width, 4, 2, c.padding), *_blocks(c.encoder_blocks, width, c))
             for wide, width in zip(widths, widths[1:], strict=False)
         )
         self.norm = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)

@@ -74,7 +74,9 @@ class ConvUNet(nn.Module):
         for wide, width in zip(widths[:0:-1], widths[-2::-1], strict=True):
             self.grows.append(nn.ConvTranspose3d(wide, width, 2, stride=2))
             self.ups.append(
-                nn.ModuleList(Block(width * (2 if i == 0 else 1), width, c) for i in range(c.blocks))
+                nn.ModuleList(
+                    Block(width * (2 if i == 0 else 1), width, c) for i in range(c.blocks)
+                )
             )
         self.norm = nn.GroupNorm(c.groups, widths[0])
         self.head = nn.Conv3d(widths[0], c.latent_channels, 3, padding=1)

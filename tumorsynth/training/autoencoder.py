@@ -60,9 +60,7 @@ def train(
     annotated = np.array([case.label is not None for case in cases])
     weights = size / size.sum()
     if annotated.any() and not annotated.all():
-        weights = np.where(
-            annotated, size / size[annotated].sum(), size / size[~annotated].sum()
-        )
+        weights = np.where(annotated, size / size[annotated].sum(), size / size[~annotated].sum())
         weights /= weights.sum()
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     start = time.time()
@@ -96,12 +94,22 @@ def train(
                 flush=True,
             )
     _measure_range(model, cases, weights, side, rng)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()},
-              output / "autoencoder.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()},
+        output / "autoencoder.safetensors",
+    )
     (output / "autoencoder.json").write_text(
-        json.dumps({"config": asdict(LIGHT), "steps": step, "side": side, "batch": batch,
-                    "scans": [c.name for c in cases], "seconds": round(time.time() - start)},
-                   indent=2)
+        json.dumps(
+            {
+                "config": asdict(LIGHT),
+                "steps": step,
+                "side": side,
+                "batch": batch,
+                "scans": [c.name for c in cases],
+                "seconds": round(time.time() - start),
+            },
+            indent=2,
+        )
     )
 
 

@@ -1,4 +1,6 @@
-"""Stage 2: train a denoiser on annotated tumours over a frozen autoencoder (paper 3.2), first version.
+"""Stage 2: train a denoiser on annotated tumours over a frozen autoencoder (paper 3.2).
+
+First version.
 
     python -m tumorsynth.training.denoiser pack.npz -o RUN/gen --autoencoder RUN/ae --tumor-label 2
 
@@ -62,9 +64,19 @@ def find_tumors(cases: list[Case], tumor_label: int) -> list[Tumor]:
 
 
 def sample_crop(
-    cases: list[Case], tumor: Tumor, tumor_label: int, side: int, rng: np.random.Generator
+    cases: list[Case],
+    tumor: Tumor,
+    tumor_label: int,
+    side: int,
+    rng: np.random.Generator,
+    transplanted: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """HU and tumour mask, (1, side, side, side) each, around a tumour, zoomed and jittered."""
+    """HU and tumour mask, (1, side, side, side) each, around a tumour, zoomed and jittered.
+
+    transplanted: the share of crops in which the tumour is moved into even tissue elsewhere, in
+    any of the cases. A few annotated tumours have few surroundings: without this a generator knows
+    tumours only where it saw them.
+    """
     case = cases[tumor.case]
     assert case.label is not None
     extent = max(h - lo for lo, h in zip(tumor.low, tumor.high, strict=True))
@@ -73,27 +85,77 @@ def sample_crop(
     most = min(1.15, 0.75 * side / extent)
     zoom = float(np.exp(rng.uniform(np.log(0.4), np.log(max(most, 0.5)))))
     source = round(side / zoom)
-    starts = []
-    for lo, h in zip(tumor.low, tumor.high, strict=True):
-        slack = max(0.0, (source - (h - lo)) / 2 - 4)
-        centre = (lo + h) / 2 + rng.uniform(-1, 1) * min(slack, 0.2 * source)
-        starts.append(int(round(centre - source / 2)))
-    index = [
-        torch.arange(s, s + source).clamp(0, n - 1)
-        for s, n in zip(starts, case.hu.shape, strict=True)
+    centre = [
+        (lo + h) / 2 + rng.uniform(-1, 1) * min(max(0.0, (source - (h - lo)) / 2 - 4), 0.2 * source)
+        for lo, h in zip(tumor.low, tumor.high, strict=True)
     ]
-    grid = torch.meshgrid(*index, indexing="ij")
-    hu = case.hu[grid].float()[None, None]
-    mask = (case.label[grid] == tumor_label).float()[None, None]
-    size = (side, side, side)
-    hu = F.interpolate(hu, size=size, mode="trilinear", align_corners=False)[0]
-    mask = F.interpolate(mask, size=size, mode="trilinear", align_corners=False)[0] > 0.5
+    hu = _cut(case.hu, centre, source, side)
+    # this tumour alone: others are surroundings, as tumours of the patient's own are later on
+    box = tuple(slice(lo, h) for lo, h in zip(tumor.low, tumor.high, strict=True))
+    own = torch.zeros_like(case.label, dtype=torch.bool)
+    own[box] = case.label[box] == tumor_label
+    mask = _cut(own, centre, source, side) > 0.5
+    if rng.random() < transplanted:
+        hu, mask = augment(torch.cat([hu, mask.float()]), rng).split(1)
+        hu, mask = _transplant(cases, hu, mask > 0.5, tumor_label, zoom, rng)
     if rng.random() < 0.2:  # a generous contour has a rim of healthy tissue: soft edges are learned
         mask = F.max_pool3d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
     both = augment(torch.cat([hu, mask.float()]), rng)
     gain, offset = rng.uniform(0.75, 1.2), rng.uniform(-20, 20)
     hu = (40 + (both[:1] - 40) * gain + offset).clamp(-175, 250)
     return hu, both[1:] > 0.5
+
+
+def _cut(volume: Tensor, centre: list[float], source: int, side: int) -> Tensor:
+    """A cube of ``source`` voxels around a centre, zoomed to (1, side, side, side), float."""
+    index = [
+        torch.arange(round(c - source / 2), round(c - source / 2) + source).clamp(0, n - 1)
+        for c, n in zip(centre, volume.shape, strict=True)
+    ]
+    part = volume[index[0]][:, index[1]][:, :, index[2]].float()[None, None]
+    return F.interpolate(part, size=(side,) * 3, mode="trilinear", align_corners=False)[0]
+
+
+def _transplant(
+    cases: list[Case],
+    hu: Tensor,
+    mask: Tensor,
+    tumor_label: int,
+    zoom: float,
+    rng: np.random.Generator,
+    tries: int = 12,
+) -> tuple[Tensor, Tensor]:
+    """The tumour of one crop in even tissue of another; the crop as it was where none is found.
+
+    Its contrast is scaled by the parenchyma's HU: an unenhanced liver shows less of it.
+    """
+    soft = F.avg_pool3d(mask.float()[None], 3, stride=1, padding=1)[0]
+    shell = (F.max_pool3d(mask.float()[None], 11, stride=1, padding=5)[0] > 0) & ~(
+        F.max_pool3d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
+    )
+    own = hu[shell & (hu > 20) & (hu < 200)]
+    if len(own) < 100:
+        return hu, mask
+    side = hu.shape[-1]
+    for _ in range(tries):
+        case = cases[int(rng.integers(len(cases)))]
+        if min(case.hu.shape) < 40:
+            continue
+        centre = [float(rng.integers(16, n - 16)) for n in case.hu.shape]
+        there = _cut(case.hu, centre, round(side / zoom), side)
+        under = there[mask]
+        level = float(under.median())
+        smooth = F.avg_pool3d(there[None], 5, stride=1, padding=2)[0][mask]
+        if not 30 < level < 190 or float(((smooth - level).abs() < 30).float().mean()) < 0.9:
+            continue
+        if case.label is not None:
+            taken = _cut((case.label == tumor_label), centre, round(side / zoom), side)
+            if bool((taken[shell | mask] > 0.1).any()):
+                continue
+        ratio = float(np.clip(level / float(own.median()), 0.4, 1.3))
+        painted = level + (hu - float(own.median())) * ratio
+        return there + soft * (painted - there), mask
+    return hu, mask
 
 
 def train(

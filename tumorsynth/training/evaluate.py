@@ -32,7 +32,9 @@ def reconstruction(generator: Generator, case: Case, organ_labels: list[int]) ->
     assert case.label is not None
     hu = case.hu.float()
     organ = torch.isin(case.label, torch.tensor(organ_labels, dtype=case.label.dtype))
-    error, signal, noise_in, noise_out = [], [], [], []
+    error: list[np.ndarray] = []
+    noise_in: list[np.ndarray] = []
+    noise_out: list[np.ndarray] = []
     for corner in np.ndindex(*(max(1, -(-n // SIDE)) for n in hu.shape)):
         where = tuple(
             slice(max(0, min(c * SIDE, n - SIDE)), max(0, min(c * SIDE, n - SIDE)) + SIDE)
@@ -51,11 +53,10 @@ def reconstruction(generator: Generator, case: Case, organ_labels: list[int]) ->
         error.append((recon - crop)[inside].numpy())
         for values, volume in ((noise_in, crop), (noise_out, recon)):
             values.append(_noise(volume.numpy())[core])
-        signal.append(crop[inside].numpy())
     rmse = float(np.sqrt(np.mean(np.concatenate(error) ** 2)))
     return {
         "rmse_hu": round(rmse, 2),
-        "psnr_db": round(20 * np.log10((HU_HIGH - HU_LOW) / rmse), 2),
+        "psnr_db": round(float(20 * np.log10((HU_HIGH - HU_LOW) / rmse)), 2),
         "bias_hu": round(float(np.concatenate(error).mean()), 2),
         "scan_noise_hu": round(float(np.concatenate(noise_in).std()), 2),
         "reconstruction_noise_hu": round(float(np.concatenate(noise_out).std()), 2),
