@@ -69,7 +69,7 @@ def sample_crop(
     tumor_label: int,
     side: int,
     rng: np.random.Generator,
-    transplanted: float = 0.5,
+    transplanted: float = 0.6,
 ) -> tuple[Tensor, Tensor]:
     """HU and tumour mask, (1, side, side, side) each, around a tumour, zoomed and jittered.
 
@@ -101,9 +101,23 @@ def sample_crop(
     if rng.random() < 0.2:  # a generous contour has a rim of healthy tissue: soft edges are learned
         mask = F.max_pool3d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
     both = augment(torch.cat([hu, mask.float()]), rng)
-    gain, offset = rng.uniform(0.75, 1.2), rng.uniform(-20, 20)
-    hu = (40 + (both[:1] - 40) * gain + offset).clamp(-175, 250)
-    return hu, both[1:] > 0.5
+    gain, offset = rng.uniform(0.6, 1.2), rng.uniform(-25, 20)
+    hu = 40 + (both[:1] - 40) * gain + offset
+    if rng.random() < 0.4:
+        hu = _thick_slices(hu, rng)
+    return hu.clamp(-175, 250), both[1:] > 0.5
+
+
+def _thick_slices(hu: Tensor, rng: np.random.Generator) -> Tensor:
+    """(1, side, side, side) as if scanned in slices (or voxels) of 2 to 5 mm."""
+    coarse = round(hu.shape[-1] / rng.uniform(2, 5))
+    size = list(hu.shape[1:])
+    if rng.random() < 0.2:
+        size = [round(n / rng.uniform(1.5, 3)) for n in size]
+    else:
+        size[int(rng.integers(3))] = coarse
+    thick = F.interpolate(hu[None], size=size, mode="area")
+    return F.interpolate(thick, size=hu.shape[1:], mode="trilinear", align_corners=False)[0]
 
 
 def _cut(volume: Tensor, centre: list[float], source: int, side: int) -> Tensor:
@@ -123,7 +137,7 @@ def _transplant(
     tumor_label: int,
     zoom: float,
     rng: np.random.Generator,
-    tries: int = 12,
+    tries: int = 20,
 ) -> tuple[Tensor, Tensor]:
     """The tumour of one crop in even tissue of another; the crop as it was where none is found.
 
