@@ -38,7 +38,7 @@ class Field:
             self.others.append((start, dilate(padded, gap_mm, spacing)))
 
     def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """For voxel indices (3, ...): may a tumour be there, and is nothing but the organ in the way.
+        """For voxel indices (3, ...): may a tumour be there, and is only the organ in the way.
 
         Both bool. The second is False beyond the volume, and where a voxel is forbidden or taken: a
         tumour cut there ends in a straight line, which the organ's own surface does not make.

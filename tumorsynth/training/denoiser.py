@@ -69,10 +69,12 @@ def sample_crop(
     tumor_label: int,
     side: int,
     rng: np.random.Generator,
+    places: list[Tensor],
     transplanted: float = 0.6,
 ) -> tuple[Tensor, Tensor]:
     """HU and tumour mask, (1, side, side, side) each, around a tumour, zoomed and jittered.
 
+    places: :func:`even_tissue` of every case.
     transplanted: the share of crops in which the tumour is moved into even tissue elsewhere, in
     any of the cases. A few annotated tumours have few surroundings: without this a generator knows
     tumours only where it saw them.
@@ -97,11 +99,11 @@ def sample_crop(
     mask = _cut(own, centre, source, side) > 0.5
     if rng.random() < transplanted:
         hu, mask = augment(torch.cat([hu, mask.float()]), rng).split(1)
-        hu, mask = _transplant(cases, hu, mask > 0.5, tumor_label, zoom, rng)
+        hu, mask = _transplant(cases, places, hu, mask > 0.5, tumor_label, zoom, rng)
     if rng.random() < 0.2:  # a generous contour has a rim of healthy tissue: soft edges are learned
         mask = F.max_pool3d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
     both = augment(torch.cat([hu, mask.float()]), rng)
-    gain, offset = rng.uniform(0.6, 1.2), rng.uniform(-25, 20)
+    gain, offset = rng.uniform(0.75, 1.2), rng.uniform(-30, 20)
     hu = 40 + (both[:1] - 40) * gain + offset
     if rng.random() < 0.4:
         hu = _thick_slices(hu, rng)
@@ -120,6 +122,15 @@ def _thick_slices(hu: Tensor, rng: np.random.Generator) -> Tensor:
     return F.interpolate(thick, size=hu.shape[1:], mode="trilinear", align_corners=False)[0]
 
 
+def even_tissue(case: Case) -> Tensor:
+    """(N, 3) voxels amid at least 2 cm of even soft tissue: parenchyma, mostly."""
+    coarse = F.avg_pool3d(case.hu.float()[None, None], 4)
+    high = F.max_pool3d(coarse, 5, stride=1, padding=2)
+    low = -F.max_pool3d(-coarse, 5, stride=1, padding=2)
+    even = (low > 20) & (high < 200) & (high - low < 50)
+    return even[0, 0].nonzero() * 4 + 2
+
+
 def _cut(volume: Tensor, centre: list[float], source: int, side: int) -> Tensor:
     """A cube of ``source`` voxels around a centre, zoomed to (1, side, side, side), float."""
     index = [
@@ -132,16 +143,17 @@ def _cut(volume: Tensor, centre: list[float], source: int, side: int) -> Tensor:
 
 def _transplant(
     cases: list[Case],
+    places: list[Tensor],
     hu: Tensor,
     mask: Tensor,
     tumor_label: int,
     zoom: float,
     rng: np.random.Generator,
-    tries: int = 20,
+    tries: int = 8,
 ) -> tuple[Tensor, Tensor]:
     """The tumour of one crop in even tissue of another; the crop as it was where none is found.
 
-    Its contrast is scaled by the parenchyma's HU: an unenhanced liver shows less of it.
+    Its contrast is scaled with the parenchyma's HU, within limits: an unenhanced liver shows less.
     """
     soft = F.avg_pool3d(mask.float()[None], 3, stride=1, padding=1)[0]
     shell = (F.max_pool3d(mask.float()[None], 11, stride=1, padding=5)[0] > 0) & ~(
@@ -152,10 +164,11 @@ def _transplant(
         return hu, mask
     side = hu.shape[-1]
     for _ in range(tries):
-        case = cases[int(rng.integers(len(cases)))]
-        if min(case.hu.shape) < 40:
+        which = int(rng.integers(len(cases)))
+        case = cases[which]
+        if len(places[which]) == 0:
             continue
-        centre = [float(rng.integers(16, n - 16)) for n in case.hu.shape]
+        centre = places[which][int(rng.integers(len(places[which])))].tolist()
         there = _cut(case.hu, centre, round(side / zoom), side)
         under = there[mask]
         level = float(under.median())
@@ -166,7 +179,7 @@ def _transplant(
             taken = _cut((case.label == tumor_label), centre, round(side / zoom), side)
             if bool((taken[shell | mask] > 0.1).any()):
                 continue
-        ratio = float(np.clip(level / float(own.median()), 0.4, 1.3))
+        ratio = float(np.clip(level / float(own.median()), 0.7, 1.3))
         painted = level + (hu - float(own.median())) * ratio
         return there + soft * (painted - there), mask
     return hu, mask
@@ -211,13 +224,14 @@ def train(
     def encoded() -> tuple[Tensor, Tensor]:
         """Normalised latent of one augmented tumour crop, and its condition."""
         tumor = tumors[int(rng.integers(len(tumors)))]
-        hu, mask = sample_crop(cases, tumor, tumor_label, side, rng)
+        hu, mask = sample_crop(cases, tumor, tumor_label, side, rng, places)
         image = to_unit(hu[None])
         with torch.autocast("cpu", torch.bfloat16):
             volume = (image * 2 - 1).permute(0, 1, 4, 2, 3).contiguous()
             latent = autoencoder.normalize(autoencoder.encode(volume)).float()
             return latent, generator.condition(image, mask[None]).float()
 
+    places = [even_tissue(case) for case in cases]
     pool: list[tuple[Tensor, Tensor]] = []
     start, running, step, progress = time.time(), None, 0, 0.0
     while progress < 1:
