@@ -1,4 +1,4 @@
-"""Does every draw end in a tumour inside the organ or in a reasoned skip, and how long does it take?
+"""Is every draw a tumour inside the organ or a reasoned skip, and how long does it take?
 
     python benchmarks/organ_masks.py ORGAN_MASK_DIR [--draws 200]
 

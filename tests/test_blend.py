@@ -1,4 +1,4 @@
-"""Feathered weights: the published filter bit for bit, and a default that is honest to the label."""
+"""Feathered weights: the published filter, and a default that is honest to the label."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def test_difftumor_in_a_region_smaller_than_the_filter(shape):
 def test_difftumor_on_anisotropic_voxels_has_its_sigma_in_mm():
     mask = ball((40, 40, 24), (20, 20, 12), 5, (0.8, 0.8, 2.0))
     expected = ndimage.gaussian_filter(mask.numpy().astype(float), [2 / 0.8, 2 / 0.8, 1.0])
-    np.testing.assert_allclose(feather(mask, 2.0, (0.8, 0.8, 2.0), "difftumor"), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        feather(mask, 2.0, (0.8, 0.8, 2.0), "difftumor"), expected, atol=1e-6
+    )
 
 
 # -- the default ---------------------------------------------------------------------------------

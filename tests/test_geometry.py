@@ -40,7 +40,9 @@ def rotation(degrees: float, axis: int) -> np.ndarray:
 
 
 def whole_crop(frame: Frame, shape, low, high, min_side=32, multiple=8, margin=8.0):
-    return plan_crop(frame, shape, low, high, min_side=min_side, multiple=multiple, margin_mm=margin)
+    return plan_crop(
+        frame, shape, low, high, min_side=min_side, multiple=multiple, margin_mm=margin
+    )
 
 
 # -- frames ------------------------------------------------------------------------------------
@@ -163,8 +165,7 @@ def test_patches_smaller_than_the_crop_are_repeated_at_the_border(shape):
     crop = grid.cut(volume[grid.source])
     assert crop.shape == (32, 32, 32)
     index = [
-        np.clip(np.arange(32) + round(o), 0, n - 1)
-        for o, n in zip(grid.origin, shape, strict=True)
+        np.clip(np.arange(32) + round(o), 0, n - 1) for o, n in zip(grid.origin, shape, strict=True)
     ]
     assert torch.equal(crop, volume[np.ix_(*index)])
 
@@ -203,7 +204,7 @@ def test_the_crop_samples_the_patient_at_1_mm_in_ras_order(spacing, orientation)
 
     # where the crop's corner towards L, P, I lies: its least mm along each axis
     corners = [
-        frame.to_mm([(o + e * (grid.side - 1)) / s for o, e, s in zip(grid.origin, ends, spacing)])
+        frame.to_mm((np.array(grid.origin) + np.array(ends) * (grid.side - 1)) / spacing)
         for ends in itertools.product((0, 1), repeat=3)
     ]
     start = np.min(corners, axis=0)
@@ -217,6 +218,21 @@ def test_the_crop_samples_the_patient_at_1_mm_in_ras_order(spacing, orientation)
     back = grid.carry_back(crop, region)
     assert back.shape == volume[region].shape
     assert (back - volume[region]).abs().max() < 0.02 * max(spacing) ** 2 + 1e-3
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.tuples(*[st.floats(0.75, 5.0)] * 3), st.integers(0, 2))
+def test_positions_are_exact(spacing, axis):
+    """Linear interpolation gives a coordinate itself, to a tenth of a micrometre."""
+    shape = (50, 50, 50)
+    grid = whole_crop(frame_from_spacing(spacing), shape, (24, 24, 24), (26, 26, 26))
+    ramp = torch.arange(50.0) * spacing[axis]
+    volume = ramp.reshape([-1 if a == axis else 1 for a in range(3)]).expand(shape)
+    crop = grid.cut(volume[grid.source])
+    expected = grid.origin[axis] + torch.arange(grid.side)
+    inside = (expected >= 0) & (expected <= ramp[-1])
+    found = crop.movedim(axis, 0)[:, 16, 16]
+    assert (found - expected)[inside].abs().max() < 1e-4
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -22,7 +22,9 @@ def test_hu_is_itself():
     assert HU().hu_per_unit == 1 and HU().limits is None
 
 
-ranges = st.tuples(st.floats(-2000, 2000), st.floats(1, 4000), st.floats(-10, 10), st.floats(0.1, 300))
+ranges = st.tuples(
+    st.floats(-2000, 2000), st.floats(1, 4000), st.floats(-10, 10), st.floats(0.1, 300)
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -102,6 +102,13 @@ def test_readme_example_runs_on_the_core_alone(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("framework", ["monai", "torchio"])
+def test_readme_line_for_a_framework_runs(framework):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (block,) = (block for block in blocks if f"tumorsynth.{framework}" in block)
+    run(block)
+
+
 def test_wheel_holds_the_package_and_the_weights(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],

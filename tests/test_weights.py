@@ -263,7 +263,7 @@ def test_moving_a_loaded_generator_does_not_move_everybodys(folder):
     assert Handle(moved).get("cpu").device.type == "cpu"
 
 
-# -- handles -----------------------------------------------------------------------------------------
+# -- handles -------------------------------------------------------------------------------------
 
 
 def test_a_handle_pickles_as_a_name(folder):

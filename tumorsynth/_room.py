@@ -29,25 +29,33 @@ class Field:
         self.label, self.labels, self.spacing, self.forbid = label, labels, spacing, forbid
         self.voxel_mm3 = math.prod(spacing)
         # A box-shaped dilation by ceil(gap / spacing): whatever is left is more than gap away.
-        self.gap = [max(1, math.ceil(gap_mm / s - 1e-6)) for s in spacing]
-        self.others = [_dilated(other, self.gap) for other in others]
+        gap = [max(1, math.ceil(gap_mm / s - 1e-6)) for s in spacing]
+        self.others = []
+        for other in others:
+            x, y, z = gap
+            padded = F.pad(other.mask, (z, z, y, y, x, x))
+            start = [s - g for s, g in zip(other.start, gap, strict=True)]
+            self.others.append((start, dilate(padded, gap_mm, spacing)))
 
     def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """For voxel indices (3, ...): may a tumour be there (bool), and is it in the volume."""
+        """For voxel indices (3, ...): may a tumour be there, and is only the organ in the way.
+
+        Both bool. The second is False beyond the volume, and where a voxel is forbidden or taken: a
+        tumour cut there ends in a straight line, which the organ's own surface does not make.
+        """
         clamped = torch.stack(
             [i.clamp(0, n - 1) for i, n in zip(index, self.label.shape, strict=True)]
         )
         x, y, z = clamped
-        within = (clamped == index).all(0)
-        free = is_organ(self.label[x, y, z], self.labels).logical_and_(within)
+        open_ = (clamped == index).all(0)
         if self.forbid is not None:
-            free &= ~self.forbid[x, y, z]
+            open_ &= ~self.forbid[x, y, z]
         for start, mask in self.others:
             local = [i - s for i, s in zip(index, start, strict=True)]
             i, j, k = (t.clamp(0, n - 1) for t, n in zip(local, mask.shape, strict=True))
             near = (i == local[0]) & (j == local[1]) & (k == local[2])
-            free &= ~(near & mask[i, j, k])
-        return free, within
+            open_ &= ~(near & mask[i, j, k])
+        return is_organ(self.label[x, y, z], self.labels).logical_and_(open_), open_
 
     def local(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
         """The same for a whole box, which must lie in the volume."""
@@ -74,21 +82,25 @@ def lowest_connected(level: Tensor, where: Tensor, n: int) -> Tensor | int:
     """
     found = 0
     for _ in range(3):
-        if int(level.isfinite().sum()) < n:
-            break
-        lowest = level <= level.kthvalue(n).values
+        enough = int(level.isfinite().sum()) >= n
+        lowest = level <= level.kthvalue(n).values if enough else level.isfinite()
         grid = level.new_full(where.shape, math.inf)
         grid[where] = level.masked_fill(~lowest, math.inf)
         mask = grid.isfinite()
         lowest_near = -F.max_pool3d(-grid[None, None], 3, 1, 1)[0, 0]
-        if int((mask & (grid <= lowest_near)).sum()) == 1:
+        parts = int((mask & (grid <= lowest_near)).sum())
+        if enough and parts == 1:
             return mask
+        if parts == 0:
+            return 0
         part = flood(mask, int(grid.argmin()))
         found = int(part.sum())
         if found == n:
             return part
+        if not enough:
+            break
         level = level.masked_fill(lowest & ~part[where], math.inf)
-    return max(found, 1) if bool(level.isfinite().any()) else 0
+    return found
 
 
 def flood(mask: Tensor, seed: int) -> Tensor:
@@ -108,16 +120,8 @@ def flood(mask: Tensor, seed: int) -> Tensor:
     return part[0, 0] > 0
 
 
-def _dilated(other: LocalMask, gap: list[int]) -> tuple[list[int], Tensor]:
-    """Start and mask of a tumour grown by a box of `gap` voxels to each side."""
-    x, y, z = gap
-    padded = F.pad(other.mask.float(), (z, z, y, y, x, x))[None, None]
-    grown = F.max_pool3d(padded, (2 * x + 1, 2 * y + 1, 2 * z + 1), 1, (x, y, z))[0, 0] > 0
-    return [s - g for s, g in zip(other.start, gap, strict=True)], grown
-
-
 def dilate(mask: Tensor, gap_mm: float, spacing: Sequence[float]) -> Tensor:
-    """A bool mask (X, Y, Z) grown by gap_mm, at least one voxel, along each axis."""
+    """A bool mask (X, Y, Z) grown by a box of gap_mm, at least one voxel, to each side."""
     out = mask.clone()
     for axis, s in enumerate(spacing):
         size = out.shape[axis]

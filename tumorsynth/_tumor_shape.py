@@ -37,7 +37,10 @@ class TumorParams:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TumorParams:
         """The inverse of `to_dict`, also after JSON made lists of the tuples."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        known: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**known)
 
 
 class Shape:

@@ -16,7 +16,6 @@ import numpy as np
 import tumorsynth
 from tumorsynth import nifti
 from tumorsynth.nifti import Volume
-from tumorsynth.preview import save_preview
 
 if TYPE_CHECKING:
     from tumorsynth.synthesizer import SynthesizeTumor
@@ -107,6 +106,8 @@ def synthesize_scan(
     ``step`` is called after each of reading, synthesising, writing and drawing.
     """
     import torch
+
+    from tumorsynth.preview import save_preview
 
     before, old = image.values(), label.integers()
     _check_intensity(image.name, before, synth)

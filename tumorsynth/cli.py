@@ -23,7 +23,6 @@ except ModuleNotFoundError as error:
 import tumorsynth
 from tumorsynth import nifti
 from tumorsynth.cases import check_outputs, find_pairs, output_paths, synthesize_scan
-from tumorsynth.preview import require_matplotlib
 
 if TYPE_CHECKING:
     from tumorsynth.intensity import HU, Scaled
@@ -338,6 +337,8 @@ def _print_card(value: dict[str, Any], indent: str = "") -> None:
 def _synthesizer(*, generator: str | None, device: str, **options: Any) -> SynthesizeTumor:
     # now, and not after the work is done
     nifti.require_nibabel()
+    from tumorsynth.preview import require_matplotlib
+
     require_matplotlib()
     import torch
 

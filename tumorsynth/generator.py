@@ -127,7 +127,7 @@ class Generator:
         crop: (B, 1, X, Y, Z) in [0, 1] (-175 to 250 HU), 1 mm, RAS. tumor_mask: bool, same shape.
         seed: one int, or one per sample; sample b of an int seed uses seed + b.
         noise: (steps + 1, B, 8, d, h, w) instead of a seed, axes (z, x, y).
-        Returns (B, 1, X, Y, Z) in [0, 1]; every voxel has been through the autoencoder, so blend it.
+        Returns (B, 1, X, Y, Z) in [0, 1]; every voxel went through the autoencoder, so blend it.
         """
         cond, _ = self._condition(crop, tumor_mask)
         latent = self.sample(cond, self._noise(cond, seed, noise))

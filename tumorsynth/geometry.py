@@ -1,4 +1,4 @@
-"""Between the user's grid and the generator's: 1 mm, axes x, y, z towards Right, Anterior, Superior.
+"""Between the user's grid and the generator's: 1 mm, x, y, z towards Right, Anterior, Superior.
 
 Axes are permuted and flipped to the closest of the 48 axis-aligned orientations and then resampled
 one axis at a time; a residual oblique rotation (a tilted gantry) is left as it is, since a tumour

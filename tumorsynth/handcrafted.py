@@ -110,7 +110,8 @@ class HandcraftedGenerator:
         """The crop with a tumour, blended by the method's own soft edge.
 
         crop: (B, 1, X, Y, Z) floating, 0 = -175 HU, 1 = 250 HU, 1 mm voxels. tumor_mask: bool, same
-        shape. seed: one int, or one per sample. NaN and inf in the crop stay where they are.
+        shape. seed: one int (sample b uses seed + b), or one per sample. NaN and inf in the crop
+        stay where they are.
         Raises ValueError or TypeError for input of another kind.
         """
         return crop + self._run(crop, tumor_mask, seed, with_edge=True)
@@ -334,7 +335,7 @@ def _check(crop: Tensor, mask: Tensor, seed: int | Sequence[int]) -> list[int]:
             f"{tuple(crop.shape)} and {tuple(mask.shape)}; add the missing axes or cut alike."
         )
     if isinstance(seed, (int, Integral)):
-        return [int(seed)] * len(crop)
+        return [int(seed) + i for i in range(len(crop))]  # as the diffusion generator does
     if len(seed) != len(crop):
         raise ValueError(
             f"seed must be one int or one per sample, got {len(seed)} for {len(crop)} samples; "

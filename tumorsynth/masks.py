@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -213,15 +214,16 @@ def _fit(
         diameter = _on_grid(wanted, lo, hi, field.voxel_mm3)
         params = replace(params, diameter_mm=diameter)
         shape = Shape(params)
-        for centre in _ranked(shape, field, centres, touch)[:TRIES_PER_SIZE]:
-            x, y, z = centre
+        ranked = _ranked(shape, field, centres, touch, keep=step == steps - 1)
+        for x, y, z in ranked[:TRIES_PER_SIZE]:
             result = _voxels(replace(params, centre=(x, y, z)), shape, field)
             if isinstance(result, LocalMask):
                 return result
             best = max(best, result)
     reason = f"no room for a tumour of {lo:.3g} mm or more in the organ"
-    if best:
-        reason += f"; largest that fits: {equivalent_diameter(best * field.voxel_mm3):.1f} mm"
+    largest = equivalent_diameter(best * field.voxel_mm3)
+    if 0 < largest < lo:
+        reason += f"; largest that fits: {largest:.1f} mm"
     return Skip(reason, params.drawn_mm)
 
 
@@ -238,20 +240,25 @@ def _candidates(field: Field, box: Box, rng: torch.Generator) -> Tensor:
     return hits[:MAX_CANDIDATES]
 
 
-def _ranked(shape: Shape, field: Field, centres: Tensor, touch: bool) -> list[list[int]]:
-    """Centres, best first, judged by points in and around the shape; hopeless ones left out."""
+def _ranked(
+    shape: Shape, field: Field, centres: Tensor, touch: bool, keep: bool
+) -> list[list[int]]:
+    """Centres, best first, judged by points in and around the shape.
+
+    Hopeless ones are left out, unless asked to keep the best of them: it tells what would fit.
+    """
     inner = shape.points(BALL, BALL_LEVEL)  # uniform in the volume of level <= MAX_LEVEL
     outer = shape.points(RIM, 1.0, MARGIN_MM)
     voxel = torch.tensor(field.spacing, dtype=torch.float64)
     offsets = (torch.cat([inner, outer]) / voxel + shape.offset).round().long()
     offsets = offsets.to(centres.device)
-    free, within = field.at(centres.T[:, :, None] + offsets.T[:, None])
+    free, open_ = field.at(centres.T[:, :, None] + offsets.T[:, None])
     core = (BALL_LEVEL <= 1).to(free.device)
     n = len(BALL)
     reach = free[:, :n].float().mean(1) * MAX_LEVEL**3  # volume that could be had / asked for
     inside = free[:, :n][:, core].float().mean(1)
     clear = free[:, n:].float().mean(1)
-    cut = ~within.all(1)  # by the volume's border, which is no capsule
+    cut = ~open_.all(1)  # by the volume's border or another tumour, which are no capsule
     reach, inside, clear, cut = (t.cpu() for t in (reach, inside, clear, cut))
     alone = (inside == 1) & (clear == 1)
     at_capsule = (inside >= 0.75) & (inside <= 0.97) & ~cut
@@ -261,7 +268,8 @@ def _ranked(shape: Shape, field: Field, centres: Tensor, touch: bool) -> list[li
     score = torch.where(liked, torch.full_like(score, 3.0), score)
     order = torch.argsort(score, descending=True, stable=True)
     if shape.volume_mm3 >= FEW * field.voxel_mm3:  # else the points say little about voxels
-        order = order[reach[order] >= 0.9]
+        fits = order[reach[order] >= 0.9]
+        order = order[reach[order].argmax()][None] if keep and len(fits) == 0 else fits
     return centres[order.to(centres.device)].tolist()
 
 
@@ -323,13 +331,21 @@ def _on_grid(diameter_mm: float, lo: float, hi: float, voxel_mm3: float) -> floa
 
 
 def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
-    """One label or several as a tuple; ValueError if it is neither."""
+    """One whole number or several, of any number type, as a tuple; ValueError if they are not."""
+    found: tuple[int, ...] = ()
     try:
-        found = (labels,) if isinstance(labels, int) else tuple(int(v) for v in labels)
-    except TypeError:
-        found = ()
+        given: list[Any] = list(labels) if isinstance(labels, Iterable) else [labels]
+    except TypeError:  # a 0-d array says it can be iterated over
+        given = [labels]
+    try:
+        if not isinstance(labels, str) and all(int(v) == v for v in given):
+            found = tuple(int(v) for v in given)
+    except (TypeError, ValueError, OverflowError):
+        pass
     if not found:
-        raise ValueError(f"organ_labels must be an int or a sequence of ints, got {labels!r}")
+        raise ValueError(
+            f"organ_labels must be a whole number or several, got {labels!r}; try organ_labels=(1,)"
+        )
     return found
 
 

@@ -85,8 +85,8 @@ def render(
     figure = Figure(figsize=(width, height), dpi=100, facecolor=PAPER)
     FigureCanvasAgg(figure)
 
-    frame = frame_from_affine(affine)
-    spacing = np.array(frame.spacing)[list(frame.axes)]
+    lie = frame_from_affine(affine)
+    spacing = np.array(lie.spacing)[list(lie.axes)]
     old, new, mask = (_to_ras(v, affine) for v in (before, after, tumor))
     # one HU scale for all differences, so that panels can be compared
     change = np.abs(after[tumor] - before[tumor]) if tumor.any() else np.zeros(1)

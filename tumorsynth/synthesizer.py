@@ -81,7 +81,7 @@ class SynthesizeTumor(nn.Module):
         self.handle = Handle(generator)
         self.organ_labels = masks.check_organ_labels(organ_labels)
         self.tumor_label = _check_tumor_label(tumor_label, self.organ_labels)
-        if not isinstance(p, Real) or not 0 <= p <= 1:
+        if not isinstance(p, int | float | Real) or not 0 <= p <= 1:
             raise ValueError(f"p must be a probability between 0 and 1, got {p!r}")
         self.p = float(p)
         masks.check_count(count)
@@ -193,7 +193,7 @@ class SynthesizeTumor(nn.Module):
             return dict(replay), self._redraw(image, label, frame, replay)
         rng = torch.Generator().manual_seed(seed)
         record: dict[str, Any] = {"seed": seed, "applied": True, "tumors": []}
-        if float(torch.rand((), generator=rng)) >= self.p:
+        if float(torch.rand((), generator=rng, dtype=torch.float64)) >= self.p:
             record.update(applied=False, reason=f"left alone (p = {self.p:g})")
             return record, []
         box = masks.organ_box(label, self.organ_labels)
@@ -341,7 +341,7 @@ class SynthesizeTumor(nn.Module):
             after = after.clamp(*self.intensity.limits)
         keep = (weight > 0) & before.isfinite()
         after = torch.where(keep, after.to(image.dtype), before)
-        # no label on what cannot be seen: fat or air under an organ's label, a scale that is clipped
+        # no label on what cannot be seen: fat or air under an organ's label, a scale that clips
         if float((after != before)[inside].float().mean()) < 0.5:
             return _left_alone(job.sample, job.index, "the generator leaves this tissue as it is")
         image[where] = after

@@ -266,9 +266,7 @@ class TumorCrops:
     def crop(self, rng: Any) -> tuple[Tensor, Tensor]:
         tumor = self.tumors[int(rng.integers(len(self.tumors)))]
         side, share = self.config.patch_size, self.config.transplant
-        return sample_crop(
-            self.cases, tumor, self.tumor_label, side, rng, self.places, share
-        )
+        return sample_crop(self.cases, tumor, self.tumor_label, side, rng, self.places, share)
 
 
 def sampler_of(config: DenoiserTraining, multiple: int) -> SamplerConfig:
