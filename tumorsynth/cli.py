@@ -306,6 +306,20 @@ def info(
         _print_card(card)
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def train(
+    words: Annotated[list[str] | None, typer.Argument(metavar="COMMAND ...")] = None,
+) -> None:
+    """Train a generator: autoencoder, denoiser, pack."""
+    from tumorsynth.training.cli import app as commands  # not before: inference needs none of it
+
+    command = typer.main.get_command(commands)
+    command.main(words or ["--help"], prog_name="tumorsynth train", standalone_mode=False)
+
+
 def _print_card(value: dict[str, Any], indent: str = "") -> None:
     for key, entry in value.items():
         title = indent + str(key).replace("_", " ")

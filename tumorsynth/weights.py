@@ -232,9 +232,9 @@ def load_exactly(module: torch.nn.Module, state: dict[str, torch.Tensor], source
 
 
 def save_generator(generator: Generator, folder: Path) -> Path:
-    """Write a generator folder: all files under temporary names, and only then into place.
+    """Write a generator folder, see `write_folder`.
 
-    So a full disk, a kill or a card that is not JSON leaves an earlier generator there as it was.
+    A full disk, a kill or a card that is not JSON leaves an earlier generator there as it was.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"a generator is saved into a folder, but {folder} is a file")
@@ -253,6 +253,11 @@ def save_generator(generator: Generator, folder: Path) -> Path:
         "config": config_of(generator),
         "sha256": hashlib.sha256(raw).hexdigest(),
     }
+    return write_folder(folder, raw, card)
+
+
+def write_folder(folder: Path, raw: bytes, card: dict[str, Any]) -> Path:
+    """Write a model and its card, all files under temporary names, and only then into place."""
     files = {
         MODEL: raw,
         CARD: (json.dumps(card, indent=2) + "\n").encode(),

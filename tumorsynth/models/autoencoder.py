@@ -217,6 +217,19 @@ class Autoencoder(nn.Module):
         """The reconstruction of x."""
         return self.decode(self.encode(x))
 
+    def reconstruct(
+        self, x: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction, latent and quantised latent of x: a step of training, with gradients.
+
+        In training mode the codebook learns from the latent, and the quantised one passes its
+        gradient straight through; ``generator`` draws the first codes (see `Codebook.forward`).
+        Without a codebook it is the latent.
+        """
+        latent = self.encode(x)
+        quantised = latent if self.codebook is None else self.codebook(latent, generator)[0]
+        return self.decoder(quantised), latent, quantised
+
     def normalize(self, latent: Tensor) -> Tensor:
         """Raw latent -> [-1, 1]: ``2 (z - min) / (max - min) - 1``, the denoiser's scale."""
         low, high = self._range()

@@ -1,153 +1,380 @@
-"""Stage 1: train an autoencoder on unannotated CT (paper 3.1), first version.
+"""Stage 1: train an autoencoder on CT, annotated or not (paper 3.1).
 
-    python -m tumorsynth.training.autoencoder pack.npz -o RUN/ae --steps 4000
-
-Reconstruction loss (L1) alone, for the light architecture with a continuous latent.
+tumorsynth train autoencoder dataset.json -o RUN/ae
+python -m tumorsynth.training.autoencoder pack.npz -o RUN/ae    (needs torch only)
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import copy
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from tumorsynth.models.autoencoder import LIGHT, Autoencoder
-from tumorsynth.training.data import Case, augment, load_pack, random_patch, to_unit
+from tumorsynth.models.autoencoder import LIGHT, Autoencoder, AutoencoderConfig
+from tumorsynth.training.config import (
+    PRESETS,
+    AutoencoderTraining,
+    Hardware,
+    configured,
+    parse_arguments,
+)
+from tumorsynth.training.data import (
+    Case,
+    augment,
+    check_cases,
+    complain,
+    random_patch,
+    to_unit,
+)
+from tumorsynth.training.discriminators import PatchDiscriminator, random_slices
+from tumorsynth.training.engine import (
+    Average,
+    RunFolder,
+    ahead,
+    identity_of,
+    places,
+    random_of,
+    train_loop,
+)
+from tumorsynth.training.folders import read_autoencoder, save_autoencoder
+from tumorsynth.training.launch import launch
+from tumorsynth.training.losses import (
+    ReconstructionLoss,
+    commitment,
+    feature_matching,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    slice_perceptual,
+)
 
-
-def sample_batch(
-    cases: list[Case], weights: np.ndarray, side: int, batch: int, rng: np.random.Generator
-) -> Tensor:
-    """(B, 1, side, side, side) in [-1, 1], axes (z, x, y), contrast and offset jittered."""
-    crops = []
-    for _ in range(batch):
-        case = cases[int(rng.choice(len(cases), p=weights))]
-        patch = augment(random_patch(case, side, rng)[None], rng)
-        gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-15, 15)
-        crops.append(to_unit((patch * gain + offset).clamp(-175, 250)))
-    return (torch.stack(crops) * 2 - 1).permute(0, 1, 4, 2, 3).contiguous()
+NETWORKS = {
+    "tiny": replace(LIGHT, encoder_widths=(16, 32), decoder_widths=(32, 16)),
+    "light": LIGHT,
+    "base": AutoencoderConfig(),
+}
+CROPS, RANGE, PICTURE, SLICES = 0, 1, 2, 3  # purposes of random streams
 
 
 def train(
     cases: list[Case],
     output: Path,
+    config: AutoencoderTraining = AutoencoderTraining(),  # noqa: B008 (frozen)
+    hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
     *,
-    steps: int,
-    side: int = 48,
-    batch: int = 4,
-    lr: float = 2e-3,
-    latent_weight: float = 1e-4,
-    init: Path | None = None,
-    seed: int = 0,
-    minutes: float | None = None,
-) -> None:
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    model = Autoencoder(LIGHT).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    if init is not None:
-        from safetensors.torch import load_file
+    resume: bool = False,
+    init: str | None = None,
+    card: dict[str, Any] | None = None,
+) -> Autoencoder:
+    """Train, and write an autoencoder folder into ``output``; returns it, on the CPU.
 
-        model.load_state_dict(load_file(init / "autoencoder.safetensors"))
-    # annotated scans are the organ at hand: drawn as often as all others together
+    init: an autoencoder to start from, as for `read_autoencoder`. Raises ValueError for every
+    problem with the cases before anything starts; see `train_loop` for what happens later.
+    """
+    start = time.time()
+    model = _network(config, init)
+    complain(check_cases(cases, config.patch_size))
+    if config.patch_size % model.config.factor:
+        raise ValueError(
+            f"--patch-size must be a multiple of {model.config.factor}, got {config.patch_size}"
+        )
+    data = [[c.name, *c.hu.shape, int(c.hu.long().sum())] for c in cases]
+    run = RunFolder(output, identity_of(config, stage=1, init=init, data=data), resume)
+    run.load()  # a checkpoint that does not fit is said before other processes start
+    fabric = launch(hardware, config.precision)
+    stage = AutoencoderStage(fabric, model, cases, config, hardware.workers)
+    train_loop(fabric, run, stage, config, f"autoencoder of {_millions(model)} M parameters")
+    result = cast(Autoencoder, stage.average.average)
+    if fabric.is_global_zero:
+        stage.measure_range(result)
+        result.to("cpu").eval().requires_grad_(False)
+        training = {
+            **asdict(config),
+            "scans": [c.name for c in cases],
+            "device": str(fabric.device.type),
+            "processes": fabric.world_size,
+            "seconds_since_start_or_resume": round(time.time() - start),
+        }
+        save_autoencoder(
+            result, output, {"name": output.name, **(card or {}), "training": training}
+        )
+    fabric.barrier()
+    return result
+
+
+class AutoencoderStage:
+    """The networks, optimisers and losses of stage 1; `train_loop` drives it."""
+
+    def __init__(
+        self,
+        fabric: Any,
+        model: Autoencoder,
+        cases: list[Case],
+        config: AutoencoderTraining,
+        workers: int,
+    ):
+        self.fabric, self.config, self.cases, self.workers = fabric, config, cases, workers
+        self.model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.optimiser = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.reconstruct, self.wrapped = fabric.setup(Reconstruct(model), self.optimiser)
+        self.average = Average(copy.deepcopy(model), model, config.ema)
+        self.reconstruction = ReconstructionLoss()
+        self.perceptual = slice_perceptual(config.perceptual).to(fabric.device)
+        self.adversaries: Adversaries | None = None
+        if config.adversarial_weight:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                self.adversaries = Adversaries(config.discriminator_width)
+            self.adversary_optimiser = torch.optim.AdamW(
+                self.adversaries.parameters(), lr=config.discriminator_lr, betas=(0.5, 0.9)
+            )
+            self.judge, self.wrapped_adversary = fabric.setup(
+                self.adversaries, self.adversary_optimiser
+            )
+        self.shares = case_shares(cases)
+        self.places = places(fabric, config)
+        self.batches: Iterator[list[Tensor]] | None = None
+
+    def state(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimiser": self.optimiser, "average": self.average}
+        if self.adversaries is not None:
+            parts["adversaries"] = self.adversaries
+            parts["adversary_optimiser"] = self.adversary_optimiser
+        return parts
+
+    def crops(self, step: int) -> list[Tensor]:
+        """This process's cubes of a step, one tensor (b, 1, D, H, W) in [-1, 1] a part."""
+        seed, side = self.config.seed, self.config.patch_size
+        return [
+            torch.stack(
+                [
+                    sample_crop(self.cases, self.shares, side, random_of(seed, CROPS, step, place))
+                    for place in part
+                ]
+            )
+            for part in self.places
+        ]
+
+    def step(self, step: int, rate: float) -> dict[str, Tensor]:
+        if self.batches is None:
+            self.batches = ahead(self.crops, iter(range(step, self.config.steps)), self.workers)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        parts = next(self.batches)
+        told: dict[str, Tensor] = {}
+        for index, (part, crops) in enumerate(zip(self.places, parts, strict=True)):
+            last = index == len(parts) - 1
+            losses = self._part(step, part, crops.to(self.fabric.device), last)
+            for name, value in losses.items():
+                told[name] = told.get(name, torch.zeros_like(value)) + value.detach() / len(parts)
+        self._update(self.model, self.wrapped)
+        if self._judging(step):
+            assert self.adversaries is not None
+            self._update(self.adversaries, self.wrapped_adversary)
+        self.average.update(step)
+        return told
+
+    def _part(self, step: int, part: list[int], x: Tensor, last: bool) -> dict[str, Tensor]:
+        """Losses and gradients of one part of a step: of the cubes x at these places."""
+        c, parts = self.config, self.config.accumulate
+        with self.fabric.no_backward_sync(self.reconstruct, enabled=not last):
+            with self.fabric.autocast():
+                recon, latent, quantised = self.reconstruct(x)
+            recon, latent, quantised = recon.float(), latent.float(), quantised.float()
+            losses = {"l1": self.reconstruction(recon, x)}
+            loss = losses["l1"]
+            if self.model.codebook is not None:
+                losses["commitment"] = commitment(latent, quantised)
+                loss = loss + c.commitment_weight * losses["commitment"]
+                if c.dead_code_every and last and (step + 1) % c.dead_code_every == 0:
+                    self.model.codebook.restart_dead(latent.detach())
+            else:
+                loss = loss + c.latent_weight * latent.square().mean()
+            if c.perceptual != "none":
+                losses["perceptual"] = self.perceptual(recon, x)
+                loss = loss + c.perceptual_weight * losses["perceptual"]
+            slices: list[Tensor] = []
+            if self._judging(step):
+                assert self.adversaries is not None
+                slices = self._slices(step, part, x, recon)
+                self.adversaries.requires_grad_(False)
+                with self.fabric.autocast():
+                    with torch.no_grad():
+                        real = self.adversaries(slices[0], x)
+                    fake = self.adversaries(slices[1], recon)
+                self.adversaries.requires_grad_(True)
+                for (_, real_features), (logits, features) in zip(real, fake, strict=True):
+                    loss = loss + c.adversarial_weight * (
+                        hinge_generator_loss(logits.float())
+                        + c.feature_weight * feature_matching(real_features, features)
+                    )
+            losses = {"loss": loss, **losses}
+            self.fabric.backward(loss / parts)
+        if c.adversarial_weight:
+            losses["discriminators"] = torch.zeros_like(loss)
+        if slices:
+            with self.fabric.no_backward_sync(self.judge, enabled=not last):
+                with self.fabric.autocast():
+                    both = self.judge(
+                        torch.cat([slices[0], slices[1].detach()]), torch.cat([x, recon.detach()])
+                    )
+                judged = torch.zeros_like(loss)
+                for logits, _ in both:
+                    judged = judged + hinge_discriminator_loss(*logits.float().chunk(2))
+                self.fabric.backward(judged / parts)
+            losses["discriminators"] = judged
+        return losses
+
+    def _slices(self, step: int, part: list[int], x: Tensor, recon: Tensor) -> list[Tensor]:
+        """Slices of the scans and of their reconstructions: which, only step and place decide."""
+        drawn = []
+        for index, place in enumerate(part):
+            number = int(random_of(self.config.seed, SLICES, step, place).integers(2**62))
+            one = (v[index : index + 1] for v in (x, recon))
+            drawn.append(random_slices(*one, generator=torch.Generator().manual_seed(number)))
+        return [torch.cat(volume) for volume in zip(*drawn, strict=True)]
+
+    def _judging(self, step: int) -> bool:
+        late = step >= self.config.adversarial_start * self.config.steps
+        return self.adversaries is not None and late
+
+    def _update(self, module: nn.Module, optimiser: Any) -> None:
+        nn.utils.clip_grad_norm_(module.parameters(), self.config.clip)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def measure_range(self, model: Autoencoder) -> None:
+        """Scale of a continuous latent: the 0.1 and 99.9 percentiles over all channels."""
+        if model.codebook is not None:
+            return
+        side, latents = self.config.patch_size, []
+        for index in range(64):
+            rng = random_of(self.config.seed, RANGE, index)
+            crop = sample_crop(self.cases, self.shares, side, rng)[None]
+            latents.append(model.encode(crop.to(self.fabric.device)).flatten().float().cpu())
+        low, high = np.percentile(torch.cat(latents).numpy(), [0.1, 99.9])
+        model.latent_low.fill_(float(low))
+        model.latent_high.fill_(float(high))
+
+    @torch.no_grad()
+    def picture(self) -> Tensor:
+        """Four cubes in three planes, above their reconstructions."""
+        model = self.average.average
+        columns = []
+        for index in range(4):
+            rng = random_of(self.config.seed, PICTURE, index)
+            crop = sample_crop(self.cases, self.shares, self.config.patch_size, rng)[None]
+            recon = model(crop.to(self.fabric.device)).cpu()
+            columns.append(torch.cat([planes(crop[0, 0]), planes(recon[0, 0])]))
+        return (torch.cat(columns, 1) + 1) / 2
+
+
+class Reconstruct(nn.Module):
+    """Cubes -> reconstruction, latent, quantised latent; the codebook learns on the way."""
+
+    def __init__(self, model: Autoencoder):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.model.reconstruct(x)
+
+
+class Adversaries(nn.Module):
+    """The two discriminators: of slices (b, 1, S, S) and of volumes (b, 1, S, S, S).
+
+    In float32 on a CPU: the gradient of its bfloat16 convolutions is NaN for layers of 2^3 voxels
+    and one channel (seen with torch 2.13).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.slices = PatchDiscriminator(2, width)
+        self.volumes = PatchDiscriminator(3, width)
+
+    def forward(self, slices: Tensor, volumes: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
+        plain = volumes.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if plain else nullcontext():
+            return [self.slices(slices.float()), self.volumes(volumes.float())]
+
+
+def sample_crop(
+    cases: list[Case], shares: np.ndarray, side: int, rng: np.random.Generator
+) -> Tensor:
+    """(1, side, side, side) in [-1, 1], axes (z, x, y), contrast and offset jittered."""
+    case = cases[int(rng.choice(len(cases), p=shares))]
+    patch = augment(random_patch(case, side, rng)[None], rng)
+    gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-15, 15)
+    unit = to_unit((patch * gain + offset).clamp(-175, 250))
+    return (unit * 2 - 1).permute(0, 3, 1, 2).contiguous()
+
+
+def case_shares(cases: list[Case]) -> np.ndarray:
+    """How often each case is drawn: annotated scans are the organ at hand, and drawn as often as
+    all others together; within either by the root of the volume."""
     size = np.array([case.hu.numel() ** 0.5 for case in cases])
     annotated = np.array([case.label is not None for case in cases])
-    weights = size / size.sum()
+    shares = size / size.sum()
     if annotated.any() and not annotated.all():
-        weights = np.where(annotated, size / size[annotated].sum(), size / size[~annotated].sum())
-        weights /= weights.sum()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
-    start = time.time()
-    running = None
-    output.mkdir(parents=True, exist_ok=True)
-    step, progress = 0, 0.0
-    while progress < 1:
-        warm = min(1.0, (step + 1) / 100)
-        rate = lr * warm * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        x = sample_batch(cases, weights, side, batch, rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            latent = model.encode(x)
-            recon = model.decode(latent)
-        error = (recon.float() - x).abs().mean()
-        loss = error + latent_weight * latent.float().square().mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower --lr")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        running = error.item() if running is None else 0.98 * running + 0.02 * error.item()
-        step += 1
-        elapsed = time.time() - start
-        progress = step / steps if minutes is None else elapsed / 60 / minutes
-        if step % 100 == 0:
-            print(
-                f"step {step} L1 {running * 212.5:.2f} HU {elapsed:.0f} s {progress:.0%}",
-                flush=True,
-            )
-    _measure_range(model, cases, weights, side, rng)
-    save_file(
-        {k: v.contiguous() for k, v in model.state_dict().items()},
-        output / "autoencoder.safetensors",
-    )
-    (output / "autoencoder.json").write_text(
-        json.dumps(
-            {
-                "config": asdict(LIGHT),
-                "steps": step,
-                "side": side,
-                "batch": batch,
-                "scans": [c.name for c in cases],
-                "seconds": round(time.time() - start),
-            },
-            indent=2,
+        shares = np.where(annotated, size / size[annotated].sum(), size / size[~annotated].sum())
+    return shares / shares.sum()
+
+
+def planes(cube: Tensor) -> Tensor:
+    """The three middle slices of a cube (S, S, S), one below the other."""
+    middle = cube.shape[0] // 2
+    return torch.cat([cube[middle], cube[:, middle], cube[:, :, middle]])
+
+
+def _network(config: AutoencoderTraining, init: str | None) -> Autoencoder:
+    sizes = NETWORKS[config.network]
+    if config.codes is not None:
+        sizes = replace(sizes, codes=config.codes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Autoencoder(sizes)
+    if init is None:
+        return model
+    trained, _ = read_autoencoder(init)
+    if trained.config != sizes:
+        raise ValueError(
+            f"--init {init} has other sizes than --network {config.network} with "
+            f"{sizes.codes} codes: {trained.config}"
         )
-    )
+    return trained.train().requires_grad_(True)
 
 
-@torch.no_grad()
-def _measure_range(
-    model: Autoencoder, cases: list[Case], weights: np.ndarray, side: int, rng: np.random.Generator
-) -> None:
-    """Scale of the continuous latent: the 0.1 and 99.9 percentiles over all channels."""
-    latents = [model.encode(sample_batch(cases, weights, side, 4, rng)) for _ in range(16)]
-    flat = torch.cat([z.flatten() for z in latents]).float()
-    low, high = np.percentile(flat.numpy(), [0.1, 99.9])
-    model.latent_low.fill_(float(low))
-    model.latent_high.fill_(float(high))
+def _millions(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pack", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--minutes", type=float, help="a time budget instead of steps")
-    parser.add_argument("--patch-size", type=int, default=48)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--init", type=Path, help="a trained folder to go on from")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    from tumorsynth.training.reading import load_data
+
+    given = parse_arguments([AutoencoderTraining, Hardware], "autoencoder", _extra)
+    preset = PRESETS["autoencoder"][given["preset"]]
     train(
-        load_pack(args.pack),
-        args.output,
-        steps=args.steps,
-        side=args.patch_size,
-        batch=args.batch_size,
-        lr=args.lr,
-        init=args.init,
-        seed=args.seed,
-        minutes=args.minutes,
+        load_data(Path(given["data"]), Path(given["labels"]) if given["labels"] else None),
+        Path(given["out"]),
+        configured(AutoencoderTraining, preset, given),
+        configured(Hardware, {}, given),
+        resume=given["resume"],
+        init=given["init"],
     )
+
+
+def _extra(parser: Any) -> None:
+    parser.add_argument("--init", help="a trained folder to start from")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,14 @@
-"""Training data: scans brought to the generator's grid, packed into one array file, and patches.
+"""Training data: scans on the generator's grid, packed into one array file, their tumours, patches.
 
 A pack is an ``.npz`` that needs numpy alone to read: ``hu_<k>`` (int16, clipped to the window) and,
-where a scan is annotated, ``label_<k>`` (uint8), RAS axes x, y, z at 1 mm, and ``names``.
-
-    python -m tumorsynth.training.data dataset.json -o pack.npz
-
-``dataset.json`` is Decathlon-style: {"training": [{"image": ..., "label": ...}, ...]}; the label is
-optional for the autoencoder.
+where a scan is annotated, ``label_<k>`` (uint8), RAS axes x, y, z at 1 mm, and ``names``. Nothing
+here needs more than torch and numpy; NIfTI is read in `tumorsynth.training.reading`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,60 +29,176 @@ class Case:
     label: Tensor | None
 
 
-def load_case(image: Path, label: Path | None) -> Case:
-    """Read a NIfTI scan (and label), to RAS, 1 mm, the window; cropped to the body."""
-    import nibabel as nib
+@dataclass(frozen=True)
+class Tumor:
+    """One annotated tumour: its case, the box of its voxels and its equivalent diameter."""
 
-    scan = nib.as_closest_canonical(nib.load(image))
-    spacing = np.asarray(scan.header.get_zooms()[:3], dtype=float)
-    size = [max(1, round(n * s)) for n, s in zip(scan.shape[:3], spacing, strict=True)]
-    hu = torch.from_numpy(np.asarray(scan.dataobj, dtype=np.float32))[None, None]
-    hu = F.interpolate(hu, size=size, mode="trilinear", align_corners=False)[0, 0]
-    box = _body_box(hu)
-    mask = None
-    if label is not None:
-        seg = nib.as_closest_canonical(nib.load(label))
-        if seg.shape[:3] != scan.shape[:3]:
-            raise ValueError(
-                f"{label}: a label must have its image's shape {scan.shape}, got {seg.shape}"
-            )
-        mask = torch.from_numpy(np.asarray(seg.dataobj).astype(np.float32))[None, None]
-        mask = F.interpolate(mask, size=size, mode="nearest-exact")[0, 0].byte()[box].clone()
-    hu = hu[box].round().clamp(HU_LOW, HU_HIGH).short().clone()
-    return Case(Path(image).name.split(".nii")[0], hu, mask)
+    case: int
+    low: tuple[int, int, int]
+    high: tuple[int, int, int]
+    diameter_mm: float
 
 
-def _body_box(hu: Tensor) -> tuple[slice, slice, slice]:
-    body = hu > -300
-    slices = []
-    for axis in range(3):
-        other = tuple(a for a in range(3) if a != axis)
-        share = body.float().mean(dim=other)
-        inside = (share > 0.02).nonzero().flatten()
-        low, high = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, hu.shape[axis])
-        slices.append(slice(low, high))
-    return slices[0], slices[1], slices[2]
+# -- packs ----------------------------------------------------------------------------------------
 
 
 def save_pack(cases: list[Case], path: Path) -> None:
+    """Write a pack, under a temporary name until it is whole."""
     arrays: dict[str, np.ndarray] = {"names": np.array([c.name for c in cases])}
     for k, case in enumerate(cases):
         arrays[f"hu_{k}"] = case.hu.numpy()
         if case.label is not None:
             arrays[f"label_{k}"] = case.label.numpy()
-    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_pack(path: Path) -> list[Case]:
-    pack = np.load(path, allow_pickle=False)
-    return [
-        Case(
-            str(name),
-            torch.from_numpy(pack[f"hu_{k}"]),
-            torch.from_numpy(pack[f"label_{k}"]) if f"label_{k}" in pack else None,
+    """The cases of a pack; nothing in the file is executed."""
+    try:
+        pack = np.load(path, allow_pickle=False)
+        return [
+            Case(
+                str(name),
+                torch.from_numpy(pack[f"hu_{k}"]),
+                torch.from_numpy(pack[f"label_{k}"]) if f"label_{k}" in pack else None,
+            )
+            for k, name in enumerate(pack["names"])
+        ]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is not a pack ({error}); make one with `tumorsynth train pack dataset.json`"
+        ) from error
+
+
+# -- checks ---------------------------------------------------------------------------------------
+
+
+class DataProblems(ValueError):
+    """All that is wrong with the training data, each with the name of its case."""
+
+    def __init__(self, problems: list[str]):
+        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{head} with the training data: " + ";\n".join(problems))
+        self.problems = problems
+
+
+def complain(problems: list[str]) -> None:
+    """Raise DataProblems with all of them, if there are any."""
+    if problems:
+        raise DataProblems(problems)
+
+
+def hu_problem(hu: Tensor) -> str | None:
+    """What is wrong with values that should be HU, or None."""
+    values = hu.flatten()[:: max(1, hu.numel() // 1_000_000)].float()
+    if not bool(torch.isfinite(values).all()):
+        return "the image holds NaN or infinite values"
+    low, high = float(values.min()), float(values.max())
+    if low >= -1 and high <= 1:
+        return f"values from {low:g} to {high:g} are no HU but scaled; give the CT in HU"
+    # no body has a tenth of its voxels at 900 to 1300 HU, but soft tissue stored with 1024 added
+    if float(((values > 900) & (values < 1300)).float().mean()) > 0.1:
+        return "the values look like HU with 1024 added; subtract 1024"
+    if float(((values > HU_LOW) & (values < HU_HIGH)).float().mean()) < 0.01:
+        return (
+            f"hardly any voxel lies between {HU_LOW} and {HU_HIGH} HU (values from {low:g} to "
+            f"{high:g}); give the CT in HU"
         )
-        for k, name in enumerate(pack["names"])
-    ]
+    return None
+
+
+def check_cases(cases: list[Case], patch_size: int) -> list[str]:
+    """Problems of cases for a patch of this size, each with the name of its case."""
+    problems = []
+    for case in cases:
+        wrong = hu_problem(case.hu)
+        if wrong:
+            problems.append(f"{case.name}: {wrong}")
+        if case.label is not None and case.label.shape != case.hu.shape:
+            problems.append(
+                f"{case.name}: a label must have its image's shape {tuple(case.hu.shape)}, "
+                f"got {tuple(case.label.shape)}"
+            )
+        if min(case.hu.shape) < patch_size:
+            problems.append(
+                f"{case.name}: {' x '.join(map(str, case.hu.shape))} mm is smaller than the patch "
+                f"of {patch_size} mm; lower --patch-size or leave the case out"
+            )
+    return problems
+
+
+# -- tumours --------------------------------------------------------------------------------------
+
+
+def find_tumors(
+    cases: list[Case],
+    tumor_label: int,
+    min_diameter_mm: float = 4.5,
+    max_diameter_mm: float | None = None,
+) -> list[Tumor]:
+    """Connected tumours (26 neighbours) of these equivalent diameters in the annotated cases.
+
+    Raises DataProblems, naming every case and what its label holds, where there are none.
+    """
+    tumors: list[Tumor] = []
+    without = []
+    most = float("inf") if max_diameter_mm is None else max_diameter_mm
+    for k, case in enumerate(cases):
+        if case.label is None:
+            without.append(f"{case.name}: no label")
+            continue
+        found = [Tumor(k, *part) for part in components(case.label == tumor_label)]
+        tumors += [t for t in found if min_diameter_mm <= t.diameter_mm <= most]
+        sizes = ", ".join(f"{t.diameter_mm:.1f}" for t in found)
+        held = ", ".join(str(int(v)) for v in case.label.unique() if v)
+        without.append(
+            f"{case.name}: tumours of {sizes} mm, none from {min_diameter_mm:g} to {most:g} mm"
+            if found
+            else f"{case.name}: no voxels of tumour label {tumor_label}, but of {held or 'none'}"
+        )
+    if not tumors:
+        complain([f"{w}; pass --tumor-label or other sizes" for w in without])
+    return tumors
+
+
+def components(mask: Tensor) -> list[tuple[tuple[int, int, int], tuple[int, int, int], float]]:
+    """Box (low, high) and equivalent diameter in mm of each connected part of a 1 mm mask.
+
+    Each voxel takes the highest number among its neighbours until nothing changes.
+    """
+    where = mask.nonzero()
+    if not len(where):
+        return []
+    start = where.min(0).values
+    stop = where.max(0).values + 1
+    box = mask[tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))]
+    inside = box.double()[None, None]
+    ids = torch.arange(1, box.numel() + 1, dtype=torch.float64).view_as(inside) * inside
+    while True:
+        grown = F.max_pool3d(ids, 3, stride=1, padding=1) * inside
+        if torch.equal(grown, ids):
+            break
+        ids = grown
+    number = ids[0, 0][box]
+    voxels = where  # the same order as number's
+    parts = []
+    for value in number.unique():
+        own = voxels[number == value]
+        low, high = own.min(0).values.tolist(), (own.max(0).values + 1).tolist()
+        parts.append((tuple(low), tuple(high), float((6 * len(own) / np.pi) ** (1 / 3))))
+    return parts
+
+
+# -- patches --------------------------------------------------------------------------------------
 
 
 def to_unit(hu: Tensor) -> Tensor:
@@ -119,22 +231,3 @@ def augment(patches: Tensor, rng: np.random.Generator) -> Tensor:
     flips = [axis for axis in (1, 2, 3) if rng.random() < 0.5]
     patches = patches.flip(flips)
     return patches.transpose(1, 2) if rng.random() < 0.5 else patches
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Pack the scans of a dataset.json for training.")
-    parser.add_argument("dataset", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    args = parser.parse_args()
-    root = args.dataset.parent
-    cases = []
-    for entry in json.loads(args.dataset.read_text())["training"]:
-        label = entry.get("label")
-        case = load_case(root / entry["image"], root / label if label else None)
-        print(case.name, tuple(case.hu.shape), "annotated" if label else "")
-        cases.append(case)
-    save_pack(cases, args.output)
-
-
-if __name__ == "__main__":
-    main()

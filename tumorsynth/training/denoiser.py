@@ -1,327 +1,354 @@
 """Stage 2: train a denoiser on annotated tumours over a frozen autoencoder (paper 3.2).
 
-First version.
+    tumorsynth train denoiser dataset.json -o RUN/gen --autoencoder RUN/ae --tumor-label 2
+    python -m tumorsynth.training.denoiser pack.npz -o RUN/gen --autoencoder RUN/ae  (torch only)
 
-    python -m tumorsynth.training.denoiser pack.npz -o RUN/gen --autoencoder RUN/ae --tumor-label 2
-
-T = 4 steps of the cosine schedule; the network predicts x0, which with so few steps and tumours
-comes out closer to real contrast than predicting noise. RUN/gen is a generator folder.
+T = 4 steps of the cosine schedule. By default the network predicts x0, which with so few steps and
+tumours comes out closer to real contrast than predicting noise. RUN/gen is a generator folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from tumorsynth.diffusion import cosine_schedule, q_sample, target
+from tumorsynth.diffusion import Prediction, cosine_schedule, q_sample, target
 from tumorsynth.generator import Generator, SamplerConfig
-from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
+from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
-from tumorsynth.training.data import Case, augment, load_pack, to_unit
+from tumorsynth.models.unet import FactorizedUNet, UNetConfig
+from tumorsynth.training.autoencoder import planes
+from tumorsynth.training.config import (
+    PRESETS,
+    DataConfig,
+    DenoiserTraining,
+    Hardware,
+    configured,
+    parse_arguments,
+)
+from tumorsynth.training.crops import even_tissue, sample_crop
+from tumorsynth.training.data import (
+    Case,
+    DataProblems,
+    Tumor,
+    check_cases,
+    complain,
+    find_tumors,
+    to_unit,
+)
+from tumorsynth.training.engine import (
+    Average,
+    RunFolder,
+    ahead,
+    identity_of,
+    places,
+    random_of,
+    train_loop,
+)
+from tumorsynth.training.folders import read_autoencoder
+from tumorsynth.training.launch import launch
+from tumorsynth.weights import find_folder, read_folder
 
-
-@dataclass(frozen=True)
-class Tumor:
-    """One annotated tumour: its case and the box of its voxels."""
-
-    case: int
-    low: tuple[int, int, int]
-    high: tuple[int, int, int]
-
-
-def find_tumors(cases: list[Case], tumor_label: int) -> list[Tumor]:
-    """Connected tumours of at least 0.05 ml in the annotated cases."""
-    from scipy import ndimage
-
-    tumors = []
-    for k, case in enumerate(cases):
-        if case.label is None:
-            continue
-        components, _ = ndimage.label(case.label.numpy() == tumor_label, np.ones((3, 3, 3)))
-        sizes = np.bincount(components.ravel())
-        for index, box in enumerate(ndimage.find_objects(components), start=1):
-            if sizes[index] >= 50:
-                low = (box[0].start, box[1].start, box[2].start)
-                high = (box[0].stop, box[1].stop, box[2].stop)
-                tumors.append(Tumor(k, low, high))
-    if not tumors:
-        raise ValueError(
-            f"no voxels of tumour label {tumor_label} in the annotated cases "
-            f"({', '.join(c.name for c in cases if c.label is not None) or 'none'}); "
-            "pass --tumor-label"
-        )
-    return tumors
-
-
-def sample_crop(
-    cases: list[Case],
-    tumor: Tumor,
-    tumor_label: int,
-    side: int,
-    rng: np.random.Generator,
-    places: list[Tensor],
-    transplanted: float = 0.6,
-) -> tuple[Tensor, Tensor]:
-    """HU and tumour mask, (1, side, side, side) each, around a tumour, zoomed and jittered.
-
-    places: :func:`even_tissue` of every case.
-    transplanted: the share of crops in which the tumour is moved into even tissue elsewhere, in
-    any of the cases. A few annotated tumours have few surroundings: without this a generator knows
-    tumours only where it saw them.
-    """
-    case = cases[tumor.case]
-    assert case.label is not None
-    extent = max(h - lo for lo, h in zip(tumor.low, tumor.high, strict=True))
-    # shrunk down to 0.4: large ones until they fit, all to the size of early ones, or a generator
-    # trained on tumours of 20 mm paints those of 8 mm too faint
-    most = min(1.15, 0.75 * side / extent)
-    zoom = float(np.exp(rng.uniform(np.log(0.4), np.log(max(most, 0.5)))))
-    source = round(side / zoom)
-    centre = [
-        (lo + h) / 2 + rng.uniform(-1, 1) * min(max(0.0, (source - (h - lo)) / 2 - 4), 0.2 * source)
-        for lo, h in zip(tumor.low, tumor.high, strict=True)
-    ]
-    hu = _cut(case.hu, centre, source, side)
-    # this tumour alone: others are surroundings, as tumours of the patient's own are later on
-    box = tuple(slice(lo, h) for lo, h in zip(tumor.low, tumor.high, strict=True))
-    own = torch.zeros_like(case.label, dtype=torch.bool)
-    own[box] = case.label[box] == tumor_label
-    mask = _cut(own, centre, source, side) > 0.5
-    if rng.random() < transplanted:
-        hu, mask = augment(torch.cat([hu, mask.float()]), rng).split(1)
-        hu, mask = _transplant(cases, places, hu, mask > 0.5, tumor_label, zoom, rng)
-    if rng.random() < 0.2:  # a generous contour has a rim of healthy tissue: soft edges are learned
-        mask = F.max_pool3d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
-    both = augment(torch.cat([hu, mask.float()]), rng)
-    gain, offset = rng.uniform(0.75, 1.2), rng.uniform(-30, 20)
-    hu = 40 + (both[:1] - 40) * gain + offset
-    if rng.random() < 0.4:
-        hu = _thick_slices(hu, rng)
-    return hu.clamp(-175, 250), both[1:] > 0.5
-
-
-def _thick_slices(hu: Tensor, rng: np.random.Generator) -> Tensor:
-    """(1, side, side, side) as if scanned in slices (or voxels) of 2 to 5 mm."""
-    coarse = round(hu.shape[-1] / rng.uniform(2, 5))
-    size = list(hu.shape[1:])
-    if rng.random() < 0.2:
-        size = [round(n / rng.uniform(1.5, 3)) for n in size]
-    else:
-        size[int(rng.integers(3))] = coarse
-    thick = F.interpolate(hu[None], size=size, mode="area")
-    return F.interpolate(thick, size=hu.shape[1:], mode="trilinear", align_corners=False)[0]
-
-
-def even_tissue(case: Case) -> Tensor:
-    """(N, 3) voxels amid at least 2 cm of even soft tissue: parenchyma, mostly."""
-    coarse = F.avg_pool3d(case.hu.float()[None, None], 4)
-    high = F.max_pool3d(coarse, 5, stride=1, padding=2)
-    low = -F.max_pool3d(-coarse, 5, stride=1, padding=2)
-    even = (low > 20) & (high < 200) & (high - low < 50)
-    return even[0, 0].nonzero() * 4 + 2
-
-
-def _cut(volume: Tensor, centre: list[float], source: int, side: int) -> Tensor:
-    """A cube of ``source`` voxels around a centre, zoomed to (1, side, side, side), float."""
-    index = [
-        torch.arange(round(c - source / 2), round(c - source / 2) + source).clamp(0, n - 1)
-        for c, n in zip(centre, volume.shape, strict=True)
-    ]
-    part = volume[index[0]][:, index[1]][:, :, index[2]].float()[None, None]
-    return F.interpolate(part, size=(side,) * 3, mode="trilinear", align_corners=False)[0]
-
-
-def _transplant(
-    cases: list[Case],
-    places: list[Tensor],
-    hu: Tensor,
-    mask: Tensor,
-    tumor_label: int,
-    zoom: float,
-    rng: np.random.Generator,
-    tries: int = 8,
-) -> tuple[Tensor, Tensor]:
-    """The tumour of one crop in even tissue of another; the crop as it was where none is found.
-
-    Its contrast is scaled with the parenchyma's HU, within limits: an unenhanced liver shows less.
-    """
-    soft = F.avg_pool3d(mask.float()[None], 3, stride=1, padding=1)[0]
-    shell = (F.max_pool3d(mask.float()[None], 11, stride=1, padding=5)[0] > 0) & ~(
-        F.max_pool3d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
-    )
-    own = hu[shell & (hu > 20) & (hu < 200)]
-    if len(own) < 100:
-        return hu, mask
-    side = hu.shape[-1]
-    for _ in range(tries):
-        which = int(rng.integers(len(cases)))
-        case = cases[which]
-        if len(places[which]) == 0:
-            continue
-        centre = places[which][int(rng.integers(len(places[which])))].tolist()
-        there = _cut(case.hu, centre, round(side / zoom), side)
-        under = there[mask]
-        level = float(under.median())
-        smooth = F.avg_pool3d(there[None], 5, stride=1, padding=2)[0][mask]
-        if not 30 < level < 190 or float(((smooth - level).abs() < 30).float().mean()) < 0.9:
-            continue
-        if case.label is not None:
-            taken = _cut((case.label == tumor_label), centre, round(side / zoom), side)
-            if bool((taken[shell | mask] > 0.1).any()):
-                continue
-        ratio = float(np.clip(level / float(own.median()), 0.7, 1.3))
-        painted = level + (hu - float(own.median())) * ratio
-        return there + soft * (painted - there), mask
-    return hu, mask
+CROPS, CHOICE, PICTURE = 10, 11, 12  # purposes of random streams
+Key = tuple[int, int]  # of a crop: the place in the batch that uses it, and a running number
 
 
 def train(
     cases: list[Case],
-    autoencoder: Autoencoder,
+    autoencoder: str,
     output: Path,
+    config: DenoiserTraining = DenoiserTraining(),  # noqa: B008 (frozen)
+    data: DataConfig = DataConfig(),  # noqa: B008 (frozen)
+    hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
     *,
-    name: str,
-    tumor_label: int,
-    steps: int,
-    minutes: float | None = None,
-    side: int = 64,
-    batch: int = 8,
-    lr: float = 1e-3,
-    inside_weight: float = 4.0,
-    ema_decay: float = 0.995,
-    pool_size: int = 256,
-    config: ConvUNetConfig = ConvUNetConfig(),  # noqa: B008 (frozen)
-    init: ConvUNet | None = None,
-    seed: int = 0,
-    card: dict | None = None,
+    resume: bool = False,
+    init: str | None = None,
+    card: dict[str, Any] | None = None,
 ) -> Generator:
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    tumors = find_tumors(cases, tumor_label)
-    sampler = SamplerConfig(
-        prediction="x0", clamp=1.5, mask_conditioning="area", crop_size=64, crop_multiple=8
+    """Train, and write a generator folder into ``output``; returns the generator, on the CPU.
+
+    autoencoder: as for `read_autoencoder`. init: a generator whose denoiser to start from. Raises
+    ValueError for every problem with the cases before anything starts.
+    """
+    start = time.time()
+    trained, stage1 = read_autoencoder(autoencoder)
+    network, multiple = _network(config, trained, init)
+    problems = check_cases(cases, config.patch_size)
+    tumors: list[Tumor] = []
+    try:
+        tumors = find_tumors(cases, data.tumor_label, data.min_diameter_mm, data.max_diameter_mm)
+    except DataProblems as error:
+        problems += error.problems
+    complain(problems)
+    if config.patch_size % multiple:
+        raise ValueError(
+            f"--patch-size must be a multiple of {multiple} for these networks, "
+            f"got {config.patch_size}"
+        )
+    sizes = [[c.name, *c.hu.shape, int(c.hu.long().sum())] for c in cases]
+    same = {"autoencoder": stage1["sha256"], "tumours": asdict(data), "data": sizes, "init": init}
+    run = RunFolder(output, identity_of(config, stage=2, **same), resume)
+    run.load()  # a checkpoint that does not fit is said before other processes start
+    fabric = launch(hardware, config.precision)
+    generator = Generator(
+        trained,
+        copy.deepcopy(network),
+        sampler_of(config, multiple),
+        {"name": output.name, **(card or {})},
     )
-    schedule = cosine_schedule(sampler.timesteps)
-    network = init if init is not None else ConvUNet(config)
-    network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    network.train().requires_grad_(True)
-    average = copy.deepcopy(network).requires_grad_(False)
-    generator = Generator(autoencoder, average, sampler, {"name": name, **(card or {})})
-    optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
-    print(f"{len(tumors)} tumours; {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M")
-
-    @torch.no_grad()
-    def encoded() -> tuple[Tensor, Tensor]:
-        """Normalised latent of one augmented tumour crop, and its condition."""
-        tumor = tumors[int(rng.integers(len(tumors)))]
-        hu, mask = sample_crop(cases, tumor, tumor_label, side, rng, places)
-        image = to_unit(hu[None])
-        with torch.autocast("cpu", torch.bfloat16):
-            volume = (image * 2 - 1).permute(0, 1, 4, 2, 3).contiguous()
-            latent = autoencoder.normalize(autoencoder.encode(volume)).float()
-            return latent, generator.condition(image, mask[None]).float()
-
-    places = [even_tissue(case) for case in cases]
-    pool: list[tuple[Tensor, Tensor]] = []
-    start, running, step, progress = time.time(), None, 0, 0.0
-    while progress < 1:
-        rate = lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress)))
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        # a pool of encoded crops, one new in every step: encoding costs as much as training
-        while len(pool) < min(pool_size, batch + 4 * step) or step == 0 and len(pool) < batch:
-            pool.append(encoded())
-        pool[int(rng.integers(len(pool)))] = encoded()
-        chosen = rng.choice(len(pool), batch, replace=False)
-        x0 = torch.cat([pool[i][0] for i in chosen])
-        cond = torch.cat([pool[i][1] for i in chosen])
-        t = torch.randint(schedule.timesteps, (batch,))
-        noise = torch.randn_like(x0)
-        x_t = q_sample(schedule, x0, t, noise)
-        with torch.autocast("cpu", torch.bfloat16):
-            answer = network(x_t, t, cond).float()
-        wanted = target(schedule, x0, t, noise, sampler.prediction)
-        # outside the hole the answer stands in the condition already
-        weight = 1 + inside_weight * (cond[:, -1:] > -1).float()
-        loss = (weight * (answer - wanted).square()).mean() / weight.mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower --lr")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimiser.step()
-        decay = min(ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for mean, now in zip(average.parameters(), network.parameters(), strict=True):
-                mean.lerp_(now, 1 - decay)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        step += 1
-        elapsed = time.time() - start
-        progress = step / steps if minutes is None else elapsed / 60 / minutes
-        if step % 50 == 0:
-            print(f"step {step} loss {running:.5f} {elapsed:.0f} s {progress:.0%}", flush=True)
-    generator.card["training"] = {
-        **generator.card.get("training", {}),
-        "denoiser_steps": step,
-        "denoiser_batch": f"{batch} crops of {side}^3 mm",
-        "denoiser_seconds": round(time.time() - start),
-        "tumours": len(tumors),
-    }
-    generator.save(output)
+    crops = TumorCrops(cases, tumors, data.tumor_label, config)
+    stage = DenoiserStage(fabric, network, generator, crops, hardware.workers)
+    title = f"denoiser of {_millions(network)} M parameters on {len(tumors)} tumours"
+    train_loop(fabric, run, stage, config, title)
+    generator.to("cpu")
+    if fabric.is_global_zero:
+        generator.card["training"] = {
+            **asdict(config),
+            **asdict(data),
+            "tumours": len(tumors),
+            "scans": [c.name for c in cases],
+            "device": str(fabric.device.type),
+            "processes": fabric.world_size,
+            "seconds_since_start_or_resume": round(time.time() - start),
+        }
+        generator.card["autoencoder"] = {
+            "name": stage1["name"],
+            "sha256": stage1["sha256"],
+            **{k: v for k, v in stage1.items() if k in ("training", "licence", "data")},
+        }
+        generator.save(output)
+    fabric.barrier()
     return generator
 
 
-def load_autoencoder(folder: Path) -> Autoencoder:
-    config = json.loads((folder / "autoencoder.json").read_text())["config"]
-    autoencoder = Autoencoder(AutoencoderConfig(**config))
-    autoencoder.load_state_dict(load_file(folder / "autoencoder.safetensors"))
-    return autoencoder.eval().requires_grad_(False)
+class DenoiserStage:
+    """The network, optimiser, loss and encoded crops of stage 2; `train_loop` drives it."""
+
+    def __init__(
+        self, fabric: Any, network: nn.Module, generator: Generator, crops: TumorCrops, workers: int
+    ):
+        self.fabric, self.config, self.crops, self.workers = fabric, crops.config, crops, workers
+        self.network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.network.train().requires_grad_(True)
+        self.optimiser = torch.optim.AdamW(
+            network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay
+        )
+        self.denoise, self.wrapped = fabric.setup(self.network, self.optimiser)
+        self.generator = generator.to(fabric.device)
+        self.average = Average(generator.denoiser, network, self.config.ema)
+        self.schedule = generator.schedule
+        self.places = places(fabric, self.config)
+        self.encoded: dict[Key, tuple[Tensor, Tensor]] = {}
+        self.batches: Iterator[dict[Key, tuple[Tensor, Tensor]]] | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.network, "optimiser": self.optimiser, "average": self.average}
+
+    def plans(self, first: int) -> Iterator[list[Key]]:
+        """For every step from ``first`` on the crops that it uses and no step since has used."""
+        seen: set[Key] = set()
+        for step in range(first, self.config.steps):
+            keys = {self.crops.key(step, place) for part in self.places for place in part}
+            yield sorted(keys - seen)
+            seen = {k for k in seen | keys if k[1] >= self.crops.window(step, k[0])[0]}
+
+    @torch.no_grad()
+    def encode(self, hu: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised latent of a tumour crop, and its condition.
+
+        One crop at a time: in a batch the last digits could depend on the batch-mates, and with
+        them a resumed run.
+        """
+        image = to_unit(hu[None].to(self.fabric.device))
+        autoencoder = self.generator.autoencoder
+        with self.fabric.autocast():
+            volume = (image * 2 - 1).permute(0, 1, 4, 2, 3).contiguous()
+            latent = autoencoder.normalize(autoencoder.encode(volume)).float()
+            return latent, self.generator.condition(image, mask[None].to(image.device)).float()
+
+    def step(self, step: int, rate: float) -> dict[str, Tensor]:
+        if self.batches is None:
+            self.batches = ahead(self.crops.draw, self.plans(step), self.workers)
+        for key, crop in next(self.batches).items():
+            self.encoded[key] = self.encode(*crop)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        told = torch.zeros((), device=self.fabric.device)
+        for index, part in enumerate(self.places):
+            last = index == len(self.places) - 1
+            with self.fabric.no_backward_sync(self.denoise, enabled=not last):
+                loss = self._loss(step, part)
+                self.fabric.backward(loss / len(self.places))
+            told += loss.detach() / len(self.places)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        self.wrapped.step()
+        self.wrapped.zero_grad(set_to_none=True)
+        self.average.update(step)
+        for key in [k for k in self.encoded if k[1] < self.crops.window(step + 1, k[0])[0]]:
+            del self.encoded[key]
+        return {"loss": told}
+
+    def _loss(self, step: int, part: list[int]) -> Tensor:
+        chosen = [self.encoded[self.crops.key(step, place)] for place in part]
+        x0 = torch.cat([latent for latent, _ in chosen])
+        cond = torch.cat([c for _, c in chosen])
+        times, noises = zip(*(self._noise(step, place, x0) for place in part), strict=True)
+        t = torch.tensor(times, device=x0.device)
+        noise = torch.stack(noises).to(x0.device)
+        x_t = q_sample(self.schedule, x0, t, noise)
+        with self.fabric.autocast():
+            answer = self.denoise(x_t, t, cond).float()
+        wanted = target(self.schedule, x0, t, noise, self.generator.sampler.prediction)
+        # outside the hole the answer stands in the condition already
+        weight = 1 + self.config.inside_weight * (cond[:, -1:] > -1).float()
+        error = (weight * (answer - wanted).square()).mean((1, 2, 3, 4))
+        return (error / weight.mean((1, 2, 3, 4))).mean()
+
+    def _noise(self, step: int, place: int, like: Tensor) -> tuple[int, Tensor]:
+        rng = random_of(self.config.seed, CHOICE, step, place, 1)
+        shape = tuple(like.shape[1:])
+        return int(rng.integers(self.schedule.timesteps)), torch.from_numpy(
+            rng.standard_normal(shape, dtype="float32")
+        )
+
+    @torch.no_grad()
+    def picture(self) -> Tensor:
+        """Four tumours in three planes, above what the generator paints into their masks."""
+        columns = []
+        for index in range(4):
+            hu, mask = self.crops.crop(random_of(self.config.seed, PICTURE, index))
+            image = to_unit(hu[None].to(self.fabric.device))
+            with self.fabric.autocast():
+                painted = self.generator.inpaint(image, mask[None].to(image.device), seed=index)
+            columns.append(torch.cat([planes(v[0, 0].float().cpu()) for v in (image, painted)]))
+        return torch.cat(columns, 1)
+
+
+class TumorCrops:
+    """Which crop each place of the batch uses at each step, and the crops themselves.
+
+    Every place has a window over crops of its own, numbered from 0: it fills in the first steps,
+    and then the oldest leaves and a new one comes in every ``reuse`` steps. Which crops are there
+    depends on the step alone, so that a resumed run and any number of processes see the same.
+    """
+
+    def __init__(
+        self, cases: list[Case], tumors: list[Tumor], tumor_label: int, config: DenoiserTraining
+    ):
+        self.cases, self.tumors, self.tumor_label = cases, tumors, tumor_label
+        self.config = config
+        self.places = [even_tissue(case) for case in cases]
+        self.held = max(1, config.pool // config.batch_size)
+
+    def window(self, step: int, place: int) -> tuple[int, int]:
+        """The crops of a place from which it draws at a step: from, to (exclusive)."""
+        filling = 2 * (self.held - 1)
+        if step < filling:
+            return 0, 1 + step // 2
+        reuse = max(1, self.config.reuse)
+        made = self.held + (step - filling + place % reuse) // reuse
+        return made - self.held, made
+
+    def key(self, step: int, place: int) -> Key:
+        rng = random_of(self.config.seed, CHOICE, step, place)
+        return place, int(rng.integers(*self.window(step, place)))
+
+    def draw(self, keys: list[Key]) -> dict[Key, tuple[Tensor, Tensor]]:
+        return {key: self.crop(random_of(self.config.seed, CROPS, *key)) for key in keys}
+
+    def crop(self, rng: Any) -> tuple[Tensor, Tensor]:
+        tumor = self.tumors[int(rng.integers(len(self.tumors)))]
+        side, share = self.config.patch_size, self.config.transplant
+        return sample_crop(self.cases, tumor, self.tumor_label, side, rng, self.places, share)
+
+
+def sampler_of(config: DenoiserTraining, multiple: int) -> SamplerConfig:
+    """How the trained generator samples: DDPM for few noise levels, else DDIM in about 50 steps."""
+    few = config.timesteps <= 10
+    stride = max(1, config.timesteps // 50)
+    while config.timesteps % stride:
+        stride -= 1
+    return SamplerConfig(
+        method="ddpm" if few else "ddim",
+        timesteps=config.timesteps,
+        steps=config.timesteps if few else config.timesteps // stride,
+        prediction=cast(Prediction, config.prediction),
+        clamp=1.5,
+        mask_conditioning="area",
+        crop_size=config.patch_size,
+        crop_multiple=multiple,
+    )
+
+
+def _network(
+    config: DenoiserTraining, autoencoder: Autoencoder, init: str | None
+) -> tuple[nn.Module, int]:
+    """The denoiser for an autoencoder's latent, and what a crop must be a multiple of, in mm."""
+    cosine_schedule(config.timesteps)  # says what is wrong with it
+    channels, factor = autoencoder.config.latent_channels, autoencoder.config.factor
+    if config.network == "base":
+        published = UNetConfig()
+        if published.out_channels != channels or factor != 4:
+            raise ValueError(
+                f"--network base needs an autoencoder with {published.out_channels} latent "
+                f"channels and 4 mm per latent voxel, got one with {channels} and {factor}; "
+                "choose another --autoencoder or --network"
+            )
+        kind: Any = FactorizedUNet
+        sizes: Any = published
+        halvings = len(published.multipliers) - 1
+    else:
+        kind = ConvUNet
+        sizes = ConvUNetConfig(latent_channels=channels, cond_channels=channels + 1)
+        if config.network == "tiny":
+            sizes = replace(sizes, widths=(16, 32), blocks=1, time_channels=32)
+        halvings = len(sizes.widths) - 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network: nn.Module = kind(sizes)
+    if init is not None:
+        denoiser = read_folder(find_folder(init)).denoiser
+        if getattr(denoiser, "config", None) != sizes:
+            raise ValueError(
+                f"--init {init} has a denoiser of another size than --network {config.network} "
+                f"over {channels} latent channels: {getattr(denoiser, 'config', None)}"
+            )
+        network = denoiser.train().requires_grad_(True)
+    return network, factor * 2**halvings
+
+
+def _millions(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pack", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--autoencoder", type=Path, required=True)
-    parser.add_argument("--name", default="unnamed")
-    parser.add_argument("--tumor-label", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--minutes", type=float, help="a time budget instead of steps")
-    parser.add_argument("--patch-size", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--init", type=Path, help="a generator folder to go on from")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    init = None
-    if args.init is not None:
-        from tumorsynth.weights import read_folder
+    from tumorsynth.training.reading import load_data
 
-        init = read_folder(args.init).denoiser
+    given = parse_arguments([DenoiserTraining, DataConfig, Hardware], "denoiser", _extra)
     train(
-        load_pack(args.pack),
-        load_autoencoder(args.autoencoder),
-        args.output,
-        name=args.name,
-        tumor_label=args.tumor_label,
-        steps=args.steps,
-        minutes=args.minutes,
-        side=args.patch_size,
-        batch=args.batch_size,
-        lr=args.lr,
-        init=init,  # type: ignore[arg-type]
-        seed=args.seed,
+        load_data(Path(given["data"]), Path(given["labels"]) if given["labels"] else None),
+        given["autoencoder"],
+        Path(given["out"]),
+        configured(DenoiserTraining, PRESETS["denoiser"][given["preset"]], given),
+        configured(DataConfig, {}, given),
+        configured(Hardware, {}, given),
+        resume=given["resume"],
+        init=given["init"],
+        card={"name": given["name"]} if given["name"] else None,
     )
+
+
+def _extra(parser: Any) -> None:
+    parser.add_argument("--autoencoder", required=True, help="folder or bundled generator's name")
+    parser.add_argument("--name", help="the generator's name [default: the folder's]")
+    parser.add_argument("--init", help="a trained generator to start from")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,276 @@
+"""Training data: reading, packing, tumours, crops, and everything that is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from balls import make_cases, write_dataset
+from scipy import ndimage
+
+from tumorsynth.training import autoencoder, denoiser
+from tumorsynth.training.config import (
+    PRESETS,
+    AutoencoderTraining,
+    DataConfig,
+    DenoiserTraining,
+    configured,
+)
+from tumorsynth.training.data import (
+    Case,
+    check_cases,
+    components,
+    find_tumors,
+    hu_problem,
+    load_pack,
+    random_patch,
+    save_pack,
+)
+
+nib = pytest.importorskip("nibabel")
+reading = pytest.importorskip("tumorsynth.training.reading")
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return make_cases()
+
+
+def case(name, array, label=None):
+    return Case(
+        name,
+        torch.as_tensor(array, dtype=torch.int16),
+        None if label is None else torch.as_tensor(label, dtype=torch.uint8),
+    )
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def test_dataset_json_pack_and_folders_give_the_same_cases(cases, tmp_path):
+    dataset = write_dataset(tmp_path / "data", cases)
+    read = reading.load_data(dataset)
+    save_pack(read, tmp_path / "pack.npz")
+    packed = load_pack(tmp_path / "pack.npz")
+    assert [c.name for c in packed] == ["annotated", "plain"]
+    assert packed[1].label is None
+    for original, a, b in zip(cases, read, packed, strict=True):
+        # the file is LPS: on the generator's grid x and y run the other way
+        assert torch.equal(a.hu, original.hu.flip(0, 1)) and torch.equal(a.hu, b.hu)
+    assert torch.equal(packed[0].label, cases[0].label.flip(0, 1))
+
+    (tmp_path / "data" / "images" / "plain.nii.gz").unlink()
+    folders = reading.load_data(tmp_path / "data" / "images", tmp_path / "data" / "labels")
+    assert [c.name for c in folders] == ["annotated"]
+    assert torch.equal(folders[0].label, packed[0].label)
+    alone = reading.load_data(tmp_path / "data" / "images")
+    assert alone[0].label is None and torch.equal(alone[0].hu, packed[0].hu)
+
+
+def test_reading_brings_a_scan_to_1_mm_and_crops_it_to_the_body(tmp_path):
+    array = np.full((20, 30, 10), -1000, np.int16)
+    array[4:16, 5:25, 2:8] = 400
+    array[6:14, 8:20, 3:7] = 100
+    label = (array > 0).astype(np.uint8)
+    affine = np.diag([-2.0, 2.0, 3.0, 1.0])
+    nib.save(nib.Nifti1Image(array, affine), tmp_path / "ct.nii.gz")
+    nib.save(nib.Nifti1Image(label, affine), tmp_path / "label.nii.gz")
+    source = reading.Source("ct", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz")
+    read = reading.read_case(source)
+    # cropped to the body: 12 x 20 x 6 voxels of 2, 2 and 3 mm
+    assert all(abs(n - m) <= 3 for n, m in zip(read.hu.shape, (24, 40, 18), strict=True))
+    assert read.hu.max() == 250 and read.label is not None and read.label.shape == read.hu.shape
+    assert read.label.float().mean() > 0.75
+
+
+def test_a_pack_is_written_whole_or_not_at_all(cases, tmp_path):
+    (tmp_path / "pack.npz").write_bytes(b"the one before")
+    bad = Case("bad", cases[0].hu, object())  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        save_pack([bad], tmp_path / "pack.npz")
+    assert (tmp_path / "pack.npz").read_bytes() == b"the one before"
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="is not a pack.*train pack"):
+        load_pack(tmp_path / "pack.npz")
+
+
+# -- tumours --------------------------------------------------------------------------------------
+
+
+def test_components_are_those_of_scipy():
+    mask = np.random.default_rng(0).random((20, 17, 13)) < 0.07
+    labelled, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    wanted = sorted(
+        (tuple(s.start for s in box), tuple(s.stop for s in box), int((labelled == i + 1).sum()))
+        for i, box in enumerate(ndimage.find_objects(labelled))
+    )
+    found = sorted(
+        (low, high, round(np.pi / 6 * d**3)) for low, high, d in components(torch.from_numpy(mask))
+    )
+    assert count > 20 and found == wanted
+    assert components(torch.zeros(3, 3, 3, dtype=torch.bool)) == []
+
+
+def test_tumours_are_found_and_filtered_by_size(cases):
+    tumors = find_tumors(cases, 2)
+    assert sorted(t.low for t in tumors) == [(10, 10, 10), (30, 26, 26)]
+    assert sorted(round(t.diameter_mm) for t in tumors) == [10, 12]
+    assert [t.low for t in find_tumors(cases, 2, max_diameter_mm=11)] == [(30, 26, 26)]
+    assert [t.low for t in find_tumors(cases, 2, min_diameter_mm=11)] == [(10, 10, 10)]
+    with pytest.raises(ValueError, match=r"annotated: tumours of .* none from 20 to inf mm"):
+        find_tumors(cases, 2, min_diameter_mm=20)
+
+
+def test_patch_of_a_case_smaller_than_the_patch(cases):
+    small = Case("small", cases[0].hu[:10, :40], None)
+    assert random_patch(small, 32, np.random.default_rng(0)).shape == (32, 32, 32)
+
+
+def test_every_place_draws_from_a_window_that_moves_on():
+    config = DenoiserTraining(batch_size=4, pool=24, reuse=3)
+    crops = denoiser.TumorCrops([], [], 2, config)
+    for place in range(4):
+        windows = [crops.window(step, place) for step in range(200)]
+        assert windows[0] == (0, 1)
+        for (low, high), (low2, high2) in zip(windows, windows[1:], strict=False):
+            assert low <= low2 <= low + 1 and high <= high2 <= high + 1
+        assert all(high - low == 6 for low, high in windows[12:])
+        assert windows[-1][1] == 6 + (199 - 10 + place % 3) // 3
+        assert len({crops.key(step, place) for step in range(200)}) > 40
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda hu: (hu + 175) / 425, "values from .* to .* are no HU but scaled"),
+        (lambda hu: hu + 1024, "1024 added; subtract 1024"),
+        (lambda hu: hu * np.nan, "NaN"),
+        (lambda hu: hu * 0 - 1000, "hardly any voxel lies between -175 and 250 HU"),
+    ],
+)
+def test_values_that_are_no_hu(change, said):
+    hu = np.full((20, 20, 20), -1000.0)
+    hu[3:17, 3:17] = np.random.default_rng(0).normal(60, 60, (14, 14, 20)).clip(-175, 250)
+    assert hu_problem(torch.from_numpy(hu)) is None
+    wrong = change(hu) if "scaled" not in said else change(hu.clip(-175, 250))
+    import re
+
+    assert re.search(said, hu_problem(torch.from_numpy(wrong)))
+
+
+def test_all_problems_of_all_files_are_said_at_once(cases, tmp_path):
+    folder = tmp_path / "data"
+    dataset = write_dataset(folder, cases)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    hu, label = cases[0].hu.numpy(), cases[0].label.numpy()
+
+    def add(name, image, mask=None, where=affine):
+        nib.save(nib.Nifti1Image(image, affine), folder / f"{name}.nii.gz")
+        entry = {"image": f"{name}.nii.gz"}
+        if mask is not None:
+            nib.save(nib.Nifti1Image(mask, where), folder / f"{name}_seg.nii.gz")
+            entry["label"] = f"{name}_seg.nii.gz"
+        return entry
+
+    (folder / "broken.nii.gz").write_bytes(b"no NIfTI")
+    moved = affine.copy()
+    moved[0, 3] = 30
+    entries = [
+        *json.loads(dataset.read_text())["training"],
+        add("scaled", ((hu + 175) / 425).astype(np.float32)),
+        add("offset", hu + 1024),
+        add("shape", hu, label[:-2]),
+        add("moved", hu, label, moved),
+        add("halves", hu, label * 0.5),
+        add("four", np.stack([hu, hu], -1)),
+        {"image": "broken.nii.gz"},
+        {"image": "missing.nii.gz"},
+    ]
+    dataset.write_text(json.dumps({"training": entries}))
+    with pytest.raises(ValueError) as caught:
+        reading.load_data(dataset)
+    said = str(caught.value)
+    assert said.startswith("8 problems")
+    for name, words in (
+        ("scaled", "no HU but scaled"),
+        ("offset", "1024 added"),
+        ("shape", r"its image's shape (48, 48, 48), got (46, 48, 48)"),
+        ("moved", "elsewhere in space"),
+        ("halves", "integers from 0 to 255"),
+        ("four", "one 3-D volume"),
+        ("broken", "cannot be read"),
+        ("missing", "no such file"),
+    ):
+        (line,) = [
+            line
+            for line in said.replace("data: ", "data:\n").split("\n")
+            if line.startswith(f"{name}: ")
+        ]
+        assert words in line
+
+
+def test_all_problems_of_the_cases_are_said_at_once(cases, tmp_path):
+    bad = [
+        case("thin", cases[0].hu[:, :, :20], cases[0].label[:, :, :20] * 0 + 5),
+        case("misfit", cases[0].hu, cases[0].label[:-1] * 0),
+        case("ones", cases[0].hu * 0 + 1),
+    ]
+    assert check_cases(cases, 48) == []
+    autoencoder.train(
+        cases,
+        tmp_path / "ae",
+        AutoencoderTraining(network="tiny", steps=1, patch_size=16, batch_size=1, picture_every=0),
+    )
+    config = DenoiserTraining(network="tiny", patch_size=32, steps=1)
+    with pytest.raises(ValueError) as caught:
+        denoiser.train(bad, str(tmp_path / "ae"), tmp_path / "gen", config)
+    said = str(caught.value)
+    assert "thin: 48 x 48 x 20 mm is smaller than the patch of 32 mm; lower --patch-size" in said
+    assert "misfit: a label must have its image's shape (48, 48, 48), got (47, 48, 48)" in said
+    assert "ones: values from 1 to 1 are no HU" in said
+    assert "thin: no voxels of tumour label 2, but of 5" in said
+    assert "misfit: no voxels of tumour label 2, but of none" in said
+    assert "ones: no label" in said
+    assert not (tmp_path / "gen").exists()
+
+
+def test_a_dataset_that_is_none(tmp_path):
+    for text in ("{", "[]", '{"training": [{"label": "a"}]}', '{"training": [3]}'):
+        (tmp_path / "dataset.json").write_text(text)
+        with pytest.raises(ValueError, match="must be like"):
+            reading.load_data(tmp_path / "dataset.json")
+    (tmp_path / "dataset.json").write_text('{"training": []}')
+    with pytest.raises(ValueError, match="lists no cases"):
+        reading.load_data(tmp_path / "dataset.json")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        reading.load_data(tmp_path / "none.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no .nii"):
+        reading.load_data(tmp_path / "empty")
+
+
+# -- configuration --------------------------------------------------------------------------------
+
+
+def test_presets_are_valid_and_flags_win_over_them():
+    kinds = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}
+    for stage, presets in PRESETS.items():
+        for preset in presets.values():
+            config = configured(kinds[stage], preset, {"steps": 7, "lr": None})
+            assert config.steps == 7 and config.lr == preset.get("lr", kinds[stage]().lr)
+    for wrong, said in (
+        ({"precision": "half"}, "--precision must be bf16-mixed or 32-true"),
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"lr": float("nan")}, "--lr must not be negative"),
+        ({"batch_size": 3, "accumulate": 2}, "multiple of --accumulate"),
+        ({"prediction": "y"}, "--prediction must be noise or x0 or v"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            configured(DenoiserTraining, {}, wrong)
+    with pytest.raises(ValueError, match="--min-diameter-mm"):
+        configured(DataConfig, {}, {"min_diameter_mm": -1})

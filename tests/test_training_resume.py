@@ -1,0 +1,273 @@
+"""Interrupted, resumed and split trainings end where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from balls import make_cases
+from safetensors.torch import load_file
+
+from tumorsynth.training import autoencoder, denoiser
+from tumorsynth.training.config import AutoencoderTraining, DenoiserTraining, Hardware
+from tumorsynth.training.data import save_pack
+from tumorsynth.training.engine import Diverged, RunFolder
+from tumorsynth.training.folders import read_autoencoder
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"network": "tiny", "picture_every": 0, "log_every": 1, "warmup": 5}
+STAGE1 = AutoencoderTraining(steps=14, patch_size=16, batch_size=2, save_every=5, lr=4e-3, **SMALL)
+EVERYTHING = {  # each part of stage 1 that has a state of its own
+    "codes": 32,
+    "ema": 0.9,
+    "perceptual": "gradient",
+    "adversarial_weight": 0.1,
+    "adversarial_start": 0.3,
+    "discriminator_width": 4,
+    "dead_code_every": 4,
+}
+STAGE2 = DenoiserTraining(
+    steps=60, patch_size=32, batch_size=2, save_every=3, lr=2e-3, pool=8, reuse=3, **SMALL
+)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return make_cases()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cases):
+    """An autoencoder folder and a pack of the cases."""
+    folder = tmp_path_factory.mktemp("trained")
+    autoencoder.train(cases, folder / "ae", STAGE1)
+    save_pack(cases, folder / "pack.npz")
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(one, other):
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert not [k for k in a if not torch.equal(a[k], b[k])]
+
+
+def losses(folder):
+    with (folder / "log.csv").open() as file:
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+
+
+def flags(config):
+    """The command line of a config."""
+    words = []
+    for key, value in vars(config).items():
+        words += [] if value is None else [f"--{key.replace('_', '-')}", str(value)]
+    return words
+
+
+def command(*words):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # sums depend on it
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "tumorsynth.cli", "train", *map(str, words)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_killed_denoiser_goes_on_to_the_same_weights(trained, cases, tmp_path):
+    ae = str(trained / "ae")
+    run = tmp_path / "killed"
+    words = ["denoiser", trained / "pack.npz", "-o", run, "--autoencoder", ae, *flags(STAGE2)]
+    process = command(*words)
+    deadline = time.time() + 120
+    while not (run / "checkpoint.pt").exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.3))  # anywhere: in a step, in a save
+    process.kill()
+    process.communicate()
+    assert not (run / "card.json").exists(), "it was done before it could be killed"
+
+    denoiser.train(cases, ae, run, STAGE2, resume=True)
+    denoiser.train(cases, ae, tmp_path / "whole", STAGE2)
+    assert_same(run, tmp_path / "whole")
+    assert losses(run) == losses(tmp_path / "whole") and len(losses(run)) == STAGE2.steps
+    assert not list(run.glob(".*"))
+
+
+def test_sigterm_saves_and_everything_of_stage_1_is_resumed(cases, tmp_path):
+    config = AutoencoderTraining(**{**vars(STAGE1), **EVERYTHING, "save_every": 1000})
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    autoencoder.train(cases, whole, config)
+
+    def stop():
+        while not (stopped / "log.csv").exists() or len(losses(stopped)) < 6:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop)
+    watcher.start()
+    with pytest.raises(SystemExit) as caught:
+        autoencoder.train(cases, stopped, config)
+    watcher.join()
+    assert caught.value.code == 128 + signal.SIGTERM
+    saved = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    assert 6 <= saved["step"] < config.steps
+    assert not (stopped / "card.json").exists()
+    autoencoder.train(cases, stopped, config, resume=True)
+    assert_same(stopped, whole)
+    assert losses(stopped) == losses(whole)
+
+
+def test_resume_of_a_finished_run_changes_nothing(trained, cases):
+    before = weights(trained / "ae")
+    autoencoder.train(cases, trained / "ae", STAGE1, resume=True)
+    assert all(torch.equal(v, before[k]) for k, v in weights(trained / "ae").items())
+
+
+def test_two_processes_as_one(trained, cases, tmp_path):
+    """Same global batch, same crops, same noise: the same loss curve but for the last digits."""
+    short = {"steps": 6, "precision": "32-true"}
+    config2 = DenoiserTraining(**{**vars(STAGE2), **short, "batch_size": 4, "accumulate": 2})
+    config1 = AutoencoderTraining(**{**vars(STAGE1), **EVERYTHING, **short})
+    ae = str(trained / "ae")
+    two2 = command(
+        *("denoiser", trained / "pack.npz", "-o", tmp_path / "two2", "--autoencoder", ae),
+        *(*flags(config2), "--devices", "2", "--accelerator", "cpu"),
+    )
+    two1 = subprocess.Popen(  # as torchrun and SLURM do: the processes are there already
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--master-port", str(random.randint(20000, 40000)), "-m", "tumorsynth.cli"),
+            *("train", "autoencoder", str(trained / "pack.npz"), "-o", str(tmp_path / "two1")),
+            *(*flags(config1), "--accelerator", "cpu"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    denoiser.train(cases, ae, tmp_path / "one2", config2)
+    autoencoder.train(cases, tmp_path / "one1", config1)
+    for process in (two1, two2):
+        said = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, said
+    for stage in ("1", "2"):
+        one, two = losses(tmp_path / f"one{stage}"), losses(tmp_path / f"two{stage}")
+        assert one.keys() == two.keys() and len(one) == 6
+        for step, value in one.items():
+            assert two[step] == pytest.approx(value, rel=1e-4), (stage, step)
+        assert '"processes": 2' in (tmp_path / f"two{stage}" / "card.json").read_text()
+
+
+def test_accumulated_parts_make_the_same_step(trained, cases, tmp_path):
+    ae = str(trained / "ae")
+    for parts in (1, 4):
+        changes = {"steps": 3, "batch_size": 4, "accumulate": parts, "precision": "32-true"}
+        config = DenoiserTraining(**{**vars(STAGE2), **changes})
+        denoiser.train(cases, ae, tmp_path / str(parts), config)
+    one, four = losses(tmp_path / "1"), losses(tmp_path / "4")
+    assert list(one.values()) == pytest.approx(list(four.values()), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(trained, cases, tmp_path):
+    config = AutoencoderTraining(**{**vars(STAGE1), "lr": 1e30, "save_every": 1, "warmup": 0})
+    with pytest.raises(Diverged, match=r"not finite at step \d+ .*lower --lr 1e\+30"):
+        autoencoder.train(cases, tmp_path / "run", config)
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] < config.steps and not (tmp_path / "run" / "card.json").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    class Full:
+        """Cannot be written: as a full disk, in the middle of the file."""
+
+        def state_dict(self):
+            raise OSError(28, "No space left on device")
+
+    class Part:
+        def state_dict(self):
+            return {"a": torch.ones(3)}
+
+    run = RunFolder(tmp_path, {"seed": 0}, resume=False)
+    run.save(1, {"model": Part()})
+    with pytest.raises(OSError, match="No space left"):
+        run.save(2, {"model": Part(), "other": Full()})
+    saved = run.load()
+    assert saved is not None and saved["step"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_checkpoint_that_cannot_be_written_names_the_one_that_stays(tmp_path):
+    run = RunFolder(tmp_path, {"seed": 0}, resume=False)
+
+    class Part:
+        def state_dict(self):
+            return {"a": torch.ones(100_000)}
+
+    run.save(1, {"model": Part()})
+    temporary = tmp_path / f".checkpoint.pt.{os.getpid()}"
+    temporary.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="step 2 cannot be written.*the last checkpoint stays"):
+        run.save(2, {"model": Part()})
+    saved = run.load()
+    assert saved is not None and saved["step"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt"]
+
+
+def test_resume_refuses_other_settings_data_and_damaged_files(trained, cases, tmp_path):
+    run = tmp_path / "run"
+    autoencoder.train(cases, run, AutoencoderTraining(**{**vars(STAGE1), "steps": 2}))
+    with pytest.raises(ValueError, match="holds checkpoint.pt and card.json.*--resume"):
+        autoencoder.train(cases, run, STAGE1)
+    with pytest.raises(ValueError, match="other settings .steps 2, now 14.*same flags"):
+        autoencoder.train(cases, run, STAGE1, resume=True)
+    (run / "checkpoint.pt").write_bytes(b"PK not a checkpoint")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        autoencoder.train(cases, run, STAGE1, resume=True)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path, cases):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    (tmp_path / "run").mkdir()
+    torch.save({"format": 1, "identity": Evil()}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        autoencoder.train(cases, tmp_path / "run", STAGE1, resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_one_process_without_lightning_trains_the_same(trained, cases, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.fabric", None)  # as where it is not installed
+    autoencoder.train(cases, tmp_path / "alone", STAGE1)
+    assert_same(tmp_path / "alone", trained / "ae")
+    with pytest.raises(ModuleNotFoundError, match=r"needs lightning.*tumorsynth\[train\]"):
+        autoencoder.train(cases, tmp_path / "two", STAGE1, Hardware(devices="2"))
+
+
+def test_autoencoder_folder_round_trip(trained):
+    network, card = read_autoencoder(str(trained / "ae"))
+    assert card["kind"] == "autoencoder" and card["training"]["steps"] == STAGE1.steps
+    assert float(network.latent_low) < float(network.latent_high)
+    assert not any(p.requires_grad for p in network.parameters())

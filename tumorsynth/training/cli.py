@@ -1,0 +1,180 @@
+"""``tumorsynth train``: every field of `tumorsynth.training.config` is a flag."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tumorsynth.training.config import (
+    PRESETS,
+    AutoencoderTraining,
+    DataConfig,
+    DenoiserTraining,
+    Hardware,
+    configured,
+    field_type,
+)
+
+app = typer.Typer(
+    help="Train a generator: an autoencoder on any CT, then a denoiser on annotated tumours.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Data = Annotated[
+    Path,
+    typer.Argument(
+        help='dataset.json ({"training": [{"image": ..., "label": ...}, ...]}), a pack (.npz), or '
+        "a folder of CTs"
+    ),
+]
+Labels = Annotated[Path | None, typer.Option(help="The folder of label maps, to a folder of CTs.")]
+Preset = Annotated[
+    str,
+    typer.Option(help="tiny: a trial on a CPU; light: what ships; base: the published sizes."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")]
+Licence = Annotated[str | None, typer.Option(help="Terms of use, for the card.")]
+
+
+def with_flags(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds a flag for every field of these dataclasses; the command gets them as keywords."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        flags = []
+        for kind in kinds:
+            for f in fields(kind):
+                words = f.metadata["help"]
+                if f.metadata["choices"]:
+                    words += f" One of {', '.join(f.metadata['choices'])}."
+                if "[default:" not in words:
+                    word = "light" if "Training" in kind.__name__ else "default"
+                    words += f" [{word}: {f.default}]"
+                option = typer.Option(
+                    "--" + f.name.replace("_", "-"), help=words, show_default=False
+                )
+                flags.append(
+                    inspect.Parameter(
+                        f.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=None,
+                        annotation=Annotated[field_type(f.type) | None, option],
+                    )
+                )
+
+        def run(**given: Any) -> None:
+            command(**given)
+
+        run.__signature__ = signature.replace(parameters=own + flags)  # type: ignore[attr-defined]
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        # typer reads both
+        run.__annotations__ = {p.name: p.annotation for p in own + flags}
+        return run
+
+    return decorate
+
+
+@app.command()
+@with_flags(AutoencoderTraining, Hardware)
+def autoencoder(
+    *,
+    data: Data,
+    out: Out,
+    labels: Labels = None,
+    preset: Preset = "light",
+    resume: Resume = False,
+    init: Annotated[str | None, typer.Option(help="A trained folder to start from.")] = None,
+    licence: Licence = None,
+    **given: Any,
+) -> None:
+    """Stage 1: an autoencoder, on CTs with or without labels.
+
+    OUT becomes a folder for --autoencoder of `tumorsynth train denoiser`. A killed run goes on
+    with the same command and --resume.
+    """
+    config = configured(AutoencoderTraining, _preset("autoencoder", preset), given)
+    hardware = configured(Hardware, {}, given)
+    from tumorsynth.training.autoencoder import train
+    from tumorsynth.training.reading import load_data
+
+    card = {"licence": licence} if licence else {}
+    train(load_data(data, labels), out, config, hardware, resume=resume, init=init, card=card)
+    _wrote(f"{out}; use it with tumorsynth train denoiser ... --autoencoder {out}")
+
+
+@app.command()
+@with_flags(DenoiserTraining, DataConfig, Hardware)
+def denoiser(
+    *,
+    data: Data,
+    out: Out,
+    autoencoder: Annotated[
+        str,
+        typer.Option(help="Folder of an autoencoder or a generator, or a bundled generator's name"),
+    ],
+    labels: Labels = None,
+    preset: Preset = "light",
+    resume: Resume = False,
+    name: Annotated[str | None, typer.Option(help="Of the generator; else the folder's.")] = None,
+    init: Annotated[str | None, typer.Option(help="A generator to start from.")] = None,
+    licence: Licence = None,
+    **given: Any,
+) -> None:
+    """Stage 2: a generator, from annotated tumours and a trained autoencoder.
+
+    OUT becomes a generator folder, for --generator OUT and ts.load_generator(OUT). A killed run
+    goes on with the same command and --resume.
+    """
+    config = configured(DenoiserTraining, _preset("denoiser", preset), given)
+    which, hardware = configured(DataConfig, {}, given), configured(Hardware, {}, given)
+    from tumorsynth.training.denoiser import train
+    from tumorsynth.training.reading import load_data
+
+    card = {k: v for k, v in {"name": name, "licence": licence}.items() if v}
+    cases = load_data(data, labels)
+    train(cases, autoencoder, out, config, which, hardware, resume=resume, init=init, card=card)
+    _wrote(f"{out}; use it with --generator {out}")
+
+
+@app.command()
+def pack(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .npz file to write.")],
+    labels: Labels = None,
+) -> None:
+    """All scans in one file, ready to train on machines that have torch only."""
+    if out.suffix != ".npz":
+        raise ValueError(f"a pack's name must end in .npz, got {out}")
+    from tumorsynth.training.data import save_pack
+    from tumorsynth.training.reading import load_data
+
+    cases = load_data(data, labels)
+    save_pack(cases, out)
+    for case in cases:
+        size = " x ".join(str(n) for n in case.hu.shape)
+        print(f"{case.name}: {size} mm{'' if case.label is None else ', annotated'}")
+    print(f"wrote {out}")
+
+
+def _preset(stage: str, name: str) -> dict[str, Any]:
+    presets = PRESETS[stage]
+    if name not in presets:
+        raise ValueError(f"--preset must be {' or '.join(presets)}, got {name!r}")
+    return presets[name]
+
+
+def _wrote(words: str) -> None:
+    import os
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"wrote {words}")

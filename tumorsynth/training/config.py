@@ -1,0 +1,225 @@
+"""What the training commands can be told: every field here is a flag there, under the same name.
+
+A preset is a set of values for a stage's fields; a flag that is given wins over the preset. No
+torch here: the command line reads this file for its help.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Training:
+    """What both stages have in common."""
+
+    steps: int = option(4000, "Optimiser steps.")
+    patch_size: int = option(48, "Side of the cubes trained on, in mm (voxels at 1 mm).")
+    batch_size: int = option(4, "Cubes per step, over all devices and accumulated parts.")
+    accumulate: int = option(1, "Split a step's cubes into this many parts, for less memory.")
+    lr: float = option(2e-3, "Learning rate after the warm-up; falls by a cosine to 1 % of it.")
+    warmup: int = option(100, "Steps of linear warm-up.")
+    weight_decay: float = option(1e-4, "AdamW's weight decay.")
+    clip: float = option(1.0, "Largest norm of the gradient.")
+    ema: float = option(0.0, "Decay of the average of the weights that is kept; 0 keeps the last.")
+    precision: str = option("bf16-mixed", "Arithmetic.", ("bf16-mixed", "32-true"))
+    seed: int = option(0, "Decides the first weights, all crops and all noise.")
+    save_every: int = option(500, "Steps between checkpoints.")
+    picture_every: int = option(500, "Steps between sample pictures; 0 draws none.")
+    log_every: int = option(50, "Steps between lines of the log.")
+
+
+@dataclass(frozen=True)
+class AutoencoderTraining(Training):
+    """Stage 1: reconstruction of any CT, annotated or not."""
+
+    network: str = option(
+        "light", "Sizes of the network; base is the published one.", ("tiny", "light", "base")
+    )
+    codes: int | None = option(
+        None, "Codes of the codebook, 0 for a continuous latent. [default: the network's]"
+    )
+    commitment_weight: float = option(0.25, "Of the encoder's distance to its codes.")
+    dead_code_every: int = option(100, "Steps between restarts of unused codes.")
+    latent_weight: float = option(1e-4, "Of the mean square of a continuous latent.")
+    perceptual: str = option(
+        "none", "Perceptual loss over slices of three planes.", ("none", "gradient", "monai")
+    )
+    perceptual_weight: float = option(0.1, "Of the perceptual loss.")
+    adversarial_weight: float = option(
+        0.0, "Of each discriminator (slices, volumes); 0 has none. The paper's is 1."
+    )
+    adversarial_start: float = option(0.5, "Share of the steps after which they are switched on.")
+    feature_weight: float = option(4.0, "Of feature matching, in units of adversarial-weight.")
+    discriminator_width: int = option(32, "Channels of the discriminators' first layer.")
+    discriminator_lr: float = option(2e-4, "Their learning rate.")
+
+
+@dataclass(frozen=True)
+class DenoiserTraining(Training):
+    """Stage 2: tumours in the latent of a frozen autoencoder."""
+
+    steps: int = option(600, "Optimiser steps.")
+    patch_size: int = option(64, "Side of the cubes around the tumours, in mm.")
+    batch_size: int = option(8, "Cubes per step, over all devices and accumulated parts.")
+    lr: float = option(1e-3, "Learning rate after the warm-up; falls by a cosine to 1 % of it.")
+    warmup: int = option(50, "Steps of linear warm-up.")
+    weight_decay: float = option(1e-2, "AdamW's weight decay.")
+    ema: float = option(
+        0.995, "Decay of the average of the weights that is kept; 0 keeps the last."
+    )
+    network: str = option(
+        "light", "Sizes of the network; base is the published one.", ("tiny", "light", "base")
+    )
+    prediction: str = option("x0", "What the network predicts.", ("noise", "x0", "v"))
+    timesteps: int = option(4, "Noise levels; more than 10 are sampled by DDIM.")
+    inside_weight: float = option(4.0, "Extra weight of the loss inside the tumour.")
+    transplant: float = option(0.6, "Share of crops whose tumour is moved into other tissue.")
+    pool: int = option(256, "Encoded crops held at a time, over all devices.")
+    reuse: int = option(8, "Steps after which each place of the batch gets a new crop.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tumours stage 2 learns from."""
+
+    tumor_label: int = option(2, "Label value of tumour voxels.")
+    min_diameter_mm: float = option(4.5, "Smaller tumours (equivalent diameter) are left out.")
+    max_diameter_mm: float | None = option(None, "Larger tumours are left out. [default: none]")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where to run. All as in Lightning Fabric; left alone, `fabric run` and torchrun decide."""
+
+    accelerator: str | None = option(None, "cpu, cuda, ... [default: a GPU where there is one]")
+    devices: str | None = option(None, "Devices, or processes on a CPU, per node. [default: 1]")
+    num_nodes: int | None = option(None, "Machines. [default: 1]")
+    strategy: str | None = option(None, "How to share the work: ddp. [default: ddp from 2 on]")
+    workers: int = option(2, "Threads that prepare crops, per process.")
+
+
+# what a preset changes; "light" is what the fields say: what ships
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "autoencoder": {
+        "tiny": {
+            "network": "tiny",
+            "steps": 200,
+            "patch_size": 32,
+            "batch_size": 2,
+            "lr": 4e-3,
+            "warmup": 20,
+            "save_every": 50,
+            "picture_every": 100,
+            "log_every": 10,
+        },
+        "light": {},
+        "base": {
+            "network": "base",
+            "steps": 200_000,
+            "patch_size": 96,
+            "batch_size": 4,
+            "lr": 3e-4,
+            "warmup": 1000,
+            "weight_decay": 0.0,
+            "perceptual": "gradient",
+            "adversarial_weight": 1.0,
+            "adversarial_start": 0.25,
+            "discriminator_width": 64,
+            "save_every": 2000,
+            "picture_every": 2000,
+        },
+    },
+    "denoiser": {
+        "tiny": {
+            "network": "tiny",
+            "steps": 200,
+            "patch_size": 32,
+            "batch_size": 4,
+            "lr": 2e-3,
+            "warmup": 20,
+            "pool": 64,
+            "save_every": 50,
+            "picture_every": 100,
+            "log_every": 10,
+            "ema": 0.98,
+        },
+        "light": {},
+        "base": {
+            "network": "base",
+            "steps": 60_000,
+            "patch_size": 96,
+            "batch_size": 10,
+            "lr": 1e-4,
+            "warmup": 1000,
+            "weight_decay": 0.0,
+            "prediction": "noise",
+            "save_every": 2000,
+            "picture_every": 2000,
+        },
+    },
+}
+
+
+def configured(kind: type[T], preset: dict[str, Any], given: dict[str, Any]) -> T:
+    """A config of a preset and of the flags given (None: not given), checked."""
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    values = {**preset, **{k: v for k, v in given.items() if v is not None}}
+    config = kind(**{k: v for k, v in values.items() if k in names})
+    check(config)
+    return config
+
+
+def check(config: Any) -> None:
+    """Raises ValueError for what no training can mean."""
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        flag = "--" + f.name.replace("_", "-")
+        if choices and value not in choices:
+            raise ValueError(f"{flag} must be {' or '.join(choices)}, got {value!r}")
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"{flag} must not be negative, got {value}")
+    if isinstance(config, Training):
+        for name in ("steps", "patch_size", "batch_size", "accumulate", "save_every", "log_every"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if config.batch_size % config.accumulate:
+            raise ValueError(
+                f"--batch-size must be a multiple of --accumulate, got {config.batch_size} and "
+                f"{config.accumulate}"
+            )
+
+
+def parse_arguments(kinds: list[type], stage: str, extra: Callable[[Any], None]) -> dict[str, Any]:
+    """The same flags without typer, for machines that have torch only; None where not given."""
+    parser = argparse.ArgumentParser(prog=f"python -m tumorsynth.training.{stage}")
+    parser.add_argument("data")
+    parser.add_argument("-o", "--out", required=True)
+    parser.add_argument("--preset", default="light", choices=list(PRESETS[stage]))
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--labels")
+    extra(parser)
+    for kind in kinds:
+        for f in fields(kind):
+            words, choices = f.metadata["help"], f.metadata["choices"]
+            parser.add_argument(
+                "--" + f.name.replace("_", "-"),
+                type=field_type(f.type),
+                choices=choices,
+                help=words.replace("%", "%%"),
+            )
+    return vars(parser.parse_args())
+
+
+def field_type(annotation: Any) -> type:
+    """int, float or str of a field's annotation, which is text here: "int | None"."""
+    return {"int": int, "float": float, "str": str}[str(annotation).split(" ")[0]]

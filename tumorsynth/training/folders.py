@@ -1,0 +1,80 @@
+"""Autoencoder folders: model.safetensors, card.json and CARD.md, as generator folders have them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
+from tumorsynth.weights import (
+    CARD,
+    FORMAT,
+    MODEL,
+    bundled_folder,
+    bundled_names,
+    load_exactly,
+    read_card,
+    read_folder,
+    write_folder,
+)
+
+KIND = "autoencoder"
+
+
+def save_autoencoder(autoencoder: Autoencoder, folder: Path, card: dict[str, Any]) -> Path:
+    """Write an autoencoder folder; a kill leaves an earlier one there as it was."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in autoencoder.state_dict().items()}
+    raw = save(tensors)
+    full = {
+        **card,
+        "kind": KIND,
+        "format": FORMAT,
+        "config": {"autoencoder": asdict(autoencoder.config)},
+        "sha256": hashlib.sha256(raw).hexdigest(),
+    }
+    return write_folder(folder, raw, full)
+
+
+def read_autoencoder(name_or_folder: str) -> tuple[Autoencoder, dict[str, Any]]:
+    """A frozen autoencoder, on the CPU, and the card it came with.
+
+    From an autoencoder folder, a generator folder, or a bundled generator's name. Raises
+    FileNotFoundError for what is not there, ValueError for files that do not belong together.
+    """
+    folder = _find(name_or_folder)
+    card = read_card(folder)
+    if card.get("kind") != KIND:
+        return read_folder(folder).autoencoder, card
+    raw = (folder / MODEL).read_bytes() if (folder / MODEL).is_file() else b""
+    if hashlib.sha256(raw).hexdigest() != card["sha256"]:
+        raise ValueError(
+            f"{folder / MODEL} is missing or not the file its card describes (sha256); restore it"
+        )
+    try:
+        autoencoder = Autoencoder(AutoencoderConfig(**card["config"]["autoencoder"]))
+        tensors = load(raw)
+    except (KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} does not hold an autoencoder of this version: {error}; train it anew"
+        ) from error
+    load_exactly(autoencoder, tensors, str(folder / MODEL))
+    return autoencoder.eval().requires_grad_(False), card
+
+
+def _find(name_or_folder: str) -> Path:
+    text = str(name_or_folder)
+    bundled = bundled_folder() / text if Path(text).name == text else None
+    for folder in (bundled, Path(text)):
+        if folder is not None and (folder / CARD).is_file():
+            return folder
+    why = "has no card.json: is its training finished?" if Path(text).is_dir() else "is not there"
+    names = [n for n in bundled_names() if (bundled_folder() / n).is_dir()]
+    raise FileNotFoundError(
+        f"--autoencoder must be a folder written by `tumorsynth train`, or a bundled generator "
+        f"({', '.join(names) or 'none ships yet'}), but {text} {why}"
+    )

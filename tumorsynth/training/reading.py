@@ -1,0 +1,184 @@
+"""Scans from NIfTI files to the generator's grid: RAS, 1 mm, the HU window. Needs MONAI.
+
+Every case is read and checked before anything is trained, and all problems are said at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tumorsynth.training.data import HU_HIGH, HU_LOW, Case, complain, hu_problem, load_pack
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one case."""
+
+    name: str
+    image: Path
+    label: Path | None
+
+
+def load_data(data: Path, labels: Path | None = None) -> list[Case]:
+    """The cases of a pack (.npz), a dataset.json, or a folder of images (and one of labels).
+
+    Raises ValueError with every problem of every case.
+    """
+    if data.suffix == ".npz":
+        return load_pack(data)
+    return read_cases(find_sources(data, labels))
+
+
+def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
+    """The files that a dataset.json lists, or that one or two folders hold."""
+    if data.is_dir():
+        return _in_folders(data, labels)
+    if not data.is_file():
+        raise FileNotFoundError(f"no such file: {data}; pass a dataset.json, a pack or a folder")
+    try:
+        entries = json.loads(data.read_text(encoding="utf-8"))["training"]
+        sources = []
+        for entry in entries:
+            image, label = entry["image"], entry.get("label")
+            sources.append(
+                Source(_stem(image), data.parent / image, data.parent / label if label else None)
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{data} must be like {{"training": [{{"image": "a.nii.gz", "label": "b.nii.gz"}}]}}; '
+            f"reading it gave {type(error).__name__}: {error}"
+        ) from error
+    if not sources:
+        raise ValueError(f"{data} lists no cases under training; add some")
+    return sources
+
+
+def _in_folders(images: Path, labels: Path | None) -> list[Source]:
+    if labels is None:
+        found = sorted(p for p in images.iterdir() if p.name.endswith((".nii", ".nii.gz")))
+        if not found:
+            raise ValueError(f"{images} holds no .nii or .nii.gz files; pass the folder of the CTs")
+        if not any("_label.nii" in p.name for p in found):
+            return [Source(_stem(p), p, None) for p in found]
+    from tumorsynth.cases import find_pairs
+
+    return [Source(c.name, c.ct, c.label) for c in find_pairs(images, labels)]
+
+
+def read_cases(sources: list[Source]) -> list[Case]:
+    """All cases; raises ValueError with every problem of every case."""
+    cases, problems = [], []
+    for source in sources:
+        try:
+            cases.append(read_case(source))
+        except (ValueError, OSError) as error:
+            problems.append(f"{source.name}: {error}")
+    names = [s.name for s in sources]
+    problems += [f"{n}: the name occurs twice" for n in sorted(set(names)) if names.count(n) > 1]
+    complain(problems)
+    return cases
+
+
+def read_case(source: Source) -> Case:
+    """One case, cropped to the body; ValueError says what is wrong with it, without its name."""
+    grid, load = _transforms()
+    paths = {"image": source.image, **({"label": source.label} if source.label else {})}
+    for path in paths.values():
+        if not path.is_file():
+            raise ValueError(f"no such file: {path}")
+    try:
+        raw = load({key: str(path) for key, path in paths.items()})
+    except Exception as error:  # MONAI wraps whatever its readers raise
+        cause = error.__cause__ or error
+        raise ValueError(f"cannot be read ({' '.join(str(cause).split())[:200]})") from error
+    image = raw["image"]
+    wrong = [hu_problem(image.as_tensor())]
+    if image.ndim != 4 or image.shape[0] != 1:
+        wrong = [f"a CT must be one 3-D volume, got the shape {tuple(image.shape)}"]
+    if "label" in raw:
+        wrong.append(_label_problem(image, raw["label"]))
+    if any(wrong):
+        raise ValueError("; ".join(w for w in wrong if w))
+    if "label" in raw:  # the same grid by number as by shape: headers differ in the last digits
+        raw["label"].affine = image.affine
+    done = grid(raw)
+    hu = done["image"].as_tensor()[0]
+    box = body_box(hu)
+    label = done["label"].as_tensor()[0][box].round().byte().clone() if "label" in done else None
+    return Case(source.name, hu[box].round().clamp(HU_LOW, HU_HIGH).short().clone(), label)
+
+
+def _label_problem(image: Any, label: Any) -> str | None:
+    if label.shape != image.shape:
+        return (
+            f"a label must have its image's shape {tuple(image.shape[1:])}, "
+            f"got {tuple(label.shape[1:])}"
+        )
+    if not np.allclose(label.affine, image.affine, atol=0.1):
+        return "its label lies elsewhere in space than the image (the affines differ)"
+    values = label.as_tensor()
+    if bool((values != values.round()).any()) or not 0 <= float(values.min()) <= 255:
+        return "label values must be integers from 0 to 255"
+    if float(values.max()) > 255:
+        return f"label values must be integers from 0 to 255, got {float(values.max()):.0f}"
+    return None
+
+
+def _transforms() -> tuple[Any, Any]:
+    """(to the grid, from the files): MONAI's, for cases with and without a label."""
+    try:
+        from monai.transforms import (
+            Compose,
+            EnsureChannelFirstd,
+            LoadImaged,
+            Orientationd,
+            Spacingd,
+        )
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"reading scans for training needs {error.name}: "
+            'pip install "tumorsynth[train]"; a pack (.npz) needs torch only'
+        ) from error
+    keys = ["image", "label"]
+    missing = {"allow_missing_keys": True}
+    load = Compose(
+        [
+            LoadImaged(keys, reader="NibabelReader", dtype=np.float32, **missing),
+            EnsureChannelFirstd(keys, channel_dim="no_channel", **missing),
+        ]
+    )
+    grid = Compose(
+        [
+            Orientationd(keys, axcodes="RAS", labels=None, **missing),
+            Spacingd(
+                keys,
+                pixdim=(1.0, 1.0, 1.0),
+                mode=("bilinear", "nearest"),
+                padding_mode="border",
+                **missing,
+            ),
+        ]
+    )
+    return grid, load
+
+
+def body_box(hu: Tensor) -> tuple[slice, slice, slice]:
+    """The box of the body: the slices with more than 2 % of voxels above -300 HU."""
+    body = (hu > -300).float()
+    slices = []
+    for axis in range(3):
+        share = body.mean(dim=tuple(a for a in range(3) if a != axis))
+        inside = (share > 0.02).nonzero().flatten()
+        low, high = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, hu.shape[axis])
+        slices.append(slice(low, high))
+    return slices[0], slices[1], slices[2]
+
+
+def _stem(path: str | Path) -> str:
+    return Path(path).name.split(".nii")[0]
