@@ -840,3 +840,13 @@ def test_shapes_and_settings_in_any_form():
     for size in ([4, 6], (np.float64(4), np.int64(6))):
         found = synth(size_mm=size, count=[1, 2], p=np.float32(1))(image, label, seed=0)
         assert same(found[0], expected[0])
+
+
+@pytest.mark.parametrize("scaled", [ts.Scaled(-175, 250, 0, 1), ts.ZScore(40.0, 150.0)])
+def test_a_scaled_image_called_hu_is_refused(scaled):
+    image, label = scan()
+    values = (image - scaled.to_hu(torch.zeros(()))) / scaled.hu_per_unit
+    values = values.clamp(*scaled.limits) if scaled.limits else values.clamp(-3, 3)
+    with pytest.raises(ValueError, match="Hounsfield units.*Scaled"):
+        synth()(values, label, seed=0)
+    synth(intensity=scaled)(values, label, seed=0)

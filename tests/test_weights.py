@@ -306,3 +306,11 @@ def test_the_bundled_generators_load():
     for name in bundled_names():
         generator = load_generator(name)
         assert generator.name == name and generator.device.type == "cpu"
+
+
+def test_a_model_changed_after_loading_is_found(folder):
+    ts.load_generator(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="sha256"):
+        ts.load_generator(folder)

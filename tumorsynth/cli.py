@@ -234,7 +234,7 @@ def demo(
         organ_labels=(LABELS["liver"],),
         tumor_label=max(LABELS.values()) + 1,
         count=_count(count),
-        size_mm=size_mm or (8.0, 20.0),
+        size_mm=size_mm or (12.0, 20.0),
         device=device,
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -384,7 +384,8 @@ def _number(count: int, noun: str) -> str:
 
 def _summary(name: str, records: list[dict[str, Any]]) -> str:
     placed = [r for r in records if r.get("applied", True)]
-    sizes = ", ".join(f"{r['diameter_mm']:.1f} mm" for r in placed)
+    sizes = ", ".join(f"{r['diameter_mm']:.1f} mm" for r in placed[:10])
+    sizes += ", ..." if len(placed) > 10 else ""
     words = f"{name}: {_number(len(placed), 'tumour')}" + (f" ({sizes})" if sizes else "")
     reasons = [str(r.get("reason")) for r in records if not r.get("applied", True)]
     return "; ".join([words, *dict.fromkeys(reasons)])

@@ -273,6 +273,8 @@ class SynthesizeTumor(nn.Module):
             margin_mm=max(CONTEXT_MM, margin),
         )
         hu = self.intensity.to_hu(image[grid.source].float())
+        if isinstance(self.intensity, HU):
+            _check_hu(hu)
         hu = hu.nan_to_num(nan=0.0, posinf=HU_HIGH, neginf=HU_LOW).clamp(HU_LOW, HU_HIGH)
         crop = grid.cut((hu - HU_LOW) / (HU_HIGH - HU_LOW))
         inside = torch.zeros_like(hu)
@@ -437,6 +439,17 @@ def _check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         )
 
 
+def _check_hu(hu: Tensor) -> None:
+    """No 3 cm of a patient has all its HU within 3 of water: such an image was scaled already."""
+    highest = float(hu.nan_to_num(nan=0.0).abs().max())
+    if 0 < highest <= 3:
+        raise ValueError(
+            "image must be in Hounsfield units with intensity=HU(), but around a tumour no value "
+            f"is beyond +-{highest:.3g}; say how it was scaled with intensity=ts.Scaled(a_min, "
+            "a_max, b_min, b_max) or ts.ZScore(mean, std, low, high)"
+        )
+
+
 def _check_params(params: Any, batch: int) -> None:
     needed = {"applied", "tumors"}
     if (
@@ -445,7 +458,8 @@ def _check_params(params: Any, batch: int) -> None:
         or not all(isinstance(record, dict) and needed <= record.keys() for record in params)
     ):
         raise ValueError(
-            f"params must hold one record for each of the {batch} samples, got {params!r}; "
+            f"params must hold one record for each of the {batch} samples, got "
+            f"{type(params).__name__} of {len(params) if isinstance(params, Sequence) else 1}; "
             "pass synth.params of an earlier call with the same batch"
         )
 

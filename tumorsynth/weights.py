@@ -68,8 +68,9 @@ def load_generator(
                 _loaded[key] = HandcraftedGenerator().to(device)
             return _loaded[key]
     folder = find_folder(name_or_path)
-    # a folder written anew since it was loaded is another generator
-    stamp = (folder / CARD).stat().st_mtime_ns
+    # a folder whose files changed since it was loaded is read again, and checked again
+    files = [path.stat() for path in (folder / CARD, folder / MODEL) if path.is_file()]
+    stamp = [(file.st_mtime_ns, file.st_size) for file in files]
     key = (f"{folder.resolve()}@{stamp}", str(device))
     with _lock:
         # .to() moves a generator in place: one that its user moved elsewhere is read again
