@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tumorsynth import masks
-from tumorsynth.synthesizer import SynthesizeTumor, _check_input, _check_tumor_label
+from tumorsynth.inputs import check_input, check_tumor_label
+from tumorsynth.synthesizer import SynthesizeTumor
 
 # The core's keyword arguments with their defaults, but for p: a framework has its own word for it.
 SETTINGS: dict[str, Any] = {
@@ -46,7 +47,7 @@ class Adapter:
         self.separate_organ = separate_organ
         self.tumor_label: int = settings.get("tumor_label", SETTINGS["tumor_label"])
         if separate_organ:
-            self.tumor_label = _check_tumor_label(self.tumor_label, ())
+            self.tumor_label = check_tumor_label(self.tumor_label, ())
             organs = masks.check_organ_labels(settings.get("organ_labels", (1,)))
             # in the map handed to the core, which is made for the call, a value that is free
             settings = {**settings, "organ_labels": organs, "tumor_label": max(organs) + 1}
@@ -70,10 +71,10 @@ class Adapter:
             )
         work_image = image.float() if _holds_integers(image) else image
         if organ is not None:
-            _check_input(work_image, label, self.tumor_label)
+            check_input(work_image, label, self.tumor_label)
             work_label = self._organ_and_tumor(label, organ)
         elif isinstance(label, Tensor) and label.dtype in _WIDE:
-            _check_input(work_image, label, self.tumor_label)
+            check_input(work_image, label, self.tumor_label)
             work_label = label.to(torch.int64)
         else:
             work_label = label

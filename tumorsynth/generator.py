@@ -129,8 +129,7 @@ class Generator:
         noise: (steps + 1, B, 8, d, h, w) instead of a seed, axes (z, x, y).
         Returns (B, 1, X, Y, Z) in [0, 1]; every voxel went through the autoencoder, so blend it.
         """
-        cond, _ = self._condition(crop, tumor_mask)
-        latent = self.sample(cond, self._noise(cond, seed, noise))
+        latent, _ = self._paint(crop, tumor_mask, seed, noise)
         return _to_xyz(self.decode(latent))
 
     @torch.no_grad()
@@ -146,12 +145,22 @@ class Generator:
         The autoencoder's blur is in both and cancels, so that adding the change to the scan keeps
         the scan's own noise and sharpness.
         """
-        cond, volume = self._condition(crop, tumor_mask)
-        latent = self.sample(cond, self._noise(cond, seed, noise))
+        latent, volume = self._paint(crop, tumor_mask, seed, noise)
         healthy = self.autoencoder.decode(self.autoencoder.encode(volume))
         return _to_xyz(self.decode(latent) - ((healthy + 1) / 2).clamp(0, 1))
 
     # -- the steps ---------------------------------------------------------------------------------
+
+    def _paint(
+        self,
+        crop: Tensor,
+        tumor_mask: Tensor,
+        seed: int | Sequence[int] | None,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised latent of the crop with a tumour, and the crop as the networks see it."""
+        cond, volume = self._condition(crop, tumor_mask)
+        return self.sample(cond, self._noise(cond, seed, noise)), volume
 
     def condition(self, crop: Tensor, tumor_mask: Tensor) -> Tensor:
         """cond (B, 9, d, h, w): normalised latent of the hollowed crop, and the mask in {-1, 1}.

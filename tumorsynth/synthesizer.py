@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from tumorsynth import masks
 from tumorsynth.blend import BLENDS, feather, reach
 from tumorsynth.generator import Generator, per_sample_seeds
-from tumorsynth.geometry import CropGrid, Frame, frame_from_affine, frame_from_spacing, plan_crop
+from tumorsynth.geometry import CropGrid, Frame, plan_crop
 from tumorsynth.handcrafted import HandcraftedGenerator
+from tumorsynth.inputs import (
+    check_hu,
+    check_input,
+    check_params,
+    check_tumor_label,
+    frames_of,
+    plain,
+)
 from tumorsynth.intensity import HU, Intensity
 from tumorsynth.masks import LocalMask, Skip, TumorParams
 from tumorsynth.weights import Handle
@@ -80,7 +88,7 @@ class SynthesizeTumor(nn.Module):
         super().__init__()
         self.handle = Handle(generator)
         self.organ_labels = masks.check_organ_labels(organ_labels)
-        self.tumor_label = _check_tumor_label(tumor_label, self.organ_labels)
+        self.tumor_label = check_tumor_label(tumor_label, self.organ_labels)
         if not isinstance(p, int | float | Real) or not 0 <= p <= 1:
             raise ValueError(f"p must be a probability between 0 and 1, got {p!r}")
         self.p = float(p)
@@ -129,11 +137,11 @@ class SynthesizeTumor(nn.Module):
         Raises ValueError or TypeError for input that cannot work. Where an organ is absent or has
         no room the sample comes back unchanged and the report says why.
         """
-        _check_input(image, label, self.tumor_label)
+        check_input(image, label, self.tumor_label)
         batched = image.ndim == 5
-        frames = _frames(image, spacing, affine)
+        frames = frames_of(image, spacing, affine)
         if params is not None:
-            _check_params(params, len(frames))
+            check_params(params, len(frames))
         if self.p == 0 and params is None:  # nothing to draw, nothing to load
             reason = f"left alone (p = {self.p:g})"
             self.report = [_left_alone(b, 0, reason) for b in range(len(frames))]
@@ -145,9 +153,9 @@ class SynthesizeTumor(nn.Module):
 
         new_image, new_label = image.clone(), label.clone()
         # plain views of the clones: same memory, no subclass (MetaTensor) bookkeeping per operation
-        images = _plain(new_image) if batched else _plain(new_image)[None]
-        labels = _plain(new_label) if batched else _plain(new_label)[None]
-        originals = _plain(image) if batched else _plain(image)[None]
+        images = plain(new_image) if batched else plain(new_image)[None]
+        labels = plain(new_label) if batched else plain(new_label)[None]
+        originals = plain(image) if batched else plain(image)[None]
 
         report: list[dict[str, Any]] = []
         new_params: list[dict[str, Any]] = []
@@ -274,7 +282,7 @@ class SynthesizeTumor(nn.Module):
         )
         hu = self.intensity.to_hu(image[grid.source].float())
         if isinstance(self.intensity, HU):
-            _check_hu(hu)
+            check_hu(hu)
         hu = hu.nan_to_num(nan=0.0, posinf=HU_HIGH, neginf=HU_LOW).clamp(HU_LOW, HU_HIGH)
         crop = grid.cut((hu - HU_LOW) / (HU_HIGH - HU_LOW))
         inside = torch.zeros_like(hu)
@@ -385,112 +393,3 @@ class SynthesizeTumor(nn.Module):
 
 def _left_alone(sample: int, index: int, reason: str) -> dict[str, Any]:
     return {"sample": sample, "index": index, "applied": False, "reason": reason}
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.as_subclass(Tensor) if type(x) is not Tensor else x
-
-
-def _check_tumor_label(tumor_label: int, organ_labels: tuple[int, ...]) -> int:
-    try:
-        whole = not isinstance(tumor_label, bool) and int(tumor_label) == tumor_label
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise ValueError(f"tumor_label must be a whole number, got {tumor_label!r}")
-    if tumor_label in organ_labels:
-        raise ValueError(
-            f"tumor_label must differ from organ_labels, got {tumor_label} in {organ_labels}; "
-            "give the tumour a value of its own"
-        )
-    return int(tumor_label)
-
-
-def _check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
-    for name, value in (("image", image), ("label", label)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a torch tensor, got {type(value).__name__}; use torch.as_tensor"
-            )
-    if image.ndim not in (4, 5) or image.shape[-4] != 1 or 0 in image.shape:
-        raise ValueError(
-            "image must be (B, 1, X, Y, Z) or (1, X, Y, Z) with at least one voxel, got "
-            f"{tuple(image.shape)}; add or select the channel with image[None]"
-        )
-    if label.shape != image.shape:
-        raise ValueError(
-            f"label must have the image's shape {tuple(image.shape)}, got {tuple(label.shape)}"
-        )
-    if not image.is_floating_point():
-        raise TypeError(
-            f"image must be floating point, got {image.dtype}; convert it with image.float()"
-        )
-    if label.is_complex():
-        raise TypeError(f"label must hold whole numbers, got {label.dtype}")
-    if label.device != image.device:
-        raise ValueError(
-            f"image and label must be on one device, got {image.device} and {label.device}"
-        )
-    held = torch.tensor(tumor_label).to(label.dtype)
-    if label.dtype == torch.bool or int(held) != tumor_label:
-        raise ValueError(
-            f"tumor_label {tumor_label} does not fit the label's dtype {label.dtype}; "
-            "convert the label, for example with label.to(torch.int16)"
-        )
-
-
-def _check_hu(hu: Tensor) -> None:
-    """No 3 cm of a patient has all its HU within 3 of water: such an image was scaled already."""
-    highest = float(hu.nan_to_num(nan=0.0).abs().max())
-    if 0 < highest <= 3:
-        raise ValueError(
-            "image must be in Hounsfield units with intensity=HU(), but around a tumour no value "
-            f"is beyond +-{highest:.3g}; say how it was scaled with intensity=ts.Scaled(a_min, "
-            "a_max, b_min, b_max) or ts.ZScore(mean, std, low, high)"
-        )
-
-
-def _check_params(params: Any, batch: int) -> None:
-    needed = {"applied", "tumors"}
-    if (
-        not isinstance(params, Sequence)
-        or len(params) != batch
-        or not all(isinstance(record, dict) and needed <= record.keys() for record in params)
-    ):
-        raise ValueError(
-            f"params must hold one record for each of the {batch} samples, got "
-            f"{type(params).__name__} of {len(params) if isinstance(params, Sequence) else 1}; "
-            "pass synth.params of an earlier call with the same batch"
-        )
-
-
-def _frames(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
-    """One frame per sample."""
-    batch = len(image) if image.ndim == 5 else 1
-    if spacing is not None and affine is not None:
-        raise ValueError("spacing and affine must not both be given; the affine holds the spacing")
-    if spacing is None and affine is None:
-        affine = getattr(image, "affine", None)  # a MetaTensor's
-    if affine is not None:
-        parts = _per_sample(affine, 2, batch, "affine must be 4x4 or (B, 4, 4)")
-        return [frame_from_affine(part) for part in parts]
-    if spacing is None:
-        return [frame_from_spacing(1.0)] * batch
-    parts = _per_sample(spacing, 1, batch, "spacing must be (dx, dy, dz) in mm or (B, 3)")
-    return [frame_from_spacing(part) for part in parts]
-
-
-def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
-    """``value`` for each sample, where it has ``ndim`` dimensions for one and one more for all."""
-    try:
-        tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-        tensor = _plain(tensor)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{rule}, got {value!r}") from error
-    if tensor.ndim == 0 and ndim == 1:
-        return [float(tensor)] * batch
-    if tensor.ndim == ndim:
-        return [tensor.numpy()] * batch
-    if tensor.ndim == ndim + 1 and len(tensor) == batch:
-        return list(tensor.numpy())
-    raise ValueError(f"{rule} with B = {batch}, got shape {tuple(tensor.shape)}")

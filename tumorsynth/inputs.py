@@ -1,0 +1,124 @@
+"""Is what the caller gave sound? If not, an error that says the rule, the value and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
+
+
+def plain(x: Tensor) -> Tensor:
+    """The same memory as a plain tensor, without the bookkeeping of a subclass (MetaTensor)."""
+    return x.as_subclass(Tensor) if type(x) is not Tensor else x
+
+
+def check_tumor_label(tumor_label: int, organ_labels: tuple[int, ...]) -> int:
+    """A whole number that is none of the organ's."""
+    try:
+        whole = not isinstance(tumor_label, bool) and int(tumor_label) == tumor_label
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise ValueError(f"tumor_label must be a whole number, got {tumor_label!r}")
+    if tumor_label in organ_labels:
+        raise ValueError(
+            f"tumor_label must differ from organ_labels, got {tumor_label} in {organ_labels}; "
+            "give the tumour a value of its own"
+        )
+    return int(tumor_label)
+
+
+def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
+    """Image and label that :class:`tumorsynth.SynthesizeTumor` can work on."""
+    for name, value in (("image", image), ("label", label)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a torch tensor, got {type(value).__name__}; use torch.as_tensor"
+            )
+    if image.ndim not in (4, 5) or image.shape[-4] != 1 or 0 in image.shape:
+        raise ValueError(
+            "image must be (B, 1, X, Y, Z) or (1, X, Y, Z) with at least one voxel, got "
+            f"{tuple(image.shape)}; add or select the channel with image[None]"
+        )
+    if label.shape != image.shape:
+        raise ValueError(
+            f"label must have the image's shape {tuple(image.shape)}, got {tuple(label.shape)}"
+        )
+    if not image.is_floating_point():
+        raise TypeError(
+            f"image must be floating point, got {image.dtype}; convert it with image.float()"
+        )
+    if label.is_complex():
+        raise TypeError(f"label must hold whole numbers, got {label.dtype}")
+    if label.device != image.device:
+        raise ValueError(
+            f"image and label must be on one device, got {image.device} and {label.device}"
+        )
+    held = torch.tensor(tumor_label).to(label.dtype)
+    if label.dtype == torch.bool or int(held) != tumor_label:
+        raise ValueError(
+            f"tumor_label {tumor_label} does not fit the label's dtype {label.dtype}; "
+            "convert the label, for example with label.to(torch.int16)"
+        )
+
+
+def check_hu(hu: Tensor) -> None:
+    """No 3 cm of a patient has all its HU within 3 of water: such an image was scaled already."""
+    highest = float(hu.nan_to_num(nan=0.0).abs().max())
+    if 0 < highest <= 3:
+        raise ValueError(
+            "image must be in Hounsfield units with intensity=HU(), but around a tumour no value "
+            f"is beyond +-{highest:.3g}; say how it was scaled with intensity=ts.Scaled(a_min, "
+            "a_max, b_min, b_max) or ts.ZScore(mean, std, low, high)"
+        )
+
+
+def check_params(params: Any, batch: int) -> None:
+    """``SynthesizeTumor.params`` of an earlier call, one record per sample."""
+    needed = {"applied", "tumors"}
+    if (
+        not isinstance(params, Sequence)
+        or len(params) != batch
+        or not all(isinstance(record, dict) and needed <= record.keys() for record in params)
+    ):
+        raise ValueError(
+            f"params must hold one record for each of the {batch} samples, got "
+            f"{type(params).__name__} of {len(params) if isinstance(params, Sequence) else 1}; "
+            "pass synth.params of an earlier call with the same batch"
+        )
+
+
+def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
+    """One frame per sample."""
+    batch = len(image) if image.ndim == 5 else 1
+    if spacing is not None and affine is not None:
+        raise ValueError("spacing and affine must not both be given; the affine holds the spacing")
+    if spacing is None and affine is None:
+        affine = getattr(image, "affine", None)  # a MetaTensor's
+    if affine is not None:
+        parts = _per_sample(affine, 2, batch, "affine must be 4x4 or (B, 4, 4)")
+        return [frame_from_affine(part) for part in parts]
+    if spacing is None:
+        return [frame_from_spacing(1.0)] * batch
+    parts = _per_sample(spacing, 1, batch, "spacing must be (dx, dy, dz) in mm or (B, 3)")
+    return [frame_from_spacing(part) for part in parts]
+
+
+def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
+    """``value`` for each sample, where it has ``ndim`` dimensions for one and one more for all."""
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+        tensor = plain(tensor)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{rule}, got {value!r}") from error
+    if tensor.ndim == 0 and ndim == 1:
+        return [float(tensor)] * batch
+    if tensor.ndim == ndim:
+        return [tensor.numpy()] * batch
+    if tensor.ndim == ndim + 1 and len(tensor) == batch:
+        return list(tensor.numpy())
+    raise ValueError(f"{rule} with B = {batch}, got shape {tuple(tensor.shape)}")
