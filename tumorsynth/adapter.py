@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth import masks
-from tumorsynth.inputs import check_input, check_tumor_label
+from tumorsynth.inputs import check_input, check_tumor_label, plain
 from tumorsynth.synthesizer import SynthesizeTumor
 
 # The core's keyword arguments with their defaults, but for p: a framework has its own word for it.
@@ -84,10 +84,10 @@ class Adapter:
         if new_image is work_image:  # the core's way of saying that nothing was to be done
             return image, label
         if work_image is not image:
-            changed = _plain(new_image) != _plain(work_image)
-            new_image = _with(image, changed, _rounded(_plain(new_image), image.dtype))
+            changed = plain(new_image) != plain(work_image)
+            new_image = _with(image, changed, _rounded(plain(new_image), image.dtype))
         if work_label is not label:
-            changed = _plain(new_label) != _plain(work_label)
+            changed = plain(new_label) != plain(work_label)
             value = torch.tensor(self.tumor_label, device=label.device).to(label.dtype)
             new_label = _with(label, changed, value)
         return new_image, new_label
@@ -104,7 +104,7 @@ class Adapter:
             raise ValueError(
                 f"organ map and label must be on one device, got {organ.device} and {label.device}"
             )
-        there, organ = _plain(label), _plain(organ)
+        there, organ = plain(label), plain(organ)
         both = torch.zeros(organ.shape, dtype=torch.int32, device=organ.device)
         for value in self.synth.organ_labels:
             both[organ == value] = value
@@ -118,10 +118,6 @@ def _holds_integers(x: object) -> bool:
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
-def _plain(x: Tensor) -> Tensor:
-    return x.as_subclass(Tensor) if type(x) is not Tensor else x
-
-
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in an integer dtype: to the nearest, clipped to what the dtype holds."""
     limits = torch.iinfo(dtype)
@@ -131,6 +127,6 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _with(x: Tensor, changed: Tensor, value: Tensor) -> Tensor:
     """A clone of x, subclass and metadata included, that holds ``value`` where ``changed``."""
     out = x.clone()
-    plain = _plain(out)
-    plain.copy_(torch.where(changed, value, plain))
+    held = plain(out)
+    held.copy_(torch.where(changed, value, held))
     return out

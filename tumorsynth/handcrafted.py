@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HU_LOW, HU_SPAN = -175.0, 425.0  # crop value 0 is -175 HU, crop value 1 is 250 HU
+from tumorsynth.intensity import HU_HIGH, HU_LOW
+
+HU_SPAN = HU_HIGH - HU_LOW  # of a crop's values, 0 to 1
 _MARGIN = 12  # mm around the tumour where the change is computed; it fades out over the last 4
 _FADE = 4.0
 _TINY = 1e-15  # weight at 12.5 mm of the narrow Gaussian that measures distances
@@ -170,7 +172,7 @@ def _change_hu(
         rim_hu = 0.0
 
     finite = hu.isfinite()
-    hu = hu.clamp(HU_LOW, HU_LOW + HU_SPAN)
+    hu = hu.clamp(HU_LOW, HU_HIGH)
     distance = _distance(mask)
     organ, shell = _parenchyma(hu, mask, finite, distance, config.tissue_hu)
     # How far the low-passed image lies from the organ, and how far noise alone takes it.

@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+HU_LOW, HU_HIGH = -175.0, 250.0  # the generators' window, mapped to [0, 1] (paper E.2)
+
 
 @runtime_checkable
 class Intensity(Protocol):

@@ -25,11 +25,10 @@ from tumorsynth.inputs import (
     frames_of,
     plain,
 )
-from tumorsynth.intensity import HU, Intensity
+from tumorsynth.intensity import HU, HU_HIGH, HU_LOW, Intensity
 from tumorsynth.masks import LocalMask, Skip, TumorParams
 from tumorsynth.weights import Handle
 
-HU_LOW, HU_HIGH = -175.0, 250.0  # the generators' window, mapped to [0, 1] (paper E.2)
 CONTEXT_MM = 16.0  # at least this much of the scan on each side of a tumour goes into its crop
 GPU_BATCH = 8  # crops in one pass of the networks
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.models.autoencoder import LIGHT, Autoencoder, AutoencoderConfig
 from tumorsynth.training.config import (
     PRESETS,
@@ -315,7 +316,7 @@ def sample_crop(
     case = cases[int(rng.choice(len(cases), p=shares))]
     patch = augment(random_patch(case, side, rng)[None], rng)
     gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-15, 15)
-    unit = to_unit((patch * gain + offset).clamp(-175, 250))
+    unit = to_unit((patch * gain + offset).clamp(HU_LOW, HU_HIGH))
     return (unit * 2 - 1).permute(0, 3, 1, 2).contiguous()
 
 

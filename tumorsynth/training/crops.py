@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.training.data import Case, Tumor, augment
 
 
@@ -54,7 +55,7 @@ def sample_crop(
     hu = 40 + (both[:1] - 40) * gain + offset
     if rng.random() < 0.4:
         hu = _thick_slices(hu, rng)
-    return hu.clamp(-175, 250), both[1:] > 0.5
+    return hu.clamp(HU_LOW, HU_HIGH), both[1:] > 0.5
 
 
 def _thick_slices(hu: Tensor, rng: np.random.Generator) -> Tensor:

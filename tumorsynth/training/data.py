@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HU_LOW, HU_HIGH = -175, 250
+from tumorsynth.intensity import HU_HIGH, HU_LOW
 
 
 @dataclass
@@ -110,7 +110,7 @@ def hu_problem(hu: Tensor) -> str | None:
         return "the values look like HU with 1024 added; subtract 1024"
     if float(((values > HU_LOW) & (values < HU_HIGH)).float().mean()) < 0.01:
         return (
-            f"hardly any voxel lies between {HU_LOW} and {HU_HIGH} HU (values from {low:g} to "
+            f"hardly any voxel lies between {HU_LOW:g} and {HU_HIGH:g} HU (values from {low:g} to "
             f"{high:g}); give the CT in HU"
         )
     return None

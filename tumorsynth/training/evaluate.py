@@ -18,8 +18,9 @@ import torch
 from scipy import ndimage
 
 from tumorsynth.generator import Generator
+from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.synthesizer import SynthesizeTumor
-from tumorsynth.training.data import HU_HIGH, HU_LOW, Case, find_tumors, load_pack, to_unit
+from tumorsynth.training.data import Case, find_tumors, load_pack, to_unit
 
 NOISE_SIGMA_MM = 1.5  # what a Gaussian of this width leaves behind counts as noise
 SIDE = 96

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tumorsynth.training.data import HU_HIGH, HU_LOW, Case, complain, hu_problem, load_pack
+from tumorsynth.intensity import HU_HIGH, HU_LOW
+from tumorsynth.training.data import Case, complain, hu_problem, load_pack
 
 
 @dataclass(frozen=True)
