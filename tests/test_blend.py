@@ -143,3 +143,22 @@ def test_weights_do_not_depend_on_the_position():
         a = feather(mask, 1.3, (1, 1, 1.5), blend)
         b = feather(moved, 1.3, (1, 1, 1.5), blend)
         assert torch.allclose(torch.roll(a, (5, 3, 2), (0, 1, 2)), b, atol=1e-7)
+
+
+# -- a generator that paints the edge itself ------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sigma", [0.5, 1.5])
+def test_own_edge_has_full_weight_to_the_outline_and_the_same_reach(sigma, spacing):
+    shape = [max(8, round(60 / s)) for s in spacing]
+    mask = ball(shape, [n // 2 for n in shape], 12, spacing)
+    margin = reach(sigma, spacing, "change")
+    mask = padded(mask, margin)
+    soft, own = (feather(mask, sigma, spacing, "change", own_edge=own) for own in (False, True))
+    assert bool((own >= soft).all())
+    # curved outlines lie a little below one half of the filtered mask
+    assert float(own[mask].quantile(0.02)) > 0.75
+    assert float(own[mask].mean()) > float(soft[mask].mean()) + 0.02
+    assert float(own.max()) == 1
+    assert float(own[~mask].mean()) < 0.5  # and falls off

@@ -198,3 +198,32 @@ def test_bad_input_is_named() -> None:
             cosine_schedule(timesteps)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prediction must be"):
         ddpm_sample(denoise, schedule, cond, torch.zeros(5, 2, 8, 2, 2, 2), prediction="eps")  # type: ignore[arg-type]
+
+
+# -- zero terminal SNR ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [4, 200])
+def test_zero_terminal_snr_leaves_no_signal_at_the_end_and_the_first_step_alone(steps):
+    plain, zero = cosine_schedule(steps), cosine_schedule(steps, zero_terminal_snr=True)
+    assert float(zero.alphas_cumprod[-1]) == 0.0
+    assert float(zero.alphas_cumprod[0]) == pytest.approx(float(plain.alphas_cumprod[0]))
+    assert bool((zero.alphas_cumprod.diff() < 0).all())
+    for values in (zero.betas, zero.posterior_mean_x0, zero.posterior_variance):
+        assert bool(values.isfinite().all())
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_a_perfect_network_samples_its_x0_from_pure_noise(prediction):
+    schedule = cosine_schedule(4, zero_terminal_snr=True)
+    x0 = torch.randn(1, 8, 4, 4, 4).clamp(-1, 1)
+
+    def perfect(x, t, cond):
+        noise = (x - schedule.alphas_cumprod[t].sqrt() * x0) / (
+            1 - schedule.alphas_cumprod[t]
+        ).sqrt()
+        return target(schedule, x0, t, noise.float(), prediction).float()
+
+    noise = torch.randn(5, 1, 8, 4, 4, 4)
+    made = ddpm_sample(perfect, schedule, torch.zeros(1, 9, 4, 4, 4), noise, prediction=prediction)
+    assert torch.allclose(made, x0, atol=1e-4)

@@ -506,7 +506,7 @@ def test_the_generator_sees_the_patient_whichever_way_the_array_lies(generator):
         new_label = reoriented(label[0], axes, flips).clone()
         job = transform._crop(0, 0, new_image, local, frame, generator)
         ((job, made),) = transform._generate([job], generator)
-        transform._blend(job, made, new_image, new_label, generator.name)
+        transform._blend(job, made, new_image, new_label, generator)
         back = [axes.index(a) for a in range(3)]
         flip = [i for i in range(3) if flips[i]]
         assert new_image.shape == torch.Size(shape)

@@ -7,11 +7,17 @@ from typing import Any
 import torch
 
 from tumorsynth.generator import Generator, SamplerConfig
+from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
 
 
-def tiny_generator(seed: int = 0, codes: int = 0, **sampler: Any) -> Generator:
+def tiny_generator(
+    seed: int = 0,
+    codes: int = 0,
+    window: tuple[float, float] = (HU_LOW, HU_HIGH),
+    **sampler: Any,
+) -> Generator:
     """crop_size 32, crop_multiple 8 unless given; the global random state is left alone."""
     sampler = {"crop_size": 32, "crop_multiple": 8, **sampler}
     with torch.random.fork_rng():
@@ -25,9 +31,12 @@ def tiny_generator(seed: int = 0, codes: int = 0, **sampler: Any) -> Generator:
                 codes=codes,
                 groups=4,
                 padding="zeros",
+                window=window,
             )
         )
-        denoiser = ConvUNet(ConvUNetConfig(widths=(8, 16), blocks=1, time_channels=16, groups=4))
+        told = int(sampler.get("contrast") is not None)
+        sizes = ConvUNetConfig((8, 16), 1, cond_channels=9 + told, time_channels=16, groups=4)
+        denoiser = ConvUNet(sizes)
         for p in denoiser.parameters():  # some start at 0, which would hide the mask and the step
             torch.nn.init.normal_(p, std=0.15)
     return Generator(autoencoder, denoiser, SamplerConfig(**sampler), {"name": f"tiny-{seed}"})

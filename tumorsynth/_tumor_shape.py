@@ -29,6 +29,7 @@ class TumorParams:
     seed: int  # seeds the generator's noise
     sigma_mm: float  # feather
     drawn_mm: float  # diameter drawn, before any shrinking to fit
+    contrast_hu: float | None = None  # that was asked for, None: as the generator has it
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of numbers and tuples of numbers, ready for JSON."""

@@ -24,6 +24,7 @@ def feather(
     sigma_mm: float,
     spacing: Sequence[float],
     blend: str,
+    own_edge: bool = False,
 ) -> Tensor:
     """Blend weights in [0, 1], float32, of the same shape as the local ``tumor_mask`` (X, Y, Z).
 
@@ -35,7 +36,9 @@ def feather(
     something that cannot be seen.
 
     "change": the same filter, cut off at 3 sigma, sigma limited to a third of the tumour's radius,
-    and scaled so that the weight reaches 1 inside every tumour.
+    and scaled so that the weight reaches 1 inside every tumour. own_edge: what is weighted has a
+    soft edge already, as decoded crops do; then the weight is 1 up to the outline and falls off
+    outside, or the edge would be softened twice and a small tumour be faint.
     """
     weight = tumor_mask.to(torch.float32)
     if blend == "change":
@@ -50,7 +53,7 @@ def feather(
         # the division makes the peak 1 even when the filter is as wide as the tumour; 2 % less
         # makes it a plateau
         peak = weight[tumor_mask].max() if bool(tumor_mask.any()) else weight.new_ones(())
-        weight = (weight / (0.98 * peak)).clamp(max=1.0)
+        weight = ((2.0 if own_edge else 1.0) * weight / (0.98 * peak)).clamp(max=1.0)
         # never nothing where there is a label, not even at the tip of a spike
         weight = torch.where((weight < 0.005) & ~tumor_mask, 0.0, weight)
     return weight

@@ -40,8 +40,17 @@ class Schedule:
         return len(self.betas)
 
 
-def cosine_schedule(timesteps: int = 4, s: float = 0.008, max_beta: float = 0.9999) -> Schedule:
-    """The cosine schedule of Nichol & Dhariwal 2021, eq. 17, with every beta at most max_beta."""
+def cosine_schedule(
+    timesteps: int = 4,
+    s: float = 0.008,
+    max_beta: float = 0.9999,
+    zero_terminal_snr: bool = False,
+) -> Schedule:
+    """The cosine schedule of Nichol & Dhariwal 2021, eq. 17, with every beta at most max_beta.
+
+    zero_terminal_snr: sqrt(alpha-bar) is shifted and scaled so that the last one is 0 and the first
+    stays (Lin et al. 2023, "Common diffusion noise schedules", algorithm 1).
+    """
     if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
         raise ValueError(f"timesteps must be a positive integer, got {timesteps!r}; pass 4 or 200")
     x = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -49,6 +58,12 @@ def cosine_schedule(timesteps: int = 4, s: float = 0.008, max_beta: float = 0.99
     betas = (1 - f[1:] / f[:-1]).clamp(0, max_beta)
     alphas = 1 - betas
     bar = alphas.cumprod(0)
+    if zero_terminal_snr and timesteps > 1:
+        root = bar.sqrt()
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        bar = root.square()
+        alphas = torch.cat([bar[:1], bar[1:] / bar[:-1]])
+        betas = 1 - alphas
     previous = torch.cat([bar.new_ones(1), bar[:-1]])
     return Schedule(
         betas=betas,

@@ -12,6 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tumorsynth.contrast import (
+    ContrastConfig,
+    draw_contrast,
+    level_around,
+    shift,
+)
 from tumorsynth.diffusion import Prediction, cosine_schedule, ddim_sample, ddpm_sample, draw_noise
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
@@ -33,6 +39,10 @@ class SamplerConfig:
     clamp: x0 is kept in [-clamp, clamp] at every step; None leaves it (DDIM as published).
     mask_conditioning: how the mask comes to latent size: "nearest" (published) or "area", which
         keeps tiny tumours.
+    zero_terminal_snr: the last noise level holds no signal at all (Lin et al. 2023); not for
+        "noise", whose answer would mean nothing there.
+    contrast: the denoiser is told the tumour's contrast (a further channel of cond), and this is
+        what it was taught; None for the published ones.
     crop_size, crop_multiple: the crop's preferred side and what it must be a multiple of, in voxels
         of the 1 mm grid.
     """
@@ -43,11 +53,18 @@ class SamplerConfig:
     prediction: Prediction = "noise"
     clamp: float | None = 1.0
     mask_conditioning: str = "nearest"
+    zero_terminal_snr: bool = False
+    contrast: ContrastConfig | None = None
     crop_size: int = 96
     crop_multiple: int = 32
 
     def __post_init__(self) -> None:
+        if isinstance(self.contrast, dict):  # from JSON
+            object.__setattr__(self, "contrast", ContrastConfig(**self.contrast))
         rules = {
+            'zero_terminal_snr needs prediction "x0" or "v"': not (
+                self.zero_terminal_snr and self.prediction == "noise"
+            ),
             'method must be "ddpm" or "ddim"': self.method in ("ddpm", "ddim"),
             'prediction must be "noise", "x0" or "v"': self.prediction in ("noise", "x0", "v"),
             'mask_conditioning must be "nearest" or "area"': self.mask_conditioning
@@ -86,11 +103,15 @@ class Generator:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.sampler = sampler
-        self.schedule = cosine_schedule(sampler.timesteps)
+        self.schedule = cosine_schedule(
+            sampler.timesteps, zero_terminal_snr=sampler.zero_terminal_snr
+        )
         self.card: dict[str, Any] = {"name": "unnamed", **(card or {})}
         self.source: str | None = None  # the name or folder it was loaded from
 
     # -- what the synthesizer asks of every kind of generator -------------------------------------
+
+    own_edge = True  # of a change: it fades out at the tumour's outline by itself
 
     @property
     def name(self) -> str:
@@ -103,6 +124,11 @@ class Generator:
     @property
     def crop_multiple(self) -> int:
         return self.sampler.crop_multiple
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """HU that are 0 and 1 in a crop."""
+        return self.autoencoder.config.window
 
     @property
     def device(self) -> torch.device:
@@ -121,16 +147,21 @@ class Generator:
         tumor_mask: Tensor,
         seed: int | Sequence[int] | None = None,
         noise: Tensor | None = None,
+        contrast_hu: float | Sequence[float] | Tensor | None = None,
     ) -> Tensor:
         """The crop with a tumour in the mask, as the autoencoder decodes it (paper 3.2 and 3.3).
 
-        crop: (B, 1, X, Y, Z) in [0, 1] (-175 to 250 HU), 1 mm, RAS. tumor_mask: bool, same shape.
+        crop: (B, 1, X, Y, Z) in [0, 1] (the HU of ``window``), 1 mm, RAS. tumor_mask: bool, same
+            shape.
         seed: one int, or one per sample; sample b of an int seed uses seed + b.
         noise: (steps + 1, B, 8, d, h, w) instead of a seed, axes (z, x, y).
+        contrast_hu: HU between the tumour's core and the tissue around it, one number or one per
+            sample; by default as the network has it, or drawn from ``sampler.contrast``.
         Returns (B, 1, X, Y, Z) in [0, 1]; every voxel went through the autoencoder, so blend it.
         """
-        latent, _ = self._paint(crop, tumor_mask, seed, noise)
-        return _to_xyz(self.decode(latent))
+        latent, _, aim = self._paint(crop, tumor_mask, seed, noise, contrast_hu)
+        painted = _to_xyz(self.decode(latent))
+        return painted if aim is None else (painted + self._shift(painted, *aim)).clamp(0, 1)
 
     @torch.no_grad()
     def change(
@@ -139,15 +170,18 @@ class Generator:
         tumor_mask: Tensor,
         seed: int | Sequence[int] | None = None,
         noise: Tensor | None = None,
+        contrast_hu: float | Sequence[float] | Tensor | None = None,
     ) -> Tensor:
         """Decoded tumour crop minus decoded healthy crop: shapes and scale as :meth:`inpaint`.
 
         The autoencoder's blur is in both and cancels, so that adding the change to the scan keeps
         the scan's own noise and sharpness.
         """
-        latent, volume = self._paint(crop, tumor_mask, seed, noise)
-        healthy = self.autoencoder.decode(self.autoencoder.encode(volume))
-        return _to_xyz(self.decode(latent) - ((healthy + 1) / 2).clamp(0, 1))
+        latent, volume, aim = self._paint(crop, tumor_mask, seed, noise, contrast_hu)
+        decoded = self.autoencoder.decode(self.autoencoder.encode(volume))
+        healthy = _to_xyz(((decoded + 1) / 2).clamp(0, 1))
+        change = _to_xyz(self.decode(latent)) - healthy
+        return change if aim is None else change + self._shift(crop + change, *aim)
 
     # -- the steps ---------------------------------------------------------------------------------
 
@@ -157,28 +191,73 @@ class Generator:
         tumor_mask: Tensor,
         seed: int | Sequence[int] | None,
         noise: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Normalised latent of the crop with a tumour, and the crop as the networks see it."""
-        cond, volume = self._condition(crop, tumor_mask)
-        return self.sample(cond, self._noise(cond, seed, noise)), volume
+        contrast_hu: float | Sequence[float] | Tensor | None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+        """Normalised latent of the crop with a tumour, the crop as the networks see it, and the
+        mask, level and contrast that `shift` needs, where a contrast is aimed at."""
+        seeds = per_sample_seeds(seed, len(crop)) if noise is None else None
+        aim = self._aim(crop, tumor_mask, seeds, contrast_hu)
+        cond, volume = self._condition(crop, tumor_mask, None if aim is None else aim[2])
+        return self.sample(cond, self._noise(cond, seeds, noise)), volume, aim
 
-    def condition(self, crop: Tensor, tumor_mask: Tensor) -> Tensor:
-        """cond (B, 9, d, h, w): normalised latent of the hollowed crop, and the mask in {-1, 1}.
+    def _aim(
+        self,
+        crop: Tensor,
+        tumor_mask: Tensor,
+        seeds: list[int] | None,
+        contrast_hu: float | Sequence[float] | Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        taught = self.sampler.contrast
+        if contrast_hu is None and taught is None:
+            return None
+        _check_pair(crop, tumor_mask)
+        hu = self._hu(crop)
+        level = level_around(hu, tumor_mask, (taught or ContrastConfig()).tissue)
+        if contrast_hu is not None:
+            wanted = torch.as_tensor(contrast_hu, dtype=hu.dtype, device=hu.device)
+            if wanted.ndim > 1 or wanted.numel() not in (1, len(crop)):
+                raise ValueError(
+                    f"contrast_hu must be one number, or one for each of the {len(crop)} samples, "
+                    f"got {contrast_hu!r}; pass for example -35.0"
+                )
+            return tumor_mask, level, wanted.expand(len(crop))
+        assert taught is not None
+        return tumor_mask, level, draw_contrast(taught, level, seeds)
 
-        Arguments as :meth:`inpaint`. The hole is 0 in the network's [-1, 1], that is 37.5 HU.
+    def _shift(self, painted: Tensor, mask: Tensor, level: Tensor, wanted: Tensor) -> Tensor:
+        low, high = self.window
+        return shift(self._hu(painted), mask, level, wanted) / (high - low)
+
+    def _hu(self, crop: Tensor) -> Tensor:
+        low, high = self.window
+        return crop.float() * (high - low) + low
+
+    def condition(
+        self, crop: Tensor, tumor_mask: Tensor, contrast_hu: Tensor | None = None
+    ) -> Tensor:
+        """cond (B, 9, d, h, w): normalised latent of the hollowed crop, and the mask in [-1, 1].
+
+        Arguments as :meth:`inpaint`. The hole is 0 in the network's [-1, 1], the middle of the
+        window. A denoiser that is told the contrast has a tenth channel: contrast_hu (B,), in
+        eighths of the window, times the mask's share of each latent voxel.
         """
-        return self._condition(crop, tumor_mask)[0]
+        return self._condition(crop, tumor_mask, contrast_hu)[0]
 
-    def _condition(self, crop: Tensor, tumor_mask: Tensor) -> tuple[Tensor, Tensor]:
-        if crop.shape != tumor_mask.shape or crop.ndim != 5 or crop.shape[1] != 1:
-            raise ValueError(
-                f"crop and tumor_mask must have the same shape (B, 1, X, Y, Z), got "
-                f"{tuple(crop.shape)} and {tuple(tumor_mask.shape)}"
-            )
+    def _condition(
+        self, crop: Tensor, tumor_mask: Tensor, contrast_hu: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        _check_pair(crop, tumor_mask)
         volume = _to_zxy(crop.float() * 2 - 1)
         hole = _to_zxy(tumor_mask.to(volume.dtype))
         latent = self.autoencoder.normalize(self.autoencoder.encode(volume * (1 - hole)))
-        return torch.cat([latent, self._latent_mask(hole, latent)], dim=1), volume
+        parts = [latent, self._latent_mask(hole, latent)]
+        if self.sampler.contrast is not None:
+            if contrast_hu is None:
+                raise ValueError("contrast_hu must be given: this denoiser is told the contrast")
+            low, high = self.window
+            share = F.interpolate(hole, size=latent.shape[2:], mode="area")
+            parts.append(share * (contrast_hu * 8 / (high - low))[:, None, None, None, None])
+        return torch.cat(parts, dim=1), volume
 
     def _latent_mask(self, hole: Tensor, latent: Tensor) -> Tensor:
         size = latent.shape[2:]
@@ -222,13 +301,11 @@ class Generator:
         decoded = self.autoencoder.decode(self.autoencoder.denormalize(latent))
         return ((decoded + 1) / 2).clamp(0, 1)
 
-    def _noise(
-        self, cond: Tensor, seed: int | Sequence[int] | None, noise: Tensor | None
-    ) -> Tensor:
+    def _noise(self, cond: Tensor, seeds: list[int] | None, noise: Tensor | None) -> Tensor:
         if noise is not None:
             return noise
+        assert seeds is not None
         shape = (self.autoencoder.config.latent_channels, *cond.shape[2:])
-        seeds = per_sample_seeds(seed, len(cond))
         return self._draw(shape, [torch.Generator().manual_seed(s) for s in seeds])
 
     def _draw(self, shape: Sequence[int], generators: list[torch.Generator]) -> Tensor:
@@ -312,6 +389,14 @@ def config_of(generator: Generator) -> dict[str, Any]:
         f"a generator to save needs a denoiser of type {' or '.join(DENOISERS)}, got "
         f"{type(generator.denoiser).__name__}"
     )
+
+
+def _check_pair(crop: Tensor, tumor_mask: Tensor) -> None:
+    if crop.shape != tumor_mask.shape or crop.ndim != 5 or crop.shape[1] != 1:
+        raise ValueError(
+            f"crop and tumor_mask must have the same shape (B, 1, X, Y, Z), got "
+            f"{tuple(crop.shape)} and {tuple(tumor_mask.shape)}"
+        )
 
 
 def _to_zxy(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -90,6 +90,8 @@ class HandcraftedGenerator:
     name = "hu2023"
     crop_size = 64
     crop_multiple = 1
+    own_edge = False  # of a change: it carries on beyond the mask
+    window = (HU_LOW, HU_HIGH)
 
     def __init__(self, config: HandcraftedConfig | None = None) -> None:
         self.config = config or HandcraftedConfig()
@@ -108,29 +110,49 @@ class HandcraftedGenerator:
         self.device = torch.device(device)
         return self
 
-    def inpaint(self, crop: Tensor, tumor_mask: Tensor, seed: int | Sequence[int]) -> Tensor:
+    def inpaint(
+        self,
+        crop: Tensor,
+        tumor_mask: Tensor,
+        seed: int | Sequence[int],
+        contrast_hu: float | Sequence[float] | None = None,
+    ) -> Tensor:
         """The crop with a tumour, blended by the method's own soft edge.
 
         crop: (B, 1, X, Y, Z) floating, 0 = -175 HU, 1 = 250 HU, 1 mm voxels. tumor_mask: bool, same
-        shape. seed: one int (sample b uses seed + b), or one per sample. NaN and inf in the crop
-        stay where they are.
+        shape. seed: one int (sample b uses seed + b), or one per sample. contrast_hu: HU above the
+        organ (or, negative, below), one number or one per sample, instead of the config's. NaN and
+        inf in the crop stay where they are.
         Raises ValueError or TypeError for input of another kind.
         """
-        return crop + self._run(crop, tumor_mask, seed, with_edge=True)
+        return crop + self._run(crop, tumor_mask, seed, contrast_hu, with_edge=True)
 
-    def change(self, crop: Tensor, tumor_mask: Tensor, seed: int | Sequence[int]) -> Tensor:
+    def change(
+        self,
+        crop: Tensor,
+        tumor_mask: Tensor,
+        seed: int | Sequence[int],
+        contrast_hu: float | Sequence[float] | None = None,
+    ) -> Tensor:
         """Tumour minus healthy, (B, 1, X, Y, Z) in the crop's scale, always finite.
 
         Carries on beyond the mask (full to 8 mm, none from 12 mm), for the caller's feathered mask
         to limit. Zero for an empty mask. Arguments and errors as for ``inpaint``.
         """
-        return self._run(crop, tumor_mask, seed, with_edge=False)
+        return self._run(crop, tumor_mask, seed, contrast_hu, with_edge=False)
 
     @torch.no_grad()
     def _run(
-        self, crop: Tensor, mask: Tensor, seed: int | Sequence[int], *, with_edge: bool
+        self,
+        crop: Tensor,
+        mask: Tensor,
+        seed: int | Sequence[int],
+        contrast_hu: float | Sequence[float] | None,
+        *,
+        with_edge: bool,
     ) -> Tensor:
         seeds = _check(crop, mask, seed)
+        asked = _contrasts(contrast_hu, len(seeds))
         change = torch.zeros_like(crop)
         # Autocast would do the filters in half precision. One sample at a time: what is
         # computed for it cannot depend on its batch-mates.
@@ -141,13 +163,18 @@ class HandcraftedGenerator:
                     continue
                 hu = crop[sample, 0][box].float() * HU_SPAN + HU_LOW
                 inside = mask[sample, 0][box]
-                part = _change_hu(hu, inside, own_seed, self.config, with_edge) / HU_SPAN
-                change[sample, 0][box] = part.to(crop.dtype)
+                part = _change_hu(hu, inside, own_seed, self.config, with_edge, asked[sample])
+                change[sample, 0][box] = (part / HU_SPAN).to(crop.dtype)
         return change
 
 
 def _change_hu(
-    hu: Tensor, mask: Tensor, seed: int, config: HandcraftedConfig, with_edge: bool
+    hu: Tensor,
+    mask: Tensor,
+    seed: int,
+    config: HandcraftedConfig,
+    with_edge: bool,
+    asked_hu: float | None,
 ) -> Tensor:
     """Change in HU around one tumour. hu: (x, y, z), any value; mask: bool, not empty."""
     rng = torch.Generator().manual_seed(seed)
@@ -184,6 +211,8 @@ def _change_hu(
     texture_hu *= min(scale, 1.0)
     if organ - contrast < config.floor_hu:
         contrast = -contrast
+    if asked_hu is not None:
+        contrast = -asked_hu
 
     blobs = _blobs(mask.shape, texture_mm, rng).to(hu.device)
     edge = _blur(mask.float(), edge_mm)
@@ -344,3 +373,15 @@ def _check(crop: Tensor, mask: Tensor, seed: int | Sequence[int]) -> list[int]:
             "pass a list of B ints."
         )
     return [int(s) for s in seed]
+
+
+def _contrasts(contrast_hu: float | Sequence[float] | None, count: int) -> list[float | None]:
+    """One contrast per sample; None leaves it to the config."""
+    if contrast_hu is None or isinstance(contrast_hu, int | float | Real):
+        return [None if contrast_hu is None else float(contrast_hu)] * count
+    if len(contrast_hu) != count:
+        raise ValueError(
+            f"contrast_hu must be one number or one per sample, got {len(contrast_hu)} for {count} "
+            "samples; pass a list of B numbers."
+        )
+    return [float(c) for c in contrast_hu]

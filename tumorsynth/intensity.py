@@ -8,7 +8,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-HU_LOW, HU_HIGH = -175.0, 250.0  # the generators' window, mapped to [0, 1] (paper E.2)
+# the window of the published generators and of those for abdominal organs (paper E.2), mapped to
+# [0, 1]; a generator's own is ``generator.window``
+HU_LOW, HU_HIGH = -175.0, 250.0
 
 
 @runtime_checkable

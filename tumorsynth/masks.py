@@ -94,6 +94,7 @@ def place(
     count: int | Sequence[int] | None = 1,
     rng: torch.Generator,
     sigma_mm: float | Sequence[float] = 1.0,
+    contrast_hu: tuple[float, float] | None = None,
     gap_mm: float = 2.0,
     merge: bool = False,
     prior: str | SizePrior | None = None,
@@ -106,6 +107,7 @@ def place(
     count: a number, (lo, hi) inclusive, or None for the prior's own counts per case.
     rng: CPU generator of this sample; one seed per tumour is taken from it.
     sigma_mm: feather, a number or (lo, hi) drawn uniformly. It is only carried in the params.
+    contrast_hu: (lo, hi) drawn uniformly; carried likewise, and no other draw depends on it.
     gap_mm: at least this much organ between two tumours, and always a voxel; merge: they may touch.
     prior: shapes and capsule contact; by default the one named in size_mm, else "liver".
     forbid: bool (X, Y, Z), voxels no tumour may take.
@@ -154,6 +156,7 @@ def place(
             seed=noise_seed,
             sigma_mm=sigma[0] + (sigma[1] - sigma[0]) * u_sigma,
             drawn_mm=drawn,
+            contrast_hu=_contrast(contrast_hu, noise_seed),
         )
         touch = u_touch < shape_prior.touch_probability(drawn)
         field = Field(label, labels, spacing, forbid, [] if merge else placed, gap)
@@ -385,6 +388,13 @@ def _size(
     if lo <= 0:
         raise ValueError(f"size_mm must be above 0 mm, got {size_mm!r}; try (5, 20)")
     return lo, hi, None, get_prior(prior or "liver")
+
+
+def _contrast(range_hu: tuple[float, float] | None, seed: int) -> float | None:
+    if range_hu is None:
+        return None
+    rng = torch.Generator().manual_seed(seed ^ 0x6875)  # a stream apart from the noise
+    return range_hu[0] + (range_hu[1] - range_hu[0]) * float(torch.rand((), generator=rng))
 
 
 def _count(count: int | Sequence[int] | None, prior: SizePrior, rng: torch.Generator) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tumorsynth import masks
 from tumorsynth.blend import BLENDS, feather, reach
+from tumorsynth.contrast import check_contrast
 from tumorsynth.generator import Generator, per_sample_seeds
 from tumorsynth.geometry import CropGrid, Frame, plan_crop
 from tumorsynth.handcrafted import HandcraftedGenerator
@@ -25,7 +26,7 @@ from tumorsynth.inputs import (
     frames_of,
     plain,
 )
-from tumorsynth.intensity import HU, HU_HIGH, HU_LOW, Intensity
+from tumorsynth.intensity import HU, Intensity
 from tumorsynth.masks import LocalMask, Skip, TumorParams
 from tumorsynth.weights import Handle
 
@@ -59,6 +60,8 @@ class SynthesizeTumor(nn.Module):
     intensity: what the image's values mean: ``HU()``, ``Scaled(...)`` or ``ZScore(...)``.
     blend: "change" adds the difference the generator makes and keeps the scan's own noise;
         "difftumor" blends the decoded voxels as published.
+    contrast_hu: HU between a tumour and the tissue around it, negative for darker, a number or
+        (lo, hi) drawn per tumour; by default the generator's own, made for its organ.
     sigma_mm: feather of the edge, a number or (lo, hi) drawn per tumour; by default (0.5, 1.5), and
         (0, 4) with blend="difftumor", as published.
     gap_mm: organ left between two tumours; merge=True lets them touch.
@@ -79,6 +82,7 @@ class SynthesizeTumor(nn.Module):
         size_mm: float | Sequence[float] | str = (5, 20),
         intensity: Intensity = HU(),  # noqa: B008 (frozen)
         blend: str = "change",
+        contrast_hu: float | Sequence[float] | None = None,
         sigma_mm: float | Sequence[float] | None = None,
         gap_mm: float = 2.0,
         merge: bool = False,
@@ -104,6 +108,7 @@ class SynthesizeTumor(nn.Module):
         self.blend = blend
         if sigma_mm is None:
             sigma_mm = (0.5, 1.5) if blend == "change" else (0.0, 4.0)
+        self.contrast_hu = check_contrast(contrast_hu)
         self.sigma_mm = masks.check_range("sigma_mm", sigma_mm, least=0.0)
         self.gap_mm = masks.check_range("gap_mm", gap_mm, least=0.0)[0]
         self.merge = bool(merge)
@@ -122,7 +127,8 @@ class SynthesizeTumor(nn.Module):
         seed: int | Sequence[int] | None = None,
         params: Sequence[dict[str, Any]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A new (image, label) with tumours; the inputs are left as they are.
+        """A new (image, label) with tumours; the inputs are left as they are, and come back
+        themselves where no sample gets a tumour.
 
         image: (B, 1, X, Y, Z) or (1, X, Y, Z), floating point, in the scale of ``intensity``.
         label: the same shape, whole numbers of any dtype.
@@ -150,11 +156,9 @@ class SynthesizeTumor(nn.Module):
             return image, label
         seeds = [0] * len(frames) if params is not None else per_sample_seeds(seed, len(frames))
 
-        new_image, new_label = image.clone(), label.clone()
-        # plain views of the clones: same memory, no subclass (MetaTensor) bookkeeping per operation
-        images = plain(new_image) if batched else plain(new_image)[None]
-        labels = plain(new_label) if batched else plain(new_label)[None]
-        originals = plain(image) if batched else plain(image)[None]
+        # plain views: same memory, no subclass (MetaTensor) bookkeeping per operation
+        images = plain(image) if batched else plain(image)[None]
+        labels = plain(label) if batched else plain(label)[None]
 
         report: list[dict[str, Any]] = []
         new_params: list[dict[str, Any]] = []
@@ -164,7 +168,7 @@ class SynthesizeTumor(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             for b, frame in enumerate(frames):
                 record, results = self._masks(
-                    originals[b, 0], labels[b, 0], frame, seeds[b], params[b] if params else None
+                    images[b, 0], labels[b, 0], frame, seeds[b], params[b] if params else None
                 )
                 new_params.append(record)
                 if not record["applied"]:
@@ -173,14 +177,18 @@ class SynthesizeTumor(nn.Module):
                     if isinstance(result, Skip):
                         report.append(_left_alone(b, i, result.reason))
                     else:
-                        jobs.append(self._crop(b, i, originals[b, 0], result, frame, generator))
+                        jobs.append(self._crop(b, i, images[b, 0], result, frame, generator))
+            if jobs:  # what nothing is done to is not copied either
+                image, label = image.clone(), label.clone()
+                images = plain(image) if batched else plain(image)[None]
+                labels = plain(label) if batched else plain(label)[None]
             for job, change in self._generate(jobs, generator):
                 target = images[job.sample, 0], labels[job.sample, 0]
-                report.append(self._blend(job, change, *target, generator.name))
+                report.append(self._blend(job, change, *target, generator))
 
         self.report = sorted(report, key=lambda r: (r["sample"], r["index"]))
         self.params = new_params
-        return new_image, new_label
+        return image, label
 
     # -- the steps ---------------------------------------------------------------------------------
 
@@ -218,6 +226,7 @@ class SynthesizeTumor(nn.Module):
             count=self.count,
             rng=rng,
             sigma_mm=self.sigma_mm,
+            contrast_hu=self.contrast_hu,
             gap_mm=self.gap_mm,
             merge=self.merge,
             forbid=self._forbidden(image, label, frame),
@@ -282,8 +291,9 @@ class SynthesizeTumor(nn.Module):
         hu = self.intensity.to_hu(image[grid.source].float())
         if isinstance(self.intensity, HU):
             check_hu(hu)
-        hu = hu.nan_to_num(nan=0.0, posinf=HU_HIGH, neginf=HU_LOW).clamp(HU_LOW, HU_HIGH)
-        crop = grid.cut((hu - HU_LOW) / (HU_HIGH - HU_LOW))
+        low, high = generator.window
+        hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
+        crop = grid.cut((hu - low) / (high - low))
         inside = torch.zeros_like(hu)
         place = [
             slice(s - part.start, e - part.start)
@@ -312,12 +322,26 @@ class SynthesizeTumor(nn.Module):
                 crops = torch.stack([job.crop for job in part])[:, None].to(device)
                 inside = torch.stack([job.crop_mask for job in part])[:, None].to(device)
                 with torch.autocast(device.type, enabled=False):
-                    made = run(crops, inside, seed=[job.tumor.params.seed for job in part])
-                made = made[:, 0].to(part[0].crop.device) * (HU_HIGH - HU_LOW)
+                    drawn = [job.tumor.params for job in part]
+                    made = run(
+                        crops,
+                        inside,
+                        seed=[params.seed for params in drawn],
+                        contrast_hu=_asked([params.contrast_hu for params in drawn]),
+                    )
+                low, high = generator.window
+                made = made[:, 0].to(part[0].crop.device) * (high - low)
+                if self.blend != "change":
+                    made = made + low
                 yield from zip(part, made, strict=True)
 
     def _blend(
-        self, job: _Job, made: Tensor, image: Tensor, label: Tensor, name: str
+        self,
+        job: _Job,
+        made: Tensor,
+        image: Tensor,
+        label: Tensor,
+        generator: Generator | HandcraftedGenerator,
     ) -> dict[str, Any]:
         """Write one tumour into image and label (X, Y, Z), in place; returns its record."""
         frame, tumor = job.grid.frame, job.tumor
@@ -336,14 +360,16 @@ class SynthesizeTumor(nn.Module):
                 for s, r, n in zip(tumor.start, region, tumor.mask.shape, strict=True)
             )
         ] = tumor.mask
-        weight = feather(inside, tumor.params.sigma_mm, frame.spacing, self.blend)
+        weight = feather(
+            inside, tumor.params.sigma_mm, frame.spacing, self.blend, generator.own_edge
+        )
         made = job.grid.carry_back(made, where)
         before = image[where].clone()
         if self.blend == "change":
             change = weight * made / self.intensity.hu_per_unit
         else:
             hu = self.intensity.to_hu(before.float())
-            change = weight * (made + HU_LOW - hu) / self.intensity.hu_per_unit
+            change = weight * (made - hu) / self.intensity.hu_per_unit
         # at least float32; float64 stays, or it would lose digits and range
         after = before.to(torch.promote_types(before.dtype, torch.float32)) + change
         if self.intensity.limits is not None:
@@ -378,7 +404,8 @@ class SynthesizeTumor(nn.Module):
             "hu_change": float(hu_change),
             "peak_weight": float(weight[inside].max()),
             "sigma_mm": tumor.params.sigma_mm,
-            "generator": name,
+            "contrast_hu": tumor.params.contrast_hu,
+            "generator": generator.name,
             "seed": tumor.params.seed,
         }
 
@@ -386,9 +413,16 @@ class SynthesizeTumor(nn.Module):
         return (
             f"generator={self.handle.source!r}, organ_labels={self.organ_labels}, "
             f"tumor_label={self.tumor_label}, p={self.p:g}, count={self.count}, "
-            f"size_mm={self.size_mm}, intensity={self.intensity}, blend={self.blend!r}"
+            f"size_mm={self.size_mm}, intensity={self.intensity}, blend={self.blend!r}, "
+            f"contrast_hu={self.contrast_hu}"
         )
 
 
 def _left_alone(sample: int, index: int, reason: str) -> dict[str, Any]:
     return {"sample": sample, "index": index, "applied": False, "reason": reason}
+
+
+def _asked(contrasts: list[float | None]) -> list[float] | None:
+    """The contrasts that tumours were drawn with; one call draws them for all or for none."""
+    asked = [contrast for contrast in contrasts if contrast is not None]
+    return asked or None

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.models.codebook import Codebook
 
 
@@ -31,11 +32,15 @@ class AutoencoderConfig:
     codes: int = 16384
     groups: int = 32
     padding: str = "replicate"  # or "zeros": faster, different only next to the crop's faces
+    window: tuple[float, float] = (HU_LOW, HU_HIGH)  # HU that are -1 and 1 for the network
 
     def __post_init__(self) -> None:
         # JSON gives lists; equality and hashing want tuples
         object.__setattr__(self, "encoder_widths", tuple(self.encoder_widths))
         object.__setattr__(self, "decoder_widths", tuple(self.decoder_widths))
+        object.__setattr__(self, "window", tuple(float(hu) for hu in self.window))
+        if not (len(self.window) == 2 and self.window[0] < self.window[1]):
+            raise ValueError(f"window must be (low, high) in HU with low < high, got {self.window}")
         if self.padding not in ("replicate", "zeros"):
             raise ValueError(f'padding must be "replicate" or "zeros", got {self.padding!r}')
         if len(self.encoder_widths) != len(self.decoder_widths):

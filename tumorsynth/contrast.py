@@ -1,0 +1,122 @@
+"""How far a tumour lies above or below the tissue around it: measured, drawn, and set.
+
+Volumes here are (B, 1, X, Y, Z) in HU with 1 mm voxels. Contrast is the mean of a tumour's core
+minus the median of the tissue 2 to 6 mm away from it. Nothing waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEAR_MM, FAR_MM = 2, 6  # where the tissue around a tumour is measured
+ENOUGH = 50  # voxels of it
+CORE = 20  # voxels that a tumour without its outermost layer needs, to be measured there
+FLOOR_HU = 10.0  # fluid: solid tissue does not become darker than this
+SCALES = 0.3, 1.5  # of the contrast with the tissue's own level
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """What a generator knows about contrast.
+
+    low, high: HU; drawn uniformly for a tumour for which none is asked.
+    reference_hu: the tissue for which low and high hold. They are scaled with the tissue's own
+        level, so that a tumour in an unenhanced organ is fainter; None leaves them.
+    tissue: HU that may be the tissue around; fat, air and bone next to it are not measured.
+    """
+
+    low: float = -55.0
+    high: float = -20.0
+    reference_hu: float | None = 110.0
+    tissue: tuple[float, float] = (20.0, 220.0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tissue", tuple(float(hu) for hu in self.tissue))
+        numbers = [self.low, self.high, *self.tissue, self.reference_hu or 1.0]
+        fine = len(self.tissue) == 2 and all(math.isfinite(n) for n in numbers)
+        if not (fine and self.low <= self.high and self.tissue[0] < self.tissue[1]):
+            raise ValueError(f"contrast needs finite low <= high and tissue low < high, got {self}")
+
+
+def check_contrast(contrast_hu: float | Sequence[float] | None) -> tuple[float, float] | None:
+    """(low, high) of a ``contrast_hu`` argument: None, a number, or a pair in either order."""
+    if contrast_hu is None:
+        return None
+    try:
+        values = [float(contrast_hu)] * 2 if isinstance(contrast_hu, Real) else list(contrast_hu)  # type: ignore[arg-type]
+        low, high = sorted(float(v) for v in values)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (-1500 <= low <= 1500 and -1500 <= high <= 1500) or isinstance(contrast_hu, str | bool):
+        raise ValueError(
+            "contrast_hu must be HU above (or, negative, below) the tissue around the tumour, a "
+            f"number or (low, high) from -1500 to 1500, got {contrast_hu!r}; pass for example "
+            "(-50, -20), or None for the generator's own"
+        )
+    return low, high
+
+
+def level_around(hu: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]) -> Tensor:
+    """(B,): median HU of the tissue around each tumour; of all that is there where none is."""
+    mask = tumor_mask.to(hu.dtype)
+    shell = (grown(mask, FAR_MM) > 0) & ~(grown(mask, NEAR_MM) > 0)
+    for wider in (~tumor_mask, torch.ones_like(tumor_mask)):
+        shell = torch.where(_count(shell) > 0, shell, wider)
+    fits = shell & (hu > tissue[0]) & (hu < tissue[1])
+    fits = torch.where(_count(fits) >= ENOUGH, fits, shell)
+    return torch.where(fits, hu, torch.nan).flatten(1).nanmedian(1).values
+
+
+def core(tumor_mask: Tensor) -> Tensor:
+    """The tumour without its outermost voxels, or the whole of a small one: bool, same shape."""
+    eroded = ~(grown((~tumor_mask).float(), 1) > 0)
+    return torch.where(_count(eroded) >= CORE, eroded, tumor_mask)
+
+
+def contrast_of(hu: Tensor, tumor_mask: Tensor, level: Tensor) -> Tensor:
+    """(B,): mean of each tumour's core minus the level around it."""
+    inside = core(tumor_mask).to(hu.dtype)
+    return (hu * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1) - level
+
+
+def draw_contrast(config: ContrastConfig, level: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    """(B,) HU for tissue of these levels; the middle of the range without seeds."""
+    # a stream of its own: the seed's first draws are the noise
+    shares = [
+        float(torch.rand((), generator=torch.Generator().manual_seed(seed ^ 0x636F6E74)))
+        for seed in seeds or []
+    ]
+    share = level.new_tensor(shares or [0.5])
+    drawn = config.low + (config.high - config.low) * share.expand(level.shape)
+    if config.reference_hu is None:
+        return drawn
+    drawn = drawn * (level / config.reference_hu).clamp(*SCALES)
+    return torch.maximum(drawn, (FLOOR_HU - level).clamp(max=0.0))
+
+
+def shift(hu: Tensor, tumor_mask: Tensor, level: Tensor, wanted: Tensor) -> Tensor:
+    """What to add to each painted volume so that its tumour has the wanted contrast, in HU."""
+    off = wanted - contrast_of(hu, tumor_mask, level)
+    # full inside, gone two voxels beyond: the caller's feather lies within
+    profile = F.avg_pool3d(grown(tumor_mask.to(hu.dtype), 1), 3, stride=1, padding=1)
+    return profile * off[:, None, None, None, None]
+
+
+def grown(mask: Tensor, by: int) -> Tensor:
+    """A box dilation: one axis at a time costs a tenth of all three at once."""
+    for axis in range(3):
+        kernel, padding = [1, 1, 1], [0, 0, 0]
+        kernel[axis], padding[axis] = 2 * by + 1, by
+        mask = F.max_pool3d(mask, kernel, stride=1, padding=padding)
+    return mask
+
+
+def _count(mask: Tensor) -> Tensor:
+    return mask.flatten(1).sum(1)[:, None, None, None, None]
