@@ -123,10 +123,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
     stage1 = ("train", "autoencoder", data, "-o", out)
     stage2 = ("train", "denoiser", data, "-o", out, *TINY, "--autoencoder")
     for words, said in (
-        ((*stage1, "--preset", "huge"), "--preset must be tiny or light or base, got 'huge'"),
+        (
+            (*stage1, "--preset", "huge"),
+            "--preset must be tiny or light or lung or base, got 'huge'",
+        ),
         ((*stage1, "--patch-size", 50), "smaller than the patch of 50 mm"),
         ((*stage1, "--patch-size", 30), "--patch-size must be a multiple of 4, got 30"),
-        ((*stage1, "--patch-size", 16, "--init", tmp_path / "four"), "has other sizes than"),
+        (
+            (*stage1, "--patch-size", 16, "--init", tmp_path / "four"),
+            "has another size or window than",
+        ),
         ((*stage1, "--steps", "many"), "--steps"),
         ((*stage2, folder / "ae", "--tumor-label", 9), "no voxels of tumour label 9, but of 1, 2"),
         ((*stage2, folder / "ae", "--max-diameter-mm", 8), "tumours of 9.7, 12.0 mm, none from"),
@@ -134,7 +140,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
         ((*stage2, "nothing"), "bundled generator (liver-early), but nothing is not there"),
         ((*stage2, folder / "data"), "has no card.json: is its training finished?"),
         ((*stage2, tmp_path / "cut"), "is missing or not the file its card describes (sha256)"),
-        ((*stage2, tmp_path / "four", "--network", "base"), "8 latent channels and 4 mm"),
+        ((*stage2, tmp_path / "four", "--network", "base"), "--contrast off"),
+        (
+            (*stage2, tmp_path / "four", "--network", "base", "--contrast", "off"),
+            "8 latent channels and 4 mm",
+        ),
+        ((*stage2, tmp_path / "four", "--tissue-low", "300"), "--tissue-low must be below"),
         ((*stage2, tmp_path / "four", "--init", folder / "gen"), "denoiser of another size"),
         (("train", "pack", data, "-o", tmp_path / "pack.zip"), "must end in .npz"),
         (("train", "teapot"), "teapot"),

@@ -27,6 +27,7 @@ from tumorsynth.training.data import (
     load_pack,
     random_patch,
     save_pack,
+    split,
 )
 
 nib = pytest.importorskip("nibabel")
@@ -69,6 +70,46 @@ def test_dataset_json_pack_and_folders_give_the_same_cases(cases, tmp_path):
     assert alone[0].label is None and torch.equal(alone[0].hu, packed[0].hu)
 
 
+def test_validation_cases_are_held_out_also_in_packs(cases, tmp_path):
+    dataset = write_dataset(tmp_path / "data", cases)
+    first, second = json.loads(dataset.read_text())["training"]
+    dataset.write_text(json.dumps({"training": [second], "validation": [first], "test": ["x"]}))
+    save_pack(reading.load_data(dataset), tmp_path / "pack.npz")
+    packed = load_pack(tmp_path / "pack.npz")
+    assert [(c.name, c.held_out) for c in packed] == [("plain", False), ("annotated", True)]
+    assert packed[1].label is not None
+    training, held_out = split(packed)
+    assert training == packed[:1] and held_out == packed[1:]
+    with pytest.raises(ValueError, match="all 1 are; list some under .training."):
+        split(held_out)
+
+    arrays = dict(np.load(tmp_path / "pack.npz"))
+    del arrays["held_out"]  # as packs were
+    np.savez(tmp_path / "old.npz", **arrays)
+    assert [c.held_out for c in load_pack(tmp_path / "old.npz")] == [False, False]
+
+    dataset.write_text(json.dumps({"training": [], "validation": [first]}))
+    with pytest.raises(ValueError, match="lists no cases under training"):
+        reading.load_data(dataset)
+    both = {"training": [first], "validation": [first, {"image": "missing.nii.gz"}]}
+    dataset.write_text(json.dumps(both))
+    with pytest.raises(ValueError, match="(?s)2 problems.*missing: no such.*name occurs twice"):
+        reading.load_data(dataset)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_threads_read_the_same_in_the_same_order(cases, tmp_path, workers):
+    many = [
+        Case(f"case{k}", (case.hu + k).contiguous(), case.label)
+        for k, case in enumerate([*cases, *cases, *cases])
+    ]
+    sources = reading.find_sources(write_dataset(tmp_path / "data", many))
+    read = reading.read_cases(sources, workers)
+    assert [c.name for c in read] == [f"case{k}" for k in range(6)]
+    for case, original in zip(read, many, strict=True):
+        assert torch.equal(case.hu, original.hu.flip(0, 1))
+
+
 def test_reading_brings_a_scan_to_1_mm_and_crops_it_to_the_body(tmp_path):
     array = np.full((20, 30, 10), -1000, np.int16)
     array[4:16, 5:25, 2:8] = 400
@@ -81,7 +122,7 @@ def test_reading_brings_a_scan_to_1_mm_and_crops_it_to_the_body(tmp_path):
     read = reading.read_case(source)
     # cropped to the body: 12 x 20 x 6 voxels of 2, 2 and 3 mm
     assert all(abs(n - m) <= 3 for n, m in zip(read.hu.shape, (24, 40, 18), strict=True))
-    assert read.hu.max() == 250 and read.label is not None and read.label.shape == read.hu.shape
+    assert read.hu.max() == 400 and read.label is not None and read.label.shape == read.hu.shape
     assert read.label.float().mean() > 0.75
 
 
@@ -125,12 +166,12 @@ def test_tumours_are_found_and_filtered_by_size(cases):
 
 def test_patch_of_a_case_smaller_than_the_patch(cases):
     small = Case("small", cases[0].hu[:10, :40], None)
-    assert random_patch(small, 32, np.random.default_rng(0)).shape == (32, 32, 32)
+    assert random_patch(small, 32, np.random.default_rng(0), (-50, 240)).shape == (32, 32, 32)
 
 
 def test_every_place_draws_from_a_window_that_moves_on():
     config = DenoiserTraining(batch_size=4, pool=24, reuse=3)
-    crops = denoiser.TumorCrops([], [], 2, config)
+    crops = denoiser.TumorCrops([], [], 2, config, (-175.0, 250.0))
     for place in range(4):
         windows = [crops.window(step, place) for step in range(200)]
         assert windows[0] == (0, 1)

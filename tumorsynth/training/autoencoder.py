@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.models.autoencoder import LIGHT, Autoencoder, AutoencoderConfig
 from tumorsynth.training.config import (
     PRESETS,
@@ -33,6 +32,7 @@ from tumorsynth.training.data import (
     check_cases,
     complain,
     random_patch,
+    split,
     to_unit,
 )
 from tumorsynth.training.discriminators import PatchDiscriminator, random_slices
@@ -45,7 +45,14 @@ from tumorsynth.training.engine import (
     random_of,
     train_loop,
 )
-from tumorsynth.training.folders import read_autoencoder, save_autoencoder
+from tumorsynth.training.evaluate import autoencoder_metrics
+from tumorsynth.training.folders import (
+    NO_LICENCE,
+    UNMEASURED,
+    hardware_of,
+    read_autoencoder,
+    save_autoencoder,
+)
 from tumorsynth.training.launch import launch
 from tumorsynth.training.losses import (
     ReconstructionLoss,
@@ -55,6 +62,7 @@ from tumorsynth.training.losses import (
     hinge_generator_loss,
     slice_perceptual,
 )
+from tumorsynth.training.pictures import planes
 
 NETWORKS = {
     "tiny": replace(LIGHT, encoder_widths=(16, 32), decoder_widths=(32, 16)),
@@ -78,10 +86,15 @@ def train(
 
     init: an autoencoder to start from, as for `read_autoencoder`. Raises ValueError for every
     problem with the cases before anything starts; see `train_loop` for what happens later.
+
+    Cases that are held out are not trained on: the result is measured on them, or else on the
+    others, and the figures and a grid of pictures are written into the folder. Killed while
+    measuring, the folder is whole but for them, and resuming measures again.
     """
     start = time.time()
     model = _network(config, init)
     complain(check_cases(cases, config.patch_size))
+    cases, held_out = split(cases)
     if config.patch_size % model.config.factor:
         raise ValueError(
             f"--patch-size must be a multiple of {model.config.factor}, got {config.patch_size}"
@@ -94,18 +107,27 @@ def train(
     train_loop(fabric, run, stage, config, f"autoencoder of {_millions(model)} M parameters")
     result = cast(Autoencoder, stage.average.average)
     if fabric.is_global_zero:
+        result.to(fabric.device).eval().requires_grad_(False)
         stage.measure_range(result)
-        result.to("cpu").eval().requires_grad_(False)
         training = {
             **asdict(config),
             "scans": [c.name for c in cases],
-            "device": str(fabric.device.type),
+            "held_out": [c.name for c in held_out],
+            "device": hardware_of(fabric.device),
             "processes": fabric.world_size,
             "seconds_since_start_or_resume": round(time.time() - start),
         }
-        save_autoencoder(
-            result, output, {"name": output.name, **(card or {}), "training": training}
-        )
+        full = {
+            "name": output.name,
+            "licence": NO_LICENCE,
+            **(card or {}),
+            "metrics": {"skipped": UNMEASURED},
+            "training": training,
+        }
+        save_autoencoder(result, output, full)
+        full["metrics"] = autoencoder_metrics(result, cases, held_out, config.steps, output)
+        result.to("cpu")
+        save_autoencoder(result, output, full)
     fabric.barrier()
     return result
 
@@ -154,16 +176,13 @@ class AutoencoderStage:
 
     def crops(self, step: int) -> list[Tensor]:
         """This process's cubes of a step, one tensor (b, 1, D, H, W) in [-1, 1] a part."""
-        seed, side = self.config.seed, self.config.patch_size
         return [
-            torch.stack(
-                [
-                    sample_crop(self.cases, self.shares, side, random_of(seed, CROPS, step, place))
-                    for place in part
-                ]
-            )
-            for part in self.places
+            torch.stack([self._crop(CROPS, step, place) for place in part]) for part in self.places
         ]
+
+    def _crop(self, *stream: int) -> Tensor:
+        rng = random_of(self.config.seed, *stream)
+        return sample_crop(self.cases, self.shares, self.config, rng)
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         if self.batches is None:
@@ -258,10 +277,9 @@ class AutoencoderStage:
         """Scale of a continuous latent: the 0.1 and 99.9 percentiles over all channels."""
         if model.codebook is not None:
             return
-        side, latents = self.config.patch_size, []
+        latents = []
         for index in range(64):
-            rng = random_of(self.config.seed, RANGE, index)
-            crop = sample_crop(self.cases, self.shares, side, rng)[None]
+            crop = self._crop(RANGE, index)[None]
             latents.append(model.encode(crop.to(self.fabric.device)).flatten().float().cpu())
         low, high = np.percentile(torch.cat(latents).numpy(), [0.1, 99.9])
         model.latent_low.fill_(float(low))
@@ -273,8 +291,7 @@ class AutoencoderStage:
         model = self.average.average
         columns = []
         for index in range(4):
-            rng = random_of(self.config.seed, PICTURE, index)
-            crop = sample_crop(self.cases, self.shares, self.config.patch_size, rng)[None]
+            crop = self._crop(PICTURE, index)[None]
             recon = model(crop.to(self.fabric.device)).cpu()
             columns.append(torch.cat([planes(crop[0, 0]), planes(recon[0, 0])]))
         return (torch.cat(columns, 1) + 1) / 2
@@ -310,13 +327,14 @@ class Adversaries(nn.Module):
 
 
 def sample_crop(
-    cases: list[Case], shares: np.ndarray, side: int, rng: np.random.Generator
+    cases: list[Case], shares: np.ndarray, config: AutoencoderTraining, rng: np.random.Generator
 ) -> Tensor:
     """(1, side, side, side) in [-1, 1], axes (z, x, y), contrast and offset jittered."""
     case = cases[int(rng.choice(len(cases), p=shares))]
-    patch = augment(random_patch(case, side, rng)[None], rng)
+    tissue = (config.tissue_low, config.tissue_high)
+    patch = augment(random_patch(case, config.patch_size, rng, tissue)[None], rng)
     gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-15, 15)
-    unit = to_unit((patch * gain + offset).clamp(HU_LOW, HU_HIGH))
+    unit = to_unit(patch * gain + offset, (config.window_low, config.window_high))
     return (unit * 2 - 1).permute(0, 3, 1, 2).contiguous()
 
 
@@ -331,14 +349,8 @@ def case_shares(cases: list[Case]) -> np.ndarray:
     return shares / shares.sum()
 
 
-def planes(cube: Tensor) -> Tensor:
-    """The three middle slices of a cube (S, S, S), one below the other."""
-    middle = cube.shape[0] // 2
-    return torch.cat([cube[middle], cube[:, middle], cube[:, :, middle]])
-
-
 def _network(config: AutoencoderTraining, init: str | None) -> Autoencoder:
-    sizes = NETWORKS[config.network]
+    sizes = replace(NETWORKS[config.network], window=(config.window_low, config.window_high))
     if config.codes is not None:
         sizes = replace(sizes, codes=config.codes)
     with torch.random.fork_rng(devices=[]):
@@ -349,8 +361,8 @@ def _network(config: AutoencoderTraining, init: str | None) -> Autoencoder:
     trained, _ = read_autoencoder(init)
     if trained.config != sizes:
         raise ValueError(
-            f"--init {init} has other sizes than --network {config.network} with "
-            f"{sizes.codes} codes: {trained.config}"
+            f"--init {init} has another size or window than --network {config.network} with "
+            f"{sizes.codes} codes and {sizes.window} HU: {trained.config}"
         )
     return trained.train().requires_grad_(True)
 

@@ -162,7 +162,10 @@ def pack(
     save_pack(cases, out)
     for case in cases:
         size = " x ".join(str(n) for n in case.hu.shape)
-        print(f"{case.name}: {size} mm{'' if case.label is None else ', annotated'}")
+        print(
+            f"{case.name}: {size} mm{'' if case.label is None else ', annotated'}"
+            f"{', held out' if case.held_out else ''}"
+        )
     print(f"wrote {out}")
 
 

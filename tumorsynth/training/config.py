@@ -18,6 +18,9 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+ONOFF = ("on", "off")
+
+
 @dataclass(frozen=True)
 class Training:
     """What both stages have in common."""
@@ -51,6 +54,10 @@ class AutoencoderTraining(Training):
     commitment_weight: float = option(0.25, "Of the encoder's distance to its codes.")
     dead_code_every: int = option(100, "Steps between restarts of unused codes.")
     latent_weight: float = option(1e-4, "Of the mean square of a continuous latent.")
+    window_low: float = option(-175.0, "HU that the network sees as -1; all below is the same.")
+    window_high: float = option(250.0, "HU that the network sees as 1; all above is the same.")
+    tissue_low: float = option(-50.0, "Most voxels of a cube lie from these HU ...")
+    tissue_high: float = option(240.0, "... to these.")
     perceptual: str = option(
         "none", "Perceptual loss over slices of three planes.", ("none", "gradient", "monai")
     )
@@ -82,8 +89,17 @@ class DenoiserTraining(Training):
     )
     prediction: str = option("x0", "What the network predicts.", ("noise", "x0", "v"))
     timesteps: int = option(4, "Noise levels; more than 10 are sampled by DDIM.")
+    zero_terminal_snr: str = option(
+        "off", "Whether the last noise level holds no signal; not for noise prediction.", ONOFF
+    )
+    contrast: str = option(
+        "on", "Whether the denoiser is told each tumour's contrast, so that it can be asked.", ONOFF
+    )
+    tissue_low: float = option(20.0, "Tissue around a tumour, and to move one to, is from this HU")
+    tissue_high: float = option(220.0, "... to this.")
+    evenness: float = option(30.0, "HU by which tissue to move a tumour to may vary.")
     inside_weight: float = option(4.0, "Extra weight of the loss inside the tumour.")
-    transplant: float = option(0.6, "Share of crops whose tumour is moved into other tissue.")
+    transplant: float = option(0.75, "Share of crops whose tumour is moved into other tissue.")
     pool: int = option(256, "Encoded crops held at a time, over all devices.")
     reuse: int = option(8, "Steps after which each place of the batch gets a new crop.")
 
@@ -94,6 +110,11 @@ class DataConfig:
 
     tumor_label: int = option(2, "Label value of tumour voxels.")
     min_diameter_mm: float = option(4.5, "Smaller tumours (equivalent diameter) are left out.")
+    outlines: str = option(
+        "visible",
+        "Where a tumour is: as annotated, or where it can be seen within that.",
+        ("visible", "annotated"),
+    )
     max_diameter_mm: float | None = option(None, "Larger tumours are left out. [default: none]")
 
 
@@ -107,6 +128,9 @@ class Hardware:
     strategy: str | None = option(None, "How to share the work: ddp. [default: ddp from 2 on]")
     workers: int = option(2, "Threads that prepare crops, per process.")
 
+
+# lung tissue and what stands out of it by 800 HU, in one window
+LUNG = {"window_low": -1000.0, "tissue_low": -950.0, "tissue_high": 200.0}
 
 # what a preset changes; "light" is what the fields say: what ships
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -123,6 +147,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "log_every": 10,
         },
         "light": {},
+        "lung": LUNG,
         "base": {
             "network": "base",
             "steps": 200_000,
@@ -154,6 +179,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "ema": 0.98,
         },
         "light": {},
+        "lung": {"tissue_low": -950.0, "tissue_high": -600.0, "evenness": 120.0, "transplant": 0.8},
         "base": {
             "network": "base",
             "steps": 60_000,
@@ -163,6 +189,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "warmup": 1000,
             "weight_decay": 0.0,
             "prediction": "noise",
+            "contrast": "off",
             "save_every": 2000,
             "picture_every": 2000,
         },
@@ -186,8 +213,13 @@ def check(config: Any) -> None:
         flag = "--" + f.name.replace("_", "-")
         if choices and value not in choices:
             raise ValueError(f"{flag} must be {' or '.join(choices)}, got {value!r}")
-        if isinstance(value, (int, float)) and not value >= 0:
+        signed = f.name in ("window_low", "window_high", "tissue_low", "tissue_high")
+        if isinstance(value, (int, float)) and not (signed or value >= 0):
             raise ValueError(f"{flag} must not be negative, got {value}")
+    for name in ("window", "tissue"):
+        low, high = (getattr(config, f"{name}_{end}", None) for end in ("low", "high"))
+        if low is not None and high is not None and not low < high:
+            raise ValueError(f"--{name}-low must be below --{name}-high, got {low} and {high}")
     if isinstance(config, Training):
         for name in ("steps", "patch_size", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(config, name) < 1:

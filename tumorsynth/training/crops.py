@@ -1,4 +1,8 @@
-"""Crops around annotated tumours: moved, zoomed, and many of them put into other tissue."""
+"""Crops around annotated tumours: moved, zoomed, and many of them put into other tissue.
+
+A few annotated tumours have few surroundings and one contrast each: moved into even tissue of any
+scan, with another contrast, they teach a generator where and how strong tumours can be.
+"""
 
 from __future__ import annotations
 
@@ -7,55 +11,83 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.intensity import HU_HIGH, HU_LOW
+from tumorsynth.contrast import ContrastConfig, contrast_of, grown, level_around
+from tumorsynth.training.config import DenoiserTraining
 from tumorsynth.training.data import Case, Tumor, augment
+from tumorsynth.training.outlines import alone, smoothed
+
+Window = tuple[float, float]
 
 
 def sample_crop(
     cases: list[Case],
     tumor: Tumor,
     tumor_label: int,
-    side: int,
     rng: np.random.Generator,
     places: list[Tensor],
-    transplant: float = 0.6,
+    config: DenoiserTraining,
+    window: Window,
 ) -> tuple[Tensor, Tensor]:
     """HU and tumour mask, (1, side, side, side) each, around a tumour, zoomed and jittered.
 
-    places: :func:`even_tissue` of every case.
-    transplant: the share of crops in which the tumour is moved into even tissue elsewhere, in
-    any of the cases. A few annotated tumours have few surroundings: without this a generator knows
-    tumours only where it saw them.
+    places: :func:`even_tissue` of every case. window: HU that the autoencoder tells apart.
     """
-    case = cases[tumor.case]
+    case, side = cases[tumor.case], config.patch_size
     assert case.label is not None
     extent = max(h - lo for lo, h in zip(tumor.low, tumor.high, strict=True))
-    # shrunk down to 0.4: large ones until they fit, all to the size of early ones, or a generator
-    # trained on tumours of 20 mm paints those of 8 mm too faint
+    moved = rng.random() < config.transplant
+    # shrunk, large ones until they fit, all to the size of early ones: else a generator trained on
+    # tumours of 20 mm paints those of 8 mm too faint. Further where the surroundings stay behind.
+    least = float(np.clip(12 / extent, 0.25, 0.4)) if moved else 0.4
     most = min(1.15, 0.75 * side / extent)
-    zoom = float(np.exp(rng.uniform(np.log(0.4), np.log(max(most, 0.5)))))
+    zoom = float(np.exp(rng.uniform(np.log(least), np.log(max(most, 0.5)))))
     source = round(side / zoom)
     centre = [
         (lo + h) / 2 + rng.uniform(-1, 1) * min(max(0.0, (source - (h - lo)) / 2 - 4), 0.2 * source)
         for lo, h in zip(tumor.low, tumor.high, strict=True)
     ]
     hu = _cut(case.hu, centre, source, side)
-    # this tumour alone: others are surroundings, as tumours of the patient's own are later on
-    box = tuple(slice(lo, h) for lo, h in zip(tumor.low, tumor.high, strict=True))
-    own = torch.zeros_like(case.label, dtype=torch.bool)
-    own[box] = case.label[box] == tumor_label
-    mask = _cut(own, centre, source, side) > 0.5
-    if rng.random() < transplant:
+    mask = _cut(alone(case, tumor, tumor_label), centre, source, side) > 0.5
+    if moved:
         hu, mask = augment(torch.cat([hu, mask.float()]), rng).split(1)
-        hu, mask = _transplant(cases, places, hu, mask > 0.5, tumor_label, zoom, rng)
-    if rng.random() < 0.2:  # a generous contour has a rim of healthy tissue: soft edges are learned
-        mask = F.max_pool3d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
+        hu, mask = _transplant(cases, places, hu, mask > 0.5, tumor_label, rng, config, window)
     both = augment(torch.cat([hu, mask.float()]), rng)
     gain, offset = rng.uniform(0.75, 1.2), rng.uniform(-30, 20)
-    hu = 40 + (both[:1] - 40) * gain + offset
+    middle = 40 if config.tissue_low > -100 else config.tissue_low
+    hu = middle + (both[:1] - middle) * gain + offset
     if rng.random() < 0.4:
         hu = _thick_slices(hu, rng)
-    return hu.clamp(HU_LOW, HU_HIGH), both[1:] > 0.5
+    return hu.clamp(*window), both[1:] > 0.5
+
+
+def contrast_range(
+    cases: list[Case], tumors: list[Tumor], tumor_label: int, config: DenoiserTraining
+) -> ContrastConfig:
+    """What a generator draws where no contrast is asked: that of the real tumours, a little more.
+
+    For soft tissue scaled to a level of 110 HU (an enhanced liver), as synthetic tumours are
+    scaled with the tissue they lie in.
+    """
+    tissue = (config.tissue_low, config.tissue_high)
+    reference = 110.0 if config.tissue_low > 0 else None
+    found = []
+    for tumor in tumors:
+        case = cases[tumor.case]
+        box = tuple(
+            slice(max(0, lo - 10), hi + 10) for lo, hi in zip(tumor.low, tumor.high, strict=True)
+        )
+        hu = case.hu[box].float()[None, None]
+        mask = alone(case, tumor, tumor_label)[box][None, None]
+        level = level_around(hu, mask, tissue)
+        scale = 1.0 if reference is None else reference / float(level)
+        found.append(float(contrast_of(hu, mask, level)) * scale)
+    margin = min(0.25 * abs(float(np.median(found))), 40.0)
+    low, high = min(found) - margin, max(found) + margin
+    if max(found) < 0:
+        high = min(high, 0.75 * max(found))
+    elif min(found) > 0:
+        low = max(low, 0.75 * min(found))
+    return ContrastConfig(round(low, 1), round(high, 1), reference, tissue)
 
 
 def _thick_slices(hu: Tensor, rng: np.random.Generator) -> Tensor:
@@ -70,12 +102,13 @@ def _thick_slices(hu: Tensor, rng: np.random.Generator) -> Tensor:
     return F.interpolate(thick, size=hu.shape[1:], mode="trilinear", align_corners=False)[0]
 
 
-def even_tissue(case: Case) -> Tensor:
-    """(N, 3) voxels amid at least 2 cm of even soft tissue: parenchyma, mostly."""
+def even_tissue(case: Case, config: DenoiserTraining) -> Tensor:
+    """(N, 3) voxels amid at least 2 cm of even tissue: parenchyma, mostly."""
     coarse = F.avg_pool3d(case.hu.float()[None, None], 4)
     high = F.max_pool3d(coarse, 5, stride=1, padding=2)
     low = -F.max_pool3d(-coarse, 5, stride=1, padding=2)
-    even = (low > 20) & (high < 200) & (high - low < 50)
+    even = (low > config.tissue_low) & (high < config.tissue_high)
+    even &= high - low < 1.6 * config.evenness
     return even[0, 0].nonzero() * 4 + 2
 
 
@@ -95,21 +128,27 @@ def _transplant(
     hu: Tensor,
     mask: Tensor,
     tumor_label: int,
-    zoom: float,
     rng: np.random.Generator,
+    config: DenoiserTraining,
+    window: Window,
     tries: int = 8,
 ) -> tuple[Tensor, Tensor]:
-    """The tumour of one crop in even tissue of another; the crop as it was where none is found.
-
-    Its contrast is scaled with the parenchyma's HU, within limits: an unenhanced liver shows less.
-    """
-    soft = F.avg_pool3d(mask.float()[None], 3, stride=1, padding=1)[0]
-    shell = (F.max_pool3d(mask.float()[None], 11, stride=1, padding=5)[0] > 0) & ~(
-        F.max_pool3d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
-    )
-    own = hu[shell & (hu > 20) & (hu < 200)]
-    if len(own) < 100:
+    """The tumour of one crop in even tissue of another, with that tissue's noise and another
+    contrast; the crop as it was where no place is found."""
+    volume = mask.float()[None]
+    # the tumour's own edge goes with it, 2 mm of it beyond the outline
+    soft = F.avg_pool3d(grown(volume, 2), 3, stride=1, padding=1)[0]
+    shell = ((grown(volume, 5) > 0) & ~(grown(volume, 1) > 0))[0]
+    tissue = config.tissue_low, config.tissue_high
+    around = shell & (hu > tissue[0]) & (hu < tissue[1])
+    if int(around.sum()) < 100:
         return hu, mask
+    own = float(hu[around].median())
+    smooth = smoothed(hu)
+    contrast = float(contrast_of(hu[None], mask[None], hu.new_tensor([own])))
+    # beyond the outline it fades; what else lies there, a vessel or fat, stays behind
+    shape = smooth - own
+    shape = torch.where(mask, shape, shape.clamp(min(contrast, 0.0), max(contrast, 0.0)))
     side = hu.shape[-1]
     for _ in range(tries):
         which = int(rng.integers(len(cases)))
@@ -117,17 +156,28 @@ def _transplant(
         if len(places[which]) == 0:
             continue
         centre = places[which][int(rng.integers(len(places[which])))].tolist()
-        there = _cut(case.hu, centre, round(side / zoom), side)
-        under = there[mask]
-        level = float(under.median())
-        smooth = F.avg_pool3d(there[None], 5, stride=1, padding=2)[0][mask]
-        if not 30 < level < 190 or float(((smooth - level).abs() < 30).float().mean()) < 0.9:
+        source = round(side / rng.uniform(0.85, 1.15))
+        there = _cut(case.hu, centre, source, side)
+        healthy = smoothed(there)
+        level = float(there[mask].median())
+        even = float(((healthy[mask] - level).abs() < config.evenness).float().mean())
+        if not tissue[0] + 10 < level < tissue[1] - 10 or even < 0.9:
             continue
         if case.label is not None:
-            taken = _cut((case.label == tumor_label), centre, round(side / zoom), side)
+            taken = _cut((case.label == tumor_label), centre, source, side)
             if bool((taken[shell | mask] > 0.1).any()):
                 continue
-        ratio = float(np.clip(level / float(own.median()), 0.7, 1.3))
-        painted = level + (hu - float(own.median())) * ratio
+        if config.contrast == "on":  # all that may be asked for, now and then brighter for darker
+            ratio = rng.uniform(0.15, 2.0) * (-1 if rng.random() < 0.15 else 1)
+            if not window[0] < level + ratio * contrast < window[1]:
+                ratio = abs(ratio)
+        else:  # an unenhanced organ shows less
+            ratio = float(np.clip(level / own, 0.7, 1.3)) if own > 0 else 1.0
+        room = 0.05 * (window[1] - window[0])
+        aim = np.clip(level + ratio * contrast, window[0] + room, window[1] - room) - level
+        ratio = float(aim) / contrast if abs(contrast) > 5 else 1.0
+        grain = there - healthy
+        most = 4 * float(grain[mask].abs().median())  # vessels are not noise
+        painted = level + shape * ratio + grain.clamp(-most, most)
         return there + soft * (painted - there), mask
     return hu, mask

@@ -1,8 +1,9 @@
 """Training data: scans on the generator's grid, packed into one array file, their tumours, patches.
 
-A pack is an ``.npz`` that needs numpy alone to read: ``hu_<k>`` (int16, clipped to the window) and,
-where a scan is annotated, ``label_<k>`` (uint8), RAS axes x, y, z at 1 mm, and ``names``. Nothing
-here needs more than torch and numpy; NIfTI is read in `tumorsynth.training.reading`.
+A pack is an ``.npz`` that needs numpy alone to read: ``hu_<k>`` (int16, clipped to PACKED_HU) and,
+where a scan is annotated, ``label_<k>`` (uint8), RAS axes x, y, z at 1 mm, ``names``, and
+``held_out`` (bool): not trained on, but measured in the end. Nothing here needs more than torch and
+numpy; NIfTI is read in `tumorsynth.training.reading`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ from torch import Tensor
 
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 
+PACKED_HU = (-1024, 600)  # what any window of a generator may need
+
 
 @dataclass
 class Case:
-    """One scan at 1 mm, RAS: ``hu`` int16 (X, Y, Z) in the window, ``label`` uint8 or None."""
+    """One scan at 1 mm, RAS: ``hu`` int16 (X, Y, Z) in PACKED_HU, ``label`` uint8 or None.
+
+    held_out: never trained on; the finished network is measured on it.
+    """
 
     name: str
     hu: Tensor
     label: Tensor | None
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,10 @@ class Tumor:
 
 def save_pack(cases: list[Case], path: Path) -> None:
     """Write a pack, under a temporary name until it is whole."""
-    arrays: dict[str, np.ndarray] = {"names": np.array([c.name for c in cases])}
+    arrays: dict[str, np.ndarray] = {
+        "names": np.array([c.name for c in cases]),
+        "held_out": np.array([c.held_out for c in cases], dtype=bool),
+    }
     for k, case in enumerate(cases):
         arrays[f"hu_{k}"] = case.hu.numpy()
         if case.label is not None:
@@ -63,20 +73,33 @@ def load_pack(path: Path) -> list[Case]:
     """The cases of a pack; nothing in the file is executed."""
     try:
         pack = np.load(path, allow_pickle=False)
+        held_out = pack["held_out"] if "held_out" in pack else np.zeros(len(pack["names"]), bool)
         return [
             Case(
                 str(name),
                 torch.from_numpy(pack[f"hu_{k}"]),
                 torch.from_numpy(pack[f"label_{k}"]) if f"label_{k}" in pack else None,
+                bool(held_out[k]),
             )
             for k, name in enumerate(pack["names"])
         ]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is not a pack ({error}); make one with `tumorsynth train pack dataset.json`"
         ) from error
+
+
+def split(cases: list[Case]) -> tuple[list[Case], list[Case]]:
+    """(to train on, held out). Raises ValueError where nothing is left to train on."""
+    training = [case for case in cases if not case.held_out]
+    if not training:
+        raise ValueError(
+            f"training needs at least one scan that is not held out, but all {len(cases)} are; "
+            'list some under "training" in dataset.json'
+        )
+    return training, [case for case in cases if case.held_out]
 
 
 # -- checks ---------------------------------------------------------------------------------------
@@ -173,23 +196,36 @@ def find_tumors(
 def components(mask: Tensor) -> list[tuple[tuple[int, int, int], tuple[int, int, int], float]]:
     """Box (low, high) and equivalent diameter in mm of each connected part of a 1 mm mask.
 
-    Each voxel takes the highest number among its neighbours until nothing changes.
+    Every voxel points at itself first; then, over all pairs of neighbours, what the one points at
+    is made to point at what the other does where that is later, until nothing changes: every
+    voxel then points at the last one of its part.
     """
-    where = mask.nonzero()
-    if not len(where):
+    voxels = mask.nonzero()
+    if not len(voxels):
         return []
-    start = where.min(0).values
-    stop = where.max(0).values + 1
+    start = voxels.min(0).values
+    stop = voxels.max(0).values + 1
     box = mask[tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))]
-    inside = box.double()[None, None]
-    ids = torch.arange(1, box.numel() + 1, dtype=torch.float64).view_as(inside) * inside
+    index = torch.arange(len(voxels))
+    numbered = torch.full(box.shape, -1)
+    numbered[box] = index
+    numbered = F.pad(numbered, (1,) * 6, value=-1)
+    pairs = []
+    for dx, dy, dz in list(np.ndindex(3, 3, 3))[:13]:  # half of the neighbours: pairs count once
+        x, y, z = box.shape
+        other = numbered[dx : dx + x, dy : dy + y, dz : dz + z][box]
+        pairs.append(torch.stack([index, other])[:, other >= 0])
+    one, other = torch.cat(pairs, 1)
+    number = index
     while True:
-        grown = F.max_pool3d(ids, 3, stride=1, padding=1) * inside
-        if torch.equal(grown, ids):
+        later = torch.maximum(number[one], number[other])
+        moved = number.clone()
+        for end in (one, other):
+            moved.scatter_reduce_(0, number[end], later, "amax")
+        moved = moved[moved]
+        if torch.equal(moved, number):
             break
-        ids = grown
-    number = ids[0, 0][box]
-    voxels = where  # the same order as number's
+        number = moved
     parts = []
     for value in number.unique():
         own = voxels[number == value]
@@ -201,13 +237,16 @@ def components(mask: Tensor) -> list[tuple[tuple[int, int, int], tuple[int, int,
 # -- patches --------------------------------------------------------------------------------------
 
 
-def to_unit(hu: Tensor) -> Tensor:
-    """HU in the window -> [0, 1]."""
-    return (hu.float() - HU_LOW) / (HU_HIGH - HU_LOW)
+def to_unit(hu: Tensor, window: tuple[float, float]) -> Tensor:
+    """HU -> [0, 1], clipped to the window."""
+    low, high = window
+    return ((hu.float() - low) / (high - low)).clamp(0, 1)
 
 
-def random_patch(case: Case, side: int, rng: np.random.Generator, tries: int = 8) -> Tensor:
-    """A (side, side, side) HU patch, mostly body, as float; axes x, y, z."""
+def random_patch(
+    case: Case, side: int, rng: np.random.Generator, tissue: tuple[float, float], tries: int = 8
+) -> Tensor:
+    """A (side, side, side) HU patch, mostly in the range of ``tissue``, as float; axes x, y, z."""
     hu = case.hu
     pad = [max(0, side - n) for n in hu.shape]
     if any(pad):
@@ -220,8 +259,7 @@ def random_patch(case: Case, side: int, rng: np.random.Generator, tries: int = 8
     for _ in range(tries):
         at = [int(rng.integers(0, n - side + 1)) for n in hu.shape]
         patch = hu[at[0] : at[0] + side, at[1] : at[1] + side, at[2] : at[2] + side]
-        # mostly soft tissue: neither lung, air nor saturated
-        if ((patch > -50) & (patch < 240)).float().mean() > 0.5:
+        if ((patch > tissue[0]) & (patch < tissue[1])).float().mean() > 0.5:
             break
     return patch.float()
 

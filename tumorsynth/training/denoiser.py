@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tumorsynth.contrast import ContrastConfig, contrast_of, level_around
 from tumorsynth.diffusion import Prediction, cosine_schedule, q_sample, target
 from tumorsynth.generator import Generator, SamplerConfig
 from tumorsynth.models.autoencoder import Autoencoder
@@ -33,7 +34,7 @@ from tumorsynth.training.config import (
     configured,
     parse_arguments,
 )
-from tumorsynth.training.crops import even_tissue, sample_crop
+from tumorsynth.training.crops import contrast_range, even_tissue, sample_crop
 from tumorsynth.training.data import (
     Case,
     DataProblems,
@@ -41,6 +42,7 @@ from tumorsynth.training.data import (
     check_cases,
     complain,
     find_tumors,
+    split,
     to_unit,
 )
 from tumorsynth.training.engine import (
@@ -52,8 +54,10 @@ from tumorsynth.training.engine import (
     random_of,
     train_loop,
 )
-from tumorsynth.training.folders import read_autoencoder
+from tumorsynth.training.evaluate import generator_metrics
+from tumorsynth.training.folders import NO_LICENCE, UNMEASURED, hardware_of, read_autoencoder
 from tumorsynth.training.launch import launch
+from tumorsynth.training.outlines import visible
 from tumorsynth.weights import find_folder, read_folder
 
 CROPS, CHOICE, PICTURE = 10, 11, 12  # purposes of random streams
@@ -81,12 +85,17 @@ def train(
     trained, stage1 = read_autoencoder(autoencoder)
     network, multiple = _network(config, trained, init)
     problems = check_cases(cases, config.patch_size)
+    cases, held_out = split(cases)
     tumors: list[Tumor] = []
     try:
         tumors = find_tumors(cases, data.tumor_label, data.min_diameter_mm, data.max_diameter_mm)
     except DataProblems as error:
         problems += error.problems
     complain(problems)
+    annotated = cases
+    if data.outlines == "visible":
+        tissue = config.tissue_low, config.tissue_high
+        cases, tumors = visible(cases, tumors, data.tumor_label, tissue)
     if config.patch_size % multiple:
         raise ValueError(
             f"--patch-size must be a multiple of {multiple} for these networks, "
@@ -96,25 +105,27 @@ def train(
     same = {"autoencoder": stage1["sha256"], "tumours": asdict(data), "data": sizes, "init": init}
     run = RunFolder(output, identity_of(config, stage=2, **same), resume)
     run.load()  # a checkpoint that does not fit is said before other processes start
+    told = config.contrast == "on"
+    contrast = contrast_range(cases, tumors, data.tumor_label, config) if told else None
     fabric = launch(hardware, config.precision)
     generator = Generator(
         trained,
         copy.deepcopy(network),
-        sampler_of(config, multiple),
-        {"name": output.name, **(card or {})},
+        sampler_of(config, multiple, contrast),
+        {"name": output.name, "licence": NO_LICENCE, **(card or {})},
     )
-    crops = TumorCrops(cases, tumors, data.tumor_label, config)
+    crops = TumorCrops(cases, tumors, data.tumor_label, config, generator.window)
     stage = DenoiserStage(fabric, network, generator, crops, hardware.workers)
     title = f"denoiser of {_millions(network)} M parameters on {len(tumors)} tumours"
     train_loop(fabric, run, stage, config, title)
-    generator.to("cpu")
     if fabric.is_global_zero:
         generator.card["training"] = {
             **asdict(config),
             **asdict(data),
             "tumours": len(tumors),
             "scans": [c.name for c in cases],
-            "device": str(fabric.device.type),
+            "held_out": [c.name for c in held_out],
+            "device": hardware_of(fabric.device),
             "processes": fabric.world_size,
             "seconds_since_start_or_resume": round(time.time() - start),
         }
@@ -123,9 +134,14 @@ def train(
             "sha256": stage1["sha256"],
             **{k: v for k, v in stage1.items() if k in ("training", "licence", "data")},
         }
-        generator.save(output)
+        generator.card["metrics"] = {"skipped": UNMEASURED}
+        generator.save(output)  # whole already, should the measuring be interrupted
+        generator.card["metrics"] = generator_metrics(
+            generator, annotated, held_out, data.tumor_label, config.steps, output
+        )
+        generator.to("cpu").save(output)
     fabric.barrier()
-    return generator
+    return generator.to("cpu")
 
 
 class DenoiserStage:
@@ -166,12 +182,21 @@ class DenoiserStage:
         One crop at a time: in a batch the last digits could depend on the batch-mates, and with
         them a resumed run.
         """
-        image = to_unit(hu[None].to(self.fabric.device))
+        image = to_unit(hu[None].to(self.fabric.device), self.generator.window)
+        inside = mask[None].to(image.device)
+        contrast = self.contrast(hu[None].to(image.device), inside)
         autoencoder = self.generator.autoencoder
         with self.fabric.autocast():
             volume = (image * 2 - 1).permute(0, 1, 4, 2, 3).contiguous()
             latent = autoencoder.normalize(autoencoder.encode(volume)).float()
-            return latent, self.generator.condition(image, mask[None].to(image.device)).float()
+            return latent, self.generator.condition(image, inside, contrast).float()
+
+    def contrast(self, hu: Tensor, mask: Tensor) -> Tensor | None:
+        """(B,): what the denoiser is told of tumours (B, 1, X, Y, Z) that are there."""
+        taught = self.generator.sampler.contrast
+        if taught is None:
+            return None
+        return contrast_of(hu, mask, level_around(hu, mask, taught.tissue))
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         if self.batches is None:
@@ -207,7 +232,8 @@ class DenoiserStage:
             answer = self.denoise(x_t, t, cond).float()
         wanted = target(self.schedule, x0, t, noise, self.generator.sampler.prediction)
         # outside the hole the answer stands in the condition already
-        weight = 1 + self.config.inside_weight * (cond[:, -1:] > -1).float()
+        mask = cond[:, x0.shape[1] : x0.shape[1] + 1]
+        weight = 1 + self.config.inside_weight * (mask > -1).float()
         error = (weight * (answer - wanted).square()).mean((1, 2, 3, 4))
         return (error / weight.mean((1, 2, 3, 4))).mean()
 
@@ -224,9 +250,11 @@ class DenoiserStage:
         columns = []
         for index in range(4):
             hu, mask = self.crops.crop(random_of(self.config.seed, PICTURE, index))
-            image = to_unit(hu[None].to(self.fabric.device))
+            image = to_unit(hu[None].to(self.fabric.device), self.generator.window)
+            inside = mask[None].to(image.device)
+            told = self.contrast(hu[None].to(image.device), inside)
             with self.fabric.autocast():
-                painted = self.generator.inpaint(image, mask[None].to(image.device), seed=index)
+                painted = self.generator.inpaint(image, inside, seed=index, contrast_hu=told)
             columns.append(torch.cat([planes(v[0, 0].float().cpu()) for v in (image, painted)]))
         return torch.cat(columns, 1)
 
@@ -240,11 +268,16 @@ class TumorCrops:
     """
 
     def __init__(
-        self, cases: list[Case], tumors: list[Tumor], tumor_label: int, config: DenoiserTraining
+        self,
+        cases: list[Case],
+        tumors: list[Tumor],
+        tumor_label: int,
+        config: DenoiserTraining,
+        window: tuple[float, float],
     ):
         self.cases, self.tumors, self.tumor_label = cases, tumors, tumor_label
-        self.config = config
-        self.places = [even_tissue(case) for case in cases]
+        self.config, self.window_hu = config, window
+        self.places = [even_tissue(case, config) for case in cases]
         self.held = max(1, config.pool // config.batch_size)
 
     def window(self, step: int, place: int) -> tuple[int, int]:
@@ -265,11 +298,14 @@ class TumorCrops:
 
     def crop(self, rng: Any) -> tuple[Tensor, Tensor]:
         tumor = self.tumors[int(rng.integers(len(self.tumors)))]
-        side, share = self.config.patch_size, self.config.transplant
-        return sample_crop(self.cases, tumor, self.tumor_label, side, rng, self.places, share)
+        return sample_crop(
+            self.cases, tumor, self.tumor_label, rng, self.places, self.config, self.window_hu
+        )
 
 
-def sampler_of(config: DenoiserTraining, multiple: int) -> SamplerConfig:
+def sampler_of(
+    config: DenoiserTraining, multiple: int, contrast: ContrastConfig | None = None
+) -> SamplerConfig:
     """How the trained generator samples: DDPM for few noise levels, else DDIM in about 50 steps."""
     few = config.timesteps <= 10
     stride = max(1, config.timesteps // 50)
@@ -282,6 +318,8 @@ def sampler_of(config: DenoiserTraining, multiple: int) -> SamplerConfig:
         prediction=cast(Prediction, config.prediction),
         clamp=1.5,
         mask_conditioning="area",
+        zero_terminal_snr=config.zero_terminal_snr == "on",
+        contrast=contrast,
         crop_size=config.patch_size,
         crop_multiple=multiple,
     )
@@ -291,9 +329,15 @@ def _network(
     config: DenoiserTraining, autoencoder: Autoencoder, init: str | None
 ) -> tuple[nn.Module, int]:
     """The denoiser for an autoencoder's latent, and what a crop must be a multiple of, in mm."""
-    cosine_schedule(config.timesteps)  # says what is wrong with it
+    sampler_of(config, 1)  # says what does not go together
+    cosine_schedule(config.timesteps)
     channels, factor = autoencoder.config.latent_channels, autoencoder.config.factor
     if config.network == "base":
+        if config.contrast == "on":
+            raise ValueError(
+                "--network base is the published one, which is not told the contrast; pass "
+                "--contrast off, or --preset base"
+            )
         published = UNetConfig()
         if published.out_channels != channels or factor != 4:
             raise ValueError(
@@ -306,7 +350,8 @@ def _network(
         halvings = len(published.multipliers) - 1
     else:
         kind = ConvUNet
-        sizes = ConvUNetConfig(latent_channels=channels, cond_channels=channels + 1)
+        told = int(config.contrast == "on")
+        sizes = ConvUNetConfig(latent_channels=channels, cond_channels=channels + 1 + told)
         if config.network == "tiny":
             sizes = replace(sizes, widths=(16, 32), blocks=1, time_channels=32)
         halvings = len(sizes.widths) - 1

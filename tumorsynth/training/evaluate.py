@@ -1,167 +1,178 @@
-"""Measure a generator on scans it has not seen, for its card.
+"""Measure what a training made, for its card: reconstruction, inpainting, contrast and noise.
 
     python -m tumorsynth.training.evaluate RUN/gen heldout.npz --organ-label 1 --tumor-label 2
+    python -m tumorsynth.training.evaluate RUN/ae heldout.npz
 
-Prints JSON: reconstruction error in the organ, and contrast and noise of real and synthetic
-tumours against the organ around them.
+Prints JSON, and writes a grid of pictures where --pictures names one. Needs torch only. The
+training commands end with `autoencoder_metrics` and `generator_metrics`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from scipy import ndimage
-
 from tumorsynth.generator import Generator
-from tumorsynth.intensity import HU_HIGH, HU_LOW
-from tumorsynth.synthesizer import SynthesizeTumor
-from tumorsynth.training.data import Case, find_tumors, load_pack, to_unit
+from tumorsynth.models.autoencoder import Autoencoder
+from tumorsynth.training.data import Case, load_pack
+from tumorsynth.training.measures import summary
+from tumorsynth.training.realism import (
+    inpainting_error,
+    measure_generator,
+    organ_labels_around,
+    real_tumors,
+    synthetic_tumors,
+)
+from tumorsynth.training.reconstruction import measure_autoencoder, reconstruction, spread
 
-NOISE_SIGMA_MM = 1.5  # what a Gaussian of this width leaves behind counts as noise
-SIDE = 96
+PICTURES = "pictures.png"
+
+HOW_RECONSTRUCTION = (
+    "reconstruction: crops through the autoencoder, clipped to its window; voxels inside the "
+    "window count, those without a label as tissue too; PSNR for the window's width; SSIM in 3-D, "
+    "Gaussian of sigma 1.5 mm; noise is the standard deviation of what a Gaussian of 1.5 mm leaves "
+    "behind, 4 mm inside the region (1 mm in small ones)"
+)
+HOW_TUMOURS = (
+    "contrast: a tumour's core against the median of the organ 2 to 8 mm away, percentiles 5, 50 "
+    "and 95; noise inside and outside by the same high pass, medians; synthetic tumours of 8 to 20 "
+    "mm, placed in healthy tissue of the same scans"
+)
+HOW_INPAINTING = (
+    "inpainting: healthy tissue hollowed in a tumour's shape and painted by the sampler, which "
+    "puts a tumour there; so the error is of what it should have left: all outside the hole, and "
+    "the ring 2 to 6 mm around it, next to the autoencoder's own error in the same voxels"
+)
 
 
-@torch.no_grad()
-def reconstruction(generator: Generator, case: Case, organ_labels: list[int]) -> dict[str, float]:
-    """Error of the autoencoder in the organ's voxels, over 96^3 crops, in HU."""
-    assert case.label is not None
-    hu = case.hu.float()
-    organ = torch.isin(case.label, torch.tensor(organ_labels, dtype=case.label.dtype))
-    error: list[np.ndarray] = []
-    noise_in: list[np.ndarray] = []
-    noise_out: list[np.ndarray] = []
-    for corner in np.ndindex(*(max(1, -(-n // SIDE)) for n in hu.shape)):
-        where = tuple(
-            slice(max(0, min(c * SIDE, n - SIDE)), max(0, min(c * SIDE, n - SIDE)) + SIDE)
-            for c, n in zip(corner, hu.shape, strict=True)
+# -- what the training commands write into the card ------------------------------------------------
+
+
+def autoencoder_metrics(
+    autoencoder: Autoencoder,
+    training: list[Case],
+    held_out: list[Case],
+    steps: int,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """``card["metrics"]`` of an autoencoder, and pictures.png in a folder.
+
+    On the held-out scans, or else on those trained on, which the card then says. steps: of the
+    training; a short one is measured on fewer crops, so that it stays short.
+    """
+    start = time.time()
+    pictures = None if folder is None else folder / PICTURES
+    measured = measure_autoencoder(
+        autoencoder, held_out or training, crops=_share(steps, 64), pictures=pictures
+    )
+    how = [measured_on(training, held_out), HOW_RECONSTRUCTION]
+    if pictures is not None:
+        how.append(
+            f"{PICTURES}: a crop in each row, original, reconstruction and 4 x their difference, "
+            "in axial, coronal and sagittal planes; parts of the scans, whose terms hold for it"
         )
-        inside = organ[where]
-        sides = [n - n % 4 for n in inside.shape]
-        inside = inside[: sides[0], : sides[1], : sides[2]]
-        crop = hu[where][: sides[0], : sides[1], : sides[2]]
-        if inside.float().mean() < 0.05:
-            continue
-        x = (to_unit(crop) * 2 - 1)[None, None].permute(0, 1, 4, 2, 3).contiguous()
-        out = generator.autoencoder(x).permute(0, 1, 3, 4, 2)[0, 0].clamp(-1, 1)
-        recon = (out + 1) / 2 * (HU_HIGH - HU_LOW) + HU_LOW
-        core = ndimage.binary_erosion(inside.numpy(), iterations=4)
-        error.append((recon - crop)[inside].numpy())
-        for values, volume in ((noise_in, crop), (noise_out, recon)):
-            values.append(_noise(volume.numpy())[core])
-    rmse = float(np.sqrt(np.mean(np.concatenate(error) ** 2)))
-    return {
-        "rmse_hu": round(rmse, 2),
-        "psnr_db": round(float(20 * np.log10((HU_HIGH - HU_LOW) / rmse)), 2),
-        "bias_hu": round(float(np.concatenate(error).mean()), 2),
-        "scan_noise_hu": round(float(np.concatenate(noise_in).std()), 2),
-        "reconstruction_noise_hu": round(float(np.concatenate(noise_out).std()), 2),
+    return {"how": how, **measured, "seconds": round(time.time() - start, 1)}
+
+
+def generator_metrics(
+    generator: Generator,
+    training: list[Case],
+    held_out: list[Case],
+    tumor_label: int,
+    steps: int,
+    folder: Path | None = None,
+    organ_labels: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """``card["metrics"]`` of a generator, and pictures.png in a folder; as `autoencoder_metrics`.
+
+    organ_labels: where synthetic tumours are put, by default `organ_labels_around` the tumours of
+    all cases.
+    """
+    start = time.time()
+    cases = held_out or training
+    pictures = None if folder is None else folder / PICTURES
+    if organ_labels is None:
+        organ_labels = organ_labels_around([*training, *held_out], tumor_label)
+    measured = {
+        **measure_autoencoder(generator.autoencoder, cases, tumor_label, crops=_share(steps, 32)),
+        **measure_generator(
+            generator,
+            cases,
+            tumor_label,
+            organ_labels,
+            tumours=_share(steps, 16),
+            pictures=pictures,
+        ),
     }
+    how = [measured_on(training, held_out), HOW_RECONSTRUCTION, HOW_TUMOURS, HOW_INPAINTING]
+    if pictures is not None and pictures.is_file():
+        how.append(
+            f"{PICTURES}: synthetic tumours, each before, after and outlined, then real ones, each "
+            "plain and outlined, in axial, coronal and sagittal planes, black and white a quarter "
+            "of the window off the tissue around; parts of the scans, whose terms hold for it"
+        )
+    return {"how": how, **measured, "seconds": round(time.time() - start, 1)}
 
 
-def _noise(volume: np.ndarray) -> np.ndarray:
-    return volume - ndimage.gaussian_filter(volume, NOISE_SIGMA_MM)
-
-
-def tumor_statistics(hu: np.ndarray, tumor: np.ndarray, organ: np.ndarray) -> tuple[float, ...]:
-    """Contrast of a tumour's core to the organ 2 to 8 mm away, and noise inside and outside, HU."""
-    core = ndimage.binary_erosion(tumor, iterations=1)
-    core = core if core.sum() >= 20 else tumor
-    distance = ndimage.distance_transform_edt(~tumor)
-    shell = organ & (distance > 2) & (distance < 8)
-    if not shell.any():
-        return (float("nan"),) * 3
-    noise = _noise(hu)
+def measured_on(training: list[Case], held_out: list[Case]) -> str:
+    """Which scans the figures are of, and whether training saw them."""
+    if held_out:
+        return f"scans held out of the training: {', '.join(c.name for c in held_out)}"
     return (
-        float(hu[core].mean() - np.median(hu[shell])),
-        float(noise[core].std()),
-        float(noise[shell].std()),
+        f"scans it was TRAINED ON ({', '.join(c.name for c in training)}), as none was held out "
+        '("validation" in dataset.json): expect worse on others'
     )
 
 
-def summary(rows: list[tuple[float, ...]]) -> dict[str, Any]:
-    table = np.array([row for row in rows if np.isfinite(row).all()])
-    contrast, inside, outside = table.T
-    return {
-        "tumours": len(table),
-        "contrast_hu": [round(float(v), 1) for v in np.percentile(contrast, [5, 50, 95])],
-        "noise_inside_hu": round(float(np.median(inside)), 1),
-        "noise_outside_hu": round(float(np.median(outside)), 1),
-        "noise_ratio": round(float(np.median(inside / outside)), 2),
-    }
+def _share(steps: int, most: int) -> int:
+    return max(4, min(most, steps // 20))
 
 
 def tumors(
     generator: Generator, case: Case, organ_labels: list[int], tumor_label: int, calls: int
 ) -> dict[str, Any]:
-    """The same statistics for the real tumours of a case and for synthetic ones in its organ."""
-    assert case.label is not None
-    hu, label = case.hu.float()[None], case.label[None]
-    organ = np.isin(case.label.numpy(), organ_labels)
-    out: dict[str, Any] = {}
-    try:
-        real = find_tumors([case], tumor_label)
-    except ValueError:
-        real = []
-    rows = []
-    for t in real:
-        where = _around(t.low, t.high, case.hu.shape)
-        mask = case.label[where].numpy() == tumor_label
-        rows.append(tumor_statistics(hu[0][where].numpy(), mask, organ[where]))
-    if rows:
-        out["real"] = summary(rows)
-    synth = SynthesizeTumor(
-        generator, organ_labels, tumor_label=tumor_label, count=3, size_mm=(8, 20)
-    )
-    rows = []
-    for seed in range(calls):
-        image, new_label = synth(hu, label, seed=seed)
-        for record in synth.report:
-            if not record["applied"]:
-                continue
-            centre = record["centre_voxel"]
-            where = _around(centre, centre, case.hu.shape)
-            new = (new_label[0][where] == tumor_label) & (label[0][where] != tumor_label)
-            parts, _ = ndimage.label(new.numpy())
-            at = tuple(c - part.start for c, part in zip(centre, where, strict=True))
-            mask = parts == parts[at]
-            healthy = organ[where] & ~new.numpy()
-            rows.append(tumor_statistics(image[0][where].numpy(), mask, healthy))
-    out["synthetic"] = summary(rows)
+    """`summary` of the real tumours of a case, and of three synthetic ones for each call."""
+    made = list(synthetic_tumors(generator, case, organ_labels, tumor_label, range(calls)))
+    real = real_tumors(case, organ_labels, tumor_label)
+    out = {"real": summary([one.statistics for one in real])} if real else {}
+    out["synthetic"] = summary([one.statistics for one in made])
+    if made:
+        out["inpainting"] = inpainting_error(generator, spread(made, 8))
     return out
 
 
-def _around(
-    low: tuple[int, ...], high: tuple[int, ...], shape: torch.Size
-) -> tuple[slice, slice, slice]:
-    a, b, c = (
-        slice(max(0, int(lo) - 24), min(n, int(hi) + 24))
-        for lo, hi, n in zip(low, high, shape, strict=True)
-    )
-    return a, b, c
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("generator", type=Path)
+    from tumorsynth.training.folders import KIND, read_autoencoder
+    from tumorsynth.weights import find_folder, read_card, read_folder
+
+    parser = argparse.ArgumentParser(
+        prog="python -m tumorsynth.training.evaluate",
+        description="Measure a generator or an autoencoder on scans it has not seen.",
+    )
+    parser.add_argument("folder", help="of a generator or an autoencoder, or a bundled name")
     parser.add_argument("pack", type=Path)
     parser.add_argument("--organ-label", type=int, nargs="+", default=[1])
     parser.add_argument("--tumor-label", type=int, default=2)
     parser.add_argument("--calls", type=int, default=10, help="of three tumours each")
+    parser.add_argument("--pictures", type=Path, help="a PNG to write")
     args = parser.parse_args()
-    from tumorsynth.weights import read_folder
-
-    generator = read_folder(args.generator)
+    cases = load_pack(args.pack)
+    if Path(args.folder).is_dir() and read_card(Path(args.folder)).get("kind") == KIND:
+        autoencoder, _ = read_autoencoder(args.folder)
+        result = measure_autoencoder(autoencoder, cases, args.tumor_label, pictures=args.pictures)
+        print(json.dumps(result, indent=2))
+        return
+    generator = read_folder(find_folder(args.folder))
     result = {}
-    for case in load_pack(args.pack):
+    for case in cases:
         if case.label is None:
             continue
         result[case.name] = {
-            "reconstruction": reconstruction(generator, case, args.organ_label),
+            "reconstruction": reconstruction(generator.autoencoder, case, args.organ_label),
             **tumors(generator, case, args.organ_label, args.tumor_label, args.calls),
         }
     print(json.dumps(result, indent=2))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -24,6 +26,8 @@ from tumorsynth.weights import (
 )
 
 KIND = "autoencoder"
+NO_LICENCE = "none stated (--licence); nothing freer than the terms of the scans trained on"
+UNMEASURED = "stopped before it was measured; the same command with --resume does it"
 
 
 def save_autoencoder(autoencoder: Autoencoder, folder: Path, card: dict[str, Any]) -> Path:
@@ -64,6 +68,13 @@ def read_autoencoder(name_or_folder: str) -> tuple[Autoencoder, dict[str, Any]]:
         ) from error
     load_exactly(autoencoder, tensors, str(folder / MODEL))
     return autoencoder.eval().requires_grad_(False), card
+
+
+def hardware_of(device: torch.device) -> str:
+    """What a process of a training ran on, for its card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, threads: {torch.get_num_threads()})"
 
 
 def _find(name_or_folder: str) -> Path:

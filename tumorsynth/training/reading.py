@@ -1,4 +1,4 @@
-"""Scans from NIfTI files to the generator's grid: RAS, 1 mm, the HU window. Needs MONAI.
+"""Scans from NIfTI files to the generator's grid: RAS, 1 mm, in HU. Needs MONAI.
 
 Every case is read and checked before anything is trained, and all problems are said at once.
 """
@@ -6,6 +6,7 @@ Every case is read and checked before anything is trained, and all problems are 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tumorsynth.intensity import HU_HIGH, HU_LOW
-from tumorsynth.training.data import Case, complain, hu_problem, load_pack
+from tumorsynth.training.data import PACKED_HU, Case, complain, hu_problem, load_pack
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class Source:
     name: str
     image: Path
     label: Path | None
+    held_out: bool = False
 
 
 def load_data(data: Path, labels: Path | None = None) -> list[Case]:
     """The cases of a pack (.npz), a dataset.json, or a folder of images (and one of labels).
 
+    What a dataset.json lists under "validation" is read alike, and held out of the training.
     Raises ValueError with every problem of every case.
     """
     if data.suffix == ".npz":
@@ -43,21 +45,24 @@ def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
     if not data.is_file():
         raise FileNotFoundError(f"no such file: {data}; pass a dataset.json, a pack or a folder")
     try:
-        entries = json.loads(data.read_text(encoding="utf-8"))["training"]
-        sources = []
-        for entry in entries:
-            image, label = entry["image"], entry.get("label")
-            sources.append(
-                Source(_stem(image), data.parent / image, data.parent / label if label else None)
-            )
+        listed = json.loads(data.read_text(encoding="utf-8"))
+        sources = [
+            *(_source(data.parent, entry, False) for entry in listed["training"]),
+            *(_source(data.parent, entry, True) for entry in listed.get("validation") or []),
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{data} must be like {{"training": [{{"image": "a.nii.gz", "label": "b.nii.gz"}}]}}; '
             f"reading it gave {type(error).__name__}: {error}"
         ) from error
-    if not sources:
+    if all(source.held_out for source in sources):
         raise ValueError(f"{data} lists no cases under training; add some")
     return sources
+
+
+def _source(folder: Path, entry: Any, held_out: bool) -> Source:
+    image, label = entry["image"], entry.get("label")
+    return Source(_stem(image), folder / image, folder / label if label else None, held_out)
 
 
 def _in_folders(images: Path, labels: Path | None) -> list[Source]:
@@ -72,14 +77,19 @@ def _in_folders(images: Path, labels: Path | None) -> list[Source]:
     return [Source(c.name, c.ct, c.label) for c in find_pairs(images, labels)]
 
 
-def read_cases(sources: list[Source]) -> list[Case]:
-    """All cases; raises ValueError with every problem of every case."""
-    cases, problems = [], []
-    for source in sources:
-        try:
-            cases.append(read_case(source))
-        except (ValueError, OSError) as error:
-            problems.append(f"{source.name}: {error}")
+def read_cases(sources: list[Source], workers: int | None = None) -> list[Case]:
+    """All cases; raises ValueError with every problem of every case.
+
+    workers: threads that read, by default one for each processor, four at most: every one holds
+    a whole scan in float32. Unpacking and resampling leave Python's lock.
+    """
+    reader = _reader()
+    from monai.data import CacheDataset
+
+    workers = workers or min(4, os.cpu_count() or 1)
+    read = CacheDataset(sources, reader, num_workers=workers, progress=False, copy_cache=False)
+    cases = [case for case in read if isinstance(case, Case)]
+    problems = [words for words in read if isinstance(words, str)]
     names = [s.name for s in sources]
     problems += [f"{n}: the name occurs twice" for n in sorted(set(names)) if names.count(n) > 1]
     complain(problems)
@@ -88,7 +98,26 @@ def read_cases(sources: list[Source]) -> list[Case]:
 
 def read_case(source: Source) -> Case:
     """One case, cropped to the body; ValueError says what is wrong with it, without its name."""
-    grid, load = _transforms()
+    return _read(source, *_transforms())
+
+
+def _reader() -> Any:
+    """MONAI's kind of transform, from a Source to its Case or to words of what is wrong with it:
+    an exception would end the reading of all others."""
+    load, grid = _transforms()
+    from monai.transforms import Transform
+
+    class Read(Transform):
+        def __call__(self, source: Source) -> Case | str:
+            try:
+                return _read(source, load, grid)
+            except (ValueError, OSError) as error:
+                return f"{source.name}: {error}"
+
+    return Read()
+
+
+def _read(source: Source, load: Any, grid: Any) -> Case:
     paths = {"image": source.image, **({"label": source.label} if source.label else {})}
     for path in paths.values():
         if not path.is_file():
@@ -112,7 +141,8 @@ def read_case(source: Source) -> Case:
     hu = done["image"].as_tensor()[0]
     box = body_box(hu)
     label = done["label"].as_tensor()[0][box].round().byte().clone() if "label" in done else None
-    return Case(source.name, hu[box].round().clamp(HU_LOW, HU_HIGH).short().clone(), label)
+    hu = hu[box].round().clamp(*PACKED_HU).short().clone()
+    return Case(source.name, hu, label, source.held_out)
 
 
 def _label_problem(image: Any, label: Any) -> str | None:
@@ -132,7 +162,7 @@ def _label_problem(image: Any, label: Any) -> str | None:
 
 
 def _transforms() -> tuple[Any, Any]:
-    """(to the grid, from the files): MONAI's, for cases with and without a label."""
+    """(from the files, to the grid): MONAI's, for cases with and without a label."""
     try:
         from monai.transforms import (
             Compose,
@@ -166,7 +196,7 @@ def _transforms() -> tuple[Any, Any]:
             ),
         ]
     )
-    return grid, load
+    return load, grid
 
 
 def body_box(hu: Tensor) -> tuple[slice, slice, slice]:

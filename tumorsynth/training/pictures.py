@@ -1,0 +1,58 @@
+"""Grids of grey tiles, three planes of a crop side by side, written without a plotting library.
+
+The tiles are parts of the scans trained or measured on: the scans' terms hold for them too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tumorsynth.training.engine import write_png
+
+GAP = 2  # pixels between tiles, and three times as many between groups of them
+MAGNIFIED = 2
+
+
+def planes(cube: Tensor) -> Tensor:
+    """The three middle slices of a cube (S, S, S), one below the other."""
+    middle = cube.shape[0] // 2
+    return torch.cat([cube[middle], cube[:, middle], cube[:, :, middle]])
+
+
+def grid(path: Path, rows: list[list[list[Tensor]]]) -> None:
+    """Write rows of groups of tiles (H, W) in [0, 1], grey, as PNG."""
+    pictures = []
+    for row in rows:
+        height = max(tile.shape[0] for group in row for tile in group)
+        tiles = [
+            F.pad(tile.float().cpu(), (0, 3 * GAP if last else GAP, 0, height - len(tile) + GAP))
+            for group in row
+            for last, tile in zip([False] * (len(group) - 1) + [True], group, strict=True)
+        ]
+        pictures.append(torch.cat(tiles, 1))
+    width = max(picture.shape[1] for picture in pictures)
+    whole = torch.cat([F.pad(p, (0, width - p.shape[1])) for p in pictures])
+    large = whole.repeat_interleave(MAGNIFIED, 0).repeat_interleave(MAGNIFIED, 1)
+    write_png(path, (large * 255).round().byte())
+
+
+def sections(volume: Tensor) -> list[Tensor]:
+    """Axial, coronal and sagittal slice through the middle of (X, Y, Z) RAS, as radiologists have
+    them: the patient's right on the left, anterior up (left in the sagittal one)."""
+    x, y, z = (n // 2 for n in volume.shape)
+    return [p.flip(0, 1).T for p in (volume[:, :, z], volume[:, y], volume[x])]
+
+
+def shown(hu: Tensor, low: float, high: float) -> Tensor:
+    """HU as grey: black at low, white at high."""
+    return ((hu - low) / (high - low)).clamp(0, 1)
+
+
+def outlined(picture: Tensor, mask: Tensor) -> Tensor:
+    """The picture (H, W) with the pixels just around a mask in white."""
+    grown = F.max_pool2d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
+    return torch.where(grown & ~mask, 1.0, picture)
