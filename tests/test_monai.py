@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ pytest.importorskip("monai")
 
 from monai.data import (
     CacheDataset,
+    CacheNTransDataset,
     DataLoader,
     Dataset,
     MetaTensor,
     PersistentDataset,
+    SmartCacheDataset,
     ThreadDataLoader,
     decollate_batch,
 )
@@ -36,6 +40,7 @@ from monai.transforms import (
 import tumorsynth as ts
 from tumorsynth.monai import (
     BatchSynthesizeTumord,
+    PrepareBatchTumorSynth,
     RandSynthesizeTumor,
     RandSynthesizeTumorD,
     RandSynthesizeTumord,
@@ -237,14 +242,22 @@ def test_a_state_set_inside_a_worker_holds():
 
 
 def test_cached_datasets_synthesise_anew(tmp_path):
-    chain = Compose([EnsureTyped(["image", "label"]), transform()]).set_random_state(0)
+    # plain tensors: MONAI 1.4 cannot read the MetaTensors it stored with torch 2.6 and later
+    typed = EnsureTyped(["image", "label"], track_meta=False)
+    chain = Compose([typed, transform()]).set_random_state(0)
     items = [sample("tensor")]
     cached = CacheDataset(items, chain, progress=False)
-    stored = PersistentDataset(items, chain, cache_dir=tmp_path)
-    for dataset in (cached, stored):
+    stored = PersistentDataset(items, chain, cache_dir=tmp_path / "all")
+    first_only = CacheNTransDataset(items, chain, cache_n_trans=1, cache_dir=tmp_path / "first")
+    smart = SmartCacheDataset(items * 2, chain, replace_rate=0.5, cache_num=1, progress=False)
+    for dataset in (cached, stored, first_only, smart):
         one, two = dataset[0], dataset[0]
         assert tumor(one).any() and tumor(two).any() and not equal(one, two)
-    assert not tumor(cached._cache[0]).any()
+    for dataset in (cached, smart):
+        assert not tumor(dataset._cache[0]).any()
+    size = sample("tensor")["image"].nbytes + sample("tensor")["label"].nbytes
+    for file in tmp_path.glob("*/*.pt"):  # what was cached is the scan, with no generator beside
+        assert file.stat().st_size < size + 20_000
     batch = next(iter(ThreadDataLoader(cached, batch_size=1)))
     assert tumor(batch).any()
 
@@ -257,6 +270,157 @@ def test_pickle_is_small_and_goes_on_alike():
     assert len(raw) < 20_000
     assert equal(pickle.loads(raw)(data), copy.deepcopy(synthesis)(data))
     assert equal(pickle.loads(raw)(data), synthesis(data))
+
+
+def test_copies_of_a_transform_share_the_weights_of_a_name():
+    synthesis = transform(generator="liver-early")
+    raw = pickle.dumps(synthesis)
+    assert len(raw) < 20_000
+    copies = [synthesis, pickle.loads(raw), copy.deepcopy(synthesis)]
+    assert len({id(c.adapter.synth.handle.get("cpu")) for c in copies}) == 1
+
+
+@pytest.mark.parametrize("kind", ["numpy", "meta"])
+def test_healthy_only(kind):
+    healthy, ill = sample(kind), sample(kind)
+    ill["label"][:, 20:24, 20:24, 20:24] = 2
+    synthesis = transform(healthy_only=True).set_random_state(0)
+    out = synthesis(ill)
+    assert out["image"] is ill["image"] and out["label"] is ill["label"]
+    assert synthesis.report[0]["reason"] == "left alone (holds a tumour already)"
+    state = synthesis.R.get_state()[1].copy()
+    out = synthesis(healthy)
+    assert tumor(out).any()
+    # a sample's own draws do not depend on what was left alone before it
+    other = transform().set_random_state(0)
+    other(ill)
+    assert same(other.R.get_state()[1], state)
+    assert equal(other(healthy), out)
+
+
+def test_healthy_only_looks_at_the_label_and_not_at_the_organ_map():
+    data = sample("tensor")
+    data["organ"], data["label"] = data["label"].clone(), torch.zeros_like(data["label"])
+    synthesis = transform(organ_key="organ", tumor_label=1, healthy_only=True)
+    out = synthesis.set_random_state(0)(data)
+    assert tumor(out, 1).any()
+    assert synthesis(out)["label"] is out["label"]
+
+
+def healthy(data):
+    return data["healthy"]
+
+
+def test_a_predicate_on_the_dictionary():
+    data = sample("meta")
+    synthesis = transform(when=healthy).set_random_state(0)
+    left = synthesis({**data, "healthy": False})
+    assert left["image"] is data["image"]
+    assert synthesis.report[0]["reason"] == "left alone (as asked)"
+    assert tumor(synthesis({**data, "healthy": True})).any()
+    assert len(pickle.dumps(synthesis)) < 20_000
+
+
+@pytest.mark.parametrize("answers", [[True, False, True], torch.tensor([1, 0, 1])])
+def test_a_predicate_and_healthy_only_on_a_batch(answers):
+    batch = next(iter(DataLoader(Dataset([sample("meta") for _ in range(3)]), batch_size=3)))
+    batch["label"][2, :, 20:24, 20:24, 20:24] = 2
+    given = copy.deepcopy(batch)
+    settings = {**SETTINGS, "healthy_only": True}
+    synthesis = BatchSynthesizeTumord("image", when=lambda data: data["healthy"], **settings)
+    out = synthesis.set_random_state(0)({**batch, "healthy": answers})
+    assert equal(batch, given) and type(out["label"]) is MetaTensor
+    changed = [not torch.equal(a, b) for a, b in zip(out["image"], given["image"], strict=True)]
+    assert changed == [True, False, False]
+    assert torch.equal(out["label"][1:], given["label"][1:])
+    reasons = [record.get("reason", "") for record in synthesis.report]
+    assert reasons == ["", "left alone (as asked)", "left alone (holds a tumour already)"]
+    # the sample that is changed is changed as in a batch where all are
+    plain = BatchSynthesizeTumord("image", **SETTINGS).set_random_state(0)(batch)
+    assert torch.equal(plain["image"][0], out["image"][0])
+
+    nobody = BatchSynthesizeTumord("image", when=lambda data: False, **SETTINGS)(batch)
+    assert nobody["image"] is batch["image"]
+    with pytest.raises(ValueError, match="one answer for each of the 3 samples"):
+        BatchSynthesizeTumord("image", when=lambda data: [True] * 2, **SETTINGS)(batch)
+
+
+def test_repr_says_what_was_asked_for():
+    synthesis = transform(prob=0.5, healthy_only=True, organ_key="organ")
+    text = repr(synthesis)
+    assert text == (
+        "RandSynthesizeTumord('image', 'label', organ_key='organ', prob=0.5, generator='hu2023', "
+        "count=1, size_mm=(8, 10), healthy_only=True)"
+    )
+    assert repr(RandSynthesizeTumor(prob=0.5)) == "RandSynthesizeTumor(prob=0.5)"
+    held = ts.load_generator("liver-early")  # an object with weights is named, not printed
+    assert "generator='liver-early'" in repr(transform(generator=held))
+
+
+def test_a_monai_engine_trains_on_tumours():
+    pytest.importorskip("ignite", reason="MONAI's engines need pytorch-ignite")
+    from monai.engines import SupervisedEvaluator, SupervisedTrainer
+
+    loader = DataLoader(Dataset([sample("meta", seed=s) for s in range(4)]), batch_size=2)
+    network = torch.nn.Conv3d(1, 3, 1)
+    prepare = PrepareBatchTumorSynth("image", "label", prob=1.0, **SETTINGS).set_random_state(0)
+    seen = []
+
+    def loss(out, label):
+        seen.append(label)
+        return torch.nn.functional.cross_entropy(out, label[:, 0].long())
+
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=loader,
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), 0.001),
+        loss_function=loss,
+        prepare_batch=prepare,
+    )
+    before = network.weight.detach().clone()
+    trainer.run()
+    assert len(seen) == 2 and all((part == 2).any() for label in seen for part in label)
+    assert not torch.equal(before, network.weight)
+    assert [record["sample"] for record in prepare.report] == [0, 1]
+
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"), val_data_loader=loader, network=network
+    )
+    evaluator.run()
+    assert not (evaluator.state.output[0]["label"] == 2).any()
+
+
+def test_prepare_batch_hands_on_to_another():
+    from monai.engines.utils import PrepareBatchExtraInput
+
+    batch = list_data_collate([{**sample("tensor"), "age": torch.tensor(40.0)}])
+    prepare = PrepareBatchTumorSynth(prepare_batch=PrepareBatchExtraInput("age"), **SETTINGS)
+    _image, label, extra, _ = prepare.set_random_state(0)(batch, "cpu")
+    assert (label == 2).any() and extra[0].tolist() == [40]
+    assert not (batch["label"] == 2).any()
+
+
+def test_cuda_in_a_forked_worker_says_what_to_write(monkeypatch):
+    # torch's own flag of a forked process; the error behind it is torch's
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(RuntimeError, match="forked worker process; synthesise on the batch"):
+        transform(device="cuda")(sample("tensor"))
+
+
+def _in_a_worker(items):
+    return next(iter(torch.utils.data.DataLoader(items, batch_size=None, num_workers=1)))
+
+
+@pytest.mark.gpu
+def test_cuda_in_a_real_forked_worker():
+    torch.zeros(1, device="cuda")
+    data = Dataset([sample("tensor")], transform(device="cuda"))
+    with pytest.raises(RuntimeError, match="forked worker process; synthesise on the batch"):
+        _in_a_worker(data)
+    batch = next(iter(ThreadDataLoader(data, batch_size=1)))
+    assert tumor(batch).any()
 
 
 def test_separate_organ_map_whose_values_mean_something_else():
@@ -343,25 +507,57 @@ def test_scaled_intensity_trains():
     assert not out["image"].is_inference() and weight.grad.isfinite()
 
 
-def test_from_a_json_config():
+def test_from_a_json_file(tmp_path):
     pytest.importorskip("yaml")
     from monai.bundle import ConfigParser
 
-    parser = ConfigParser(
-        {
-            "synthesis": {
-                "_target_": "tumorsynth.monai.RandSynthesizeTumord",
-                "keys": "image",
-                "label_key": "label",
-                "prob": 1.0,
-                "generator": "hu2023",
-                "count": [1, 2],
-                "organ_labels": [1],
-                "intensity": {"_target_": "tumorsynth.HU"},
-            }
+    config = {
+        "synthesis": {
+            "_target_": "tumorsynth.monai.RandSynthesizeTumord",
+            "keys": "image",
+            "label_key": "label",
+            "prob": 1.0,
+            "generator": "hu2023",
+            "count": [1, 2],
+            "organ_labels": [1],
+            "when": "$lambda data: data['name'] == 'a'",
+            "intensity": {"_target_": "tumorsynth.HU"},
         }
+    }
+    (tmp_path / "train.json").write_text(json.dumps(config))
+    parser = ConfigParser()
+    parser.read_config(tmp_path / "train.json")
+    synthesis = parser.get_parsed_content("synthesis")
+    assert tumor(synthesis(sample())).any()
+    assert not tumor(synthesis({**sample(), "name": "b"})).any()
+
+
+def test_the_bundle_runs(tmp_path):
+    pytest.importorskip("yaml")
+    nib = pytest.importorskip("nibabel")
+    from monai.bundle import run
+
+    image, label = volume()
+    for kind, array in (("images", image), ("labels", label)):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        nib.save(nib.Nifti1Image(array[0], LPS), tmp_path / "data" / kind / "a.nii.gz")
+    configs = Path(__file__).resolve().parent.parent / "examples" / "monai_bundle" / "configs"
+    run(
+        config_file=str(configs / "inference.json"),
+        meta_file=str(configs / "metadata.json"),
+        dataset_dir=str(tmp_path / "data"),
+        output_dir=str(tmp_path / "out"),
+        **{"synthesis#count": 1, "synthesis#size_mm": 10},
     )
-    assert tumor(parser.get_parsed_content("synthesis")(sample())).any()
+    new_image, new_label = (
+        nib.load(tmp_path / "out" / kind / "a.nii.gz") for kind in ("images", "labels")
+    )
+    assert np.allclose(new_image.affine, LPS) and np.allclose(new_label.affine, LPS)
+    found = np.asarray(new_label.dataobj) == 2
+    change = np.asarray(new_image.dataobj) - image[0]
+    volume_mm3 = found.sum() * 0.8 * 0.8 * 2.5
+    assert volume_mm3 == pytest.approx(np.pi / 6 * 10**3, rel=0.25)
+    assert change[found].mean() < -5 and (change != 0).mean() < 0.2
 
 
 def test_batch():

@@ -21,6 +21,7 @@ EXTRAS = [
     "matplotlib",
     "monai",
     "nibabel",
+    "nnunetv2",
     "omegaconf",
     "rich",
     "scipy",

@@ -183,6 +183,36 @@ def test_numpy_errors_are_not_raised(prior):
     assert torch.equal(out["image"].data.isnan(), given["image"].data.isnan())
 
 
+def test_healthy_only():
+    given = subject()
+    ill = subject()
+    ill["label"].data[:, 20:24, 20:24, 20:24] = 2
+    chain = transform(healthy_only=True)
+    torch.manual_seed(0)
+    left = chain(ill)
+    assert equal(left, ill) and chain.report[0]["reason"] == "left alone (holds a tumour already)"
+    assert equal(left.get_composed_history()(ill), ill)
+    out = chain(given)
+    assert tumor(out).any() and equal(out.get_composed_history()(given), out)
+
+
+def test_a_drawn_contrast_is_in_the_params_of_the_history():
+    torch.manual_seed(0)
+    out = transform(contrast_hu=(-60, -20))(subject())
+    assert "contrast_hu" not in out.applied_transforms[0][1]
+    assert equal(out.get_composed_history()(subject()), out)
+
+
+def test_repr_says_what_was_asked_for():
+    text = repr(transform(p=0.5, organ="organs"))
+    assert text == (
+        "RandomSynthesizeTumor(image='image', label='label', organ='organs', p=0.5, "
+        "generator='hu2023', count=1, size_mm=(8, 10))"
+    )
+    out = transform()(subject())
+    assert repr(out.history[0]).startswith("SynthesizeTumor(params={")
+
+
 def test_pickle_and_copies_are_small():
     synthesis = transform(intensity=ts.Scaled())
     assert len(pickle.dumps(synthesis)) < 20_000

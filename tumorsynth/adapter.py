@@ -6,6 +6,7 @@ An adapter takes the user's container apart and puts it together as it came. It 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,18 +34,24 @@ class Adapter:
     separate_organ: every call brings a map of its own for the organ. ``organ_labels`` are values of
         that map and ``tumor_label`` is one of the label, so they may be equal. The map stays as it
         is; the label gets the tumour, whatever value lies there.
+    healthy_only: leave samples alone whose label holds a tumour already (the paper synthesises on
+        healthy scans alone).
     settings: the core's keyword arguments; ``adapter.synth.p`` stays 1, unless the framework leaves
         the decision to the core.
     """
 
-    def __init__(self, separate_organ: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, separate_organ: bool = False, healthy_only: bool = False, **settings: Any
+    ) -> None:
         unknown = sorted(settings.keys() - SETTINGS.keys())
         if unknown:
             raise TypeError(
                 f"unknown keyword argument {', '.join(unknown)}; "
                 f"the synthesis takes {', '.join(SETTINGS)}"
             )
+        self.given = {**settings, **({"healthy_only": True} if healthy_only else {})}
         self.separate_organ = separate_organ
+        self.healthy_only = bool(healthy_only)
         self.tumor_label: int = settings.get("tumor_label", SETTINGS["tumor_label"])
         if separate_organ:
             self.tumor_label = check_tumor_label(self.tumor_label, ())
@@ -53,33 +60,64 @@ class Adapter:
             settings = {**settings, "organ_labels": organs, "tumor_label": max(organs) + 1}
         self.synth = SynthesizeTumor(**settings)
 
+    def __repr__(self) -> str:
+        return f"Adapter({self.described()})"
+
+    def described(self) -> str:
+        """The settings that were given, for a framework's repr: name=value, ..."""
+        held = self.synth.handle.source
+        given = {
+            name: held if name == "generator" and held is not None else value
+            for name, value in self.given.items()
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())
+
     @property
     def report(self) -> list[dict[str, Any]]:
         return self.synth.report
 
     def __call__(
-        self, image: Tensor, label: Tensor, organ: Tensor | None = None, **call: Any
+        self,
+        image: Tensor,
+        label: Tensor,
+        organ: Tensor | None = None,
+        leave: Sequence[bool] | None = None,
+        **call: Any,
     ) -> tuple[Tensor, Tensor]:
         """A new (image, label), of the types, dtypes and metadata of the old.
 
-        image, label, organ: (B, 1, X, Y, Z) or (1, X, Y, Z). call: what the core's forward takes
-        (spacing, affine, seed, params). Errors are the core's.
+        image, label, organ: (B, 1, X, Y, Z) or (1, X, Y, Z). leave: for each sample, whether the
+        framework wants it left alone. call: what the core's forward takes (spacing, affine, seed,
+        params). Errors are the core's; RuntimeError on CUDA in a forked worker process.
         """
         if organ is None and self.separate_organ:
             raise ValueError(
                 "organ must be given: this synthesis was made for a separate organ map"
             )
         work_image = image.float() if _holds_integers(image) else image
+        if organ is not None or self.healthy_only or _is_wide(label):
+            check_input(work_image, label, self.tumor_label)
+        left = self._left_alone(image, label, leave)
+        if left and len(left) == _batch(image):
+            self.synth.report = [_record(sample, left[sample]) for sample in left]
+            self.synth.params = [_params(left[sample]) for sample in left]
+            return image, label
         if organ is not None:
-            check_input(work_image, label, self.tumor_label)
             work_label = self._organ_and_tumor(label, organ)
-        elif isinstance(label, Tensor) and label.dtype in _WIDE:
-            check_input(work_image, label, self.tumor_label)
+        elif _is_wide(label):
             work_label = label.to(torch.int64)
         else:
-            work_label = label
+            work_label = label.clone() if left else label
+        for sample in left:  # all of it tumour, in which the core finds no organ to change
+            plain(work_label)[sample] = self.synth.tumor_label
 
-        new_image, new_label = self.synth(work_image, work_label, **call)
+        new_image, new_label = self._run(work_image, work_label, **call)
+        for sample, reason in left.items():
+            self.synth.params[sample] = _params(reason)
+        self.synth.report = [
+            _record(r["sample"], left[r["sample"]]) if r["sample"] in left else r
+            for r in self.synth.report
+        ]
 
         if new_image is work_image:  # the core's way of saying that nothing was to be done
             return image, label
@@ -91,6 +129,37 @@ class Adapter:
             value = torch.tensor(self.tumor_label, device=label.device).to(label.dtype)
             new_label = _with(label, changed, value)
         return new_image, new_label
+
+    def _left_alone(
+        self, image: Tensor, label: Tensor, leave: Sequence[bool] | None
+    ) -> dict[int, str]:
+        """Which samples are not to be changed, and why."""
+        left: dict[int, str] = {}
+        if self.healthy_only:
+            labels = plain(label) if label.ndim == 5 else plain(label)[None]
+            ill = (labels == self.tumor_label).flatten(1).any(1).tolist()
+            left = {b: "left alone (holds a tumour already)" for b, one in enumerate(ill) if one}
+        if leave is not None:
+            if len(leave) != _batch(image):
+                raise ValueError(
+                    f"there must be one answer for each of the {_batch(image)} samples, "
+                    f"got {len(leave)}; give one bool per sample of the batch"
+                )
+            left |= {b: "left alone (as asked)" for b, one in enumerate(leave) if one}
+        return left
+
+    def _run(self, image: Tensor, label: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+        try:
+            return self.synth(image, label, **call)
+        except RuntimeError as error:
+            if "forked subprocess" not in str(error):  # torch's own words
+                raise
+            raise RuntimeError(
+                "the synthesis cannot use CUDA in a forked worker process; synthesise on the "
+                "batch in the training process (BatchSynthesizeTumord, TumorSynthCallback, or "
+                "ts.SynthesizeTumor itself), use MONAI's ThreadDataLoader, or start the workers "
+                "with DataLoader(..., multiprocessing_context='spawn')"
+            ) from error
 
     def _organ_and_tumor(self, label: Tensor, organ: Tensor) -> Tensor:
         """One map for the core: the organ map's organs, and tumours that the label has already."""
@@ -110,6 +179,23 @@ class Adapter:
             both[organ == value] = value
         both[there == self.tumor_label] = self.synth.tumor_label
         return both
+
+
+def _batch(image: Tensor) -> int:
+    return len(image) if image.ndim == 5 else 1
+
+
+def _record(sample: int, reason: str) -> dict[str, Any]:
+    return {"sample": sample, "index": 0, "applied": False, "reason": reason}
+
+
+def _params(reason: str) -> dict[str, Any]:
+    """What the core keeps of a sample that it left alone; replays as such."""
+    return {"seed": None, "applied": False, "tumors": [], "reason": reason}
+
+
+def _is_wide(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in _WIDE
 
 
 def _holds_integers(x: object) -> bool:

@@ -148,6 +148,15 @@ def synthesize(
         str,
         typer.Option(help="change: carry the change over; difftumor: paste, as published."),
     ] = "change",
+    contrast_hu: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH",
+            help="HU between tumour and organ, negative for darker tumours, -50 -20 for example. "
+            "[default: the generator's own]",
+            show_default=False,
+        ),
+    ] = None,
     intensity: Annotated[
         str,
         typer.Option(help="hu, or HU_LOW,HU_HIGH,LOW,HIGH when the CT was scaled (-175,250,0,1)."),
@@ -186,6 +195,7 @@ def synthesize(
         size_mm=size_prior or size_mm or (8.0, 20.0),
         p=p,
         blend=blend,
+        contrast_hu=contrast_hu,
         intensity=scale,
         device=device,
     )
@@ -318,6 +328,30 @@ def train(
 
     command = typer.main.get_command(commands)
     command.main(words or ["--help"], prog_name="tumorsynth train", standalone_mode=False)
+
+
+nnunet = typer.Typer(
+    help="The trainer for nnU-Net v2: its folder, or a copy among nnU-Net's own.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(nnunet, name="nnunet")
+
+
+@nnunet.command()
+def path() -> None:
+    """Print the folder for the variable nnUNet_extTrainer (nnU-Net 2.8 and later)."""
+    from tumorsynth import _nnunet_shim
+
+    print(_nnunet_shim.folder())
+
+
+@nnunet.command()
+def install() -> None:
+    """Copy the trainer's shim among the trainers of the installed nnU-Net (2.5 and later)."""
+    from tumorsynth import _nnunet_shim
+
+    print(_nnunet_shim.install())
 
 
 def _print_card(value: dict[str, Any], indent: str = "") -> None:

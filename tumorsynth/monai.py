@@ -17,7 +17,7 @@ Nothing enters ``applied_operations``: a later ``inverse`` works as without the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 try:
+    from monai.engines.utils import PrepareBatch
     from monai.transforms import MapTransform, RandomizableTransform
     from monai.utils import TransformBackends
 except ImportError as error:
@@ -36,6 +37,7 @@ __all__ = [
     "BatchSynthesizeTumorD",
     "BatchSynthesizeTumorDict",
     "BatchSynthesizeTumord",
+    "PrepareBatchTumorSynth",
     "RandSynthesizeTumor",
     "RandSynthesizeTumorD",
     "RandSynthesizeTumorDict",
@@ -56,7 +58,8 @@ class RandSynthesizeTumor(RandomizableTransform):
         orientation as well), and 1 mm for other types.
     separate_organ: ``transform(img, label, organ)``; ``organ_labels`` are then values of organ.
     settings: keyword arguments of :class:`tumorsynth.SynthesizeTumor`: generator, organ_labels,
-        tumor_label, count, size_mm, intensity, blend, sigma_mm, gap_mm, merge, device.
+        tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge, device;
+        and healthy_only=True, which spares samples whose label holds a tumour already.
 
     ``transform.report`` says what the last call in this process did.
     """
@@ -116,10 +119,20 @@ class RandSynthesizeTumor(RandomizableTransform):
             return img, label
         return self._apply(img, label, organ, self._seed)
 
-    def _apply(self, img: Any, label: Any, organ: Any, seed: int | list[int]) -> tuple[Any, Any]:
+    def __repr__(self) -> str:
+        return _called(self, f"prob={self.prob:g}", self.adapter.described())
+
+    def _apply(
+        self,
+        img: Any,
+        label: Any,
+        organ: Any,
+        seed: int | list[int],
+        leave: Sequence[bool] | None = None,
+    ) -> tuple[Any, Any]:
         image, old_label = _tensor(img), _tensor(label)
         new_image, new_label = self.adapter(
-            image, old_label, _tensor(organ), spacing=self.spacing, seed=seed
+            image, old_label, _tensor(organ), leave, spacing=self.spacing, seed=seed
         )
         return (
             img if new_image is image else _like(img, new_image),
@@ -137,6 +150,8 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
     prob, spacing, settings: as for :class:`RandSynthesizeTumor`.
     allow_missing_keys: a dictionary that lacks one of the keys is left as it is, instead of a
         KeyError.
+    when: a function of the dictionary that says whether the sample may be changed, for example
+        ``lambda data: data["healthy"]``; a named function where the transform is pickled.
     """
 
     def __init__(
@@ -148,6 +163,7 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         allow_missing_keys: bool = False,
         *,
         spacing: Any = None,
+        when: Callable[[Mapping[Hashable, Any]], Any] | None = None,
         **settings: Any,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
@@ -159,6 +175,17 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         super().__init__(prob, spacing=spacing, separate_organ=organ_key is not None, **settings)
         self.label_key = label_key
         self.organ_key = organ_key
+        self.when = when
+
+    def __repr__(self) -> str:
+        return _called(
+            self,
+            f"{self.keys[0]!r}, {self.label_key!r}",
+            "" if self.organ_key is None else f"organ_key={self.organ_key!r}",
+            f"prob={self.prob:g}",
+            "" if self.when is None else f"when={self.when!r}",
+            self.adapter.described(),
+        )
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:  # type: ignore[override]
         out = dict(data)
@@ -178,14 +205,20 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
             )
         if not missing:
             image, label, *organ = (out[key] for key in wanted)
-            made = self._apply(image, label, organ[0] if organ else None, seed)
+            leave = None if self.when is None else self._leave(out, image)
+            made = self._apply(image, label, organ[0] if organ else None, seed, leave)
             out[self.keys[0]], out[self.label_key] = made
+
+    def _leave(self, data: Mapping[Hashable, Any], image: Any) -> list[bool]:
+        assert self.when is not None
+        return [not bool(self.when(data))]
 
 
 class BatchSynthesizeTumord(RandSynthesizeTumord):
     """:class:`RandSynthesizeTumord` for a collated batch (B, 1, X, Y, Z), on the batch's device.
 
-    prob holds for each sample of the batch. To be called on what a DataLoader yields::
+    prob holds for each sample of the batch, and ``when`` answers for each: with B bools, or one
+    for all. To be called on what a DataLoader yields::
 
         for batch in loader:
             batch = synthesize({k: v.to(device) for k, v in batch.items()})
@@ -203,9 +236,76 @@ class BatchSynthesizeTumord(RandSynthesizeTumord):
         self._update(out, self.R.randint(_SEEDS, size=batch, dtype=np.int64).tolist())
         return out
 
+    def _leave(self, data: Mapping[Hashable, Any], image: Any) -> list[bool]:
+        assert self.when is not None
+        answers = np.asarray(torch.as_tensor(self.when(data)).cpu(), dtype=bool)
+        if answers.ndim == 0:
+            return [not bool(answers)] * len(image)
+        return (~answers.ravel()).tolist()
+
+
+class PrepareBatchTumorSynth(PrepareBatch):
+    """The ``prepare_batch`` of a MONAI trainer, with tumours on the batch on the trainer's device::
+
+        SupervisedTrainer(..., prepare_batch=PrepareBatchTumorSynth("image", "label", prob=0.5))
+
+    The arguments are those of :class:`BatchSynthesizeTumord`. The evaluator keeps its own
+    ``prepare_batch`` and sees the scans as they are.
+
+    prepare_batch: what makes the engine's input of the batch with tumours; by default
+        ``(image, label)`` of the keys.
+    """
+
+    def __init__(
+        self,
+        keys: Hashable = "image",
+        label_key: Hashable = "label",
+        *args: Any,
+        prepare_batch: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.synthesize = BatchSynthesizeTumord(keys, label_key, *args, **kwargs)
+        self.prepare_batch = prepare_batch
+
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        """One dict per tumour, or per reason for none, of the last batch."""
+        return self.synthesize.report
+
+    def set_random_state(
+        self, seed: int | None = None, state: np.random.RandomState | None = None
+    ) -> PrepareBatchTumorSynth:
+        self.synthesize.set_random_state(seed, state)
+        return self
+
+    def __call__(
+        self,
+        batchdata: dict[Any, Any],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        there = {
+            key: value.to(device=device, non_blocking=non_blocking, **kwargs)
+            if isinstance(value, torch.Tensor)
+            else value
+            for key, value in batchdata.items()
+        }
+        batch = self.synthesize(there)
+        if self.prepare_batch is not None:
+            return self.prepare_batch(batch, device, non_blocking, **kwargs)
+        return batch[self.synthesize.keys[0]], batch[self.synthesize.label_key]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.synthesize!r})"
+
 
 RandSynthesizeTumorD = RandSynthesizeTumorDict = RandSynthesizeTumord
 BatchSynthesizeTumorD = BatchSynthesizeTumorDict = BatchSynthesizeTumord
+
+
+def _called(transform: Any, *arguments: str) -> str:
+    return f"{type(transform).__name__}({', '.join(part for part in arguments if part)})"
 
 
 def _tensor(x: Any) -> Any:

@@ -33,18 +33,25 @@ from tumorsynth.handcrafted import HandcraftedGenerator
 __all__ = ["RandomSynthesizeTumor", "SynthesizeTumor"]
 
 AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
-_DRAWN = ("count", "size_mm", "sigma_mm")  # what they led to is in params
+# TorchIO's own arguments, which a transform and what it leaves in the history have in common
+_BASE = ("copy", "include", "exclude", "keep", "parse_input", "label_keys")
+_DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu")  # what they led to is in params
 
 
 class _Synthesis(Transform):
     """What the random and the deterministic transform share."""
 
     def __init__(
-        self, image: str = "image", label: str = "label", organ: str | None = None, **kwargs: Any
+        self,
+        image: str = "image",
+        label: str = "label",
+        organ: str | None = None,
+        healthy_only: bool = False,
+        **kwargs: Any,
     ) -> None:
         self.settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         super().__init__(**kwargs)
-        self.adapter = Adapter(separate_organ=organ is not None, **self.settings)
+        self.adapter = Adapter(organ is not None, healthy_only, **self.settings)
         self.settings["generator"] = _nameable(
             self.settings.get("generator", SETTINGS["generator"]), self.adapter
         )
@@ -91,19 +98,27 @@ class RandomSynthesizeTumor(_Synthesis, RandomTransform):
     image, label: names of the subject's images.
     organ: name of a separate map of organs, of which ``organ_labels`` are then values; by default
         the label marks the organ.
+    healthy_only: leave subjects alone whose label holds a tumour already.
     kwargs: keyword arguments of :class:`tumorsynth.SynthesizeTumor` (generator, organ_labels,
-        tumor_label, count, size_mm, intensity, blend, sigma_mm, gap_mm, merge, device) and of
-        :class:`torchio.Transform` (p, copy, include, exclude, keep, ...).
+        tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge, device)
+        and of :class:`torchio.Transform` (p, copy, include, exclude, keep, ...).
 
     Integer images and labels keep their dtype; values are rounded. A generator must be named, in a
     folder or hand-crafted: the history holds its name and can be replayed elsewhere.
     """
 
+    def __repr__(self) -> str:
+        names = f"image={self.image!r}, label={self.label!r}"
+        names += "" if self.organ is None else f", organ={self.organ!r}"
+        given = self.adapter.described()
+        return f"{self.name}({names}, p={self.probability:g}{', ' if given else ''}{given})"
+
     def apply_transform(self, subject: Subject) -> Subject:
         seed = int(torch.randint(2**63 - 1, (1,)))
         if self._synthesize(subject, seed=seed) and self.parse_input:
             # what was just done, in the form that does it again
-            self._again()._add_transform_to_subject_history(subject)
+            again = self._again()
+            subject.add_transform(again, again._get_reproducing_arguments())
         return subject
 
     def _again(self) -> SynthesizeTumor:
@@ -114,7 +129,7 @@ class RandomSynthesizeTumor(_Synthesis, RandomTransform):
             label=self.label,
             organ=self.organ,
             **settings,
-            **self._get_base_args(),
+            **{name: getattr(self, name) for name in _BASE},
         )
 
 
@@ -122,17 +137,16 @@ class SynthesizeTumor(_Synthesis):
     """Adds the very tumours that ``params`` describe: what the history replays, bit by bit.
 
     params: one record of ``tumorsynth.SynthesizeTumor.params``. The others: as for
-        :class:`RandomSynthesizeTumor`, but for count, size_mm and sigma_mm, which do nothing here.
+        :class:`RandomSynthesizeTumor`; those that say what to draw (count, size_mm, sigma_mm,
+        contrast_hu, healthy_only) do nothing here.
     """
 
     def __init__(self, params: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.params = copy.deepcopy(params)
         self.args_names = ["params", "image", "label", "organ", *self.settings]
-
-    def _get_named_arguments(self) -> dict[str, object]:
-        names = {"image": self.image, "label": self.label, "organ": self.organ}
-        return {"params": copy.deepcopy(self.params), **names, **self.settings}
+        for name, value in self.settings.items():  # TorchIO looks the arguments up by name
+            setattr(self, name, value)
 
     def apply_transform(self, subject: Subject) -> Subject:
         self._synthesize(subject, params=[self.params])

@@ -1,0 +1,208 @@
+"""The callback in real Lightning training runs on the CPU."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+L = pytest.importorskip("lightning", reason="needs Lightning")
+
+import tumorsynth as ts  # noqa: E402
+from tumorsynth.lightning import TumorSynthCallback  # noqa: E402
+
+SETTINGS = {"generator": "hu2023", "count": 1, "size_mm": (8, 10)}
+
+
+def scans(n=4, ill=()):
+    """n samples of (image, label): an ellipsoid of organ 1, in some with a tumour of label 2."""
+    rng = np.random.default_rng(0)
+    grid = np.meshgrid(*(np.linspace(-1, 1, 40),) * 3, indexing="ij")
+    label = (sum(g**2 for g in grid) < 0.7).astype(np.int64)[None]
+    out = []
+    for i in range(n):
+        image = (60 + 40 * label + rng.normal(0, 10, label.shape)).astype(np.float32)
+        its_label = torch.from_numpy(label.copy())
+        if i in ill:
+            its_label[:, 18:22, 18:22, 18:22] = 2
+        out.append((torch.from_numpy(image), its_label))
+    return out
+
+
+def as_dicts(pairs, **more):
+    return [{"image": image, "label": label, **more} for image, label in pairs]
+
+
+class Segmenter(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Conv3d(1, 3, 1)
+        self.seen = {"training": [], "validation": []}
+
+    def step(self, batch, stage):
+        image, label = batch if isinstance(batch, list) else (batch["image"], batch["label"])
+        self.seen[stage].append((image, label))
+        return torch.nn.functional.cross_entropy(self.net(image / 100), label[:, 0])
+
+    def training_step(self, batch, batch_idx):
+        return self.step(batch, "training")
+
+    def validation_step(self, batch, batch_idx):
+        self.step(batch, "validation")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def loader(data, batch_size=2):
+    return torch.utils.data.DataLoader(data, batch_size=batch_size)
+
+
+def fit(data, callback, epochs=1, module=None, folder=None, resume=None, validate=False):
+    module = Segmenter() if module is None else module
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        num_sanity_val_steps=1 if validate else 0,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the number of workers
+        trainer.fit(module, loader(data), loader(data) if validate else None, ckpt_path=resume)
+    return module, trainer
+
+
+def labels(module, stage="training"):
+    return [label for _, label in module.seen[stage]]
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+def test_training_sees_tumours_and_nothing_else_does(kind):
+    pairs = scans()
+    before = [(image.clone(), label.clone()) for image, label in pairs]
+    callback = TumorSynthCallback(**SETTINGS)
+    data = as_dicts(pairs) if kind is dict else pairs  # torch collates pairs to a list
+    module = Segmenter()
+    start = module.net.weight.detach().clone()
+    fit(data, callback, module=module, validate=True)
+    assert len(labels(module)) == 2
+    for image, label in module.seen["training"]:
+        assert all((one == 2).any() for one in label)
+        assert not image.is_inference()
+    assert len(labels(module, "validation")) == 3
+    assert not any((label == 2).any() for label in labels(module, "validation"))
+    assert not torch.equal(module.net.weight, start)
+    for (image, label), (old_image, old_label) in zip(pairs, before, strict=True):
+        assert torch.equal(image, old_image) and torch.equal(label, old_label)
+    assert [record["sample"] for record in callback.report] == [0, 1]
+
+
+def test_seed_everything_reproduces_and_steps_differ():
+    def run(everything, **kwargs):
+        L.seed_everything(everything, verbose=False)
+        return labels(fit(as_dicts(scans()), TumorSynthCallback(**SETTINGS, **kwargs), 2)[0])
+
+    first, again, other = run(1), run(1), run(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert len({one.numpy().tobytes() for label in first for one in label}) == 8
+    assert torch.equal(run(1, seed=5)[3], run(2, seed=5)[3])
+
+
+def test_a_resumed_run_goes_on_as_it_would_have(tmp_path):
+    data = as_dicts(scans())
+    L.seed_everything(0, verbose=False)
+    whole = labels(fit(data, TumorSynthCallback(**SETTINGS), epochs=2)[0])
+    L.seed_everything(0, verbose=False)
+    module, trainer = fit(data, TumorSynthCallback(**SETTINGS), epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    L.seed_everything(99, verbose=False)
+    rest = fit(data, TumorSynthCallback(**SETTINGS), epochs=2, resume=tmp_path / "half.ckpt")[0]
+    assert len(labels(rest)) == 2
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], labels(rest), strict=True))
+
+
+def test_no_weight_of_the_generator_enters_the_checkpoint(tmp_path):
+    callback = TumorSynthCallback(generator="liver-early", count=1, size_mm=8)
+    module, trainer = fit(as_dicts(scans(2)), callback)
+    assert callback.report[0]["generator"].startswith("liver-early")
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    held = torch.load(tmp_path / "end.ckpt", weights_only=False)
+    assert held["state_dict"].keys() == {"net.weight", "net.bias"}
+    (state,) = held["callbacks"].values()
+    assert state == {"seed": callback.seed}
+    assert (tmp_path / "end.ckpt").stat().st_size < 20_000
+    fresh = TumorSynthCallback(generator="liver-early")
+    assert len(pickle.dumps(fresh)) < 20_000
+
+
+def test_p_and_healthy_only():
+    pairs = scans(4, ill=(1, 2))
+    module, _ = fit(as_dicts(pairs), TumorSynthCallback(healthy_only=True, **SETTINGS))
+    got = torch.cat(labels(module))
+    changed = [not torch.equal(a, label) for a, (_, label) in zip(got, pairs, strict=True)]
+    assert changed == [True, False, False, True]
+    module, _ = fit(as_dicts(scans()), TumorSynthCallback(p=0, **SETTINGS))
+    assert not (torch.cat(labels(module)) == 2).any()
+
+
+def test_spacing_from_the_batch_and_a_separate_organ_map():
+    pairs = scans(2)
+    mm = torch.tensor([0.8, 0.8, 2.5])
+    data = [
+        {"ct": image, "lesions": torch.zeros_like(label), "organs": label, "mm": mm}
+        for image, label in pairs
+    ]
+
+    class Named(Segmenter):
+        def step(self, batch, stage):
+            return super().step({"image": batch["ct"], "label": batch["lesions"]}, stage)
+
+    settings = {**SETTINGS, "size_mm": 12, "tumor_label": 1}
+    callback = TumorSynthCallback("ct", "lesions", organ="organs", spacing="mm", **settings)
+    module, _ = fit(data, callback, module=Named())
+    (label,) = labels(module)
+    for one in label:
+        volume = float((one == 1).sum()) * 0.8 * 0.8 * 2.5
+        assert volume == pytest.approx(np.pi / 6 * 12**3, rel=0.15)
+    fixed = TumorSynthCallback(
+        "ct", "lesions", organ="organs", spacing=(0.8, 0.8, 2.5), seed=callback.seed, **settings
+    )
+    assert torch.equal(labels(fit(data, fixed, module=Named())[0])[0], label)
+
+
+def test_batches_that_cannot_be_changed_are_refused_with_the_fix():
+    class Tuples(Segmenter):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return tuple(batch)
+
+    with pytest.raises(TypeError, match="must be a dictionary or a list.*got tuple"):
+        fit(scans(), TumorSynthCallback(**SETTINGS), module=Tuples())
+    with pytest.raises(ValueError, match="the batch has no 'seg', it has \\['image', 'label'\\]"):
+        fit(as_dicts(scans()), TumorSynthCallback(label="seg", **SETTINGS))
+
+
+def test_bad_arguments_and_repr():
+    with pytest.raises(ValueError, match="p must be a probability"):
+        TumorSynthCallback(p=2)
+    with pytest.raises(TypeError, match="unknown keyword argument sise_mm"):
+        TumorSynthCallback(sise_mm=3)
+    assert repr(TumorSynthCallback(p=0.5, **SETTINGS)) == (
+        "TumorSynthCallback(p=0.5, generator='hu2023', count=1, size_mm=(8, 10))"
+    )
+    assert repr(TumorSynthCallback()) == "TumorSynthCallback(p=1)"
+
+
+def test_plain_loop_in_two_lines():
+    synth = ts.SynthesizeTumor(**SETTINGS)
+    for image, label in loader(scans()):
+        image, label = synth(image, label, spacing=(1, 1, 1))
+        assert all((one == 2).any() for one in label)
