@@ -361,3 +361,87 @@ def test_the_classes_stood_in_for_are_not_imported(tmp_path: Path) -> None:
         f"from tumorsynth.checkpoint import read_checkpoint; read_checkpoint({str(path)!r})"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+# -- files that would cost without end -------------------------------------------------------------
+
+COSTLY = {
+    # one tuple twice in the next, 60 times over: its hash takes 2^60 steps
+    "a tuple of doubled tuples as a key": b"}K\x01K\x02\x86" + b"2\x86" * 60 + b"K\x01s.",
+    "the same in SETITEMS": b"}(K\x01K\x02\x86" + b"2\x86" * 60 + b"K\x01u.",
+    "the same in DICT": b"(K\x01K\x02\x86" + b"2\x86" * 60 + b"K\x01d.",
+    "the same in a set": b"\x8f(K\x01K\x02\x86" + b"2\x86" * 60 + b"\x90.",
+    "the same in a frozen set": b"(K\x01K\x02\x86" + b"2\x86" * 60 + b"\x91.",
+    "a tuple 500,000 deep as a key": b"})" + b"\x85" * 500_000 + b"K\x01s.",
+    "integers of one hash as keys": b"}("
+    + b"".join(
+        b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(2, 20_000)
+    )
+    + b"u.",
+    "more steps than a checkpoint has": b"(" + b"}" * 1_500_000 + b"l.",
+    "a pickle longer than a checkpoint's": b"X" + (9 << 20).to_bytes(4, "little") + bytes(9 << 20),
+    "an integer of a million digits": b"L" + b"9" * 1_000_000 + b"L\n.",
+    "strings of 2^34 bytes": b"\x8d" + (2**34).to_bytes(8, "little") + b".",
+    "an array of 2^34 bytes": b"\x96" + (2**34).to_bytes(8, "little") + b".",
+    "a memo entry 2^20": b"Nr\x00\x00\x10\x00.",
+}
+
+BOUNDED = """
+import resource, sys, time
+from tumorsynth.checkpoint import CheckpointError, read_checkpoint
+for path in sys.argv[1:]:
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        read_checkpoint(path)
+        print("read")
+    except CheckpointError:
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(time.process_time() - began, (after - before) / 1024)
+"""
+
+
+def test_costly_files_are_refused_in_seconds_and_little_memory(tmp_path: Path) -> None:
+    """In a process of its own: one that stalls is killed by the timeout."""
+    paths = [
+        str(archive(tmp_path / f"{k}.pt", b"\x80\x05" + body))
+        for k, body in enumerate(COSTLY.values())
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, *paths],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    for kind, line in zip(COSTLY, done.stdout.splitlines(), strict=True):
+        assert line != "read", kind
+        seconds, mebibytes = map(float, line.split())
+        assert seconds < 10 and mebibytes < 400, (kind, line)
+
+
+def test_a_tensor_that_repeats_a_value_for_ever_is_not_loaded(tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.pt", storage_pickle(shape=(2**30, 2**17), stride=(0, 0)), FOUR)
+    found = read_checkpoint(path)  # costs nothing until it is asked for
+    with pytest.raises(CheckpointError, match="out of 16 stored bytes"):
+        found.load()
+
+
+def test_what_was_checked_of_a_tensor_cannot_be_changed(tmp_path: Path) -> None:
+    """BUILD after the checks, with another shape, storage key or archive."""
+    data = storage_pickle()[:-1] + b"}X\x05\x00\x00\x00shapeK\x09\x85sb."
+    with pytest.raises(CheckpointError, match="cannot be changed"):
+        read_checkpoint(archive(tmp_path / "x.pt", data, FOUR))
+
+
+def test_a_part_of_a_storage_does_not_keep_the_whole(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(100_000.0)[5:7]}, tmp_path / "x.pt")
+    part = read_checkpoint(tmp_path / "x.pt")["a"].load()
+    assert part.tolist() == [5, 6] and part.untyped_storage().nbytes() == 8
+
+
+def test_too_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tumorsynth.checkpoint.MAX_ENTRIES", 5)
+    entries = {f"a/data/{k}": b"" for k in range(5)}
+    with pytest.raises(CheckpointError, match="more than 5 entries"):
+        read_checkpoint(archive(tmp_path / "x.pt", pickle.dumps({}, 2), entries))

@@ -12,15 +12,46 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in EXAMPLES.glob("*.py")))
-def test_example_runs(script, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+def run(script: Path, folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script)],
+        [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
-        env=environment,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in EXAMPLES.glob("*.py")))
+def test_example_runs(script, tmp_path):
+    assert run(EXAMPLES / script, tmp_path)
+
+
+def test_whole_scan_keeps_what_it_does_not_change(tmp_path):
+    """A scan of the user's, stored with a slope: same grid, same voxels but for the tumours."""
+    nib = pytest.importorskip("nibabel")
+    np = pytest.importorskip("numpy")
+    rng = np.random.default_rng(0)
+    hu = rng.normal(100, 12, (64, 56, 40)).round()
+    affine = np.diag([-1.5, 1.5, 2.0, 1.0])
+    scan = nib.Nifti1Image((hu + 1024).astype(np.uint16), affine)
+    scan.header.set_slope_inter(1, -1024)
+    nib.save(scan, tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image(np.full(hu.shape, 3, np.uint8), affine), tmp_path / "b.nii.gz")
+
+    run(EXAMPLES / "whole_scan.py", tmp_path, "a.nii.gz", "b.nii.gz", "3")
+
+    before = nib.load(tmp_path / "a.nii.gz")
+    after = nib.load(tmp_path / "whole_scan" / "new_ct.nii.gz")
+    label = np.asarray(nib.load(tmp_path / "whole_scan" / "new_label.nii.gz").dataobj)
+    assert np.array_equal(after.affine, affine)
+    assert (label == 20).any() and set(np.unique(label)) == {3, 20}
+    changed = after.get_fdata() != before.get_fdata()
+    assert changed[label == 20].mean() > 0.8
+    assert changed.mean() < 3 * (label == 20).mean()
+
+
+def test_gallery_command_knows_its_options(tmp_path):
+    assert "--scan" in run(EXAMPLES / "pictures" / "make.py", tmp_path, "--help")

@@ -146,6 +146,26 @@ def test_a_hollow_organ_gets_no_sickle():
             assert bool(tumor.mask[tuple(middle)])
 
 
+def test_no_slivers_where_the_organ_cuts_a_tumour():
+    """A bowl of 9 mm: most centres would leave a strip or a disc."""
+    label = ellipsoid((80, 80, 60), ONE, (36, 36, 26))
+    label[:, :, 26:] = 0
+    label &= ~(ellipsoid((80, 80, 60), ONE, (27, 27, 17)).bool()).to(torch.uint8)
+    found = [one(label, seed=seed, size_mm=(8, 16)) for seed in range(60)]
+    made = [t for t in found if isinstance(t, LocalMask)]
+    assert len(made) > 40
+    for tumor in made:
+        drawn = tumor.params.axes[2] / tumor.params.axes[0]
+        assert masks.flatness(tumor.mask, ONE) >= min(masks.MIN_FLATNESS, 0.7 * drawn)
+
+
+def test_flatness_is_in_mm():
+    box = torch.ones(12, 12, 3, dtype=torch.bool)
+    assert masks.flatness(box, ONE) == pytest.approx(3 / 12)
+    assert masks.flatness(box, (1.0, 1.0, 4.0)) == pytest.approx(1.0)
+    assert masks.flatness(torch.ones(1, 1, 1, dtype=torch.bool), (1.0, 2.0, 4.0)) == 0.25
+
+
 def test_a_round_smooth_tumour_is_a_ball_in_mm_whatever_the_voxels():
     spacing = (0.5, 1.0, 2.0)
     label = torch.ones(100, 50, 25, dtype=torch.uint8)

@@ -108,6 +108,32 @@ def check(transform, image, label, new_image, new_label, spacing=ISO):
 # -- what changes and what does not --------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gate", [None, True])
+@pytest.mark.parametrize("blend", ["change", "difftumor"])
+@pytest.mark.parametrize("generator", ["hu2023", TINY], ids=["hu2023", "tiny"])
+def test_patches_away_from_tumours_carry_no_trace(generator, blend, gate):
+    """No classifier can tell a synthesised scan from voxels away from its tumours: they are the
+    same bits, in the crop that went through the networks as beyond it."""
+    image, label = scan()
+    transform = synth(generator=generator, blend=blend, gate=gate, sigma_mm=1.0, count=2)
+    new_image, new_label = transform(image, label, spacing=ISO, seed=5)
+    records = [r for r in transform.report if r["applied"]]
+    assert records or gate
+    m = max(reach(1.0, ISO, blend))
+    near = ndimage.maximum_filter((new_label != label)[0].numpy(), 2 * m + 1)
+    side, inside_crop = 4, 0
+    for corner in itertools.product(*(range(0, n - side + 1, side) for n in image.shape[1:])):
+        box = tuple(slice(c, c + side) for c in corner)
+        if near[box].any():
+            continue
+        assert same(image[0][box], new_image[0][box]) and same(label[0][box], new_label[0][box])
+        inside_crop += any(
+            max(abs(c + side / 2 - v) for c, v in zip(corner, r["centre_voxel"], strict=True)) < 16
+            for r in records
+        )
+    assert inside_crop > 20 or not records
+
+
 @pytest.mark.parametrize("generator", ["hu2023", TINY], ids=["hu2023", "diffusion"])
 @pytest.mark.parametrize("blend", ["change", "difftumor"])
 def test_only_the_tumour_and_its_feather_change(generator, blend):
@@ -504,9 +530,9 @@ def test_the_generator_sees_the_patient_whichever_way_the_array_lies(generator):
         )
         new_image = reoriented(image[0], axes, flips).clone()
         new_label = reoriented(label[0], axes, flips).clone()
-        job = transform._crop(0, 0, new_image, local, frame, generator)
+        job = transform._crop((0, 0, 0), new_image, local, frame, generator)
         ((job, made),) = transform._generate([job], generator)
-        transform._blend(job, made, new_image, new_label, generator)
+        transform._finish(job, made, new_image, new_label, generator, None)
         back = [axes.index(a) for a in range(3)]
         flip = [i for i in range(3) if flips[i]]
         assert new_image.shape == torch.Size(shape)

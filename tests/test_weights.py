@@ -118,6 +118,44 @@ def test_a_card_that_is_not_json_leaves_the_old_generator(folder):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_step_of_saving_leaves_a_whole_generator(folder, tmp_path):
+    """The process ends at once before the k-th rename; no handler and no finally runs."""
+    crop, mask = tiny_crop()
+    one, two = tiny_generator(0), tiny_generator(1)
+    made = [g.change(crop, mask, seed=3) for g in (one, two)]
+    tensors = load_file(two.save(tmp_path / "two") / "model.safetensors")
+    raw, card = save(tensors), json.loads((tmp_path / "two/card.json").read_text())
+    seen = set()
+    for k in range(6):
+        one.save(folder)
+        child = os.fork()
+        if child == 0:
+            steps = [*[os.replace] * k, lambda *a: os._exit(9)]
+            os.replace = lambda *a, steps=steps: steps.pop(0)(*a)
+            weights.write_folder(folder, raw, card)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == (9 if k < 4 else 0)
+        found = load_generator(folder)
+        new = found.name == "tiny-1"
+        seen.add((k, new))
+        assert torch.equal(found.change(crop, mask, seed=3), made[new])
+        assert Handle(folder).get("cpu").name == found.name
+    assert {k for k, new in seen if not new} == {0, 1}  # until the model is in place, the old one
+
+
+def test_leftovers_of_a_killed_save_are_removed(folder):
+    left = [folder / ".model.safetensors.abc", folder / ".card.json.def"]
+    for path in left:
+        path.write_text("")
+    os.utime(left[0], (0, 0))
+    (folder / ".mine").write_text("")
+    os.utime(folder / ".mine", (0, 0))
+    tiny_generator(1).save(folder)
+    assert [path.exists() for path in (*left, folder / ".mine")] == [False, True, True]
+
+
 # -- folders that must not load ------------------------------------------------------------------
 
 
@@ -198,7 +236,37 @@ def test_a_config_of_no_generator_is_refused(folder, config):
         load_generator(folder)
 
 
-@pytest.mark.parametrize("card", ["", "{", "[]", "5", "null", '"name"', "{}", '{"name": "x"}'])
+def test_a_changed_config_that_would_still_load_is_found(folder):
+    """A weight's hash does not cover what the weights are used for."""
+    card = json.loads((folder / "card.json").read_text())
+    card["config"]["sampler"]["mask_conditioning"] = "area"
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="must have its config_sha256"):
+        load_generator(folder)
+    card["config"]["sampler"]["mask_conditioning"] = "nearest"
+    card["licence"] = "what people write into it is theirs"
+    (folder / "card.json").write_text(json.dumps(card, sort_keys=True))
+    assert works(folder)
+    del card["config_sha256"]  # as earlier versions wrote it
+    (folder / "card.json").write_text(json.dumps(card))
+    assert works(folder)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "[" * 100_000,
+        '{"a": 1' + "0" * 10_000 + "}",
+        "",
+        "{",
+        "[]",
+        "5",
+        "null",
+        '"name"',
+        "{}",
+        '{"name": "x"}',
+    ],
+)
 def test_a_card_that_is_none_is_refused(folder, card):
     (folder / "card.json").write_text(card)
     with pytest.raises(ValueError, match="restore the folder"):

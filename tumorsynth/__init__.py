@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tumorsynth.gate import Gate
     from tumorsynth.generator import Generator
     from tumorsynth.handcrafted import HandcraftedGenerator
     from tumorsynth.intensity import HU, Scaled, ZScore
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HU",
+    "Gate",
     "Generator",
     "HandcraftedGenerator",
     "Phantom",
@@ -34,6 +36,7 @@ __all__ = [
 
 _MODULE_OF = {
     "HU": "intensity",
+    "Gate": "gate",
     "Generator": "generator",
     "HandcraftedGenerator": "handcrafted",
     "Phantom": "phantom",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 MAX_LEVEL = 1.2  # a tumour cut by the organ's surface grows elsewhere by this factor at most
 WAVES = 16  # terms of the random surface function
+ROUND_OFF = 0.8  # the smaller, the rounder the bumps and the sharper the dents
 _CHUNK = 1 << 18  # voxels whose surface function is evaluated at once: bounds the memory
 
 
@@ -51,14 +52,15 @@ class Shape:
         rng = torch.Generator().manual_seed(params.shape_seed)
         f64 = torch.float64
         # Plane waves seen on the unit sphere: wave number k has features of about pi / k radians.
-        # Range and slope give the angular spectrum measured on real tumours (power ~ degree^-3);
-        # small tumours get no waves shorter than about 4 mm.
-        finest = min(max(0.8 * params.diameter_mm, 5.0), 20.0)
-        number = 3.0 * (finest / 3.0) ** torch.rand(WAVES, 1, generator=rng, dtype=f64)
+        # Few and long waves on small tumours, or they look like stars; a long tail on large ones,
+        # whose outlines are lobed. Real masks have more short waves than this, but theirs are
+        # steps from slice to slice, not shape.
+        finest = min(max(0.5 * params.diameter_mm, 3.0), 16.0)
+        number = 2.0 * (finest / 2.0) ** torch.rand(WAVES, 1, generator=rng, dtype=f64)
         direction = F.normalize(torch.randn(WAVES, 3, generator=rng, dtype=f64), dim=1)
         self.waves = number * direction
         self.phases = 2 * math.pi * torch.rand(WAVES, generator=rng, dtype=f64)
-        amplitude = 1 / number[:, 0]
+        amplitude = number[:, 0] ** -1.25
         self.amplitudes = params.roughness * amplitude * (2 / (amplitude**2).sum()) ** 0.5
         self.offset = torch.rand(3, generator=rng, dtype=f64) - 0.5  # of the centre, in voxels
         self.axes = torch.tensor(params.axes, dtype=f64)
@@ -83,7 +85,8 @@ class Shape:
             torch.addmm(phases, part, waves.T).cos_() @ amplitudes / (part * axes).norm(dim=1)
             for part in unit.split(_CHUNK)
         ]
-        return torch.cat(parts).exp_() * self.scale
+        bump = torch.cat(parts)
+        return torch.expm1(bump / -ROUND_OFF).mul_(-ROUND_OFF).exp_() * self.scale
 
     def points(self, unit: Tensor, level: Tensor | float, margin_mm: float = 0.0) -> Tensor:
         """Points (N, 3) in mm from the centre, at a level, in given directions of the own frame."""

@@ -5,6 +5,7 @@ The command line calls this; it needs nibabel and matplotlib, and knows nothing 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
@@ -100,10 +101,12 @@ def synthesize_scan(
     name: str,
     seed: int,
     step: Callable[[], None],
-) -> list[dict[str, Any]]:
-    """Tumours into one scan, and its four files; returns the report's records.
+    params: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Tumours into one scan, and its four files; returns the report.
 
-    ``step`` is called after each of reading, synthesising, writing and drawing.
+    ``step`` is called after each of reading, synthesising, writing and drawing. With ``params``, of
+    an earlier report, its tumours are made again.
     """
     import torch
 
@@ -113,38 +116,75 @@ def synthesize_scan(
     _check_intensity(image.name, before, synth)
     step()
     changed_image, changed_label = synth(
-        torch.from_numpy(before)[None], torch.from_numpy(old)[None], affine=image.affine, seed=seed
+        torch.from_numpy(before)[None],
+        torch.from_numpy(old)[None],
+        affine=image.affine,
+        seed=seed,
+        params=params,
     )
     after, new = changed_image[0].numpy(), changed_label[0].numpy()
     records = [dict(record) for record in synth.report]
     step()
     differs = (after != before) & ~(np.isnan(after) & np.isnan(before))
     tumor = new != old
-    paths = output_paths(out, name)
-    paths["report"].unlink(missing_ok=True)  # written last: where it is, the scan is complete
-    nifti.write_volume(paths["ct"], image, image.with_changes(differs, after[differs]))
-    nifti.write_volume(paths["label"], label, label.with_changes(tumor, new[tumor]))
-    step()
-    hu = [synth.intensity.to_hu(torch.from_numpy(v)).numpy() for v in (before, after)]
-    save_preview(paths["preview"], *hu, tumor, image.affine, records, title=f"{name}, seed {seed}")
-    card = synth.handle.get(synth.compute_device or "cpu").card
+    stored = image.with_changes(differs, after[differs]), label.with_changes(tumor, new[tumor])
     document = {
-        "tumorsynth": tumorsynth.__version__,
-        "ct": image.name,
-        "label": label.name,
-        "seed": seed,
-        "generator": {key: card[key] for key in ("name", "sha256", "licence") if key in card},
-        "options": {
-            key: getattr(synth, key)
-            for key in ("organ_labels", "tumor_label", "p", "count", "size_mm", "blend")
+        **settings(synth, name=image.name, label=label.name, seed=seed),
+        "voxels_sha256": {
+            "ct": digest(image.stored),
+            "label": digest(label.stored),
+            "new_ct": digest(stored[0]),
+            "new_label": digest(stored[1]),
         },
         "tumors": records,
         "params": synth.params,
     }
+    paths = output_paths(out, name)
+    # the mark says that files without a report are ours, should we be killed before the report
+    mark = unfinished_mark(out, name)
+    mark.touch()
+    paths["report"].unlink(missing_ok=True)  # written last: where it is, the scan is complete
+    nifti.write_volume(paths["ct"], image, stored[0])
+    nifti.write_volume(paths["label"], label, stored[1])
+    step()
+    hu = [synth.intensity.to_hu(torch.from_numpy(v)).numpy() for v in (before, after)]
+    save_preview(paths["preview"], *hu, tumor, image.affine, records, title=f"{name}, seed {seed}")
     text = json.dumps(document, indent=2, default=_plain) + "\n"
     nifti.write_atomic(paths["report"], lambda file: file.write(text.encode()))
+    mark.unlink(missing_ok=True)
     step()
-    return records
+    return document
+
+
+def settings(synth: SynthesizeTumor, *, name: str, label: str, seed: int) -> dict[str, Any]:
+    """What decides a scan's result, as its report names it, in JSON's own types."""
+    import torch
+
+    card = synth.handle.get(synth.compute_device or "cpu").card
+    options = ("organ_labels", "tumor_label", "p", "count", "size_mm", "blend", "contrast_hu")
+    own = ("sigma_mm", "gap_mm", "merge")
+    known = {
+        "tumorsynth": tumorsynth.__version__,
+        "ct": name,
+        "label": label,
+        "seed": seed,
+        "generator": {key: card[key] for key in ("name", "sha256", "licence") if key in card},
+        "options": {key: getattr(synth, key) for key in (*options, *own)}
+        | {"intensity": {"kind": type(synth.intensity).__name__, **_fields(synth.intensity)}},
+        # the last bit of a convolution depends on these
+        "device": (synth.compute_device or torch.device("cpu")).type,
+        "threads": torch.get_num_threads(),
+    }
+    return json.loads(json.dumps(known, default=_plain))
+
+
+def digest(stored: np.ndarray) -> str:
+    """sha256 of the numbers as stored, in C order, without header or compression."""
+    return hashlib.sha256(np.ascontiguousarray(stored).data).hexdigest()
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else {}
 
 
 def _plain(value: Any) -> Any:
@@ -162,21 +202,92 @@ def output_paths(out: Path, name: str) -> dict[str, Path]:
     return {key: out / f"{name}_{ending}" for key, ending in endings.items()}
 
 
-def check_outputs(cases: list[Pair], out: Path, overwrite: bool) -> None:
-    """ValueError when results would replace an input, or, unless wanted, what is there."""
+def unfinished_mark(out: Path, name: str) -> Path:
+    """A file that is there while a scan's results are being put in place."""
+    return out / f".{name}_unfinished"
+
+
+def check_outputs(
+    cases: list[Pair],
+    out: Path,
+    overwrite: bool,
+    finished: Callable[[int, Path], str | None] | None = None,
+) -> list[int]:
+    """Which cases are still to be done, by index; ValueError when that would replace an input, or,
+    unless wanted, results of something else.
+
+    ``finished(k, report)`` says why the report of case k is not what this run would write, or None
+    where it is. Files without a report are replaced where the mark of a killed run stands beside
+    them.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file; choose another name")
     inputs = {path.resolve() for case in cases for path in (case.ct, case.label)}
-    there = []
-    for case in cases:
-        for path in output_paths(out, case.name).values():
+    there: list[Path] = []
+    todo: list[int] = []
+    reason = ""
+    for k, case in enumerate(cases):
+        paths = output_paths(out, case.name)
+        for path in paths.values():
             if path.resolve() in inputs:
                 raise ValueError(f"{path} is an input and would be replaced; choose another --out")
-            if path.exists():
-                there.append(path)
+        present = [path for path in paths.values() if path.exists()]
+        if finished is not None and not overwrite and paths["report"].exists():
+            other = finished(k, paths["report"])
+            if other is None and len(present) == len(paths):
+                unfinished_mark(out, case.name).unlink(missing_ok=True)
+                continue
+            if other is not None:
+                there += present
+                reason = reason or f" ({paths['report'].name}: {other})"
+        elif not unfinished_mark(out, case.name).exists():
+            there += present
+        todo.append(k)
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise ValueError(f"{there[0]}{more} exists; choose another --out or add --overwrite")
+        raise ValueError(
+            f"{there[0]}{more} exists{reason}; choose another --out or add --overwrite"
+        )
+    return todo
+
+
+def forget(cases: list[Pair], out: Path) -> None:
+    """Earlier results count as unfinished from here on: a killed run can then be gone on with."""
+    for case in cases:
+        paths = output_paths(out, case.name)
+        if any(path.exists() for path in paths.values()):
+            unfinished_mark(out, case.name).touch()
+            paths["report"].unlink(missing_ok=True)
+
+
+def sweep(cases: list[Pair], out: Path) -> None:
+    """Remove what a killed run was writing; call it before anything is written."""
+    ours = {path.name for case in cases for path in output_paths(out, case.name).values()}
+    for path in list(out.iterdir()) if out.is_dir() else []:
+        name, _, process = path.name.removeprefix(".").removesuffix(".part").rpartition(".")
+        if path.name == f".{name}.{process}.part" and process.isdigit() and name in ours:
+            path.unlink(missing_ok=True)
+
+
+def made_otherwise(report: Path, expected: dict[str, Any]) -> str | None:
+    """Why a report is not the one of these `settings`, or None where it is."""
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "cannot be read"
+    if not isinstance(found, dict):
+        return "is no report"
+    for key, value in expected.items():
+        old = found.get(key)
+        if old != value:
+            if isinstance(old, dict) and isinstance(value, dict):
+                key, old, value = next(
+                    (f"{key} {k}", old.get(k), value.get(k))
+                    for k in {**value, **old}
+                    if old.get(k) != value.get(k)
+                )
+            return f"made with {key} {old}, now {value}"
+    return None
 
 
 def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> None:

@@ -10,6 +10,7 @@ and the perceptual network stay on the disk.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import zipfile
@@ -21,7 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MAX_PICKLE_BYTES = 64 << 20  # the published ones hold well under 1 MiB
+# The published files hold well under 1 MiB of pickle; these bounds keep the worst file at seconds
+# of time and a few hundred MiB of memory, whatever it does with them.
+MAX_PICKLE_BYTES = 8 << 20
+MAX_OPCODES = 1_000_000
+MAX_ENTRIES = 100_000
+MAX_VALUES = 1 << 28  # of one tensor that repeats its storage: a stride of 0 costs a file nothing
+# typed loosely: the stubs of its steps differ between versions of the type checker
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ignore]
+SETS = ("EMPTY_SET", "ADDITEMS", "FROZENSET")
 AGAIN = "download the file again from its authors"
 
 
@@ -72,9 +81,20 @@ class LazyTensor:
 
     def load(self) -> Tensor:
         """The values, a view of the storage as it was saved (which may be an expanded one)."""
-        data = bytearray(self.archive.read(self.archive.storage_entry(self.key)))
+        entry = self.archive.storage_entry(self.key)
+        if math.prod(self.shape) > max(entry.file_size, MAX_VALUES):
+            raise self.archive.error(
+                f"holds a tensor of shape {self.shape} out of {entry.file_size} stored bytes"
+            )
+        data = bytearray(self.archive.read(entry))
         flat = torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0)
-        return flat.to(self.dtype).as_strided(self.shape, self.stride, self.offset)
+        view = flat.to(self.dtype).as_strided(self.shape, self.stride, self.offset)
+        # a part of a storage does not keep the whole of it in memory
+        return view.clone() if view.numel() < flat.numel() else view
+
+    def __setstate__(self, state: object) -> None:
+        """BUILD would change what has been checked."""
+        raise TypeError("a tensor's description cannot be changed")
 
 
 class _Storage(NamedTuple):
@@ -166,6 +186,8 @@ class _Archive:
                 f"{path.name} is not a whole zip checkpoint as torch.save writes it ({error}); "
                 f"{AGAIN}"
             ) from error
+        if len(self.zip.infolist()) > MAX_ENTRIES:
+            raise self.error(f"holds more than {MAX_ENTRIES} entries")
         self.entries = {info.filename: info for info in self.zip.infolist()}
         self._check_entries(path.stat().st_size)
         pickles = [name for name in self.entries if PurePosixPath(name).parts[1:] == ("data.pkl",)]
@@ -216,10 +238,42 @@ class _Archive:
         return self.entries[name]
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(_PythonUnpickler):
+    """Python's own unpickler in its Python form, whose steps can be watched: keys of dicts.
+
+    A key is hashed. The hash of a tuple of a tuple twice, 60 times over, takes for ever, and so
+    do many large integers of one hash; strings and small integers, all that is needed, do not.
+    """
+
+    dispatch = dict(_PythonUnpickler.dispatch)
+
     def __init__(self, archive: _Archive, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
         self.archive = archive
+
+    def _check_keys(self, keys: list[Any]) -> None:
+        for key in keys:
+            if type(key) is not str and not (type(key) is int and abs(key) < 2**31):
+                raise self.archive.error(
+                    f"holds a dict with a key that is no string or small integer, but "
+                    f"{type(key).__name__}"
+                )
+
+    def _one_item(self) -> None:
+        self._check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def _items(self) -> None:
+        self._check_keys(self.stack[::2])  # all since the mark
+        super().load_setitems()
+
+    def _dict(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_dict()
+
+    dispatch[pickle.SETITEM[0]] = _one_item
+    dispatch[pickle.SETITEMS[0]] = _items
+    dispatch[pickle.DICT[0]] = _dict
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -252,10 +306,14 @@ def read_checkpoint(path: str | PathLike[str]) -> Any:
     archive = _Archive(Path(path))
     data = archive.read(archive.pickle)
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if count >= MAX_OPCODES:
+                raise archive.error(f"holds a pickle of more than {MAX_OPCODES} steps")
             if opcode.name.startswith("EXT"):  # a cached extension would pass find_class by
                 raise archive.error("holds a pickle extension code")
-            if opcode.name.endswith("PUT") and argument > len(data):  # type: ignore[operator]
+            if opcode.name in SETS:  # they hash what is in them
+                raise archive.error("holds a set, which no DiffTumor checkpoint does")
+            if opcode.name.endswith("PUT") and argument >= MAX_OPCODES:  # type: ignore[operator]
                 raise archive.error("asks for a memo larger than itself")
         return _Unpickler(archive, data).load()
     except CheckpointError:

@@ -22,7 +22,26 @@ except ModuleNotFoundError as error:
 
 import tumorsynth
 from tumorsynth import nifti
-from tumorsynth.cases import check_outputs, find_pairs, output_paths, synthesize_scan
+from tumorsynth.cases import (
+    check_outputs,
+    find_pairs,
+    forget,
+    made_otherwise,
+    output_paths,
+    settings,
+    sweep,
+    synthesize_scan,
+)
+from tumorsynth.collection import (
+    Clock,
+    Outcome,
+    Task,
+    expected,
+    in_processes,
+    one_line,
+    outcome,
+    run_one,
+)
 
 if TYPE_CHECKING:
     from tumorsynth.intensity import HU, Scaled
@@ -55,19 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(error, "format_message"):  # typer's own: unknown option, missing argument
             place = getattr(getattr(error, "ctx", None), "command_path", "tumorsynth")
             return _fail(f"{error.format_message().rstrip('.')}; see {place} --help", 2)
-        return _fail(_one_line(error), 2 if _expected(error) else 1)
+        return _fail(one_line(error), 2 if expected(error) else 1)
     return code if isinstance(code, int) else 0
-
-
-def _expected(error: Exception) -> bool:
-    return isinstance(error, (ValueError, TypeError, OSError, ImportError))
-
-
-def _one_line(error: Exception) -> str:
-    words = " ".join(str(error).split())
-    if _expected(error) and words:
-        return words
-    return f"unexpected {type(error).__name__}: {words} (--debug shows where)"
 
 
 def _fail(words: str, code: int) -> int:
@@ -118,6 +126,10 @@ SizeMm = Annotated[
 Seed = Annotated[int, typer.Option(help="Same seed, same tumours.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Threads = Annotated[
+    int,
+    typer.Option(help="CPU threads per process; another number may change a diffusion's last bit."),
+]
 
 
 @app.command()
@@ -161,7 +173,16 @@ def synthesize(
         str,
         typer.Option(help="hu, or HU_LOW,HU_HIGH,LOW,HIGH when the CT was scaled (-175,250,0,1)."),
     ] = "hu",
-    device: Device = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ...; several as cuda:0,cuda:1.")
+    ] = "cpu",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that share the scans. [default: one per device]", show_default=False
+        ),
+    ] = None,
+    threads: Threads = 1,
     overwrite: Overwrite = False,
 ) -> None:
     """Put tumours into a scan or a folder of them.
@@ -179,14 +200,22 @@ def synthesize(
       OUT/NAME_report.json                        what was placed, and how to make it again
       OUT/NAME_preview.png                        each tumour in three planes, before and after
 
-    In a folder the k-th scan in the order of the names (k = 0, 1, ...) uses seed + k. A scan that
-    fails is reported and passed over, and the exit code is 1.
+    In a folder the k-th scan in the order of the names (k = 0, 1, ...) uses seed + k, and the files
+    are the same for any number of --workers. A scan that fails is reported and passed over, and the
+    exit code is 1. The same command again goes on where a stopped or killed one left off.
     """
     cases = find_pairs(ct, label)
-    check_outputs(cases, out, overwrite)
     scale = _intensity(intensity)
     if size_mm is not None and size_prior is not None:
         raise ValueError("--size-mm and --size-prior exclude each other; give one of them")
+    devices = [name.strip() for name in device.split(",")]
+    for each in devices:
+        check_device(each)
+    if workers is not None and workers < 1 or threads < 1:
+        raise ValueError(f"--workers and --threads must be 1 or more, got {workers}, {threads}")
+    folder = ct.is_dir()
+    if not folder:
+        check_outputs(cases, out, overwrite)
     synth = _synthesizer(
         generator=generator,
         organ_labels=tuple(organ_label),
@@ -197,30 +226,133 @@ def synthesize(
         blend=blend,
         contrast_hu=contrast_hu,
         intensity=scale,
-        device=device,
+        device=devices[0],
+        threads=threads,
     )
+
+    def finished(k: int, report: Path) -> str | None:
+        names = {"name": cases[k].ct.name, "label": cases[k].label.name}
+        return made_otherwise(report, settings(synth, **names, seed=seed + k))
+
+    todo = check_outputs(cases, out, overwrite, finished) if folder else [0]
     out.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    with _progress(len(cases)) as progress:
-        for index, case in enumerate(cases):
-            try:
-                progress.begin(case.name)
-                image, mask = nifti.read_pair(case.ct, case.label)
-                mask.check_label_fits(tumor_label)
-                report = synthesize_scan(
-                    synth, image, mask, out, case.name, seed + index, progress.step
-                )
-                print(_summary(case.name, report))
-            except Exception as error:
-                # a single scan fails as a whole; --debug stops at the first failure
-                if len(cases) == 1 or context.find_root().params["debug"]:
-                    raise
-                failed += 1
-                _fail(f"{case.name}: {_one_line(error)}", 1)
+    sweep(cases, out)
+    if folder and overwrite:
+        forget(cases, out)
+    if len(todo) < len(cases):
+        print(f"{len(cases) - len(todo)} of {len(cases)} scans are there already")
+    tasks = [Task(cases[k], seed + k) for k in todo]
+    debug = context.find_root().params["debug"]
+    failed, stopped = 0, False
+    count_of_workers = workers or len(devices)
+    clock = Clock(len(tasks))
+    with _progress(len(tasks)) as progress:
+
+        def one_by_one() -> Iterator[Outcome]:
+            for task in tasks:
+                progress.begin(task.pair.name)
+                if len(cases) == 1 or debug:  # fails as a whole
+                    yield Outcome(task.pair.name, run_one(synth, task, out, progress.step))
+                else:
+                    yield outcome(synth, task, out, progress.step)
+
+        several = count_of_workers > 1 and len(tasks) > 1 and not debug
+        results = (
+            in_processes(
+                synth, tasks, out, workers=count_of_workers, devices=devices, threads=threads
+            )
+            if several
+            else one_by_one()
+        )
+        for result in results:
             progress.end()
-    print(f"wrote {_number(len(cases) - failed, 'scan')} to {out}")
+            pace = clock.tick()
+            where = f" [{pace}]" if len(tasks) > 1 else ""
+            if result.error is None:
+                print(_summary(result.name, result.records) + where, flush=True)
+            else:
+                failed += 1
+                _fail(f"{result.name}: {result.error}", 1)
+                if result.fatal:
+                    stopped = True
+                    break
+    print(f"wrote {_number(clock.done - failed, 'scan')} to {out}")
+    if stopped:
+        words = f"stopped, {_number(clock.total - clock.done, 'scan')} not tried"
+        raise typer.Exit(_fail(f"{words}; make room, and give the same command to go on", 1))
     if failed:
         raise typer.Exit(_fail(f"{failed} of {len(cases)} scans failed", 1))
+
+
+@app.command()
+def replay(
+    report: Annotated[Path, typer.Argument(help="The NAME_report.json of an earlier result.")],
+    ct: Annotated[Path, typer.Argument(help="The CT it was made from.")],
+    label: Annotated[Path, typer.Argument(help="Its label map.")],
+    *,
+    out: Out,
+    generator: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the report's generator is, if it is not bundled: a folder or hub id.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="[default: as in the report]", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make the tumours of a report again.
+
+    Takes the scan and label that the report was made from, places the very same tumours and writes
+    what `synthesize` writes. The generator's weights and the scan are checked against the report,
+    and the new voxels too: exit code 1 where they are not the same.
+    """
+    from tumorsynth.replay import (
+        bundled_generator,
+        check_scan,
+        read_report,
+        same_generator,
+        synthesizer_options,
+    )
+
+    told = read_report(report)
+    (pair,) = find_pairs(ct, label)
+    check_outputs([pair], out, overwrite)
+    image, mask = nifti.read_pair(pair.ct, pair.label)
+    check_scan(told, image, mask)
+    synth = _synthesizer(
+        generator=generator or bundled_generator(told),
+        device=device or told.get("device", "cpu"),
+        threads=told.get("threads", 1),
+        **synthesizer_options(told),
+    )
+    same_generator(told, synth.handle.get(synth.compute_device or "cpu").card)
+    mask.check_label_fits(synth.tumor_label)
+    out.mkdir(parents=True, exist_ok=True)
+    sweep([pair], out)
+    with _progress(1) as progress:
+        progress.begin(pair.name)
+        made = synthesize_scan(
+            synth, image, mask, out, pair.name, told["seed"], progress.step, params=told["params"]
+        )
+        progress.end()
+    print(_summary(pair.name, made["tumors"]))
+    for path in output_paths(out, pair.name).values():
+        print(path)
+    if told["tumorsynth"] != tumorsynth.__version__:
+        _fail(f"note: made by version {told['tumorsynth']}, now {tumorsynth.__version__}", 0)
+    known = told.get("voxels_sha256")
+    if known is None:
+        return
+    differing = [k for k in ("new_ct", "new_label") if made["voxels_sha256"][k] != known.get(k)]
+    if differing:
+        words = " and ".join(k.removeprefix("new_") for k in differing)
+        raise typer.Exit(
+            _fail(f"the {words} of {pair.name} is not the report's to the last voxel", 1)
+        )
+    print("every voxel is as in the report")
 
 
 @app.command()
@@ -254,8 +386,8 @@ def demo(
         stored = phantom.image[0].round().short().numpy()
         image = nifti.new_volume("phantom_ct.nii.gz", stored, phantom.affine)
         mask = nifti.new_volume("phantom_label.nii.gz", phantom.label[0].numpy(), phantom.affine)
-        report = synthesize_scan(synth, image, mask, out, "phantom", seed, progress.step)
-        print(_summary("phantom", report))
+        made = synthesize_scan(synth, image, mask, out, "phantom", seed, progress.step)
+        print(_summary("phantom", made["tumors"]))
         progress.end()
     print(f"generator: {synth.handle.get(device).name}")
     for path in output_paths(out, "phantom").values():
@@ -368,7 +500,21 @@ def _print_card(value: dict[str, Any], indent: str = "") -> None:
             print(f"{title}: {entry}")
 
 
-def _synthesizer(*, generator: str | None, device: str, **options: Any) -> SynthesizeTumor:
+def check_device(device: str) -> None:
+    """ValueError for what is no device of this machine."""
+    import torch
+
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device must name a torch device, got {device!r}; try cpu") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there is no such GPU here; use --device cpu")
+
+
+def _synthesizer(
+    *, generator: str | None, device: str, threads: int | None = None, **options: Any
+) -> SynthesizeTumor:
     # now, and not after the work is done
     nifti.require_nibabel()
     from tumorsynth.preview import require_matplotlib
@@ -379,12 +525,10 @@ def _synthesizer(*, generator: str | None, device: str, **options: Any) -> Synth
     from tumorsynth.synthesizer import SynthesizeTumor
     from tumorsynth.weights import default_generator, load_generator
 
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device must name a torch device, got {device!r}; try cpu") from error
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there is no such GPU here; use --device cpu")
+    check_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    wanted = torch.device(device)
     name = generator or default_generator()
     load_generator(name, wanted)  # damaged weights are said before any scan is read
     return SynthesizeTumor(generator=name, device=wanted, **options)

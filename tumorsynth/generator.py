@@ -20,6 +20,7 @@ from tumorsynth.contrast import (
 )
 from tumorsynth.diffusion import Prediction, cosine_schedule, ddim_sample, ddpm_sample, draw_noise
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
+from tumorsynth.models.conv import cpu_computes_bfloat16
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 
@@ -27,6 +28,7 @@ DENOISERS: dict[str, tuple[type[Any], type[Any]]] = {
     "factorized": (FactorizedUNet, UNetConfig),
     "conv": (ConvUNet, ConvUNetConfig),
 }
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,12 @@ class Generator:
     autoencoder: :class:`tumorsynth.models.autoencoder.Autoencoder`.
     denoiser: a network called as ``denoiser(x_t, t, cond)``.
     card: name, licence, data, metrics; free-form but for ``name``.
+    precision: "float32", "bfloat16" (of the convolutions and matrix products), or "auto", which may
+        be set at any time: bfloat16 on CPUs that compute in it, where the network predicts x0 or v,
+        else float32. The shipped generator's tumours change by 0.4 HU (root mean square), its
+        scan's noise being 12 (benchmarks/results/latency_cpu.json): the same seed gives the same
+        tumour bit by bit on like machines, and to that on others. A network that predicts noise
+        always denoises in float32: the first of its steps multiplies an error by 263.
     """
 
     def __init__(
@@ -108,6 +116,7 @@ class Generator:
         )
         self.card: dict[str, Any] = {"name": "unnamed", **(card or {})}
         self.source: str | None = None  # the name or folder it was loaded from
+        self.precision = "auto"
 
     # -- what the synthesizer asks of every kind of generator -------------------------------------
 
@@ -178,8 +187,7 @@ class Generator:
         the scan's own noise and sharpness.
         """
         latent, volume, aim = self._paint(crop, tumor_mask, seed, noise, contrast_hu)
-        decoded = self.autoencoder.decode(self.autoencoder.encode(volume))
-        healthy = _to_xyz(((decoded + 1) / 2).clamp(0, 1))
+        healthy = _to_xyz(self._decode(self._encode(volume)))
         change = _to_xyz(self.decode(latent)) - healthy
         return change if aim is None else change + self._shift(crop + change, *aim)
 
@@ -249,7 +257,7 @@ class Generator:
         _check_pair(crop, tumor_mask)
         volume = _to_zxy(crop.float() * 2 - 1)
         hole = _to_zxy(tumor_mask.to(volume.dtype))
-        latent = self.autoencoder.normalize(self.autoencoder.encode(volume * (1 - hole)))
+        latent = self.autoencoder.normalize(self._encode(volume * (1 - hole)))
         parts = [latent, self._latent_mask(hole, latent)]
         if self.sampler.contrast is not None:
             if contrast_hu is None:
@@ -284,10 +292,10 @@ class Generator:
         noise = noise.to(cond.device)
         if s.method == "ddpm":
             return ddpm_sample(
-                self.denoiser, self.schedule, cond, noise, clamp=s.clamp, prediction=s.prediction
+                self._denoise, self.schedule, cond, noise, clamp=s.clamp, prediction=s.prediction
             )
         return ddim_sample(
-            self.denoiser,
+            self._denoise,
             self.schedule,
             cond,
             noise,
@@ -298,8 +306,34 @@ class Generator:
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latent -> crop in [0, 1], axes (z, x, y)."""
-        decoded = self.autoencoder.decode(self.autoencoder.denormalize(latent))
+        return self._decode(self.autoencoder.denormalize(latent))
+
+    def _encode(self, volume: Tensor) -> Tensor:
+        with self._reduced():
+            return self.autoencoder.encode(volume).float()
+
+    def _denoise(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        with self._reduced(self.sampler.prediction != "noise"):
+            return self.denoiser(x_t, t, cond).float()
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        """Raw latent -> crop in [0, 1], axes (z, x, y)."""
+        with self._reduced():
+            decoded = self.autoencoder.decode(raw).float()
         return ((decoded + 1) / 2).clamp(0, 1)
+
+    def _reduced(self, allowed: bool = True) -> torch.autocast:
+        """The context a network runs in: a caller's autocast has no say in it."""
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        kind = self.device.type
+        reduced = self.precision == "bfloat16" or (
+            self.precision == "auto"
+            and self.sampler.prediction != "noise"
+            and kind == "cpu"
+            and cpu_computes_bfloat16()
+        )
+        return torch.autocast(kind, torch.bfloat16, enabled=reduced and allowed)
 
     def _noise(self, cond: Tensor, seeds: list[int] | None, noise: Tensor | None) -> Tensor:
         if noise is not None:
@@ -335,7 +369,9 @@ class Generator:
     def with_sampler(self, **changes: Any) -> Generator:
         """The same networks sampled another way, for example ``steps=10`` of a DDIM generator."""
         sampler = replace(self.sampler, **changes)
-        return Generator(self.autoencoder, self.denoiser, sampler, self.card)
+        other = Generator(self.autoencoder, self.denoiser, sampler, self.card)
+        other.precision = self.precision
+        return other
 
 
 def per_sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:

@@ -31,6 +31,9 @@ MAX_CANDIDATES = 256  # of these, how many are scored
 TRIES_PER_SIZE = 4  # candidates drawn in full before the tumour is made smaller
 SIZE_STEPS = 5  # sizes tried, from the one drawn down to the smallest allowed
 FEW = 8  # tumours of fewer voxels than this have no shape to keep to
+MIN_FLATNESS = (
+    0.33  # shortest / longest axis once the organ has cut it: 95 % of real ones have more
+)
 MARGIN_MM = 2.0  # a tumour that is not to touch the capsule stays this far from it
 
 
@@ -156,7 +159,7 @@ def place(
             seed=noise_seed,
             sigma_mm=sigma[0] + (sigma[1] - sigma[0]) * u_sigma,
             drawn_mm=drawn,
-            contrast_hu=_contrast(contrast_hu, noise_seed),
+            contrast_hu=draw_contrast_hu(contrast_hu, noise_seed),
         )
         touch = u_touch < shape_prior.touch_probability(drawn)
         field = Field(label, labels, spacing, forbid, [] if merge else placed, gap)
@@ -211,6 +214,8 @@ def _fit(
         return Skip("no room: other tumours or forbidden voxels fill the organ", params.drawn_mm)
     best = 0
     drawn = params.drawn_mm
+    # A shape may be flat by itself; what the organ leaves of it must not be a sliver.
+    flattest = min(MIN_FLATNESS, 0.7 * params.axes[2] / params.axes[0])
     steps = SIZE_STEPS if drawn > lo * 1.01 else 1
     for step in range(steps):
         wanted = drawn * (lo / drawn) ** (step / max(steps - 1, 1))
@@ -220,9 +225,10 @@ def _fit(
         ranked = _ranked(shape, field, centres, touch, keep=step == steps - 1)
         for x, y, z in ranked[:TRIES_PER_SIZE]:
             result = _voxels(replace(params, centre=(x, y, z)), shape, field)
-            if isinstance(result, LocalMask):
+            if isinstance(result, int):
+                best = max(best, result)
+            elif result.voxels < 4 * FEW or flatness(result.mask, field.spacing) >= flattest:
                 return result
-            best = max(best, result)
     reason = f"no room for a tumour of {lo:.3g} mm or more in the organ"
     largest = equivalent_diameter(best * field.voxel_mm3)
     if 0 < largest < lo:
@@ -318,6 +324,14 @@ def _voxels(params: TumorParams, shape: Shape, field: Field) -> LocalMask | int:
     )
 
 
+def flatness(mask: Tensor, spacing: Sequence[float]) -> float:
+    """Shortest over longest axis (standard deviation in mm) of a bool mask (X, Y, Z)."""
+    voxel = torch.tensor(spacing, dtype=torch.float64)
+    at = mask.nonzero().cpu() * voxel
+    variance = torch.linalg.eigvalsh(at.T.cov(correction=0) + torch.diag(voxel.square() / 12))
+    return float((variance[0] / variance[-1]).sqrt())
+
+
 def equivalent_diameter(volume_mm3: float) -> float:
     """Equivalent diameter: of the sphere of this volume."""
     return (6 * volume_mm3 / math.pi) ** (1 / 3)
@@ -390,7 +404,8 @@ def _size(
     return lo, hi, None, get_prior(prior or "liver")
 
 
-def _contrast(range_hu: tuple[float, float] | None, seed: int) -> float | None:
+def draw_contrast_hu(range_hu: tuple[float, float] | None, seed: int) -> float | None:
+    """HU asked of the tumour of this noise seed, uniform in the range; None without one."""
     if range_hu is None:
         return None
     rng = torch.Generator().manual_seed(seed ^ 0x6875)  # a stream apart from the noise

@@ -8,6 +8,8 @@ the header survive bit for bit.
 from __future__ import annotations
 
 import gzip
+import io
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -123,6 +125,21 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, unzipped)
 
 
+class _Short(Exception):
+    """A header that declares more than its file can hold."""
+
+
+def _check_declared(path: Path, header: Any, *, zipped: bool) -> None:
+    """Before memory is had for it: deflate makes at most 1032 bytes of one."""
+    try:
+        size = header.get_data_dtype().itemsize
+    except KeyError:  # no such dtype: nibabel will say so
+        return
+    declared = math.prod(map(int, header.get_data_shape())) * size
+    if declared > path.stat().st_size * (1032 if zipped else 1):
+        raise _Short
+
+
 def read_volume(path: Path) -> Volume:
     """Read a .nii or .nii.gz whole, to the checksum at its end.
 
@@ -145,11 +162,14 @@ def read_volume(path: Path) -> Volume:
             if kind is not None:
                 file.seek(0)
                 scale = kind.header_class.from_fileobj(file, check=False)
+                _check_declared(path, scale, zipped=not isinstance(file, io.BufferedReader))
                 file.seek(0)
                 image = kind.from_stream(file)
                 stored = np.asarray(image.dataobj.get_unscaled())
                 while file.read(1 << 20):  # gzip checks its sum at the very end only
                     pass
+    except _Short:
+        raise ValueError(f"{name} is cut short or damaged; copy it again") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{name} is cut short or damaged ({error}); copy it again") from error
     except OSError as error:

@@ -16,7 +16,7 @@ import torch
 
 # Bounds on what a prior's tails may draw: beyond these a shape is a strip, a disc or a star.
 MIN_AXIS_RATIO = 0.4
-MAX_ROUGHNESS = 0.28  # of the shortest half-axis
+MAX_ROUGHNESS = 0.4  # of the shortest half-axis
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ _LIVER = SizePrior(
     name="liver",
     log_diameter=(2.403, 1.022),
     range_mm=(5.0, 100.0),
-    elongation=(1.80, 1.48),
-    flatness=(1.98, 1.17),
-    flatness_slope=0.38,
-    roughness=(-1.92, 0.43),
-    roughness_slope=0.08,
+    elongation=(2.0, 1.4),
+    flatness=(2.5, 1.2),
+    flatness_slope=0.5,
+    roughness=(-1.72, 0.5),
+    roughness_slope=0.7,
     capsule=(-4.185, 1.621),  # 33 % at 8 mm, 54 % at 15 mm, 84 % at 30 mm
     count=(46, 8, 6, 3, 5, 2, 1, 3, 1, 2),
     source="306 components of the MSD liver tumours; capsule contact from 227 of them",
@@ -113,11 +113,11 @@ _KIDNEY = SizePrior(
     name="kidney",
     log_diameter=(3.597, 0.640),
     range_mm=(8.0, 150.0),
-    elongation=(2.04, 1.06),
-    flatness=(2.14, 0.92),
+    elongation=(2.7, 1.06),
+    flatness=(3.2, 0.9),
     flatness_slope=0.68,
-    roughness=(-2.50, 0.27),
-    roughness_slope=0.18,
+    roughness=(-2.0, 0.25),
+    roughness_slope=0.15,
     capsule=(-2.094, 1.928),
     count=(439, 37, 12),
     source="558 tumours of KiTS23",
@@ -128,10 +128,10 @@ _CYST = SizePrior(
     log_diameter=(2.345, 0.789),
     range_mm=(4.5, 80.0),
     elongation=(1.92, 1.30),
-    flatness=(2.28, 1.22),
+    flatness=(2.6, 1.2),
     flatness_slope=0.55,
-    roughness=(-2.27, 0.20),
-    roughness_slope=-0.35,
+    roughness=(-2.05, 0.3),
+    roughness_slope=0.0,
     capsule=(-3.798, 2.048),
     count=(87, 60, 27, 15, 21, 10, 3, 11, 1, 5),
     source="805 kidney cysts of KiTS23",

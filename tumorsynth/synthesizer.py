@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tumorsynth import masks
 from tumorsynth.blend import BLENDS, feather, reach
 from tumorsynth.contrast import check_contrast
+from tumorsynth.gate import REACH_MM, Gate, check_gate
 from tumorsynth.generator import Generator, per_sample_seeds
 from tumorsynth.geometry import CropGrid, Frame, plan_crop
 from tumorsynth.handcrafted import HandcraftedGenerator
@@ -32,6 +33,7 @@ from tumorsynth.weights import Handle
 
 CONTEXT_MM = 16.0  # at least this much of the scan on each side of a tumour goes into its crop
 GPU_BATCH = 8  # crops in one pass of the networks
+NOTHING = "the generator leaves this tissue as it is"
 
 
 @dataclass
@@ -40,10 +42,23 @@ class _Job:
 
     sample: int
     index: int  # among the sample's tumours and skips
+    number: int  # among the sample's params
     tumor: LocalMask
     grid: CropGrid
     crop: Tensor  # (side, side, side) in [0, 1]
     crop_mask: Tensor  # bool, the same shape
+
+
+@dataclass
+class _Draft:
+    """What one tumour would make of its part of the sample."""
+
+    where: tuple[slice, slice, slice]
+    before: Tensor
+    after: Tensor
+    inside: Tensor  # bool, the tumour
+    peak_weight: float
+    empty: bool  # nothing to be seen
 
 
 class SynthesizeTumor(nn.Module):
@@ -64,6 +79,9 @@ class SynthesizeTumor(nn.Module):
         (lo, hi) drawn per tumour; by default the generator's own, made for its organ.
     sigma_mm: feather of the edge, a number or (lo, hi) drawn per tumour; by default (0.5, 1.5), and
         (0, 4) with blend="difftumor", as published.
+    gate: True, or a :class:`tumorsynth.gate.Gate` with limits of your own: tumours are scored, made
+        again with the next seed if a score is beyond its limits, and skipped, saying why, if that
+        does not help. The scores are in the report.
     gap_mm: organ left between two tumours; merge=True lets them touch.
     device: where the generator runs; by default the image's device. Images come back to their own.
 
@@ -87,6 +105,7 @@ class SynthesizeTumor(nn.Module):
         gap_mm: float = 2.0,
         merge: bool = False,
         device: torch.device | str | None = None,
+        gate: bool | Gate | None = None,
     ):
         super().__init__()
         self.handle = Handle(generator)
@@ -113,6 +132,7 @@ class SynthesizeTumor(nn.Module):
         self.gap_mm = masks.check_range("gap_mm", gap_mm, least=0.0)[0]
         self.merge = bool(merge)
         self.compute_device = None if device is None else torch.device(device)
+        self.gate = check_gate(gate)
         self.report: list[dict[str, Any]] = []
         self.params: list[dict[str, Any]] = []
 
@@ -173,18 +193,22 @@ class SynthesizeTumor(nn.Module):
                 new_params.append(record)
                 if not record["applied"]:
                     report.append(_left_alone(b, 0, record["reason"]))
+                number = 0
                 for i, result in enumerate(results):
                     if isinstance(result, Skip):
                         report.append(_left_alone(b, i, result.reason))
                     else:
-                        jobs.append(self._crop(b, i, images[b, 0], result, frame, generator))
+                        place = b, i, number
+                        jobs.append(self._crop(place, images[b, 0], result, frame, generator))
+                        number += 1
             if jobs:  # what nothing is done to is not copied either
                 image, label = image.clone(), label.clone()
                 images = plain(image) if batched else plain(image)[None]
                 labels = plain(label) if batched else plain(label)[None]
             for job, change in self._generate(jobs, generator):
                 target = images[job.sample, 0], labels[job.sample, 0]
-                report.append(self._blend(job, change, *target, generator))
+                drawn = None if params is not None else new_params[job.sample]
+                report.append(self._finish(job, change, *target, generator, drawn))
 
         self.report = sorted(report, key=lambda r: (r["sample"], r["index"]))
         self.params = new_params
@@ -252,6 +276,10 @@ class SynthesizeTumor(nn.Module):
                     forbid=forbid,
                 )
             )
+        for i, reason in replay.get(
+            "rejected", ()
+        ):  # after all: they took room from the later ones
+            results[int(i)] = Skip(str(reason))
         return results
 
     def _forbidden(self, image: Tensor, label: Tensor, frame: Frame) -> Tensor | None:
@@ -268,8 +296,7 @@ class SynthesizeTumor(nn.Module):
 
     def _crop(
         self,
-        sample: int,
-        index: int,
+        place: tuple[int, int, int],
         image: Tensor,
         tumor: LocalMask,
         frame: Frame,
@@ -295,14 +322,14 @@ class SynthesizeTumor(nn.Module):
         hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
         crop = grid.cut((hu - low) / (high - low))
         inside = torch.zeros_like(hu)
-        place = [
+        box = [
             slice(s - part.start, e - part.start)
             for s, e, part in zip(tumor.start, stop, grid.source, strict=True)
         ]
-        inside[tuple(place)] = tumor.mask.to(inside.dtype)
+        inside[tuple(box)] = tumor.mask.to(inside.dtype)
         share = grid.cut(inside)
         # half a voxel's share, or less where a tumour is smaller than the generator's voxels
-        return _Job(sample, index, tumor, grid, crop, share >= (0.5 * share.max()).clamp(max=0.5))
+        return _Job(*place, tumor, grid, crop, share >= (0.5 * share.max()).clamp(max=0.5))
 
     def _generate(
         self, jobs: list[_Job], generator: Generator | HandcraftedGenerator
@@ -335,15 +362,71 @@ class SynthesizeTumor(nn.Module):
                     made = made + low
                 yield from zip(part, made, strict=True)
 
-    def _blend(
+    def _finish(
         self,
         job: _Job,
         made: Tensor,
         image: Tensor,
         label: Tensor,
         generator: Generator | HandcraftedGenerator,
+        drawn: dict[str, Any] | None,
     ) -> dict[str, Any]:
-        """Write one tumour into image and label (X, Y, Z), in place; returns its record."""
+        """Write one tumour into image and label (X, Y, Z), in place, or leave it; its record.
+
+        drawn: the sample's params, where what the gate decides is noted; None on a replay, when
+        it is decided already.
+        """
+        draft = self._draft(job, made, image, generator)
+        if draft.empty:
+            return _left_alone(job.sample, job.index, NOTHING)
+        if self.gate is None:
+            return self._write(job, draft, image, label, generator)
+        scores = self._scores(self.gate, job, draft, image, label)
+        objection = self.gate.objection(scores) if drawn is not None else None
+        for _ in range(self.gate.tries - 1):
+            if objection is None:
+                break
+            seed = job.tumor.params.seed + 1
+            contrast_hu = masks.draw_contrast_hu(self.contrast_hu, seed)
+            params = replace(job.tumor.params, seed=seed, contrast_hu=contrast_hu)
+            job = replace(job, tumor=replace(job.tumor, params=params))
+            ((job, made),) = self._generate([job], generator)
+            draft = self._draft(job, made, image, generator)
+            scores = self._scores(self.gate, job, draft, image, label)
+            objection = NOTHING if draft.empty else self.gate.objection(scores)
+        if drawn is not None:
+            drawn["tumors"][job.number] = job.tumor.params.to_dict()
+        if objection is not None and drawn is not None:
+            reason = f"the gate: {objection}"
+            drawn.setdefault("rejected", []).append([job.number, reason])
+            return {**_left_alone(job.sample, job.index, reason), "scores": scores}
+        return {**self._write(job, draft, image, label, generator), "scores": scores}
+
+    def _scores(
+        self, gate: Gate, job: _Job, draft: _Draft, image: Tensor, label: Tensor
+    ) -> dict[str, float | None]:
+        """The gate's scores of a tumour that is not written yet."""
+        spacing = job.grid.frame.spacing
+        wider = [
+            slice(max(0, w.start - math.ceil(REACH_MM / s)), w.stop + math.ceil(REACH_MM / s))
+            for w, s in zip(draft.where, spacing, strict=True)
+        ]
+        around = (wider[0], wider[1], wider[2])
+        here = tuple(
+            slice(w.start - a.start, w.stop - a.start)
+            for w, a in zip(draft.where, around, strict=True)
+        )
+        values = image[around].clone()
+        values[here] = draft.after
+        inside = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+        inside[here] = draft.inside
+        organ = masks.is_organ(label[around], self.organ_labels)
+        return gate.scores(self.intensity.to_hu(values.float()), inside, organ, spacing)
+
+    def _draft(
+        self, job: _Job, made: Tensor, image: Tensor, generator: Generator | HandcraftedGenerator
+    ) -> _Draft:
+        """The tumour blended into its part of the image (X, Y, Z), which is left as it is."""
         frame, tumor = job.grid.frame, job.tumor
         margin = reach(tumor.params.sigma_mm, frame.spacing, self.blend)
         region = [
@@ -377,9 +460,21 @@ class SynthesizeTumor(nn.Module):
         keep = (weight > 0) & before.isfinite()
         after = torch.where(keep, after.to(image.dtype), before)
         # no label on what cannot be seen: fat or air under an organ's label, a scale that clips
-        if float((after != before)[inside].float().mean()) < 0.5:
-            return _left_alone(job.sample, job.index, "the generator leaves this tissue as it is")
-        image[where] = after
+        empty = float((after != before)[inside].float().mean()) < 0.5
+        return _Draft(where, before, after, inside, float(weight[inside].max()), empty)
+
+    def _write(
+        self,
+        job: _Job,
+        draft: _Draft,
+        image: Tensor,
+        label: Tensor,
+        generator: Generator | HandcraftedGenerator,
+    ) -> dict[str, Any]:
+        """Write one tumour into image and label (X, Y, Z), in place; returns its record."""
+        frame, tumor = job.grid.frame, job.tumor
+        where, inside = draft.where, draft.inside
+        image[where] = draft.after
         label[where] = torch.where(
             inside,
             torch.tensor(self.tumor_label, dtype=label.dtype, device=label.device),
@@ -390,7 +485,8 @@ class SynthesizeTumor(nn.Module):
         far = (voxels - voxels.mean(0)) * voxels.new_tensor(frame.spacing)
         middle = voxels[far.square().sum(1).argmin()].long().tolist()
         centre = [s + m for s, m in zip(tumor.start, middle, strict=True)]
-        hu_change = (after.float() - before.float())[inside].mean() * self.intensity.hu_per_unit
+        change = (draft.after.float() - draft.before.float())[inside]
+        hu_change = change.mean() * self.intensity.hu_per_unit
         return {
             "sample": job.sample,
             "index": job.index,
@@ -402,7 +498,7 @@ class SynthesizeTumor(nn.Module):
             "volume_mm3": tumor.voxels * math.prod(frame.spacing),
             "label_voxels": tumor.voxels,
             "hu_change": float(hu_change),
-            "peak_weight": float(weight[inside].max()),
+            "peak_weight": draft.peak_weight,
             "sigma_mm": tumor.params.sigma_mm,
             "contrast_hu": tumor.params.contrast_hu,
             "generator": generator.name,
@@ -414,7 +510,7 @@ class SynthesizeTumor(nn.Module):
             f"generator={self.handle.source!r}, organ_labels={self.organ_labels}, "
             f"tumor_label={self.tumor_label}, p={self.p:g}, count={self.count}, "
             f"size_mm={self.size_mm}, intensity={self.intensity}, blend={self.blend!r}, "
-            f"contrast_hu={self.contrast_hu}"
+            f"contrast_hu={self.contrast_hu}, gate={self.gate}"
         )
 
 

@@ -13,6 +13,8 @@ import json
 import os
 import tempfile
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tumorsynth.handcrafted import HandcraftedGenerator
 
 MODEL, CARD, READABLE = "model.safetensors", "card.json", "CARD.md"
 HANDCRAFTED = "hu2023"
+HIDDEN = ("name", "description", "config", "config_sha256", "format")  # from CARD.md's entries
 FORMAT = 1  # of the folder; raised when an older reader could not read it rightly
 
 AnyGenerator = Generator | HandcraftedGenerator
@@ -162,12 +165,12 @@ def _from_hub(repository: str) -> Path:
         ) from error
 
 
-def read_card(folder: Path) -> dict[str, Any]:
+def read_card(folder: Path, name: str = CARD) -> dict[str, Any]:
     """card.json, checked for what loading needs."""
-    path = folder / CARD
+    path = folder / name
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number or depth to harm
         raise ValueError(f"{path} must be JSON: {error}; restore the folder") from error
     if not isinstance(card, dict):
         raise ValueError(f"{path} must hold a JSON object; restore the folder")
@@ -190,6 +193,9 @@ def read_folder(folder: Path) -> Generator:
         raise ValueError(f"{folder} has no {MODEL}; restore the folder")
     raw = path.read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
+    staged = _staged_card(digest)
+    if digest != card["sha256"] and (folder / staged).is_file():
+        card = read_card(folder, staged)  # a save was killed between its renames
     if digest != card["sha256"]:
         raise ValueError(
             f"{path} must have the sha256 of its card, {card['sha256']}, but has {digest}; "
@@ -200,6 +206,11 @@ def read_folder(folder: Path) -> Generator:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}; restore it") from error
     autoencoder, denoiser, sampler = build(card["config"])
+    if card.get("config_sha256", own := config_digest(card["config"])) != own:
+        raise ValueError(
+            f"the config in {folder / CARD} must have its config_sha256, "
+            f"{card['config_sha256']}, but has {own}; it was changed or damaged: restore it"
+        )
     for prefix, module in (("autoencoder.", autoencoder), ("denoiser.", denoiser)):
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         load_exactly(module, state, str(path))
@@ -235,7 +246,8 @@ def load_exactly(module: torch.nn.Module, state: dict[str, torch.Tensor], source
 def save_generator(generator: Generator, folder: Path) -> Path:
     """Write a generator folder, see `write_folder`.
 
-    A full disk, a kill or a card that is not JSON leaves an earlier generator there as it was.
+    A full disk, a kill at any moment or a card that is not JSON leaves an earlier generator there
+    as it was, or the new one.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"a generator is saved into a folder, but {folder} is a file")
@@ -258,7 +270,15 @@ def save_generator(generator: Generator, folder: Path) -> Path:
 
 
 def write_folder(folder: Path, raw: bytes, card: dict[str, Any]) -> Path:
-    """Write a model and its card, all files under temporary names, and only then into place."""
+    """Write a model and its card, all files under temporary names, and only then into place.
+
+    The model goes first. Until the card follows, the reader finds the card that belongs to this
+    model under the temporary name that its hash gives it, so that no moment has a broken folder.
+    """
+    digest = hashlib.sha256(raw).hexdigest()
+    card = {**card, "sha256": digest}
+    if "config" in card:
+        card["config_sha256"] = config_digest(card["config"])
     files = {
         MODEL: raw,
         CARD: (json.dumps(card, indent=2) + "\n").encode(),
@@ -272,14 +292,34 @@ def write_folder(folder: Path, raw: bytes, card: dict[str, Any]) -> Path:
             staged[name] = Path(temporary)
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
+        known = folder / _staged_card(digest)
+        os.replace(staged[CARD], known)
+        staged[CARD] = known
         for name, path in staged.items():
             os.replace(path, folder / name)
     except BaseException:
-        for path in staged.values():
-            path.unlink(missing_ok=True)
+        if staged.get(MODEL, folder).exists():  # the old model is in place: as if nothing had been
+            for path in staged.values():
+                path.unlink(missing_ok=True)
         raise
+    for path in folder.glob(".*"):  # left by a save that was killed, an hour ago or more
+        if path.name.startswith(tuple(f".{name}." for name in files)):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > 3600:
+                    path.unlink()
     return folder
+
+
+def _staged_card(digest: str) -> str:
+    return f".{CARD}.{digest[:32]}"
+
+
+def config_digest(config: Any) -> str:
+    """sha256 of a config as JSON, whatever its layout and order."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def readable_card(card: dict[str, Any]) -> str:
@@ -287,7 +327,7 @@ def readable_card(card: dict[str, Any]) -> str:
     lines = [f"# {card['name']}", ""]
     if "description" in card:
         lines += [str(card["description"]), ""]
-    shown = {k: v for k, v in card.items() if k not in ("name", "description", "config", "format")}
+    shown = {k: v for k, v in card.items() if k not in HIDDEN}
     plain = {k: v for k, v in shown.items() if not isinstance(v, dict | list)}
     lines += [*_as_list(plain), ""] if plain else []
     for key, value in shown.items():

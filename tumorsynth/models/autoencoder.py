@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.models.codebook import Codebook
+from tumorsynth.models.conv import Conv3d, cpu_layout
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Conv(nn.Module):
         super().__init__()
         self.padding = (kernel - stride) // 2
         self.replicate = padding == "replicate" and self.padding > 0
-        self.conv = nn.Conv3d(
+        self.conv = Conv3d(
             inputs, outputs, kernel, stride, padding=0 if self.replicate else self.padding
         )
 
@@ -130,13 +131,13 @@ class Encoder(nn.Module):
             for wide, width in zip(widths, widths[1:], strict=False)
         )
         self.norm = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)
-        self.head = nn.Conv3d(widths[-1], c.latent_channels, 1)
+        self.head = Conv3d(widths[-1], c.latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.patch > 1:
             p = self.patch
             x = rearrange(x, "b c (d p) (h q) (w r) -> b (c p q r) d h w", p=p, q=p, r=p)
-        x = self.inner(self.stem(x))
+        x = self.inner(self.stem(cpu_layout(x)))
         for level in self.levels:
             x = level(x)
         return self.head(F.silu(self.norm(x)))
@@ -147,7 +148,7 @@ class Decoder(nn.Module):
         super().__init__()
         c, widths = config, config.decoder_widths
         self.patch = c.patch
-        self.stem = nn.Conv3d(c.latent_channels, widths[0], 1)
+        self.stem = Conv3d(c.latent_channels, widths[0], 1)
         self.norm = nn.GroupNorm(c.groups, widths[0], eps=1e-6)
         self.inner = _blocks(c.inner_blocks, widths[0], c)
         self.levels = nn.ModuleList(
@@ -157,7 +158,7 @@ class Decoder(nn.Module):
         self.head = Conv(widths[-1], c.patch**3, 3, 1, c.padding)
 
     def forward(self, latent: Tensor) -> Tensor:
-        x = self.inner(F.silu(self.norm(self.stem(latent))))
+        x = self.inner(F.silu(self.norm(self.stem(cpu_layout(latent)))))
         for level in self.levels:
             x = level(x)
         x = self.head(x)

@@ -47,18 +47,22 @@ class Codebook(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
-    def nearest(self, latent: Tensor, tokens_per_chunk: int = 4096) -> Tensor:
+    def nearest(self, latent: Tensor, tokens_per_chunk: int | None = None) -> Tensor:
         """Index of the nearest code of every latent voxel: (B, dim, d, h, w) -> (B, d, h, w) int64.
 
         ``argmin |z - e|^2 = argmin |e|^2 - 2 z.e``, a chunk of voxels at a time: memory is bounded
-        by ``tokens_per_chunk * size`` floats however large the crop is.
+        by ``tokens_per_chunk * size`` floats however large the crop is. By default a chunk's
+        distances fit into a CPU's cache, or are 4096 voxels' on a GPU.
         """
+        size = len(self.embeddings)
+        if tokens_per_chunk is None:
+            tokens_per_chunk = max(16, 2**19 // size) if latent.device.type == "cpu" else 4096
         flat = _tokens(latent).to(self.embeddings.dtype)
         half_norm = self.embeddings.square().sum(1) / 2
         # 16,384 codes lie too close together for the eight bits of bfloat16
         with torch.autocast(latent.device.type, enabled=False):
             codes = [
-                torch.addmm(half_norm, chunk, self.embeddings.T, alpha=-1).argmin(1)
+                _argmin(torch.addmm(half_norm, chunk, self.embeddings.T, alpha=-1))
                 for chunk in flat.split(tokens_per_chunk)
             ]
         return torch.cat(codes).view(latent.shape[0], *latent.shape[2:])
@@ -168,6 +172,15 @@ class Codebook(nn.Module):
         # from one that is not: the latter stays where it is, instead of at 0 / 0.
         used = self.counts > 1e-2 * self._correction()
         self.embeddings[used] = self.sums[used] / self.counts[used, None]
+
+
+def _argmin(values: Tensor) -> Tensor:
+    """values.argmin(1) of (n, size), three times as fast on a CPU: amin is vectorised there, argmin
+    is not, so the smallest of each group comes first and the index within one group after."""
+    groups = values.unflatten(1, (math.gcd(values.shape[1], 128), -1))
+    best = groups.amin(2).argmin(1, keepdim=True)
+    within = groups.take_along_dim(best[:, :, None], dim=1).argmin(2)
+    return (best * groups.shape[2] + within)[:, 0]
 
 
 def _tokens(latent: Tensor) -> Tensor:

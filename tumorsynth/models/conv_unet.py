@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tumorsynth.models.conv import Conv3d, cpu_layout
+
 
 @dataclass(frozen=True)
 class ConvUNetConfig:
@@ -31,11 +33,11 @@ class Block(nn.Module):
     def __init__(self, inputs: int, width: int, config: ConvUNetConfig):
         super().__init__()
         self.norm1 = nn.GroupNorm(config.groups, inputs)
-        self.conv1 = nn.Conv3d(inputs, width, 3, padding=1)
+        self.conv1 = Conv3d(inputs, width, 3, padding=1)
         self.time = nn.Linear(config.time_channels, 2 * width)
         self.norm2 = nn.GroupNorm(config.groups, width)
-        self.conv2 = nn.Conv3d(width, width, 3, padding=1)
-        self.skip = nn.Conv3d(inputs, width, 1) if inputs != width else nn.Identity()
+        self.conv2 = Conv3d(width, width, 3, padding=1)
+        self.skip = Conv3d(inputs, width, 1) if inputs != width else nn.Identity()
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
@@ -62,13 +64,13 @@ class ConvUNet(nn.Module):
             nn.Linear(c.time_channels, c.time_channels),
             nn.SiLU(),
         )
-        self.stem = nn.Conv3d(c.latent_channels + c.cond_channels, widths[0], 3, padding=1)
+        self.stem = Conv3d(c.latent_channels + c.cond_channels, widths[0], 3, padding=1)
         self.downs = nn.ModuleList()
         self.shrinks = nn.ModuleList()
         for level, width in enumerate(widths):
             self.downs.append(nn.ModuleList(Block(width, width, c) for _ in range(c.blocks)))
             if level + 1 < len(widths):
-                self.shrinks.append(nn.Conv3d(width, widths[level + 1], 2, stride=2))
+                self.shrinks.append(Conv3d(width, widths[level + 1], 2, stride=2))
         self.grows = nn.ModuleList()
         self.ups = nn.ModuleList()
         for wide, width in zip(widths[:0:-1], widths[-2::-1], strict=True):
@@ -79,11 +81,11 @@ class ConvUNet(nn.Module):
                 )
             )
         self.norm = nn.GroupNorm(c.groups, widths[0])
-        self.head = nn.Conv3d(widths[0], c.latent_channels, 3, padding=1)
+        self.head = Conv3d(widths[0], c.latent_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         time = self.time(_sinusoids(t, self.config.time_channels).to(x_t.dtype))
-        x = self.stem(torch.cat([x_t, cond], dim=1))
+        x = self.stem(cpu_layout(torch.cat([x_t, cond], dim=1)))
         skips = []
         for level, blocks in enumerate(self.downs):
             for block in blocks:  # type: ignore[attr-defined]

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tumorsynth.models.conv import Conv3d, cpu_layout
+
 ROTARY_BASE = 10000.0  # Su et al. 2021, section 3.2.2; the time embedding uses the same base
 
 
@@ -215,14 +217,14 @@ class SpatialLinearAttention(nn.Module):
             self.to_qkv(tokens), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads
         )
         context = k.softmax(dim=-2).transpose(-1, -2) @ v
-        out = (q.softmax(dim=-1) * self.scale) @ context
+        out = q.softmax(dim=-1) @ (self.scale * context)
         out = self.to_out(rearrange(out, "b h n c -> b n (h c)"))
         return x + rearrange(out, "(b d) (h w) c -> b c d h w", b=b, h=h, w=w)
 
 
-def slice_conv(dim_in: int, dim_out: int, kernel: int) -> nn.Conv3d:
+def slice_conv(dim_in: int, dim_out: int, kernel: int) -> Conv3d:
     """A 2-D convolution applied to every slice, zeros around it."""
-    return nn.Conv3d(dim_in, dim_out, (1, kernel, kernel), padding=(0, kernel // 2, kernel // 2))
+    return Conv3d(dim_in, dim_out, (1, kernel, kernel), padding=(0, kernel // 2, kernel // 2))
 
 
 class ResidualBlock(nn.Module):
@@ -303,7 +305,7 @@ class FactorizedUNet(nn.Module):
             Level(dim_in, dim_out, config) for dim_in, dim_out in zip(inputs, widths, strict=True)
         )
         self.shrink = nn.ModuleList(
-            nn.Conv3d(w, w, (1, 4, 4), stride=(1, 2, 2), padding=(0, 1, 1)) for w in widths[:-1]
+            Conv3d(w, w, (1, 4, 4), stride=(1, 2, 2), padding=(0, 1, 1)) for w in widths[:-1]
         )
         self.middle = Middle(widths[-1], config)
         self.ups = nn.ModuleList(
@@ -322,7 +324,7 @@ class FactorizedUNet(nn.Module):
         emb = self.time(steps)
         bias, table = self.bias(x.shape[2]), self.rotary.table(x.shape[2])
 
-        x = self.first(x)
+        x = self.first(cpu_layout(x))
         outermost = x
         x = self.first_depth(x, bias, table)
 

@@ -17,6 +17,7 @@ from tumorsynth.weights import (
     CARD,
     FORMAT,
     MODEL,
+    _staged_card,
     bundled_folder,
     bundled_names,
     load_exactly,
@@ -55,7 +56,10 @@ def read_autoencoder(name_or_folder: str) -> tuple[Autoencoder, dict[str, Any]]:
     if card.get("kind") != KIND:
         return read_folder(folder).autoencoder, card
     raw = (folder / MODEL).read_bytes() if (folder / MODEL).is_file() else b""
-    if hashlib.sha256(raw).hexdigest() != card["sha256"]:
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != card["sha256"] and (folder / _staged_card(digest)).is_file():
+        card = read_card(folder, _staged_card(digest))  # a save was killed half-way
+    if digest != card["sha256"]:
         raise ValueError(
             f"{folder / MODEL} is missing or not the file its card describes (sha256); restore it"
         )

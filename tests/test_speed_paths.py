@@ -1,0 +1,216 @@
+"""The fast paths on a CPU: the same numbers, the kernels asked for, no layout that loses digits.
+
+Guarded by counting kernels, not by the clock.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_crop, tiny_generator
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tumorsynth.generator import Generator
+from tumorsynth.models import conv
+from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
+from tumorsynth.models.codebook import Codebook
+from tumorsynth.models.conv import Conv3d, cpu_layout
+
+needs_mkldnn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN"
+)
+
+
+class Kernels(TorchDispatchMode):
+    """Names of the operators that ran, and the largest number of elements one of them made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+    def count(self, part: str) -> int:
+        return sum(part in name for name in self.names)
+
+
+def test_a_convolution_is_pytorchs_to_rounding_with_its_gradient_and_its_state():
+    torch.manual_seed(0)
+    ours, theirs = Conv3d(5, 7, 3, padding=1), nn.Conv3d(5, 7, 3, padding=1)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 8, 9, 10)
+    with torch.no_grad():
+        assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+        assert torch.allclose(ours.double()(x.double()), theirs.double()(x.double()))
+    ours.float()(x).square().mean().backward()
+    theirs.float()(x).square().mean().backward()
+    assert torch.allclose(ours.weight.grad, theirs.weight.grad, atol=1e-6)
+
+
+@needs_mkldnn
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (4, 2), (1, 1), ((1, 3, 3), 1)])
+def test_convolutions_without_gradients_go_to_onednn(kernel, stride):
+    layer, x = Conv3d(4, 4, kernel, stride), torch.randn(1, 4, 8, 8, 8)
+    with torch.no_grad(), Kernels() as seen:
+        layer(x)
+    assert seen.count("mkldnn_convolution") == 1 and seen.count("slow_conv") == 0
+    with Kernels() as seen:  # where gradients are needed PyTorch decides
+        layer(x)
+    assert seen.count("mkldnn_convolution") == 0
+    enabled = torch.backends.mkldnn.enabled
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), Kernels() as seen:
+        layer(x)
+    assert seen.count("mkldnn_convolution") == 0 and torch.backends.mkldnn.enabled == enabled
+
+
+def test_float32_is_made_contiguous_and_bfloat16_channels_last():
+    x = torch.randn(1, 4, 8, 8, 8).contiguous(memory_format=torch.channels_last_3d)
+    with torch.no_grad():
+        assert cpu_layout(x).is_contiguous()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cpu_layout(x + 0).is_contiguous(memory_format=torch.channels_last_3d)
+    with torch.autocast("cpu", torch.bfloat16):  # a training run
+        assert cpu_layout(x.requires_grad_()).is_contiguous()
+
+
+def test_a_codebook_costs_the_decoder_no_digits():
+    """The codes' vectors come channels last, for which GroupNorm is far less exact."""
+    torch.manual_seed(0)
+    config = AutoencoderConfig(
+        encoder_widths=(4, 4), decoder_widths=(4, 4), codes=16, groups=2, decoder_blocks=1
+    )
+    model = Autoencoder(config).eval().requires_grad_(False)
+    model.decoder.levels[0][0].convt.bias += 30.0  # a mean far from 0 is what it is bad at
+    latent = torch.randn(1, 8, 24, 24, 24)
+    with torch.no_grad():
+        exact = model.double().decode(latent.double())
+        found = model.float().decode(latent)
+    assert float((found - exact).abs().max() / exact.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("size", [16384, 200, 7, 1])
+def test_the_nearest_code_is_the_argmin_in_chunks_that_fit_a_cache(size):
+    torch.manual_seed(0)
+    codebook, latent = Codebook(size, 8), torch.randn(2, 8, 5, 6, 7)
+    with Kernels() as seen:
+        found = codebook.nearest(latent)
+    tokens = latent.movedim(1, -1).reshape(-1, 8)
+    assert torch.equal(found.flatten(), torch.cdist(tokens, codebook.embeddings).argmin(1))
+    assert seen.largest <= max(2**19, 16 * size) and seen.count("one_hot") == 0
+
+
+def test_equal_codes_give_the_first_of_them():
+    codebook = Codebook(256, 3)
+    codebook.embeddings.zero_()
+    codebook.embeddings[:100] = 5.0
+    assert codebook.nearest(torch.zeros(1, 3, 2, 2, 2)).unique().tolist() == [100]
+
+
+# -- precision ------------------------------------------------------------------------------------
+
+
+def dtypes(generator: Generator, monkeypatch, flags: bool) -> dict[str, torch.dtype]:
+    """In which format the last layers of encoder, denoiser and decoder answer."""
+    monkeypatch.setattr("tumorsynth.generator.cpu_computes_bfloat16", lambda: flags)
+    seen: dict[str, torch.dtype] = {}
+    parts = {
+        "encode": generator.autoencoder.encoder,
+        "denoise": generator.denoiser,
+        "decode": generator.autoencoder.decoder,
+    }
+    hooks = [
+        part.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out.dtype}))
+        for name, part in parts.items()
+    ]
+    crop, mask = tiny_crop()
+    change = generator.change(crop, mask, seed=0)
+    for hook in hooks:
+        hook.remove()
+    assert change.dtype == torch.float32
+    return seen
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "prediction, precision, flags, expected",
+    [
+        ("x0", "auto", True, (BF16, BF16, BF16)),
+        ("v", "auto", True, (BF16, BF16, BF16)),
+        ("noise", "auto", True, (F32, F32, F32)),  # published generators stay exact
+        ("x0", "auto", False, (F32, F32, F32)),
+        ("x0", "float32", True, (F32, F32, F32)),
+        ("noise", "bfloat16", True, (BF16, F32, BF16)),  # its first step amplifies errors
+    ],
+)
+def test_which_network_computes_in_what(monkeypatch, prediction, precision, flags, expected):
+    generator = tiny_generator(prediction=prediction)
+    generator.precision = precision
+    seen = dtypes(generator, monkeypatch, flags)
+    assert (seen["encode"], seen["denoise"], seen["decode"]) == expected
+    assert generator.with_sampler(crop_size=40).precision == precision
+
+
+def test_a_callers_autocast_does_not_change_a_tumour():
+    generator = tiny_generator()
+    crop, mask = tiny_crop()
+    alone = generator.change(crop, mask, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(generator.change(crop, mask, seed=0), alone)
+
+
+def test_an_unknown_precision_is_named():
+    generator = tiny_generator()
+    generator.precision = "half"
+    with pytest.raises(ValueError, match="precision must be one of .*half"):
+        generator.change(*tiny_crop(), seed=0)
+
+
+def test_bfloat16_is_repeatable_and_close_where_the_shipped_generator_is():
+    import tumorsynth as ts
+
+    generator = ts.load_generator("liver-early").with_sampler()  # a view of its own: precision
+    crop, mask = tiny_crop(side=32)
+    generator.precision = "float32"
+    exact = generator.change(crop, mask, seed=1)
+    generator.precision = "bfloat16"
+    fast = generator.change(crop, mask, seed=1)
+    assert torch.equal(generator.change(crop, mask, seed=1), fast)
+    low, high = generator.window
+    hu = (fast - exact)[mask] * (high - low)
+    assert 0 < float(hu.square().mean().sqrt()) < 3 and abs(float(hu.mean())) < 1.5
+
+
+def test_the_processor_is_asked_once_and_answers_a_bool():
+    conv.cpu_computes_bfloat16.cache_clear()
+    first = conv.cpu_computes_bfloat16()
+    assert isinstance(first, bool)
+    assert conv.cpu_computes_bfloat16() is first and conv.cpu_computes_bfloat16.cache_info().hits
+
+
+@needs_mkldnn
+def test_the_budget_of_one_tumour():
+    """Two encodes, four steps, two decodes; no slow kernel, no one-hot, nothing huge."""
+    generator = tiny_generator(codes=32)
+    crop, mask = tiny_crop()
+    generator.change(crop, mask, seed=0)
+    with Kernels() as seen:
+        generator.change(crop, mask, seed=0)
+
+    def convolutions(network: nn.Module) -> int:
+        return sum(isinstance(m, nn.Conv3d) for m in network.modules())
+
+    auto, steps = generator.autoencoder, generator.sampler.steps
+    expected = 2 * convolutions(auto) + steps * convolutions(generator.denoiser)
+    assert seen.count("mkldnn_convolution") == expected
+    assert seen.count("slow_conv") == seen.count("one_hot") == 0
+    assert seen.largest <= 8 * crop.numel()

@@ -1,0 +1,215 @@
+"""Many scans: one process or several, each scan by itself, with the same files either way.
+
+The parent hands out one scan at a time and holds none; a dead worker gives its scan back, once.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tumorsynth import nifti
+from tumorsynth.cases import Pair, synthesize_scan
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from tumorsynth.synthesizer import SynthesizeTumor
+
+# what fails one scan for these would fail all that follow
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One scan and the seed that decides its tumours."""
+
+    pair: Pair
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a scan: its records, or the error in one line. ``fatal``: stop the run."""
+
+    name: str
+    records: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+    fatal: bool = False
+
+
+def expected(error: BaseException) -> bool:
+    """An error that says what is wrong with the input or the machine, not with this code."""
+    return isinstance(error, (ValueError, TypeError, OSError, ImportError))
+
+
+def one_line(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    if expected(error) and words:
+        return words
+    return f"unexpected {type(error).__name__}: {words} (--debug shows where)"
+
+
+def run_one(
+    synth: SynthesizeTumor, task: Task, out: Path, step: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Read, synthesise and write one scan; returns the report's records, or raises."""
+    image, mask = nifti.read_pair(task.pair.ct, task.pair.label)
+    mask.check_label_fits(synth.tumor_label)
+    return synthesize_scan(synth, image, mask, out, task.pair.name, task.seed, step)["tumors"]
+
+
+def outcome(
+    synth: SynthesizeTumor, task: Task, out: Path, step: Callable[[], None] = lambda: None
+) -> Outcome:
+    """As `run_one`, with an error caught."""
+    try:
+        return Outcome(task.pair.name, run_one(synth, task, out, step))
+    except Exception as error:
+        fatal = isinstance(error, OSError) and error.errno in HOPELESS
+        return Outcome(task.pair.name, error=one_line(error), fatal=fatal)
+
+
+def in_processes(
+    synth: SynthesizeTumor,
+    tasks: Sequence[Task],
+    out: Path,
+    *,
+    workers: int,
+    devices: Sequence[str] = ("cpu",),
+    threads: int = 1,
+) -> Iterator[Outcome]:
+    """The outcomes of all tasks, as they come; ``workers`` processes share out the devices.
+
+    A scan whose worker dies (out of memory, killed) is tried once more in a new one, then failed.
+    """
+    waiting = deque(tasks)
+    died: set[str] = set()
+    pool = [
+        _Worker(synth, out, devices[k % len(devices)], threads)
+        for k in range(min(workers, len(tasks)))
+    ]
+    try:
+        for worker in pool:
+            worker.give(waiting.popleft())
+        while busy := [worker for worker in pool if worker.task is not None]:
+            ready = wait([worker.pipe for worker in busy])
+            for worker in (w for w in busy if w.pipe in ready):
+                task = worker.task
+                assert task is not None
+                result = worker.take()
+                if result is None:  # it died
+                    code = worker.end()
+                    worker.start()
+                    if task.pair.name not in died:
+                        died.add(task.pair.name)
+                        waiting.appendleft(task)
+                    else:
+                        words = (
+                            f"its process died twice ({code}), perhaps out of memory; "
+                            "use fewer --workers"
+                        )
+                        result = Outcome(task.pair.name, error=words)
+                if result is not None:
+                    yield result
+                if waiting:
+                    worker.give(waiting.popleft())
+    finally:
+        for worker in pool:
+            worker.end()
+
+
+class _Worker:
+    """A process of its own, which does one scan after another."""
+
+    def __init__(self, synth: SynthesizeTumor, out: Path, device: str, threads: int):
+        self.arguments = synth, out, device, threads
+        self.start()
+
+    def start(self) -> None:
+        # spawn: a fork would inherit torch's and CUDA's threads, and hang
+        context = multiprocessing.get_context("spawn")
+        self.task: Task | None = None
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(
+            target=_work, args=(theirs, os.getpid(), *self.arguments), daemon=True
+        )
+        self.process.start()
+        theirs.close()  # so that its death ends the pipe
+
+    def give(self, task: Task) -> None:
+        self.task = task
+        try:
+            self.pipe.send(task)
+        except OSError:  # dead already: take() will say so
+            pass
+
+    def take(self) -> Outcome | None:
+        """Its outcome; None when it died over the task."""
+        self.task = None
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            return None
+
+    def end(self) -> str:
+        self.pipe.close()
+        self.process.join(5 if self.task is None else 0)
+        if self.process.is_alive():  # in the middle of a scan: nothing half-written can stay
+            self.process.kill()
+            self.process.join()
+        code = self.process.exitcode
+        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def _work(
+    pipe: Connection, parent: int, synth: SynthesizeTumor, out: Path, device: str, threads: int
+) -> None:
+    import torch
+
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+    synth.compute_device = torch.device(device)
+    try:
+        while True:
+            pipe.send(outcome(synth, pipe.recv(), out))
+    except (EOFError, OSError, KeyboardInterrupt):  # no more to do, or the parent is gone
+        pass
+
+
+def _end_with(parent: int) -> None:
+    """A killed parent must not leave processes behind that still write."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+class Clock:
+    """The time left, from the pace so far."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.began = total, 0, time.monotonic()
+
+    def tick(self) -> str:
+        """One more is done; says how many, and how long the rest will take."""
+        self.done += 1
+        left = self.total - self.done
+        seconds = (time.monotonic() - self.began) / self.done * left
+        return f"{self.done} of {self.total}" + (f", {duration(seconds)} left" if left else "")
+
+
+def duration(seconds: float) -> str:
+    """ "40 s", "12 min", "3 h 20 min" """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
