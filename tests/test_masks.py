@@ -414,3 +414,21 @@ def test_attempts_are_bounded(monkeypatch):
     label = ellipsoid((60, 60, 60), ONE, (28, 28, 28))
     assert isinstance(one(label), Skip)
     assert len(calls) == masks.TRIES_PER_SIZE * masks.SIZE_STEPS
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_organ_box_is_the_same_in_every_memory_layout(order):
+    """NIfTI arrays come with their axes in the reverse order of memory."""
+    label = torch.zeros(7, 11, 13, dtype=torch.int16)
+    label[2:4, 5:9, 1:12] = 3
+    label[1, 6, 6] = 3
+    laid = label.permute(order).contiguous().permute([order.index(a) for a in range(3)])
+    assert torch.equal(laid, label)
+    box = masks.organ_box(laid, 3)
+    assert (box.start, box.stop) == ((1, 5, 1), (4, 9, 12))
+    assert masks.organ_box(laid[:, :, :1], 3) is None
+
+
+def test_a_grown_box_stays_in_the_volume_and_reaches_far_enough():
+    box = masks.Box((1, 5, 1), (4, 9, 12))
+    assert box.grown(2.0, (1.0, 4.0, 0.5)) == (slice(0, 7), slice(3, 11), slice(0, 17))

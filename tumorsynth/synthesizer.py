@@ -288,10 +288,12 @@ class SynthesizeTumor(nn.Module):
         if not bool(image.sum(dtype=torch.float32).isfinite()):
             forbid = ~image.isfinite()
         if not self.merge:
-            present = label == self.tumor_label
-            if bool(present.any()):
-                grown = masks.dilate(present, self.gap_mm, frame.spacing)
-                forbid = grown if forbid is None else forbid | grown
+            box = masks.organ_box(label, self.tumor_label)
+            if box is not None:
+                region = box.grown(self.gap_mm, frame.spacing)
+                present = label[region] == self.tumor_label
+                forbid = torch.zeros_like(label, dtype=torch.bool) if forbid is None else forbid
+                forbid[region] |= masks.dilate(present, self.gap_mm, frame.spacing)
         return forbid
 
     def _crop(
