@@ -238,3 +238,13 @@ def test_params_of_before_there_was_a_contrast_still_replay():
         del tumor_params["contrast_hu"]
     again, _ = synth(image, label, params=synth.params)
     assert torch.equal(again, new)
+
+
+def test_an_asked_contrast_is_to_what_the_tumour_replaces():
+    """A fatty pancreas: what lies around in the range of solid tissue are its neighbours."""
+    crop, mask = tiny_crop()
+    hu = torch.full_like(crop, 60.0)
+    hu[..., 8:24, 8:24, 8:24] = -10.0
+    crop = (hu + 175) / 425
+    made = tiny_generator().change(crop, mask, 0, contrast_hu=-30.0) * 425
+    assert float(made[core(mask)].mean()) == pytest.approx(-30, abs=1)

@@ -107,3 +107,21 @@ def test_tumours_are_chosen_by_their_annotated_size(stage1, tmp_path):
         denoiser.train(make_cases(), stage1, tmp_path / "g", TINY, DataConfig(2, 12.5))
     generator = denoiser.train(make_cases(), stage1, tmp_path / "g", TINY, DataConfig(2, 11.8))
     assert generator.card["training"]["tumours"] == 1
+
+
+def test_tissue_beyond_the_autoencoders_window_is_refused(stage1, tmp_path):
+    with pytest.raises(ValueError, match="must lie in the autoencoder's window"):
+        denoiser.train(
+            make_cases(), stage1, tmp_path / "g", replace(TINY, tissue_low=-950, tissue_high=220)
+        )
+
+
+def test_real_tumours_are_measured_one_by_one():
+    from tumorsynth.training.realism import real_tumors
+
+    (case, _) = make_cases()
+    ones = real_tumors(case, [1], 2)
+    assert len(ones) == 2
+    for one in ones:  # the other lies within the crop, too
+        crop = replace(case, hu=one.after, label=one.mask.byte())
+        assert len(find_tumors([crop], 1)) == 1

@@ -264,7 +264,9 @@ def synthesize(
             if several
             else one_by_one()
         )
+        placed = 0
         for result in results:
+            placed += sum(bool(r.get("applied", True)) for r in result.records or ())
             progress.end()
             pace = clock.tick()
             where = f" [{pace}]" if len(tasks) > 1 else ""
@@ -277,6 +279,8 @@ def synthesize(
                     stopped = True
                     break
     print(f"wrote {_number(clock.done - failed, 'scan')} to {out}")
+    if clock.done > failed and not placed:
+        print("tumorsynth: no scan got a tumour; the reasons stand above", file=sys.stderr)
     if stopped:
         words = f"stopped, {_number(clock.total - clock.done, 'scan')} not tried"
         raise typer.Exit(_fail(f"{words}; make room, and give the same command to go on", 1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -65,6 +66,13 @@ def run_one(
     """Read, synthesise and write one scan; returns the report's records, or raises."""
     image, mask = nifti.read_pair(task.pair.ct, task.pair.label)
     mask.check_label_fits(synth.tumor_label)
+    there = int((mask.values() == synth.tumor_label).sum())
+    if there:  # a patient's own tumours, or an organ that happens to have the number
+        print(
+            f"tumorsynth: {task.pair.name}: label {synth.tumor_label} is in the map already "
+            f"({there} voxels); --tumor-label N gives the synthetic tumours another",
+            file=sys.stderr,
+        )
     return synthesize_scan(synth, image, mask, out, task.pair.name, task.seed, step)["tumors"]
 
 

@@ -74,6 +74,16 @@ def level_around(hu: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]) ->
     return torch.where(fits, hu, torch.nan).flatten(1).nanmedian(1).values
 
 
+def own_level(
+    healthy: Tensor, tumor_mask: Tensor, level: Tensor, tissue: tuple[float, float]
+) -> Tensor:
+    """(B,): the level, or the median of what a tumour replaces where that is no such tissue: a fatty
+    pancreas, the renal sinus. An asked contrast is to what can be seen there."""
+    inside = torch.where(tumor_mask, healthy, torch.nan).flatten(1).nanmedian(1).values
+    other = (inside < tissue[0]) | (inside > tissue[1])
+    return torch.where(other, inside, level)
+
+
 def core(tumor_mask: Tensor) -> Tensor:
     """The tumour without its outermost voxels, or the whole of a small one: bool, same shape."""
     eroded = ~(grown((~tumor_mask).float(), 1) > 0)

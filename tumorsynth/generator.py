@@ -16,6 +16,7 @@ from tumorsynth.contrast import (
     ContrastConfig,
     draw_contrast,
     level_around,
+    own_level,
     shift,
 )
 from tumorsynth.diffusion import Prediction, cosine_schedule, ddim_sample, ddpm_sample, draw_noise
@@ -222,6 +223,7 @@ class Generator:
         hu = self._hu(crop)
         level = level_around(hu, tumor_mask, (taught or ContrastConfig()).tissue)
         if contrast_hu is not None:
+            level = own_level(hu, tumor_mask, level, (taught or ContrastConfig()).tissue)
             wanted = torch.as_tensor(contrast_hu, dtype=hu.dtype, device=hu.device)
             if wanted.ndim > 1 or wanted.numel() not in (1, len(crop)):
                 raise ValueError(

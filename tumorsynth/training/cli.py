@@ -38,7 +38,9 @@ Data = Annotated[
 Labels = Annotated[Path | None, typer.Option(help="The folder of label maps, to a folder of CTs.")]
 Preset = Annotated[
     str,
-    typer.Option(help="tiny: a trial on a CPU; light: what ships; base: the published sizes."),
+    typer.Option(
+        help="tiny: a trial on a CPU; light: what ships; lung: light in a window from -1000 HU; base: the published sizes."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")]

@@ -105,6 +105,13 @@ def train(
     same = {"autoencoder": stage1["sha256"], "tumours": asdict(data), "data": sizes, "init": init}
     run = RunFolder(output, identity_of(config, stage=2, **same), resume)
     run.load()  # a checkpoint that does not fit is said before other processes start
+    low, high = trained.config.window
+    if not low <= config.tissue_low < config.tissue_high <= high:
+        raise ValueError(
+            f"the tissue of {config.tissue_low:g} to {config.tissue_high:g} HU must lie in the "
+            f"autoencoder's window of {low:g} to {high:g} HU; choose another --autoencoder, "
+            "--preset, or --tissue-low and --tissue-high"
+        )
     told = config.contrast == "on"
     contrast = contrast_range(cases, tumors, data.tumor_label, config) if told else None
     fabric = launch(hardware, config.precision)
@@ -116,7 +123,7 @@ def train(
     )
     crops = TumorCrops(cases, tumors, data.tumor_label, config, generator.window)
     stage = DenoiserStage(fabric, network, generator, crops, hardware.workers)
-    title = f"denoiser of {_millions(network)} M parameters on {len(tumors)} tumours"
+    title = f"denoiser of {_millions(network)} M parameters on {_described(tumors, contrast)}"
     train_loop(fabric, run, stage, config, title)
     if fabric.is_global_zero:
         generator.card["training"] = {
@@ -367,6 +374,15 @@ def _network(
             )
         network = denoiser.train().requires_grad_(True)
     return network, factor * 2**halvings
+
+
+def _described(tumors: list[Tumor], contrast: ContrastConfig | None) -> str:
+    """What was found, for a person to see whether it is tumours."""
+    sizes = sorted(t.diameter_mm for t in tumors)
+    words = f"{len(tumors)} tumours of {sizes[0]:.0f} to {sizes[-1]:.0f} mm"
+    if contrast is None:
+        return words
+    return f"{words}, contrast to draw {contrast.low:g} to {contrast.high:g} HU"
 
 
 def _millions(model: nn.Module) -> str:

@@ -236,6 +236,7 @@ class _Log:
         self.first, self.title, self.start = first, title, time.time()
         self.rows: list[str] = []
         self.mean: dict[str, float] = {}
+        self.recent: dict[str, deque[float]] = {}  # of the last 50 steps
         self.bar: Any = None
         self.board: Any = None
 
@@ -287,7 +288,8 @@ class _Log:
             self.headed = True
         self.rows.append(",".join([str(done), f"{rate:.6g}", *map(repr, losses.values())]) + "\n")
         for name, value in losses.items():
-            self.mean[name] = 0.98 * self.mean.get(name, value) + 0.02 * value
+            self.recent.setdefault(name, deque(maxlen=50)).append(value)
+            self.mean[name] = sum(self.recent[name]) / len(self.recent[name])
         words = "  ".join(f"{name} {value:.4g}" for name, value in self.mean.items())
         if self.bar is not None:
             self.bar.update(self.task, completed=done, description=words)

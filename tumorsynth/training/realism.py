@@ -14,6 +14,7 @@ from tumorsynth.generator import Generator
 from tumorsynth.synthesizer import SynthesizeTumor
 from tumorsynth.training.data import Case, DataProblems, components, find_tumors, to_unit
 from tumorsynth.training.measures import distance, summary, tumor_statistics
+from tumorsynth.training.outlines import alone
 from tumorsynth.training.pictures import grid, outlined, sections, shown
 from tumorsynth.training.reconstruction import Place, cube, reconstructed, spread
 
@@ -117,7 +118,7 @@ def real_tumors(case: Case, organ_labels: Sequence[int], tumor_label: int) -> li
     for tumor in found:
         where = _around(tumor.low, tumor.high, case.hu.shape)
         hu, label = case.hu[where].float(), case.label[where]
-        mask = label == tumor_label
+        mask = alone(case, tumor, tumor_label)[where]
         centre = [(a + b) // 2 for a, b in zip(tumor.low, tumor.high, strict=True)]
         organ = torch.isin(label, torch.tensor(list(organ_labels), dtype=label.dtype))
         out.append(Painted(case, centre, 0, hu, hu, mask, tumor_statistics(hu, mask, organ)))
