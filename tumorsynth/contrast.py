@@ -77,8 +77,8 @@ def level_around(hu: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]) ->
 def own_level(
     healthy: Tensor, tumor_mask: Tensor, level: Tensor, tissue: tuple[float, float]
 ) -> Tensor:
-    """(B,): the level, or the median of what a tumour replaces where that is no such tissue: a fatty
-    pancreas, the renal sinus. An asked contrast is to what can be seen there."""
+    """(B,): the level, or the median of what a tumour replaces where that is no such tissue (a
+    fatty pancreas, the renal sinus): an asked contrast is to what can be seen there."""
     inside = torch.where(tumor_mask, healthy, torch.nan).flatten(1).nanmedian(1).values
     other = (inside < tissue[0]) | (inside > tissue[1])
     return torch.where(other, inside, level)

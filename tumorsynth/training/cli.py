@@ -39,7 +39,8 @@ Labels = Annotated[Path | None, typer.Option(help="The folder of label maps, to 
 Preset = Annotated[
     str,
     typer.Option(
-        help="tiny: a trial on a CPU; light: what ships; lung: light in a window from -1000 HU; base: the published sizes."
+        help="tiny: a trial on a CPU; light: what ships; lung: light in a window from -1000 HU; "
+        "base: the published sizes."
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")]
