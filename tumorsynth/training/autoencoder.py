@@ -41,6 +41,7 @@ from tumorsynth.training.engine import (
     RunFolder,
     ahead,
     identity_of,
+    millions,
     places,
     random_of,
     train_loop,
@@ -104,7 +105,7 @@ def train(
     run.load()  # a checkpoint that does not fit is said before other processes start
     fabric = launch(hardware, config.precision)
     stage = AutoencoderStage(fabric, model, cases, config, hardware.workers)
-    train_loop(fabric, run, stage, config, f"autoencoder of {_millions(model)} M parameters")
+    train_loop(fabric, run, stage, config, f"autoencoder of {millions(model)} M parameters")
     result = cast(Autoencoder, stage.average.average)
     if fabric.is_global_zero:
         result.to(fabric.device).eval().requires_grad_(False)
@@ -365,10 +366,6 @@ def _network(config: AutoencoderTraining, init: str | None) -> Autoencoder:
             f"{sizes.codes} codes and {sizes.window} HU: {trained.config}"
         )
     return trained.train().requires_grad_(True)
-
-
-def _millions(model: nn.Module) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
 
 
 def main() -> None:

@@ -50,6 +50,7 @@ from tumorsynth.training.engine import (
     RunFolder,
     ahead,
     identity_of,
+    millions,
     places,
     random_of,
     train_loop,
@@ -123,7 +124,7 @@ def train(
     )
     crops = TumorCrops(cases, tumors, data.tumor_label, config, generator.window)
     stage = DenoiserStage(fabric, network, generator, crops, hardware.workers)
-    title = f"denoiser of {_millions(network)} M parameters on {_described(tumors, contrast)}"
+    title = f"denoiser of {millions(network)} M parameters on {_described(tumors, contrast)}"
     train_loop(fabric, run, stage, config, title)
     if fabric.is_global_zero:
         generator.card["training"] = {
@@ -383,10 +384,6 @@ def _described(tumors: list[Tumor], contrast: ContrastConfig | None) -> str:
     if contrast is None:
         return words
     return f"{words}, contrast to draw {contrast.low:g} to {contrast.high:g} HU"
-
-
-def _millions(model: nn.Module) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
 
 
 def main() -> None:

@@ -376,6 +376,11 @@ def ahead(make: Callable[[Any], Any], plans: Iterator[Any], workers: int) -> Ite
             yield answer
 
 
+def millions(model: torch.nn.Module) -> str:
+    """Parameters of a network, in millions."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
+
+
 def identity_of(config: Any, **more: Any) -> dict[str, Any]:
     """A config and what else a resumed run must share, for `RunFolder`.
 
