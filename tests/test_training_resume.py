@@ -178,6 +178,41 @@ def test_two_processes_as_one(trained, cases, tmp_path):
         assert '"processes": 2' in (tmp_path / f"two{stage}" / "card.json").read_text()
 
 
+def test_two_nodes_under_slurm(trained, cases, tmp_path):
+    """A process per node, told by the variables that srun sets: as one process."""
+    config = AutoencoderTraining(**{**vars(STAGE1), "steps": 4, "precision": "32-true"})
+    port = str(random.randint(20000, 40000))
+    job = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "2", "NNODES": "2", "NTASKS_PER_NODE": "1"}
+    tasks = []
+    for node in ("0", "1"):
+        mine = {**job, "PROCID": node, "NODEID": node, "LOCALID": "0", "NODELIST": "127.0.0.1"}
+        tasks.append(
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "tumorsynth.training.autoencoder"),
+                    *(str(trained / "pack.npz"), "-o", str(tmp_path / "two")),
+                    *(*flags(config), "--num-nodes", "2", "--devices", "1", "--accelerator", "cpu"),
+                ],
+                env={
+                    **os.environ,
+                    **{f"SLURM_{name}": value for name, value in mine.items()},
+                    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                    **{"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    autoencoder.train(cases, tmp_path / "one", config)
+    for task in tasks:
+        said = task.communicate(timeout=200)[0]
+        assert task.returncode == 0, said
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 4 and list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
+    assert '"processes": 2' in (tmp_path / "two" / "card.json").read_text()
+
+
 def test_accumulated_parts_make_the_same_step(trained, cases, tmp_path):
     ae = str(trained / "ae")
     for parts in (1, 4):
