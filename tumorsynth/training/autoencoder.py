@@ -93,7 +93,7 @@ def train(
     measuring, the folder is whole but for them, and resuming measures again.
     """
     start = time.time()
-    model = _network(config, init)
+    model = starting_network(config, init)
     complain(check_cases(cases, config.patch_size))
     cases, held_out = split(cases)
     if config.patch_size % model.config.factor:
@@ -336,7 +336,25 @@ def sample_crop(
     patch = augment(random_patch(case, config.patch_size, rng, tissue)[None], rng)
     gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-15, 15)
     unit = to_unit(patch * gain + offset, (config.window_low, config.window_high))
-    return (unit * 2 - 1).permute(0, 3, 1, 2).contiguous()
+    cube = (unit * 2 - 1).permute(0, 3, 1, 2).contiguous()
+    return hollowed(cube, rng) if rng.random() < config.hollow else cube
+
+
+def hollowed(cube: Tensor, rng: np.random.Generator) -> Tensor:
+    """The cube (1, side, side, side) with one ball of a single value: the 0 of the hole that stage
+    2 asks about, or any, at radii of a twelfth to a quarter of the side.
+
+    Crops that hold little but one tissue, lung above all, have little variance: what stands out of
+    them comes out of the norms far beyond all else, unless such crops were trained on.
+    """
+    side = cube.shape[-1]
+    radius = rng.uniform(side / 12, side / 4)
+    axes = [torch.arange(side) - float(rng.uniform(0.2, 0.8)) * side for _ in range(3)]
+    x, y, z = torch.meshgrid(*axes, indexing="ij")
+    stretch = rng.uniform(0.7, 1.4)
+    ball = ((x * stretch) ** 2 + y**2 + z**2 < radius**2)[None]
+    value = 0.0 if rng.random() < 0.5 else float(rng.uniform(-0.9, 0.9))
+    return torch.where(ball, torch.tensor(value), cube)
 
 
 def case_shares(cases: list[Case]) -> np.ndarray:
@@ -350,22 +368,42 @@ def case_shares(cases: list[Case]) -> np.ndarray:
     return shares / shares.sum()
 
 
-def _network(config: AutoencoderTraining, init: str | None) -> Autoencoder:
+def starting_network(config: AutoencoderTraining, init: str | None) -> Autoencoder:
+    """The network of a config, untrained or as in ``init``, which may have fewer channels."""
     sizes = replace(NETWORKS[config.network], window=(config.window_low, config.window_high))
     if config.codes is not None:
         sizes = replace(sizes, codes=config.codes)
+    if config.latent_channels is not None:
+        sizes = replace(sizes, latent_channels=config.latent_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = Autoencoder(sizes)
     if init is None:
         return model
     trained, _ = read_autoencoder(init)
+    asked = config.latent_channels is not None and not sizes.codes
+    wider = asked and trained.config.latent_channels < sizes.latent_channels
+    if wider and replace(trained.config, latent_channels=sizes.latent_channels) == sizes:
+        return _widened(trained, model)
     if trained.config != sizes:
         raise ValueError(
             f"--init {init} has another size or window than --network {config.network} with "
-            f"{sizes.codes} codes and {sizes.window} HU: {trained.config}"
+            f"{sizes.codes} codes, {sizes.latent_channels} latent channels and {sizes.window} HU: "
+            f"{trained.config}"
         )
     return trained.train().requires_grad_(True)
+
+
+@torch.no_grad()
+def _widened(trained: Autoencoder, model: Autoencoder) -> Autoencoder:
+    """The trained network with the untrained one's further latent channels, which the decoder
+    hardly listens to at first."""
+    old, new = trained.state_dict(), model.state_dict()
+    new["decoder.stem.weight"] *= 0.1
+    for name, value in old.items():
+        new[name][tuple(slice(n) for n in value.shape)] = value
+    model.load_state_dict(new)
+    return model
 
 
 def main() -> None:

@@ -51,6 +51,9 @@ class AutoencoderTraining(Training):
     codes: int | None = option(
         None, "Codes of the codebook, 0 for a continuous latent. [default: the network's]"
     )
+    latent_channels: int | None = option(
+        None, "Numbers per latent voxel: more are sharper. [default: the network's]"
+    )
     commitment_weight: float = option(0.25, "Of the encoder's distance to its codes.")
     dead_code_every: int = option(100, "Steps between restarts of unused codes.")
     latent_weight: float = option(1e-4, "Of the mean square of a continuous latent.")
@@ -58,6 +61,9 @@ class AutoencoderTraining(Training):
     window_high: float = option(250.0, "HU that the network sees as 1; all above is the same.")
     tissue_low: float = option(-50.0, "Most voxels of a cube lie from these HU ...")
     tissue_high: float = option(240.0, "... to these.")
+    hollow: float = option(
+        0.3, "Share of cubes with a ball of one value put in, as stage 2 hollows out its tumours."
+    )
     perceptual: str = option(
         "none", "Perceptual loss over slices of three planes.", ("none", "gradient", "monai")
     )

@@ -1,0 +1,84 @@
+"""Stage 1's cubes, and a start from a trained network with fewer latent channels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from balls import make_cases
+
+from tumorsynth.models.autoencoder import Autoencoder
+from tumorsynth.training.autoencoder import (
+    NETWORKS,
+    case_shares,
+    hollowed,
+    sample_crop,
+    starting_network,
+)
+from tumorsynth.training.config import AutoencoderTraining
+from tumorsynth.training.folders import save_autoencoder
+
+TINY = AutoencoderTraining(network="tiny")
+
+
+def test_a_hollowed_cube_has_one_ball_of_one_value():
+    rng = np.random.default_rng(0)
+    zeros = 0
+    for _ in range(40):
+        cube = torch.rand(1, 24, 24, 24) * 2 - 1
+        before = cube.clone()
+        made = hollowed(cube, rng)
+        assert torch.equal(cube, before)
+        ball = made != cube
+        share = float(ball.float().mean())
+        assert 0 < share < 0.2, share
+        values = made[ball].unique()
+        assert len(values) == 1 and float(values.abs()) <= 0.9
+        zeros += float(values) == 0
+    assert 8 < zeros < 32
+
+
+def test_cubes_are_hollowed_as_often_as_asked():
+    cases = make_cases()
+    made = {
+        share: [
+            sample_crop(
+                cases,
+                case_shares(cases),
+                AutoencoderTraining(patch_size=16, hollow=share),
+                np.random.default_rng(seed),
+            )
+            for seed in range(12)
+        ]
+        for share in (0.0, 0.5, 1.0)
+    }
+    changed = {
+        share: sum(not torch.equal(*pair) for pair in zip(made[0.0], cubes, strict=True))
+        for share, cubes in made.items()
+    }
+    assert changed[0.0] == 0 and 2 <= changed[0.5] <= 10 and changed[1.0] == 12, changed
+
+
+def test_more_latent_channels_start_as_the_trained_network(tmp_path):
+    torch.manual_seed(0)
+    trained = Autoencoder(NETWORKS["tiny"]).eval()
+    save_autoencoder(trained, tmp_path / "ae", {"name": "ae"})
+    config = replace(TINY, latent_channels=12)
+    wider = starting_network(config, str(tmp_path / "ae")).eval()
+    x = torch.rand(1, 1, 16, 16, 16) * 2 - 1
+    with torch.no_grad():
+        assert wider.encode(x).shape[1] == 12
+        torch.testing.assert_close(wider.encode(x)[:, :8], trained.encode(x))
+        off = (wider(x) - trained(x)).abs().mean() / trained(x).std()
+    assert 0 < float(off) < 0.2
+    assert all(p.requires_grad for p in wider.parameters())
+
+
+def test_fewer_or_unasked_latent_channels_are_refused(tmp_path):
+    trained = Autoencoder(replace(NETWORKS["tiny"], latent_channels=4))
+    save_autoencoder(trained, tmp_path / "ae", {"name": "ae"})
+    for channels in (None, 3):
+        with pytest.raises(ValueError, match="has another size or window than --network tiny"):
+            starting_network(replace(TINY, latent_channels=channels), str(tmp_path / "ae"))
