@@ -55,8 +55,8 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
         raise ValueError(f"CT {ct} is a folder, so the label must be one too, got {label}")
 
     one_folder = label is None
-    scans = _by_name(ct, "_ct", only=one_folder)
-    masks = _by_name(label or ct, "_label", only=one_folder)
+    scans = by_name(ct, "_ct", only=one_folder)
+    masks = by_name(label or ct, "_label", only=one_folder)
     if not scans:
         wanted = "NAME_ct.nii.gz" if one_folder else ".nii.gz"
         raise ValueError(f"the folder {ct} holds no {wanted}; give the folder of the CTs")
@@ -67,7 +67,8 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
     ]
 
 
-def _by_name(folder: Path, ending: str, *, only: bool) -> dict[str, Path]:
+def by_name(folder: Path, ending: str, *, only: bool = False) -> dict[str, Path]:
+    """The NIfTI files of a folder by name, without .nii[.gz] and ``ending``; ``only``: with it."""
     out: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         name = _name(path, ending)

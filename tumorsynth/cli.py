@@ -42,6 +42,7 @@ from tumorsynth.collection import (
     outcome,
     run_one,
 )
+from tumorsynth.evaluation.cli import evaluate, healthy
 
 if TYPE_CHECKING:
     from tumorsynth.intensity import HU, Scaled
@@ -465,6 +466,9 @@ def train(
     command = typer.main.get_command(commands)
     command.main(words or ["--help"], prog_name="tumorsynth train", standalone_mode=False)
 
+
+app.command()(evaluate)
+app.command()(healthy)
 
 nnunet = typer.Typer(
     help="The trainer for nnU-Net v2: its folder, or a copy among nnU-Net's own.",

@@ -218,7 +218,7 @@ def read_pair(ct: Path, label: Path) -> tuple[Volume, Volume]:
     return image, mask
 
 
-def check_same_grid(image: Volume, label: Volume) -> None:
+def check_same_grid(image: Volume, label: Volume, what_they_are: str = "CT and label") -> None:
     """ValueError that says which of shape, spacing, orientation and origin differs."""
     if image.stored.shape != label.stored.shape:
         what = f"shape {_times(image.stored.shape)} against {_times(label.stored.shape)} voxels"
@@ -226,9 +226,10 @@ def check_same_grid(image: Volume, label: Volume) -> None:
         return
     else:
         what = _affine_difference(image.affine, label.affine)
+    first, second = what_they_are.split(" and ")
     raise ValueError(
-        f"CT and label must share one grid, but {image.name} and {label.name} differ in {what}; "
-        "resample the label onto the CT"
+        f"{what_they_are} must share one grid, but {image.name} and {label.name} differ in {what}; "
+        f"resample the {second} onto the {first}"
     )
 
 
