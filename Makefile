@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.tumorsynth-installed
 
-.PHONY: demo test lint format wheel clean
+.PHONY: demo test matrix nnunet lint format wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/tumorsynth demo
@@ -14,6 +14,14 @@ demo: $(INSTALLED)
 # many small operations are faster so, and results do not depend on the number of cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+# Each framework's tests on the versions that the docs name; ONLY="monai" takes the rows of a name.
+matrix: $(INSTALLED)
+	$(BIN)/python tests/matrix.py $(ONLY)
+
+# nnU-Net without its own dependencies, for the tests that skip where it is not installed.
+nnunet: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r tests/nnunet.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,132 @@
+"""Runs each framework's tests on the versions that the docs name: `make matrix`.
+
+    python tests/matrix.py [WORD ...]       all rows, or those whose name holds one of the words
+
+Each row is a folder of packages laid over the environment that runs this (PYTHONPATH), which costs
+a download of the framework alone: torch and the rest are shared. Slow tests run too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OVERLAYS = ROOT / "build" / "matrix"
+PIP = (
+    "-m",
+    "pip",
+    "install",
+    "-q",
+    "--disable-pip-version-check",
+    "--no-deps",
+    "--upgrade",
+    "--target",
+)
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What to lay over the environment, and the tests to run there.
+
+    requirements: what pip installs, one after the other; where no version is named, the newest.
+    first: a Python statement to run before the tests.
+    """
+
+    name: str
+    package: str
+    requirements: tuple[str, ...]
+    tests: tuple[str, ...]
+    first: str = "pass"
+
+
+def _nnunet(version: str, *others: str) -> Row:
+    """nnU-Net before 2.8 finds the trainer through a copy of the shim alone."""
+    first = "from tumorsynth._nnunet_shim import install; install()"
+    return Row(
+        f"nnunet {version}",
+        "nnunetv2",
+        ("-r tests/nnunet.txt", *others, f"nnunetv2=={version}"),
+        ("tests/test_nnunet.py",),
+        "pass" if version.startswith("2.8") else first,
+    )
+
+
+MONAI = ("tests/test_monai.py",)
+TORCHIO = ("tests/test_torchio.py",)
+LIGHTNING = ("tests/test_lightning.py",)
+ROWS = (
+    Row("monai 1.4", "monai", ("monai==1.4.0", "numpy==1.26.4"), MONAI),  # it wants numpy < 2
+    Row("monai 1.5", "monai", ("monai==1.5.2",), MONAI),
+    Row("monai newest", "monai", ("monai",), MONAI),
+    Row("torchio 0.20", "torchio", ("torchio==0.20.23", "Deprecated"), TORCHIO),
+    Row("torchio newest", "torchio", ("torchio",), TORCHIO),
+    Row(
+        "torchio 2 alpha",
+        "torchio",
+        ("torchio==2.0.0a2", "torch-interpol loguru tyro docstring_parser typeguard"),
+        ("tests/test_torchio2.py",),
+    ),
+    Row("lightning 2.2", "lightning", ("lightning==2.2.5", "setuptools==75.8.0"), LIGHTNING),
+    Row("lightning newest", "lightning", ("lightning",), LIGHTNING),
+    _nnunet("2.5.2", "dynamic_network_architectures==0.3.1"),
+    _nnunet("2.7.0"),
+    _nnunet("2.8.1"),
+)
+
+
+def run(row: Row) -> tuple[bool, str]:
+    """Lay the row's packages over the environment and run its tests: (passed, last line)."""
+    folder = OVERLAYS / row.name.replace(" ", "-")
+    shutil.rmtree(folder, ignore_errors=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+        "PATH": os.pathsep.join([str(folder / "bin"), os.environ["PATH"]]),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+    for wanted in row.requirements:
+        done = python(*PIP, str(folder), *wanted.split())
+        if done.returncode:
+            return False, f"pip could not install {wanted}"
+    code = (
+        f"import importlib.metadata as m, {row.package} as p; {row.first}; "
+        f"assert p.__file__.startswith({str(folder)!r}), p.__file__; "
+        f"print(m.version({row.package!r}))"
+    )
+    done = python("-c", code)
+    if done.returncode:
+        return False, f"{row.package} cannot be imported"
+    version = done.stdout.split()[-1]
+    print(f"== {row.name}: {row.package} {version}", flush=True)
+    done = python(*PYTEST, *row.tests)
+    print(done.stdout, flush=True)
+    last = done.stdout.strip().splitlines()[-1]
+    return done.returncode == 0 and bool(re.search(r"\d+ passed", last)), f"{version}: {last}"
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    rows = [row for row in ROWS if not words or any(word in row.name for word in words)]
+    if not rows:
+        print(f"no row holds {' or '.join(words)}; there are {', '.join(r.name for r in ROWS)}")
+        return 2
+    results = {row.name: run(row) for row in rows}
+    for name, (passed, line) in results.items():
+        print(f"{'ok    ' if passed else 'FAILED'} {name:18} {line}")
+    return 0 if all(passed for passed, _ in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
