@@ -15,7 +15,7 @@ from tumorsynth.generator import Generator
 from tumorsynth.models import conv
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.codebook import Codebook
-from tumorsynth.models.conv import Conv3d, cpu_layout
+from tumorsynth.models.conv import Conv3d, cpu_layout, pad_replicate
 
 needs_mkldnn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN"
@@ -79,6 +79,21 @@ def test_float32_is_made_contiguous_and_bfloat16_channels_last():
             assert cpu_layout(x + 0).is_contiguous(memory_format=torch.channels_last_3d)
     with torch.autocast("cpu", torch.bfloat16):  # a training run
         assert cpu_layout(x.requires_grad_()).is_contiguous()
+
+
+@pytest.mark.parametrize("by", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_replicated_faces_are_pytorchs_and_keep_format_and_layout(by, layout):
+    x = torch.randn(2, 5, 3, 4, 5).to(torch.bfloat16).contiguous(memory_format=layout)
+    expected = nn.functional.pad(x.float(), (by,) * 6, mode="replicate")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Kernels() as seen:
+        found = pad_replicate(x, by)
+    assert torch.equal(found.float(), expected)
+    assert found.dtype == x.dtype and found.is_contiguous(memory_format=layout)
+    assert seen.count("replication_pad") == seen.count("_to_copy") == 0
+    x.requires_grad_()  # training: PyTorch's own, which has a gradient
+    pad_replicate(x, by).sum().backward()
+    assert float(x.grad.float().sum()) == expected.numel()
 
 
 def test_a_codebook_costs_the_decoder_no_digits():

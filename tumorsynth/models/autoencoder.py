@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.models.codebook import Codebook
-from tumorsynth.models.conv import Conv3d, cpu_layout
+from tumorsynth.models.conv import Conv3d, cpu_layout, pad_replicate
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.replicate:
-            x = F.pad(x, (self.padding,) * 6, mode="replicate")
+            x = pad_replicate(x, self.padding)
         return self.conv(x)
 
 
@@ -102,7 +102,7 @@ class UpConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.replicate:
-            x = F.pad(x, (1,) * 6, mode="replicate")
+            x = pad_replicate(x, 1)
         return self.convt(x)
 
 
@@ -115,8 +115,9 @@ class ResidualBlock(nn.Module):
         self.conv2 = Conv(width, width, 3, 1, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        # in place: at 96^3 it takes the system longer to find fresh memory than to compute
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        return self.conv2(F.silu(self.norm2(h), inplace=True)).add_(x)
 
 
 class Encoder(nn.Module):

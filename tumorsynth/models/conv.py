@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -36,6 +37,25 @@ def cpu_layout(x: Tensor) -> Tensor:
         return x
     last = _cpu_autocast() and not torch.is_grad_enabled()
     return x.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+
+
+def pad_replicate(x: Tensor, by: int) -> Tensor:
+    """x (B, C, D, H, W) with its faces repeated ``by`` times on each side, in x's number format.
+
+    The same as `F.pad`, which autocast on a CPU runs in float32 and which loses channels last:
+    that took more of a bfloat16 decode than its convolutions did.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.pad(x, (by,) * 6, mode="replicate")
+    last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    layout = torch.channels_last_3d if last else torch.contiguous_format
+    sides = [side + 2 * by for side in x.shape[2:]]
+    out = torch.empty(*x.shape[:2], *sides, dtype=x.dtype, memory_format=layout)
+    out[(..., *[slice(by, -by)] * 3)] = x
+    for axis, side in zip((4, 3, 2), sides[::-1], strict=True):  # edges and corners come last
+        out.narrow(axis, 0, by).copy_(out.narrow(axis, by, 1))
+        out.narrow(axis, side - by, by).copy_(out.narrow(axis, side - by - 1, 1))
+    return out
 
 
 class Conv3d(nn.Conv3d):
