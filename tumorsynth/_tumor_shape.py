@@ -31,6 +31,8 @@ class TumorParams:
     sigma_mm: float  # feather
     drawn_mm: float  # diameter drawn, before any shrinking to fit
     contrast_hu: float | None = None  # that was asked for, None: as the generator has it
+    displaced: float = 0.0  # share of its volume for which tissue is pushed aside
+    fixed_capsule: bool = False  # of the organ, when tissue is pushed aside
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of numbers and tuples of numbers, ready for JSON."""
@@ -125,7 +127,7 @@ def _rotation(quaternion: tuple[float, float, float, float]) -> Tensor:
     )
 
 
-def _fibonacci(n: int) -> Tensor:
+def fibonacci(n: int) -> Tensor:
     """n unit vectors (n, 3) spread evenly over the sphere."""
     k = torch.arange(n, dtype=torch.float64) + 0.5
     z = 1 - 2 * k / n
@@ -134,8 +136,8 @@ def _fibonacci(n: int) -> Tensor:
     return torch.stack([ring * turn.cos(), ring * turn.sin(), z], dim=1)
 
 
-SPHERE = _fibonacci(256)
-RIM = _fibonacci(64)
-BALL = _fibonacci(160)
+SPHERE = fibonacci(256)
+RIM = fibonacci(64)
+BALL = fibonacci(160)
 # Radii in an order unrelated to the direction (golden ratio), uniform in volume.
 BALL_LEVEL = MAX_LEVEL * ((torch.arange(160, dtype=torch.float64) * 0.6180339887) % 1) ** (1 / 3)

@@ -1,0 +1,250 @@
+"""Mass effect: the tissue around a growing tumour is pushed aside before the tumour is painted.
+
+Seen from the tumour's centre every point has a direction and a level l (`Shape`: 1 on the tumour's
+surface). Tissue moves along its direction, so that with v = l^3, a volume,
+
+    v before = v - share x c(v);   c = v inside the tumour, 1 at its surface, 0 from REACH on.
+
+Between, c is a smooth step in v, so that displacement falls off as that of an incompressible medium,
+1 / r^2, and a little faster. v before grows with v on every ray, whatever the rays beside it do: the
+map is invertible and nothing folds. Rays end at bone, at other tumours and, if asked, at the
+organ's capsule; near these less room is made.
+
+Backward maps throughout: the value of a voxel comes from a point nearer the centre, which is in the
+volume wherever the centre is. No random number is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tumorsynth._room import is_organ
+from tumorsynth._tumor_shape import Shape, TumorParams, fibonacci
+from tumorsynth.intensity import Intensity
+
+REACH = 2.2  # level beyond which nothing moves
+MAX_SHARE = 0.9  # 1 would draw the tumour's whole inside out of one point
+SQUEEZE = 0.5  # room made on a ray, at most this much of what is left up to the next stop
+BONE_HU = 250.0  # tissue outside of the organ from here on does not move
+FROM_MM, TO_MM, AUTO_SHARE = 20.0, 50.0, 0.6  # "auto": none up to FROM_MM, AUTO_SHARE from TO_MM
+NODES = 17  # points from the centre to the reach where the displacement is computed, on each side
+RAYS = fibonacci(768)
+SPREAD = 0.12  # radians over which neighbouring rays are averaged
+WINDOW_MM = 2.0  # to each side, where a voxel's surroundings are told from noise
+SIGNAL = 2.0  # variance, over the organ's usual one, from which on surroundings are more than noise
+
+
+@dataclass(frozen=True)
+class MassEffect:
+    """How much of a tumour's volume makes its room by pushing tissue aside.
+
+    share: of the tumour's volume, 0 to 0.9; the rest takes the place of tissue. "auto": none below
+        20 mm, growing to 0.6 at 50 mm (an assumption, not measured).
+    capsule: "free": the organ bulges; "fixed": its surface stays where it is.
+    """
+
+    share: float | str = "auto"
+    capsule: str = "free"
+
+    def __post_init__(self) -> None:
+        if self.share != "auto" and not (
+            isinstance(self.share, Real)
+            and not isinstance(self.share, bool)
+            and 0 <= self.share <= MAX_SHARE
+        ):
+            raise ValueError(
+                f"mass_effect must be a share of the tumour's volume from 0 to {MAX_SHARE}, or "
+                f'"auto", got {self.share!r}; try 0.5'
+            )
+        if self.capsule not in ("free", "fixed"):
+            raise ValueError(f'capsule must be "free" or "fixed", got {self.capsule!r}')
+
+    def share_at(self, diameter_mm: float) -> float:
+        """The share of a tumour of this equivalent diameter."""
+        if isinstance(self.share, str):
+            t = min(max((diameter_mm - FROM_MM) / (TO_MM - FROM_MM), 0.0), 1.0)
+            return AUTO_SHARE * t * t * (3 - 2 * t)
+        return float(self.share)
+
+
+def check_mass_effect(mass_effect: float | str | MassEffect) -> MassEffect:
+    """The MassEffect of a ``mass_effect=`` argument."""
+    if isinstance(mass_effect, MassEffect):
+        return mass_effect
+    return MassEffect(mass_effect)
+
+
+def push_aside(
+    image: Tensor,
+    label: Tensor,
+    params: TumorParams,
+    spacing: Sequence[float],
+    organ_labels: tuple[int, ...],
+    tumor_label: int,
+    intensity: Intensity,
+) -> tuple[tuple[slice, slice, slice], Tensor, Tensor, float]:
+    """A sample (X, Y, Z) with the tissue around one tumour displaced, the tumour not yet painted.
+
+    Bone (BONE_HU outside of the organ), tumours that are there and what is not finite stay in
+    place, the rest moves, image and label by the same field.
+
+    Returns the part of the sample that may have changed, what image and label are there, and the
+    largest displacement in mm.
+    """
+
+    def rigid(index: Tensor) -> Tensor:
+        """Of voxels (3, N), which do not move."""
+        x, y, z = (
+            i.clamp(0, n - 1).to(image.device) for i, n in zip(index, image.shape, strict=True)
+        )
+        hu, here = intensity.to_hu(image[x, y, z].float()), label[x, y, z]
+        organ = is_organ(here, organ_labels)
+        still = ((hu >= BONE_HU) & ~organ) | ~hu.isfinite() | (here == tumor_label)
+        return still | ~organ if params.fixed_capsule else still
+
+    where, source = displacement(params, image.shape, spacing, rigid)
+    source = source.to(image.device)
+    before, there = image[where], label[where]
+    voxel = torch.tensor(spacing, dtype=torch.float32, device=image.device)
+    shift = source / voxel[:, None, None, None]
+    moved = (shift.abs() > 1e-3).any(0)
+    grid = moved.nonzero().T
+    at = grid + shift[:, moved]
+    values = before.float()
+    tissue = _tissue(values, is_organ(there, organ_labels), spacing)
+    after = before.clone()
+    new = _between(tissue, at) + (values - tissue)[moved]
+    if intensity.limits is not None:
+        new = new.clamp(*intensity.limits)
+    fine = new.isfinite() & values[moved].isfinite()
+    after[moved] = torch.where(fine, new.to(after.dtype), before[moved])
+    x, y, z = at.round().long().unbind()
+    after_label = there.clone()
+    after_label[moved] = torch.where(fine, there[x, y, z], there[moved])
+    return where, after, after_label, float(source.square().sum(0).max().sqrt())
+
+
+def displacement(
+    params: TumorParams,
+    size: Sequence[int],
+    spacing: Sequence[float],
+    rigid: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[tuple[slice, slice, slice], Tensor]:
+    """The part of a sample where tissue moves, and (3, X, Y, Z): mm from each of its voxels to
+    where its value comes from.
+
+    size, spacing: of the sample, voxels and mm. rigid: for voxel indices (3, N), which of them
+    (N,) do not move.
+    """
+    shape = Shape(params)
+    voxel = torch.tensor(spacing, dtype=torch.float64)
+    far = shape.points(RAYS, REACH)
+    first = (far.amin(0) / voxel + shape.offset).floor().tolist()
+    last = (far.amax(0) / voxel + shape.offset).ceil().tolist()
+    # points as far apart along each axis as suits the tumour, but no closer than voxels
+    steps = torch.maximum((far.amax(0) - far.amin(0)) / (2 * NODES), voxel).tolist()
+    part, nodes, matrices = [], [], []
+    for axis, centre in enumerate(params.centre):
+        low = max(0, centre + int(first[axis]))
+        high = min(size[axis], centre + int(last[axis]) + 1)
+        at = torch.arange(low - centre, high - centre, dtype=torch.float64)
+        at = (at - float(shape.offset[axis])) * spacing[axis]
+        count = max(2, math.ceil(float(at[-1] - at[0]) / steps[axis]) + 1)
+        nodes.append(torch.linspace(float(at[0]), float(at[-1]), count, dtype=torch.float64))
+        matrices.append(_linear(at, nodes[-1]))
+        part.append(slice(low, high))
+    grid = torch.stack(torch.meshgrid(*nodes, indexing="ij"), -1)
+    points = grid.reshape(-1, 3)
+    own = points @ (shape.turn / shape.half_axes)
+    length = own.norm(dim=1).clamp_min(1e-9)
+    volume = (length / shape.radius(own / length[:, None])) ** 3  # v of the text above
+    end, share = _ends(params, shape, voxel, points, rigid)
+    t = ((volume - 1) / (end - 1).clamp_min(1e-9)).clamp(0, 1)
+    c = torch.where(volume < 1, volume, 1 - t * t * (3 - 2 * t))
+    factor = (1 - share * c / volume.clamp_min(1e-12)).clamp_min(0) ** (1 / 3) - 1
+    field = (points * factor[:, None]).T.reshape(3, *grid.shape[:3])
+    for axis, matrix in enumerate(matrices, start=1):
+        field = torch.movedim(torch.tensordot(matrix, field, dims=([1], [axis])), 0, axis)
+    return (part[0], part[1], part[2]), field.float()
+
+
+def _ends(
+    params: TumorParams,
+    shape: Shape,
+    voxel: Tensor,
+    points: Tensor,
+    rigid: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """v at which each point's ray (N,) ends, and the share of the tumour's volume made there."""
+    free = torch.full((len(points),), REACH**3, dtype=points.dtype)
+    share = torch.full_like(free, params.displaced)
+    if rigid is None:
+        return free, share
+    levels = torch.linspace(1.0, REACH, 32, dtype=points.dtype)
+    out = shape.points(RAYS, 1.0)
+    index = (out[:, None] * levels[:, None] / voxel + shape.offset).round().long()
+    index = index + torch.tensor(params.centre)
+    hit = rigid(index.reshape(-1, 3).T).reshape(len(RAYS), len(levels)).cpu()
+    if not bool(hit.any()):
+        return free, share
+    before = (hit.to(torch.uint8).argmax(1) - 1).clamp_min(0)
+    ends = torch.where(hit.any(1), levels[before], REACH) ** 3
+    # the nearest of the neighbours' ends, then a mean: what is rigid stays, and rays agree
+    direction = F.normalize(out, dim=1)
+    near = direction @ direction.T > math.cos(2 * SPREAD)
+    ends = torch.where(near, ends, math.inf).amin(1)
+    weight = F.normalize(points, dim=1).float() @ direction.T.float()
+    weight = ((weight - 1) / (0.5 * SPREAD**2)).exp_()
+    end = ((weight @ ends.float()) / weight.sum(1).clamp_min(1e-30)).to(points.dtype)
+    return end, (SQUEEZE * (end - 1)).clamp(0, params.displaced)
+
+
+def _tissue(values: Tensor, organ: Tensor, spacing: Sequence[float]) -> Tensor:
+    """The values (X, Y, Z) without their noise: local means where nothing but noise is seen.
+
+    The noise stays where it is: interpolated it would be smoother where voxels come from between
+    others and as it was where they do not, a pattern that real tissue does not have. After Wiener
+    (Lee 1980), with the organ's own median variance for the noise's.
+    """
+    size = [2 * round(WINDOW_MM / s) + 1 for s in spacing]
+    mean = _mean(values, size)
+    variance = (_mean((values - mean).square(), size)).clamp_min(1e-12)
+    usual = variance[organ] if bool(organ.any()) else variance
+    gain = (1 - SIGNAL * usual.nanmedian() / variance).clamp_min(0)
+    return _mean(gain, size) * values + _mean((1 - gain) * mean, size)
+
+
+def _mean(values: Tensor, size: Sequence[int]) -> Tensor:
+    """Mean (X, Y, Z) over a box of odd sides, of what of it lies inside."""
+    out = values[None, None]
+    for axis, side in enumerate(size):
+        kernel, padding = [1, 1, 1], [0, 0, 0]
+        kernel[axis], padding[axis] = side, side // 2
+        if side > 1:
+            out = F.avg_pool3d(out, kernel, 1, padding, count_include_pad=False)
+    return out[0, 0]
+
+
+def _between(values: Tensor, at: Tensor) -> Tensor:
+    """Values (X, Y, Z) at fractional voxels (3, N), linear, the border's repeated beyond it."""
+    last = at.new_tensor(values.shape)[:, None] - 1
+    unit = (2 * at / last.clamp_min(1) - 1).flip(0).T
+    found = F.grid_sample(
+        values[None, None], unit[None, None, None], padding_mode="border", align_corners=True
+    )
+    return found.reshape(-1)
+
+
+def _linear(at: Tensor, nodes: Tensor) -> Tensor:
+    """(len(at), len(nodes)): weights of linear interpolation; nodes are evenly spaced."""
+    step = float(nodes[-1] - nodes[0]) / (len(nodes) - 1)
+    if step <= 0:  # one voxel
+        return torch.full((len(at), len(nodes)), 1 / len(nodes), dtype=at.dtype)
+    return (1 - ((at[:, None] - nodes) / step).abs()).clamp_min(0)
