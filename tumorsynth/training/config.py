@@ -185,8 +185,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "ema": 0.98,
         },
         "light": {},
-        # uneven as lungs are: a denoiser that never saw vessels around a tumour fails next to them
-        "lung": {"tissue_low": -950.0, "tissue_high": -300.0, "evenness": 350.0, "transplant": 0.8},
+        "lung": {"tissue_low": -950.0, "tissue_high": -600.0, "evenness": 350.0, "transplant": 0.8},
         "base": {
             "network": "base",
             "steps": 60_000,
