@@ -17,7 +17,7 @@ import tumorsynth as ts
 from tumorsynth.lightning import TumorSynthCallback
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-L.seed_everything(0, verbose=False)
+L.seed_everything(0)
 
 
 def healthy_scans(seeds: range) -> list[dict[str, torch.Tensor]]:

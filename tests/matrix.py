@@ -58,7 +58,7 @@ def _nnunet(version: str, *others: str) -> Row:
     )
 
 
-MONAI = ("tests/test_monai.py",)
+MONAI = ("tests/test_monai.py", "tests/test_monai_loaders.py")
 TORCHIO = ("tests/test_torchio.py",)
 LIGHTNING = ("tests/test_lightning.py",)
 ROWS = (

@@ -107,7 +107,7 @@ def test_training_sees_tumours_and_nothing_else_does(kind):
 
 def test_seed_everything_reproduces_and_steps_differ():
     def run(everything, **kwargs):
-        L.seed_everything(everything, verbose=False)
+        L.seed_everything(everything)
         return labels(fit(as_dicts(scans()), TumorSynthCallback(**SETTINGS, **kwargs), 2)[0])
 
     first, again, other = run(1), run(1), run(2)
@@ -119,12 +119,12 @@ def test_seed_everything_reproduces_and_steps_differ():
 
 def test_a_resumed_run_goes_on_as_it_would_have(tmp_path):
     data = as_dicts(scans())
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(0)
     whole = labels(fit(data, TumorSynthCallback(**SETTINGS), epochs=2)[0])
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(0)
     module, trainer = fit(data, TumorSynthCallback(**SETTINGS), epochs=1)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    L.seed_everything(99, verbose=False)
+    L.seed_everything(99)
     rest = fit(data, TumorSynthCallback(**SETTINGS), epochs=2, resume=tmp_path / "half.ckpt")[0]
     assert len(labels(rest)) == 2
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], labels(rest), strict=True))

@@ -1,4 +1,4 @@
-"""The transforms as MONAI's users meet them: Compose, datasets, loaders, MetaTensor, inverse."""
+"""The transforms as MONAI's users meet them: Compose, MetaTensor, inverse, lazy, configs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,7 @@ import torch
 
 pytest.importorskip("monai")
 
-from monai.data import (
-    CacheDataset,
-    CacheNTransDataset,
-    DataLoader,
-    Dataset,
-    MetaTensor,
-    PersistentDataset,
-    SmartCacheDataset,
-    ThreadDataLoader,
-    decollate_batch,
-)
-from monai.data.utils import list_data_collate
+from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
     EnsureTyped,
@@ -36,56 +25,15 @@ from monai.transforms import (
     RandFlipd,
     Spacingd,
 )
+from monai_samples import LPS, SETTINGS, equal, same, sample, transform, tumor, volume
 
 import tumorsynth as ts
 from tumorsynth.monai import (
-    BatchSynthesizeTumord,
-    PrepareBatchTumorSynth,
     RandSynthesizeTumor,
     RandSynthesizeTumorD,
     RandSynthesizeTumord,
     RandSynthesizeTumorDict,
 )
-
-SETTINGS = {"generator": "hu2023", "count": 1, "size_mm": (8, 10)}
-LPS = np.diag([-0.8, -0.8, 2.5, 1.0])  # the array's x and y run to the left and to the back
-
-
-def volume(shape=(48, 48, 48), seed=0):
-    """(image float32 HU, label int16), numpy (1, X, Y, Z): an ellipsoid of organ 1 in tissue."""
-    rng = np.random.default_rng(seed)
-    grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
-    label = (sum(g**2 for g in grid) < 0.7).astype(np.int16)[None]
-    image = (60 + 40 * label + rng.normal(0, 10, label.shape)).astype(np.float32)
-    return image, label
-
-
-def sample(kind="numpy", affine=None, **kwargs):
-    image, label = volume(**kwargs)
-    if kind == "numpy":
-        return {"image": image, "label": label, "name": "a"}
-    image, label = torch.from_numpy(image), torch.from_numpy(label)
-    if kind == "meta":
-        affine = np.eye(4) if affine is None else affine
-        meta = {"filename_or_obj": "ct.nii.gz"}
-        image, label = (MetaTensor(x, affine=affine, meta=dict(meta)) for x in (image, label))
-    return {"image": image, "label": label, "name": "a"}
-
-
-def transform(**kwargs):
-    return RandSynthesizeTumord("image", label_key="label", **{**SETTINGS, **kwargs})
-
-
-def tumor(data, value=2):
-    return np.asarray(data["label"]) == value
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a), np.asarray(b))
-
-
-def equal(a, b):
-    return all(same(a[key], b[key]) for key in ("image", "label"))
 
 
 @pytest.mark.parametrize("kind", ["numpy", "tensor", "meta"])
@@ -191,95 +139,6 @@ def test_probability():
     assert synthesis.report == [] or done[-1]
 
 
-def test_set_random_state_reproduces_and_the_global_generators_are_not_touched():
-    data = sample()
-    np.random.seed(5)
-    torch.manual_seed(5)
-    states = np.random.get_state()[1].copy(), torch.get_rng_state()
-    chain = Compose([transform(prob=0.9, count=(1, 2)), Identityd("image")])
-    chain.set_random_state(7)
-    first = [chain(data) for _ in range(3)]
-    chain.set_random_state(7)
-    again = [chain(data) for _ in range(3)]
-    assert all(equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not equal(first[0], first[1])
-    assert same(np.random.get_state()[1], states[0])
-    assert torch.equal(torch.get_rng_state(), states[1])
-
-
-@pytest.mark.parametrize("loader", [DataLoader, torch.utils.data.DataLoader])
-def test_workers_and_epochs_do_not_repeat_each_other(loader):
-    chain = Compose([transform()]).set_random_state(0)
-    data = Dataset([sample("tensor")] * 4, chain)
-
-    def epochs():
-        torch.manual_seed(0)
-        made = loader(data, batch_size=1, num_workers=2, collate_fn=list_data_collate)
-        return [batch["label"].clone() for _ in range(2) for batch in made]
-
-    first = epochs()
-    assert all((x == 2).any() for x in first)
-    assert len({x.numpy().tobytes() for x in first}) == 8
-    assert all(torch.equal(a, b) for a, b in zip(first, epochs(), strict=True))
-
-
-class SeededByIndex(torch.utils.data.Dataset):
-    def __init__(self, data, synthesis):
-        self.data, self.synthesis = data, synthesis
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return self.synthesis.set_random_state(index)(self.data)["label"]
-
-
-def test_a_state_set_inside_a_worker_holds():
-    data = SeededByIndex(sample("tensor"), transform())
-    own = list(torch.utils.data.DataLoader(data, batch_size=None))
-    workers = list(torch.utils.data.DataLoader(data, batch_size=None, num_workers=2))
-    assert all(torch.equal(a, b) for a, b in zip(own, workers, strict=True))
-
-
-def test_cached_datasets_synthesise_anew(tmp_path):
-    # plain tensors: MONAI 1.4 cannot read the MetaTensors it stored with torch 2.6 and later
-    typed = EnsureTyped(["image", "label"], track_meta=False)
-    chain = Compose([typed, transform()]).set_random_state(0)
-    items = [sample("tensor")]
-    cached = CacheDataset(items, chain, progress=False)
-    stored = PersistentDataset(items, chain, cache_dir=tmp_path / "all")
-    first_only = CacheNTransDataset(items, chain, cache_n_trans=1, cache_dir=tmp_path / "first")
-    smart = SmartCacheDataset(items * 2, chain, replace_rate=0.5, cache_num=1, progress=False)
-    for dataset in (cached, stored, first_only, smart):
-        one, two = dataset[0], dataset[0]
-        assert tumor(one).any() and tumor(two).any() and not equal(one, two)
-    for dataset in (cached, smart):
-        assert not tumor(dataset._cache[0]).any()
-    size = sample("tensor")["image"].nbytes + sample("tensor")["label"].nbytes
-    for file in tmp_path.glob("*/*.pt"):  # what was cached is the scan, with no generator beside
-        assert file.stat().st_size < size + 20_000
-    batch = next(iter(ThreadDataLoader(cached, batch_size=1)))
-    assert tumor(batch).any()
-
-
-def test_pickle_is_small_and_goes_on_alike():
-    synthesis = transform().set_random_state(0)
-    data = sample()
-    synthesis(data)
-    raw = pickle.dumps(synthesis)
-    assert len(raw) < 20_000
-    assert equal(pickle.loads(raw)(data), copy.deepcopy(synthesis)(data))
-    assert equal(pickle.loads(raw)(data), synthesis(data))
-
-
-def test_copies_of_a_transform_share_the_weights_of_a_name():
-    synthesis = transform(generator="liver-early")
-    raw = pickle.dumps(synthesis)
-    assert len(raw) < 20_000
-    copies = [synthesis, pickle.loads(raw), copy.deepcopy(synthesis)]
-    assert len({id(c.adapter.synth.handle.get("cpu")) for c in copies}) == 1
-
-
 @pytest.mark.parametrize("kind", ["numpy", "meta"])
 def test_healthy_only(kind):
     healthy, ill = sample(kind), sample(kind)
@@ -321,30 +180,6 @@ def test_a_predicate_on_the_dictionary():
     assert len(pickle.dumps(synthesis)) < 20_000
 
 
-@pytest.mark.parametrize("answers", [[True, False, True], torch.tensor([1, 0, 1])])
-def test_a_predicate_and_healthy_only_on_a_batch(answers):
-    batch = next(iter(DataLoader(Dataset([sample("meta") for _ in range(3)]), batch_size=3)))
-    batch["label"][2, :, 20:24, 20:24, 20:24] = 2
-    given = copy.deepcopy(batch)
-    settings = {**SETTINGS, "healthy_only": True}
-    synthesis = BatchSynthesizeTumord("image", when=lambda data: data["healthy"], **settings)
-    out = synthesis.set_random_state(0)({**batch, "healthy": answers})
-    assert equal(batch, given) and type(out["label"]) is MetaTensor
-    changed = [not torch.equal(a, b) for a, b in zip(out["image"], given["image"], strict=True)]
-    assert changed == [True, False, False]
-    assert torch.equal(out["label"][1:], given["label"][1:])
-    reasons = [record.get("reason", "") for record in synthesis.report]
-    assert reasons == ["", "left alone (as asked)", "left alone (holds a tumour already)"]
-    # the sample that is changed is changed as in a batch where all are
-    plain = BatchSynthesizeTumord("image", **SETTINGS).set_random_state(0)(batch)
-    assert torch.equal(plain["image"][0], out["image"][0])
-
-    nobody = BatchSynthesizeTumord("image", when=lambda data: False, **SETTINGS)(batch)
-    assert nobody["image"] is batch["image"]
-    with pytest.raises(ValueError, match="one answer for each of the 3 samples"):
-        BatchSynthesizeTumord("image", when=lambda data: [True] * 2, **SETTINGS)(batch)
-
-
 def test_repr_says_what_was_asked_for():
     synthesis = transform(prob=0.5, healthy_only=True, organ_key="organ")
     text = repr(synthesis)
@@ -355,72 +190,6 @@ def test_repr_says_what_was_asked_for():
     assert repr(RandSynthesizeTumor(prob=0.5)) == "RandSynthesizeTumor(prob=0.5)"
     held = ts.load_generator("liver-early")  # an object with weights is named, not printed
     assert "generator='liver-early'" in repr(transform(generator=held))
-
-
-def test_a_monai_engine_trains_on_tumours():
-    pytest.importorskip("ignite", reason="MONAI's engines need pytorch-ignite")
-    from monai.engines import SupervisedEvaluator, SupervisedTrainer
-
-    loader = DataLoader(Dataset([sample("meta", seed=s) for s in range(4)]), batch_size=2)
-    network = torch.nn.Conv3d(1, 3, 1)
-    prepare = PrepareBatchTumorSynth("image", "label", prob=1.0, **SETTINGS).set_random_state(0)
-    seen = []
-
-    def loss(out, label):
-        seen.append(label)
-        return torch.nn.functional.cross_entropy(out, label[:, 0].long())
-
-    trainer = SupervisedTrainer(
-        device=torch.device("cpu"),
-        max_epochs=1,
-        train_data_loader=loader,
-        network=network,
-        optimizer=torch.optim.SGD(network.parameters(), 0.001),
-        loss_function=loss,
-        prepare_batch=prepare,
-    )
-    before = network.weight.detach().clone()
-    trainer.run()
-    assert len(seen) == 2 and all((part == 2).any() for label in seen for part in label)
-    assert not torch.equal(before, network.weight)
-    assert [record["sample"] for record in prepare.report] == [0, 1]
-
-    evaluator = SupervisedEvaluator(
-        device=torch.device("cpu"), val_data_loader=loader, network=network
-    )
-    evaluator.run()
-    assert not (evaluator.state.output[0]["label"] == 2).any()
-
-
-def test_prepare_batch_hands_on_to_another():
-    from monai.engines.utils import PrepareBatchExtraInput
-
-    batch = list_data_collate([{**sample("tensor"), "age": torch.tensor(40.0)}])
-    prepare = PrepareBatchTumorSynth(prepare_batch=PrepareBatchExtraInput("age"), **SETTINGS)
-    _image, label, extra, _ = prepare.set_random_state(0)(batch, "cpu")
-    assert (label == 2).any() and extra[0].tolist() == [40]
-    assert not (batch["label"] == 2).any()
-
-
-def test_cuda_in_a_forked_worker_says_what_to_write(monkeypatch):
-    # torch's own flag of a forked process; the error behind it is torch's
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    with pytest.raises(RuntimeError, match="forked worker process; synthesise on the batch"):
-        transform(device="cuda")(sample("tensor"))
-
-
-def _in_a_worker(items):
-    return next(iter(torch.utils.data.DataLoader(items, batch_size=None, num_workers=1)))
-
-
-@pytest.mark.gpu
-def test_cuda_in_a_real_forked_worker():
-    torch.zeros(1, device="cuda")
-    data = Dataset([sample("tensor")], transform(device="cuda"))
-    with pytest.raises(RuntimeError, match="forked worker process; synthesise on the batch"):
-        _in_a_worker(data)
-    batch = next(iter(ThreadDataLoader(data, batch_size=1)))
-    assert tumor(batch).any()
 
 
 def test_separate_organ_map_whose_values_mean_something_else():
@@ -560,28 +329,6 @@ def test_the_bundle_runs(tmp_path):
     assert change[found].mean() < -5 and (change != 0).mean() < 0.2
 
 
-def test_batch():
-    items = [sample("meta", LPS, shape=(40, 40, 24), seed=s) for s in range(3)]
-    batch = next(iter(DataLoader(Dataset(items), batch_size=3)))
-    before = copy.deepcopy(batch)
-    synthesis = BatchSynthesizeTumord("image", label_key="label", **SETTINGS).set_random_state(0)
-    out = synthesis(batch)
-    assert equal(batch, before)
-    assert type(out["image"]) is MetaTensor and out["image"].is_batch
-    parts = decollate_batch(out)
-    assert all(tumor(part).any() for part in parts)
-    assert all(np.allclose(part["image"].affine, LPS) for part in parts)
-    assert {r["sample"] for r in synthesis.report} == {0, 1, 2}
-    assert equal(out, synthesis.set_random_state(0)(batch))
-
-    plain = {key: np.concatenate([np.asarray(out[key])] * 4) for key in ("image", "label")}
-    half = BatchSynthesizeTumord("image", prob=0.5, tumor_label=3, **SETTINGS)
-    made = tumor(half.set_random_state(1)(plain), 3).any((1, 2, 3, 4))
-    assert made.any() and not made.all()
-    none = BatchSynthesizeTumord("image", prob=0, **SETTINGS)(batch)
-    assert none["image"] is batch["image"]
-
-
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
@@ -591,6 +338,9 @@ def test_batch():
         ({"keys": ["image", "label"]}, ValueError, "label_key"),
         ({"tumor_label": 1}, ValueError, "tumor_label must differ"),
         ({"organ_key": "organ", "tumor_label": 1.5}, ValueError, "whole number"),
+        ({"label_key": "image"}, ValueError, "label_key must be one key, another than the image's"),
+        ({"label_key": ["label"]}, ValueError, "label_key must be one key"),
+        ({"organ_key": "image"}, ValueError, "organ_key must be one key"),
     ],
 )
 def test_bad_arguments(kwargs, error, message):
@@ -603,3 +353,38 @@ def test_flips_after_the_synthesis_still_invert():
     out = chain.set_random_state(0)(sample("meta"))
     back = chain.inverse(out)
     assert same(back["label"], np.flip(np.asarray(out["label"]), 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda d: [d, d], TypeError, "data must be a dictionary, got list"),
+        (lambda d: {**d, "label": torch.cat([d["label"]] * 2)}, ValueError, "label.argmax"),
+        (lambda d: {**d, "label": d["label"][0]}, ValueError, "a channel with label.unsqueeze"),
+        (lambda d: {**d, "label": d["label"][:, :-1]}, ValueError, "onto the image's grid"),
+        (lambda d: {**d, "label": 0.9 * d["label"]}, ValueError, "whole numbers, got 0.9"),
+        (lambda d: {**d, "label": None}, TypeError, "label must be a torch tensor, got NoneType"),
+    ],
+)
+def test_samples_that_cannot_work_are_refused_with_the_fix(change, error, message):
+    with pytest.raises(error, match=message):
+        transform()(change(sample("tensor")))
+
+
+def test_an_image_without_geometry_lies_on_the_labels_grid():
+    data = sample("meta", LPS, shape=(64, 64, 24))
+    both = transform(size_mm=15).set_random_state(1)(data)
+    bare = {**data, "image": data["image"].numpy()}
+    assert equal(transform(size_mm=15).set_random_state(1)(bare), both)
+
+
+def test_a_byte_image_of_a_window():
+    data = sample()
+    data["image"] = ((data["image"] + 175) / 425 * 255).clip(0, 255).round().astype(np.uint8)
+    synthesis = transform(intensity=ts.Scaled(-175, 250, 0, 255))
+    out = synthesis.set_random_state(0)(data)
+    assert out["image"].dtype == np.uint8
+    change = out["image"].astype(float) - data["image"]
+    made = change[tumor(out)].mean() * 425 / 255
+    assert made == pytest.approx(synthesis.report[0]["hu_change"], abs=1)
+    assert made < -8

@@ -25,8 +25,10 @@ def nameable(generator: Any, adapter: Adapter) -> Any:
     return generator if source is None else source
 
 
-def check_names(transform: str, names: Iterable[str], there: Iterable[str]) -> None:
-    """The subject has images of all these names."""
+def check_names(transform: str, names: Sequence[str], there: Iterable[str]) -> None:
+    """The subject has images of all these names, which differ."""
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"image, label and organ must be different names, got {list(names)}")
     there = list(there)
     missing = [name for name in names if name not in there]
     if missing:

@@ -112,6 +112,10 @@ class Adapter:
             plain(work_label)[sample] = self.synth.tumor_label
 
         new_image, new_label = self._run(work_image, work_label, **call)
+        if label.is_floating_point() and any(
+            str(record.get("reason")).startswith("no organ") for record in self.synth.report
+        ):
+            _check_whole(plain(label))
         for sample, reason in left.items():
             self.synth.params[sample] = _params(reason)
         self.synth.report = [
@@ -192,6 +196,16 @@ def _record(sample: int, reason: str) -> dict[str, Any]:
 def _params(reason: str) -> dict[str, Any]:
     """What the core keeps of a sample that it left alone; replays as such."""
     return {"seed": None, "applied": False, "tumors": [], "reason": reason}
+
+
+def _check_whole(label: Tensor) -> None:
+    """Why a label may lack the organ: it was interpolated."""
+    broken = label[label != label.round()]
+    if broken.numel():
+        raise ValueError(
+            f"label must hold whole numbers, got {float(broken[0]):.4g} and no voxel of the organ; "
+            "resample labels with mode='nearest'"
+        )
 
 
 def _is_wide(x: object) -> bool:

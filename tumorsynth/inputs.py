@@ -45,8 +45,16 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
             f"{tuple(image.shape)}; add or select the channel with image[None]"
         )
     if label.shape != image.shape:
+        fix = "resample it onto the image's grid"
+        if label.ndim == image.ndim and label.shape[-3:] == image.shape[-3:]:
+            fix = (
+                "make one map of its channels: a one-hot label with label.argmax(-4, keepdim=True)"
+            )
+        elif label.ndim == image.ndim - 1:
+            fix = "give it a channel with label.unsqueeze(-4)"
         raise ValueError(
-            f"label must have the image's shape {tuple(image.shape)}, got {tuple(label.shape)}"
+            f"label must have the image's shape {tuple(image.shape)}, got {tuple(label.shape)}; "
+            f"{fix}"
         )
     if not image.is_floating_point():
         raise TypeError(

@@ -85,8 +85,8 @@ class TumorSynthCallback(Callback):
     # -- Lightning's hooks -------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.seed is None:
-            self.seed = int(torch.randint(_SEEDS, ()))
+        if self.seed is None:  # one for all ranks, since the checkpoint keeps one
+            self.seed = trainer.strategy.broadcast(int(torch.randint(_SEEDS, ())))
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int

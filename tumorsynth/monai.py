@@ -11,12 +11,14 @@
 Everything is drawn from ``self.R``, never from the global generators: ``set_random_state``
 reproduces. In worker processes each worker draws from a stream of its own, in each epoch anew, that
 depends on the loader's seed as well: with MONAI's DataLoader ``torch.manual_seed`` (or
-``set_determinism``) reproduces, with torch's the two together.
+``set_determinism``) reproduces, with torch's the two together. In a distributed training each rank
+makes its own tumours, also where all of them set one seed.
 Nothing enters ``applied_operations``: a later ``inverse`` works as without the synthesis.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -54,8 +56,8 @@ class RandSynthesizeTumor(RandomizableTransform):
     type, dtype, device, affine and metadata. Integer images get rounded values.
 
     prob: probability of changing a sample.
-    spacing: mm per voxel along X, Y, Z; by default from the MetaTensor's affine (which gives the
-        orientation as well), and 1 mm for other types.
+    spacing: mm per voxel along X, Y, Z; by default from the affine of the MetaTensor (which gives
+        the orientation as well) that image or label is, and 1 mm where neither is one.
     separate_organ: ``transform(img, label, organ)``; ``organ_labels`` are then values of organ.
     settings: keyword arguments of :class:`tumorsynth.SynthesizeTumor`: generator, organ_labels,
         tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge, device;
@@ -99,8 +101,17 @@ class RandSynthesizeTumor(RandomizableTransform):
         """Whether to act, and the one seed that decides how."""
         self._leave_shared_stream()
         super().randomize(None)
-        self._seed = int(self.R.randint(_SEEDS, dtype=np.int64))
+        (self._seed,) = self._draw(1)
         self.adapter.synth.report = []  # what an earlier call did is no report of this one
+
+    def _draw(self, n: int) -> list[int]:
+        """n seeds from R, of which each rank of a distributed training makes its own."""
+        seeds = self.R.randint(_SEEDS, size=n, dtype=np.int64)
+        rank = _rank()
+        if rank:
+            own = np.random.RandomState([*seeds.view(np.uint32), rank])
+            seeds = own.randint(_SEEDS, size=n, dtype=np.int64)
+        return seeds.tolist()
 
     def _leave_shared_stream(self) -> None:
         """Give each worker process its own draws, in each epoch anew.
@@ -131,8 +142,17 @@ class RandSynthesizeTumor(RandomizableTransform):
         leave: Sequence[bool] | None = None,
     ) -> tuple[Any, Any]:
         image, old_label = _tensor(img), _tensor(label)
+        # an image without geometry of its own lies on the label's grid, as it must
+        apart = self.spacing is None and not hasattr(image, "affine")
+        affine = getattr(old_label, "affine", None) if apart else None
         new_image, new_label = self.adapter(
-            image, old_label, _tensor(organ), leave, spacing=self.spacing, seed=seed
+            image,
+            old_label,
+            _tensor(organ),
+            leave,
+            spacing=self.spacing,
+            affine=affine,
+            seed=seed,
         )
         return (
             img if new_image is image else _like(img, new_image),
@@ -173,6 +193,9 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
                 "name the label with label_key=..."
             )
         super().__init__(prob, spacing=spacing, separate_organ=organ_key is not None, **settings)
+        for name, key in (("label_key", label_key), ("organ_key", organ_key)):
+            if isinstance(key, list | tuple | set) or key == self.keys[0]:
+                raise ValueError(f"{name} must be one key, another than the image's, got {key!r}")
         self.label_key = label_key
         self.organ_key = organ_key
         self.when = when
@@ -188,7 +211,7 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         )
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:  # type: ignore[override]
-        out = dict(data)
+        out = _entries(data)
         self.randomize()
         if self._do_transform:
             self._update(out, self._seed)
@@ -229,11 +252,11 @@ class BatchSynthesizeTumord(RandSynthesizeTumord):
         self.adapter.synth.p = float(self.prob)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:  # type: ignore[override]
-        out = dict(data)
+        out = _entries(data)
         image = out.get(self.keys[0])
         batch = len(image) if isinstance(image, torch.Tensor | np.ndarray) else 1
         self._leave_shared_stream()
-        self._update(out, self.R.randint(_SEEDS, size=batch, dtype=np.int64).tolist())
+        self._update(out, self._draw(batch))
         return out
 
     def _leave(self, data: Mapping[Hashable, Any], image: Any) -> list[bool]:
@@ -302,6 +325,26 @@ class PrepareBatchTumorSynth(PrepareBatch):
 
 RandSynthesizeTumorD = RandSynthesizeTumorDict = RandSynthesizeTumord
 BatchSynthesizeTumorD = BatchSynthesizeTumorDict = BatchSynthesizeTumord
+
+
+def _rank() -> int:
+    """This process's rank in a distributed training, 0 where there is none.
+
+    A worker process knows it when forked from one that has joined the group, or from torchrun.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", 0))
+
+
+def _entries(data: Any) -> dict[Hashable, Any]:
+    """A new dictionary of the same entries."""
+    if not isinstance(data, Mapping):
+        raise TypeError(
+            f"data must be a dictionary, got {type(data).__name__}; RandSynthesizeTumor, without "
+            "the d, is called with image and label, and Compose takes a list apart"
+        )
+    return dict(data)
 
 
 def _called(transform: Any, *arguments: str) -> str:
