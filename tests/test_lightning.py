@@ -201,6 +201,36 @@ def test_bad_arguments_and_repr():
     assert repr(TumorSynthCallback()) == "TumorSynthCallback(p=1)"
 
 
+def test_the_older_package_runs_it_too():
+    """Where both are installed the callback derives from the newer one's class."""
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Older(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Conv3d(1, 3, 1)
+
+        def training_step(self, batch, batch_idx):
+            assert all((label == 2).any() for label in batch["label"])
+            return self.net(batch["image"]).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    callback = TumorSynthCallback(**SETTINGS)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Older(), loader(as_dicts(scans())))
+    assert trainer.global_step == 2 and callback.report
+
+
 def test_plain_loop_in_two_lines():
     synth = ts.SynthesizeTumor(**SETTINGS)
     for image, label in loader(scans()):

@@ -88,8 +88,11 @@ def main() -> None:
 
     def run(command: str, *arguments: str) -> None:
         print("$", command, *arguments, flush=True)
-        program = Path(sys.executable).with_name(command)
-        subprocess.run([str(program), *arguments], env=environment, check=True)
+        program = Path(sys.executable).with_name(command)  # of the environment that runs this
+        found = str(program) if program.is_file() else shutil.which(command)
+        if found is None:
+            sys.exit(f"{command} cannot be found: install nnunetv2 in this environment")
+        subprocess.run([found, *arguments], env=environment, check=True)
 
     tr = ("-tr", "nnUNetTrainerTumorSynth")
     few = ("-np", "1")
