@@ -24,10 +24,10 @@ OrganLabel = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files written.")]
 
 ROWS = {  # of the table: what it says, and how many decimals
-    "dsc": ("Dice of the tumours", 3),
-    "nsd": ("surface Dice of the tumours, {tolerance_mm:g} mm", 3),
-    "hd95_mm": ("HD95 of the tumours, mm", 1),
-    "organ_dsc": ("Dice of the organ", 3),
+    "dsc": ("tumour Dice", 3),
+    "nsd": ("tumour surface Dice, {tolerance_mm:g} mm", 3),
+    "hd95_mm": ("tumour HD95, mm", 1),
+    "organ_dsc": ("organ Dice", 3),
     "sensitivity": ("sensitivity, by tumour", 3),
     "early_sensitivity": ("  of tumours under {early_mm:g} mm", 3),
     "false_positives_per_scan": ("false positives per scan", 2),
