@@ -43,15 +43,15 @@ def features_of(lesions: list[Lesion]) -> list[dict[str, float]]:
     return rows
 
 
-def judged(classes: dict[str, list[dict[str, float]]], **options: Any) -> dict[str, Any]:
+def judged(classes: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """The classifiers on all features, and on those of texture alone."""
     rows = [row for some in classes.values() for row in some]
     named = np.repeat(list(classes), [len(some) for some in classes.values()])
     values, names = table(rows)
     texture = np.array([not name.startswith(("stat_", "ih_")) for name in names])
     return {
-        "intensity and texture": tell_apart(values, named, **options),
-        "texture": tell_apart(values[:, texture], named, **options),
+        "intensity and texture": tell_apart(values, named, permutations=100),
+        "texture": tell_apart(values[:, texture], named, permutations=100),
     }
 
 
@@ -139,9 +139,9 @@ def main(arguments: list[str] | None = None) -> None:
             first = next(iter(organs.values()))
             results["real"][case.name], classes = against_real(case, first, *shared)
             maps[f"{case.name}: real and synthetic"] = a_map(classes)
-    results["cpu_seconds"] = round(time.process_time() - start)
-    write("similarity", results)
-    save_map(HERE / "results" / "similarity.png", maps)
+        results["cpu_seconds"] = round(time.process_time() - start)
+        write("similarity", results)  # after each scan: a run takes minutes
+        save_map(HERE / "results" / "similarity.png", maps)
 
 
 if __name__ == "__main__":

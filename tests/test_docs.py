@@ -17,7 +17,13 @@ import tumorsynth as ts
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("**/*.md"))]
-NEEDS = {"monai": "monai", "torchio": "torchio", "nnunet": "nnunetv2", "lightning": "lightning"}
+NEEDS = {
+    "monai": "monai",
+    "evaluation": "monai",
+    "torchio": "torchio",
+    "nnunet": "nnunetv2",
+    "lightning": "lightning",
+}
 
 
 def python_of(page: Path) -> str:
