@@ -1,13 +1,13 @@
 """Do early tumours of different organs look alike, and synthetic ones like real ones (figure 2)?
 
     python benchmarks/similarity.py --scan CT LABEL liver=1 kidney=3,4 pancreas=2 \\
-        --scan CT2 LABEL2 liver=1 real=2 --generator liver-early [--count 12]
+        [--scan CT2 LABEL2 liver=1 real=2] --generator liver-early --count 12 -o similarity_organs
 
 Each --scan is a CT, its label map, and the label values of its organs; "real" is the value of its
 annotated tumours, which lie in the organ named first. Into every organ go --count synthetic tumours
 of 8 to 14 mm. "healthy" are the same masks on the untouched scan: how well the organs' own tissue
 tells them apart. Features, classifiers and the test are those of tumorsynth.evaluation.similarity;
-results/similarity.json and .png have the figures and the t-SNE maps.
+results/NAME.json and .png have the figures and the t-SNE maps.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--generator", default="liver-early")
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--out", default="similarity", metavar="NAME")
     args = parser.parse_args(arguments)
     results: dict[str, Any] = {
         "generator": args.generator,
@@ -140,8 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
             results["real"][case.name], classes = against_real(case, first, *shared)
             maps[f"{case.name}: real and synthetic"] = a_map(classes)
         results["cpu_seconds"] = round(time.process_time() - start)
-        write("similarity", results)  # after each scan: a run takes minutes
-        save_map(HERE / "results" / "similarity.png", maps)
+        write(args.out, results)  # after each scan: a run takes minutes
+        save_map(HERE / "results" / f"{args.out}.png", maps)
 
 
 if __name__ == "__main__":
