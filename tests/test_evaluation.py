@@ -138,6 +138,7 @@ def test_the_organ_holds_its_tumours():
     label[2:12, 2:12, 2:12] = np.where(label[2:12, 2:12, 2:12] == 2, 2, 3)
     guess = np.where(label == 2, 3, label)  # tumour missed, organ whole
     got = scores(guess, label, MM, organ_labels=(3,))
+    assert got == scores(guess, label, MM, organ_labels=3)
     assert (got.organ_dsc, got.dsc) == (1, 0)
 
 

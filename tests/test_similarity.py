@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("sklearn", reason="needs the extra similarity")
+pytest.importorskip("sklearn", reason="needs the extra evaluation")
 
 from tumorsynth.evaluation.similarity import (  # noqa: E402
     CLASSIFIERS,

@@ -53,7 +53,7 @@ def scores(
     label: Any,
     spacing: Sequence[float],
     tumor_label: int = 2,
-    organ_labels: Sequence[int] = (1,),
+    organ_labels: int | Sequence[int] = (1,),
     early_mm: float = 20.0,
     *,
     tolerance_mm: float = 2.0,
@@ -89,6 +89,7 @@ def scores(
         raise ValueError(
             f"least_iou must be 0 to 1 and tolerance_mm at least 0, got {least_iou}, {tolerance_mm}"
         )
+    organ = [organ_labels] if isinstance(organ_labels, int) else list(organ_labels)
     predicted, real = guess == tumor_label, truth == tumor_label
     numbered = None
     if instances is not None:
@@ -98,9 +99,9 @@ def scores(
                 f"instances must be 0 but where label is {tumor_label}, and number each tumour "
                 "there; make them from this label"
             )
-    organs = [np.isin(m, (*organ_labels, tumor_label)) for m in (guess, truth)]
+    organs = [np.isin(m, [*organ, tumor_label]) for m in (guess, truth)]
     organ_dsc = None
-    if np.isin(truth, organ_labels).any():
+    if np.isin(truth, organ).any():
         organ_dsc = _dice(*_boxed(*organs))
     if numbered is None:
         predicted, real = _boxed(predicted, real)
