@@ -43,6 +43,7 @@ from tumorsynth.collection import (
     run_one,
 )
 from tumorsynth.evaluation.cli import evaluate, healthy
+from tumorsynth.reader_study.cli import app as reader_study
 
 if TYPE_CHECKING:
     from tumorsynth.intensity import HU, Scaled
@@ -476,6 +477,7 @@ nnunet = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(nnunet, name="nnunet")
+app.add_typer(reader_study, name="reader-study")
 
 
 @nnunet.command()
