@@ -202,11 +202,15 @@ class _Headers:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on 127.0.0.1; port 0 takes a free one. ValueError where it is taken."""
+    """A socket on 127.0.0.1 that a browser can already wait at; port 0 takes a free one.
+
+    ValueError where the port cannot be had.
+    """
     found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((HOST, port))
+        found.listen()
     except (OSError, OverflowError) as error:
         found.close()
         raise ValueError(f"port {port} cannot be had ({error}); choose another --port") from error
