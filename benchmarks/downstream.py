@@ -39,7 +39,8 @@ ARMS = ("real", "real-and-healthy", "synthetic=liver-early", "hand-crafted=hu202
 SMALL = Settings(
     spacing=(3.0, 3.0, 3.0),
     crop=(32, 32, 32),
-    steps=300,
+    window=(0.0, 200.0),
+    steps=800,
     lr=2e-3,
     overlap=0.25,
     keep_mm=6.0,
@@ -155,13 +156,14 @@ def run_all(args: argparse.Namespace, settings: Settings, fabric: Any) -> dict[s
     pools: dict[str, Any] = {}
     for run in todo:
         arm = run["arm"]
-        if arm.name not in pools:
-            pools[arm.name] = make_pool(arm, cases, loaded, index, settings)
         to_train, to_test = split(cases, folds, run)
+        pool = pools.setdefault(arm.name, {})
+        new = [c for c in to_train if c.name not in pool]
+        pool.update(make_pool(arm, new, loaded, index, settings))
         start = time.process_time()
         model, told = train(
             fabric, run["network"], arm, to_train, loaded, index, settings, run["seed"],
-            args.workers, pools[arm.name],
+            args.workers, pool,
         )  # fmt: skip
         found = test(fabric, model, [*to_test, *extra], loaded, index, settings)
         told["cpu_seconds"] = round(time.process_time() - start, 1)

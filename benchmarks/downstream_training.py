@@ -206,6 +206,7 @@ def make_pool(
     versions: dict[str, list[dict[str, Any]]] = {}
     for case in cases:
         data = loaded[index[case.name]]
+        versions[case.name] = []
         if settings.synthesize_on == "healthy" and not data["healthy"]:
             continue
         for k in range(settings.pool):
@@ -217,7 +218,7 @@ def make_pool(
             )
             if any(record["applied"] for record in synth.report):
                 version = {"image": image, "label": label, "centre": centre_of(label)}
-                versions.setdefault(case.name, []).append(version)
+                versions[case.name].append(version)
     return versions
 
 
