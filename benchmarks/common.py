@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,17 @@ import torch
 import tumorsynth
 
 HERE = Path(__file__).resolve().parent
+
+
+def arguments(doc: str, output: str, repeats: int = 5, threads: bool = True) -> Any:
+    """A parser with the options that every timing shares; the script adds its own."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    if threads:
+        parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("-o", "--output", default=output, metavar="NAME", help="results/NAME.json")
+    return parser
 
 
 def environment() -> dict[str, Any]:
@@ -38,6 +51,24 @@ def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, middle, high = np.percentile(values, [25, 50, 75])
     return {"median": round(middle, 2), "q25": round(low, 2), "q75": round(high, 2)}
+
+
+def spreads(clocks: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """`tumorsynth.measure.times` as medians and quartiles."""
+    return {clock: spread(values) for clock, values in clocks.items()}
+
+
+def picture(name: str, draw: Callable[[Any], None], panels: int = 1) -> None:
+    """results/<name>.png: ``draw(axes)``, a row of panels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 3.2), layout="constrained")
+    draw(axes)
+    figure.savefig(HERE / "results" / f"{name}.png", dpi=80)
+    plt.close(figure)
 
 
 def write(name: str, results: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ Guarded by counting kernels, not by the clock.
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from tiny import tiny_crop, tiny_generator
@@ -16,6 +18,7 @@ from tumorsynth.models import conv
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.codebook import Codebook
 from tumorsynth.models.conv import Conv3d, cpu_layout, pad_replicate
+from tumorsynth.synthesizer import GPU_BATCH, SynthesizeTumor
 
 needs_mkldnn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN"
@@ -229,3 +232,99 @@ def test_the_budget_of_one_tumour():
     assert seen.count("mkldnn_convolution") == expected
     assert seen.count("slow_conv") == seen.count("one_hot") == 0
     assert seen.largest <= 8 * crop.numel()
+
+
+# -- what a GPU would wait for, and what it does where its memory ends ----------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Operators whose answer, or its size, the program waits for.
+
+    Not counted: float64 numbers, which are the noise schedule's and stay on the CPU.
+    """
+
+    KINDS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind in str(func) for kind in self.KINDS) and args[0].dtype != torch.float64:
+            self.names.append(str(func))
+        indices = args[1] if str(func).startswith("aten.index.") else ()
+        self.names += [
+            "index by a mask" for i in indices if i is not None and i.dtype is torch.bool
+        ]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("codes", [0, 32])
+@pytest.mark.parametrize("contrast_hu", [None, -30.0])
+def test_nothing_waits_for_the_device_while_a_tumour_is_painted(codes, contrast_hu):
+    generator, (crop, mask) = tiny_generator(codes=codes), tiny_crop(batch=2)
+    with Waits() as seen:
+        generator.change(crop, mask, seed=0, contrast_hu=contrast_hu)
+        generator.inpaint(crop, mask, seed=0, contrast_hu=contrast_hu)
+    assert seen.names == []
+    with Waits() as seen:  # it would be seen
+        assert float(crop.sum()) and crop[mask].numel()
+    assert len(seen.names) == 2
+
+
+def patch() -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    image = 110 + 12 * torch.randn(1, 64, 64, 64, generator=rng)
+    return image, torch.ones(image.shape, dtype=torch.uint8)
+
+
+def test_blending_a_tumour_waits_for_its_volume_alone(monkeypatch):
+    """And for the two numbers at its end, which come together by tolist."""
+    seen, inner = Waits(), SynthesizeTumor._draft
+
+    def watched(*args):
+        with seen:
+            return inner(*args)
+
+    monkeypatch.setattr(SynthesizeTumor, "_draft", watched)
+    SynthesizeTumor(tiny_generator(), count=1, size_mm=10.0)(*patch(), spacing=1.0, seed=0)
+    assert seen.names == ["aten._local_scalar_dense.default"]
+
+
+def test_where_a_gpus_memory_ends_fewer_crops_go_together_and_that_is_said_once(monkeypatch):
+    monkeypatch.setattr(SynthesizeTumor, "_batch", lambda self, device: self._together)
+    generator, batches = tiny_generator(), []
+    image, label = patch()
+    make = dict(count=7, size_mm=5.0, gap_mm=1.0)
+    expected = SynthesizeTumor(generator, **make)(image, label, spacing=1.0, seed=3)
+    inner = generator.change
+
+    def change(crop, mask, **kwargs):
+        batches.append(len(crop))
+        if len(crop) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return inner(crop, mask, **kwargs)
+
+    generator.change = change
+    synth = SynthesizeTumor(generator, **make)
+    with pytest.warns(UserWarning, match="does not hold 7 crops at once: going on with 3") as said:
+        found = synth(image, label, spacing=1.0, seed=3)
+    assert len(said) == 1 and batches == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    assert torch.equal(found[1], expected[1])
+    assert torch.allclose(found[0], expected[0], atol=1e-2)
+    batches.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        synth(image, label, spacing=1.0, seed=3)  # it remembers
+    assert set(batches) == {1} and SynthesizeTumor(generator)._together == GPU_BATCH
+
+
+def test_a_single_crop_that_does_not_fit_is_an_error(monkeypatch):
+    generator = tiny_generator()
+
+    def change(crop, mask, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    generator.change = change
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        SynthesizeTumor(generator, count=1, size_mm=8.0)(*patch(), spacing=1.0, seed=0)

@@ -52,7 +52,7 @@ def feather(
     if blend == "change":
         # the division makes the peak 1 even when the filter is as wide as the tumour; 2 % less
         # makes it a plateau
-        peak = weight[tumor_mask].max() if bool(tumor_mask.any()) else weight.new_ones(())
+        peak = (weight * tumor_mask).amax().clamp(min=1e-12)
         weight = ((2.0 if own_edge else 1.0) * weight / (0.98 * peak)).clamp(max=1.0)
         # never nothing where there is a label, not even at the tip of a spike
         weight = torch.where((weight < 0.005) & ~tumor_mask, 0.0, weight)

@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 
 import tumorsynth
 from tumorsynth import nifti
+from tumorsynth.bench import bench
 from tumorsynth.cases import (
     check_outputs,
     find_pairs,
@@ -470,6 +471,7 @@ def train(
 
 app.command()(evaluate)
 app.command()(healthy)
+app.command()(bench)
 
 nnunet = typer.Typer(
     help="The trainer for nnU-Net v2: its folder, or a copy among nnU-Net's own.",

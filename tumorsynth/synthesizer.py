@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -33,7 +34,7 @@ from tumorsynth.mass_effect import MassEffect, check_mass_effect, push_aside
 from tumorsynth.weights import Handle
 
 CONTEXT_MM = 16.0  # at least this much of the scan on each side of a tumour goes into its crop
-GPU_BATCH = 8  # crops in one pass of the networks
+GPU_BATCH = 8  # crops in one pass of the networks; halved where memory does not suffice
 NOTHING = "the generator leaves this tissue as it is"
 
 
@@ -142,6 +143,7 @@ class SynthesizeTumor(nn.Module):
         self.mass_effect = check_mass_effect(mass_effect)
         self.report: list[dict[str, Any]] = []
         self.params: list[dict[str, Any]] = []
+        self._together = GPU_BATCH
 
     @torch.no_grad()
     def forward(
@@ -418,27 +420,58 @@ class SynthesizeTumor(nn.Module):
         no faster and the last bit of a convolution depends on the batch.
         """
         device = self.compute_device or (jobs[0].crop.device if jobs else torch.device("cpu"))
-        run = generator.change if self.blend == "change" else generator.inpaint
-        size = 1 if device.type == "cpu" else GPU_BATCH
         for side in sorted({job.grid.side for job in jobs}):
-            alike = [job for job in jobs if job.grid.side == side]
-            for start in range(0, len(alike), size):
-                part = alike[start : start + size]
-                crops = torch.stack([job.crop for job in part])[:, None].to(device)
-                inside = torch.stack([job.crop_mask for job in part])[:, None].to(device)
-                with torch.autocast(device.type, enabled=False):
-                    drawn = [job.tumor.params for job in part]
-                    made = run(
-                        crops,
-                        inside,
-                        seed=[params.seed for params in drawn],
-                        contrast_hu=_asked([params.contrast_hu for params in drawn]),
-                    )
-                low, high = generator.window
-                made = made[:, 0].to(part[0].crop.device) * (high - low)
-                if self.blend != "change":
-                    made = made + low
+            left = [job for job in jobs if job.grid.side == side]
+            while left:
+                part = left[: self._batch(device)]
+                made = self._paint(part, generator, device)
+                if made is None:  # outside of the exception, which holds on to what did not fit
+                    self._halve(len(part))
+                    continue
+                left = left[len(part) :]
                 yield from zip(part, made, strict=True)
+
+    def _batch(self, device: torch.device) -> int:
+        return 1 if device.type == "cpu" else self._together
+
+    def _paint(
+        self,
+        part: list[_Job],
+        generator: Generator | HandcraftedGenerator,
+        device: torch.device,
+    ) -> Tensor | None:
+        """What the generator makes of some jobs, (jobs, side, side, side) in HU; None where the
+        GPU's memory does not hold them together."""
+        run = generator.change if self.blend == "change" else generator.inpaint
+        drawn = [job.tumor.params for job in part]
+        try:
+            crops = torch.stack([job.crop for job in part])[:, None].to(device)
+            inside = torch.stack([job.crop_mask for job in part])[:, None].to(device)
+            with torch.autocast(device.type, enabled=False):
+                made = run(
+                    crops,
+                    inside,
+                    seed=[params.seed for params in drawn],
+                    contrast_hu=_asked([params.contrast_hu for params in drawn]),
+                )
+        except torch.cuda.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            return None
+        low, high = generator.window
+        made = made[:, 0].to(part[0].crop.device) * (high - low)
+        return made if self.blend == "change" else made + low
+
+    def _halve(self, tried: int) -> None:
+        """Fewer crops in one pass from now on; says so the first time."""
+        if self._together == GPU_BATCH:
+            warnings.warn(
+                f"the GPU's memory does not hold {tried} crops at once: going on with "
+                f"{tried // 2}, and fewer if need be",
+                stacklevel=2,
+            )
+        self._together = tried // 2
+        torch.cuda.empty_cache()
 
     def _finish(
         self,
@@ -538,8 +571,11 @@ class SynthesizeTumor(nn.Module):
         keep = (weight > 0) & before.isfinite()
         after = torch.where(keep, after.to(image.dtype), before)
         # no label on what cannot be seen: fat or air under an organ's label, a scale that clips
-        empty = float((after != before)[inside].float().mean()) < 0.5
-        return _Draft(where, before, after, inside, float(weight[inside].max()), empty)
+        changed = (after != before).logical_and_(inside).sum()
+        peak = (weight * inside).amax()
+        seen, peak_weight = torch.stack([changed.to(peak), peak]).tolist()  # one wait for a GPU
+        empty = seen < 0.5 * tumor.voxels
+        return _Draft(where, before, after, inside, peak_weight, empty)
 
     def _write(
         self,
