@@ -1,88 +1,50 @@
-"""What does a tumour cost, stage by stage, and what a call; how much memory does a whole scan take?
+"""What does a tumour cost, stage by stage, and what a call: over batch, size and steps?
 
-    python benchmarks/latency.py [--scan CT LABEL] [--original HOOK.py] [--repeats 5] [-o NAME]
+    python benchmarks/latency.py [--device cuda] [--threads 1] [--scan CT LABEL] [--no-published]
 
-Needs torch alone (nibabel for --scan). Runs on the CPU with as many threads as torch is given
-(OMP_NUM_THREADS). Times are of the process's CPU clock, in ms, summed over its threads: on one
-thread that is the wall time of an idle machine, and it holds on a shared one. Memory is the peak
-of the resident set above what was there before the call.
+Needs torch alone (nibabel for --scan, matplotlib for the picture). Every time is given by two
+clocks: the wall's, and the CPU time of the process, which on one thread is the wall time of an idle
+machine and holds on a shared one. A GPU is waited for before and after (`tumorsynth.measure`).
 
---scan: a CT in HU and an organ mask (label 1) in NIfTI, for calls on a whole scan.
---original: a Python file with ``load(AutoencoderConfig, UNetConfig) -> run``, where
-``run(crop, tumor_mask)`` paints one (1, 1, 96, 96, 96) crop with the original's own code, which is
-not part of this project; it runs in turn with ours.
+--scan: a CT in HU and an organ mask (label 1) in NIfTI, for calls on a whole scan, and for how far
+bfloat16 moves the HU of its tumours.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import runpy
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import spread, write
+from common import arguments, picture, spread, spreads, write
+from steps import with_steps
 from torch import Tensor, nn
 
 import tumorsynth as ts
 from tumorsynth.generator import Generator
+from tumorsynth.measure import (
+    call_times,
+    crop_and_mask,
+    pass_times,
+    patch_and_label,
+    peak_mib,
+    times,
+)
 from tumorsynth.models import conv
-from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
-from tumorsynth.models.unet import FactorizedUNet, UNetConfig
+from tumorsynth.models.autoencoder import Autoencoder
+from tumorsynth.models.unet import FactorizedUNet
 
-PAGE = 4096
-
-
-def milliseconds(run: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Median and quartiles of the CPU time of ``run()``, after one call that is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        times.append((time.process_time() - start) * 1e3)
-    return spread(times)
-
-
-def peak_mib(run: Callable[[], object]) -> float | None:
-    """Peak of the resident memory above that before, in MiB, sampled every ms; Linux with glibc.
-
-    What earlier calls freed goes back to the system first, or it would hide what this one takes.
-    """
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return None
-
-    ctypes.CDLL(None).malloc_trim(0)
-
-    def resident() -> int:
-        return int(statm.read_text().split()[1]) * PAGE
-
-    before, peak, done = resident(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        run()
-    finally:
-        done.set()
-        watcher.join()
-    return round((max(peak[0], before) - before) / 2**20, 1)
+BATCHES, SIDES, STEPS = (1, 2, 4, 8, 16), (64, 96, 128), (4, 50)
 
 
 @contextmanager
-def plain_convolutions():
-    """PyTorch's own choice of convolution kernel, as before models/conv.py was there."""
+def plain_convolutions() -> Iterator[None]:
+    """PyTorch's own choice of convolution kernel on a CPU."""
     fast = conv.Conv3d._conv_forward
     conv.Conv3d._conv_forward = nn.Conv3d._conv_forward
     try:
@@ -91,58 +53,107 @@ def plain_convolutions():
         conv.Conv3d._conv_forward = fast
 
 
-def crop_and_mask(side: int) -> tuple[Tensor, Tensor]:
-    """A noisy crop in [0, 1] and a ball of 18 mm in its middle, (1, 1, side, side, side)."""
-    rng = torch.Generator().manual_seed(0)
-    crop = (0.65 + 0.03 * torch.randn(1, 1, side, side, side, generator=rng)).clamp(0, 1)
-    axis = torch.arange(side) - side // 2
-    far = sum(g.square() for g in torch.meshgrid(axis, axis, axis, indexing="ij"))
-    return crop, (far <= 81)[None, None]
-
-
-def stages(generator: Generator, side: int, repeats: int) -> dict[str, object]:
-    """One tumour in one crop: each network pass, and ``change`` as a whole."""
-    crop, mask = crop_and_mask(side)
-    aim = generator._aim(crop, mask, [0], None)
-    cond, volume = generator._condition(crop, mask, None if aim is None else aim[2])
-    noise = generator._noise(cond, [0], None)
-    latent = generator.sample(cond, noise)
-    raw = generator.autoencoder.denormalize(latent)
-    rows = {
-        "encode": milliseconds(lambda: generator._encode(volume), repeats),
-        "denoise": milliseconds(lambda: generator.sample(cond, noise), repeats),
-        "quantise": milliseconds(lambda: generator.autoencoder.quantize(raw), repeats),
-        "decode": milliseconds(lambda: generator._decode(raw), repeats),
-        "change": milliseconds(lambda: generator.change(crop, mask, seed=0), repeats),
-    }
-    return {
-        "repeats": repeats,
-        "ms": rows,
-        "change_peak_mib": peak_mib(lambda: generator.change(crop, mask, seed=0)),
-    }
-
-
-def variants(name: str, generator: Generator, side: int, repeats: int) -> list[dict[str, object]]:
+def variants(name: str, generator: Generator, repeats: int) -> list[dict[str, Any]]:
     """The same networks as PyTorch runs them, in float32, and in bfloat16 where that is fast."""
+    on_cpu = generator.device.type == "cpu"
+    kinds = [("float32", True), ("float32", False), ("bfloat16", False)]
+    if on_cpu and not conv.cpu_computes_bfloat16():
+        kinds.pop()
     rows = []
-    precisions = ["float32", "bfloat16"] if conv.cpu_computes_bfloat16() else ["float32"]
-    for precision, plain in [("float32", True), *((p, False) for p in precisions)]:
-        generator.precision = precision
-        row = {"generator": name, "crop": side, "precision": precision, "plain_torch": plain}
-        if plain:
-            with plain_convolutions():
-                row.update(stages(generator, side, repeats))
-        else:
-            row.update(stages(generator, side, repeats))
-        rows.append(row)
-        print(row, flush=True)
+    for generator.precision, plain in kinds if on_cpu else [k for k in kinds if not k[1]]:
+        with plain_convolutions() if plain else nullcontext():
+            found = pass_times(generator, repeats=repeats)
+            change = one(generator)
+            rows.append(
+                {
+                    "generator": name,
+                    "crop": generator.crop_size,
+                    "precision": generator.precision,
+                    "plain_torch": plain,
+                    "ms": {key: spreads(clocks) for key, clocks in found.items()},
+                    "change_peak_mib": peak_mib(change, generator.device),
+                }
+            )
+        print(rows[-1], flush=True)
     generator.precision = "auto"
     return rows
 
 
+def one(generator: Generator, side: int | None = None, batch: int = 1) -> partial[Tensor]:
+    """One change of a batch of crops."""
+    crop, mask = crop_and_mask(side or generator.crop_size, batch, generator.device)
+    return partial(generator.change, crop, mask, seed=0)
+
+
+def over(generator: Generator, repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """`change` over the batch (ms of the whole batch), the crop's side and the steps."""
+    device = generator.device
+    if device.type == "cpu":
+        repeats = min(repeats, 2)
+    rows: dict[str, list[dict[str, Any]]] = {"batch": [], "side": [], "steps": []}
+    for batch in BATCHES:
+        found = spreads(times(one(generator, batch=batch), device, repeats))
+        each = round(found["wall_ms"]["median"] / batch, 2)
+        rows["batch"].append({"batch": batch, **found, "wall_ms_a_tumour": each})
+    for side in SIDES:
+        rows["side"].append({"side": side, **spreads(times(one(generator, side), device, repeats))})
+    for steps in STEPS:
+        run = one(with_steps(generator, steps))
+        rows["steps"].append({"steps": steps, **spreads(times(run, device, repeats))})
+    print(rows, flush=True)
+    return rows
+
+
+def calls(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """A training patch of 96^3 that is all organ, and the path that does nothing."""
+    image, label = patch_and_label(96, device=device)
+    rows: list[dict[str, Any]] = []
+    for name, count in (("liver-early", 1), ("liver-early", 8), ("hu2023", 1)):
+        size = (15, 20) if count == 1 else 12.0
+        synth = ts.SynthesizeTumor(name, count=count, size_mm=size)
+        found = call_times(synth, image, label, repeats, spacing=1.0)
+        rows.append(
+            {
+                "what": "patch of 96^3, 1 mm",
+                "generator": name,
+                "tumours": sum(record["applied"] for record in synth.report),
+                "ms": {key: spreads(clocks) for key, clocks in found.items()},
+                "peak_mib": peak_mib(partial(synth, image, label, spacing=1.0, seed=0), device),
+            }
+        )
+        print(rows[-1], flush=True)
+    idle = ts.SynthesizeTumor(p=0.0)
+
+    def thousand() -> None:
+        for _ in range(1000):
+            idle(image, label, spacing=1.0)
+
+    rows.append({"what": "p = 0", "microseconds": spreads(times(thousand, device, repeats))})
+    return rows
+
+
+def crops_of(
+    synth: ts.SynthesizeTumor, image: Tensor, label: Tensor, **where: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """The crops and masks that a call gives to the generator."""
+    generator, crops = synth.handle.get(image.device), []
+    inner = generator.change
+
+    def change(crop: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
+        crops.append((crop, mask))
+        return inner(crop, mask, **kwargs)
+
+    generator.change = change
+    try:
+        synth(image, label, seed=2, **where)
+    finally:
+        del generator.change
+    return crops
+
+
 def precision_difference(
-    generator: Generator, what: str, crops: list[tuple[Tensor, Tensor]]
-) -> dict[str, object]:
+    generator: Generator, crops: list[tuple[Tensor, Tensor]]
+) -> dict[str, Any]:
     """HU inside the tumours by which bfloat16 changes what float32 makes of the same seeds."""
     low, high = generator.window
     rms, mean, contrast = [], [], []
@@ -155,133 +166,61 @@ def precision_difference(
         mean.append(abs(float(hu.mean())))
         contrast.append(float(made["float32"].mean()))
     generator.precision = "auto"
-    row = {"crops": what, "tumours": len(crops), "rms_hu": spread(rms), "mean_hu": spread(mean)}
+    row = {"tumours": sum(len(c) for c, _ in crops), "rms_hu": spread(rms), "mean_hu": spread(mean)}
     row.update(worst_rms_hu=round(max(rms), 2), worst_mean_hu=round(max(mean), 2))
     return {**row, "float32_change_hu": spread(contrast)}
 
 
-def crops_of(
-    synth: ts.SynthesizeTumor, image: Tensor, label: Tensor, **where: object
-) -> list[tuple[Tensor, Tensor]]:
-    """The crops and masks that a call gives to the generator."""
-    generator, crops = synth.handle.get(torch.device("cpu")), []
-    inner = generator.change
-
-    def change(crop: Tensor, mask: Tensor, **kwargs: object) -> Tensor:
-        crops.append((crop, mask))
-        return inner(crop, mask, **kwargs)
-
-    generator.change = change
-    try:
-        synth(image, label, seed=2, **where)
-    finally:
-        del generator.change
-    return crops
-
-
-def published_sizes() -> Generator:
-    """The published layer sizes with random weights: the time is the same, the tumours are not."""
-    torch.manual_seed(0)
-    return Generator(Autoencoder(AutoencoderConfig()), FactorizedUNet(UNetConfig()))
-
-
-def timed_call(
-    synth: ts.SynthesizeTumor, image: Tensor, label: Tensor, repeats: int, **where: object
-) -> dict[str, object]:
-    """One call and its parts, each timed inside the same calls."""
-    parts = {"_masks": "masks", "_crop": "crop", "_draft": "blend", "_write": "blend"}
-    generator = synth.handle.get(torch.device("cpu"))
-    spent: dict[str, float] = {}
-
-    def timed(owner: object, name: str, key: str) -> None:
-        inner = getattr(owner, name)
-
-        def run(*args, **kwargs):
-            start = time.process_time()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                spent[key] = spent.get(key, 0.0) + (time.process_time() - start) * 1e3
-
-        setattr(owner, name, run)
-
-    for part, key in parts.items():
-        timed(synth, part, key)
-    timed(generator, "change", "networks")
-    runs: list[dict[str, float]] = []
-    try:
-        for _ in range(repeats + 1):
-            spent.clear()
-            start = time.process_time()
-            synth(image, label, seed=1, **where)
-            whole = (time.process_time() - start) * 1e3
-            runs.append({**spent, "rest": whole - sum(spent.values()), "whole_call": whole})
-        made = sum(record["applied"] for record in synth.report)
-        peak = peak_mib(lambda: synth(image, label, seed=1, **where))
-    finally:
-        for part in parts:
-            delattr(synth, part)
-        del generator.change
-    return {
-        "shape": list(image.shape),
-        "tumours": made,
-        "ms": {key: spread([run.get(key, 0.0) for run in runs[1:]]) for key in runs[0]},
-        "image_mib": round(image.numel() * 4 / 2**20, 1),
-        "peak_mib": peak,
-    }
-
-
-def calls(repeats: int) -> list[dict[str, object]]:
-    """A training patch of 96^3 that is all organ, and the path that does nothing."""
-    image = torch.full((1, 96, 96, 96), 110.0)
-    image += 12 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
-    label = torch.ones(image.shape, dtype=torch.uint8)
-    synth = ts.SynthesizeTumor(count=1, size_mm=(15, 20))
-    row = {"what": "patch of 96^3, 1 mm", **timed_call(synth, image, label, repeats, spacing=1.0)}
-    idle = ts.SynthesizeTumor(p=0.0)
-
-    def thousand() -> None:
-        for _ in range(1000):
-            idle(image, label, spacing=1.0)
-
-    return [row, {"what": "p = 0", "microseconds": milliseconds(thousand, repeats)}]
-
-
-def whole_scan(ct: Path, mask: Path) -> dict[str, object]:
+def whole_scan(ct: Path, mask: Path, device: torch.device) -> dict[str, Any]:
     """1, 3 and 10 tumours in a whole scan, and 10 in it mirrored up to 400 slices."""
     import nibabel as nib
     import numpy as np
 
     scan = nib.load(ct)
-    image = torch.from_numpy(np.asarray(scan.dataobj, dtype=np.float32))[None]
-    label = torch.from_numpy(np.asarray(nib.load(mask).dataobj).astype(np.uint8))[None]
+    image = torch.from_numpy(np.asarray(scan.dataobj, dtype=np.float32))[None].to(device)
+    label = torch.from_numpy(np.asarray(nib.load(mask).dataobj).astype(np.uint8))[None].to(device)
     label = (label == 1).to(torch.uint8)
     spacing = [float(s) for s in scan.header.get_zooms()[:3]]
     rows = []
-    for count in (1, 3, 10):
+
+    def add(count: int, repeats: int) -> ts.SynthesizeTumor:
         synth = ts.SynthesizeTumor(count=count, size_mm=(8, 20))
-        rows.append(timed_call(synth, image, label, 2, spacing=spacing))
+        found = call_times(synth, image, label, repeats, spacing=spacing)
+        mib = image.numel() * 4 / 2**20
+        peak = peak_mib(partial(synth, image, label, spacing=spacing, seed=0), device)
+        rows.append(
+            {
+                "shape": list(image.shape),
+                "tumours": sum(record["applied"] for record in synth.report),
+                "ms": {key: spreads(clocks) for key, clocks in found.items()},
+                "image_mib": round(mib, 1),
+                "peak_mib": peak,
+                "peak_by_image": None if peak is None else round(peak / mib, 2),
+            }
+        )
         print(rows[-1], flush=True)
-    shipped = synth.handle.get(torch.device("cpu"))
+        return synth
+
+    for count in (1, 3, 10):
+        synth = add(count, 2)
     found = crops_of(synth, image, label, spacing=spacing)
-    difference = precision_difference(shipped, "of the scan", found)
+    difference = precision_difference(synth.handle.get(device), found)
     print(difference, flush=True)
-    times = -(-400 // image.shape[3])
+    repeat = -(-400 // image.shape[3])
     image, label = (
-        torch.cat([v.flip(3) if i % 2 else v for i in range(times)], 3)[..., :400].contiguous()
+        torch.cat([v.flip(3) if i % 2 else v for i in range(repeat)], 3)[..., :400].contiguous()
         for v in (image, label)
     )
-    synth = ts.SynthesizeTumor(count=10, size_mm=(8, 20))
-    rows.append(timed_call(synth, image, label, 1, spacing=spacing))
-    print(rows[-1], flush=True)
+    add(10, 1)
     return {"bfloat16": difference, "calls": rows}
 
 
-def yardstick(repeats: int) -> dict[str, float]:
+def yardstick(device: torch.device, repeats: int) -> dict[str, Any]:
     """Four float32 convolutions, 3x3x3, 32 channels, 96^3: the goals are shares of it."""
-    layer, x = nn.Conv3d(32, 32, 3, padding=1), torch.randn(1, 32, 96, 96, 96)
+    layer = nn.Conv3d(32, 32, 3, padding=1).to(device)
+    x = torch.randn(1, 32, 96, 96, 96, device=device)
     with torch.no_grad():
-        return milliseconds(lambda: [layer(x) for _ in range(4)], repeats)
+        return spreads(times(lambda: [layer(x) for _ in range(4)], device, repeats))
 
 
 def import_seconds() -> float:
@@ -297,40 +236,38 @@ def import_seconds() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__, "latency_cpu", repeats=3)
     parser.add_argument("--scan", nargs=2, type=Path, metavar=("CT", "LABEL"))
-    parser.add_argument("--original", type=Path, metavar="HOOK.py")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("-o", "--output", default="latency_cpu", metavar="NAME")
+    parser.add_argument("--no-published", action="store_true", help="they take minutes on a CPU")
     args = parser.parse_args()
-    n = args.repeats
-    results: dict[str, object] = {
-        "clock": "CPU time of the process, ms",
-        "four_float32_convolutions_ms": yardstick(n),
+    torch.set_num_threads(args.threads)
+    device, n = args.device, args.repeats
+    results: dict[str, Any] = {
+        "threads_used": args.threads,
+        "four_float32_convolutions": yardstick(device, n),
         "import_seconds": import_seconds(),
+        "calls": calls(device, n),
     }
-    shipped = ts.load_generator("liver-early")
-    published = published_sizes()
-    results["calls"] = calls(n)
-    print(results, flush=True)
-    results["networks"] = variants("liver-early", shipped, shipped.crop_size, n)
+    shipped = ts.load_generator("liver-early", device)
+    results["networks"] = variants("liver-early", shipped, n)
+    results["change"] = over(shipped, n)
     if args.scan:
-        results["scan"] = whole_scan(*args.scan)
-    write(args.output, results)  # what comes now takes minutes
-    results["networks"] += variants(
-        "published sizes, random weights", published, 96, max(1, n // 2)
-    )
-    if args.original:
-        run, (crop, mask) = (
-            runpy.run_path(str(args.original))["load"](AutoencoderConfig, UNetConfig),
-            crop_and_mask(96),
-        )
-        ours, theirs = [], []
-        for _ in range(n):
-            ours.append(milliseconds(lambda: published.inpaint(crop, mask, seed=0), 1)["median"])
-            theirs.append(milliseconds(lambda: run(crop, mask), 1)["median"])
-        results["original"] = {"ours_ms": spread(ours), "original_ms": spread(theirs)}
-    write(args.output, results)
+        results["scan"] = whole_scan(*args.scan, device)
+    write(args.output, results)  # what comes now takes longer
+    if not args.no_published:
+        torch.manual_seed(0)
+        published = Generator(Autoencoder(), FactorizedUNet()).to(device)
+        repeats = 1 if device.type == "cpu" else n
+        results["networks"] += variants("published sizes, random weights", published, repeats)
+        write(args.output, results)
+
+    def draw(axes: Any) -> None:
+        for panel, kind in zip(axes, ("batch", "side", "steps"), strict=True):
+            rows = results["change"][kind]
+            panel.plot([r[kind] for r in rows], [r["wall_ms"]["median"] for r in rows], "o-")
+            panel.set(xlabel=kind, ylabel="ms a change", ylim=0)
+
+    picture(args.output, draw, panels=3)
 
 
 if __name__ == "__main__":

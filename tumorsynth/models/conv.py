@@ -51,7 +51,8 @@ def pad_replicate(x: Tensor, by: int) -> Tensor:
     layout = torch.channels_last_3d if last else torch.contiguous_format
     sides = [side + 2 * by for side in x.shape[2:]]
     out = torch.empty(*x.shape[:2], *sides, dtype=x.dtype, memory_format=layout)
-    out[(..., *[slice(by, -by)] * 3)] = x
+    inner = slice(by, -by)
+    out[:, :, inner, inner, inner] = x
     for axis, side in zip((4, 3, 2), sides[::-1], strict=True):  # edges and corners come last
         out.narrow(axis, 0, by).copy_(out.narrow(axis, by, 1))
         out.narrow(axis, side - by, by).copy_(out.narrow(axis, side - by - 1, 1))
