@@ -18,15 +18,33 @@ import tumorsynth
 HERE = Path(__file__).resolve().parent
 
 
-def arguments(doc: str, output: str, repeats: int = 5, threads: bool = True) -> Any:
+def arguments(doc: str, output: str, repeats: int = 5) -> argparse.ArgumentParser:
     """A parser with the options that every timing shares; the script adds its own."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    if threads:
-        parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--device", type=_device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--repeats", type=int, default=repeats)
-    parser.add_argument("-o", "--output", default=output, metavar="NAME", help="results/NAME.json")
+    help = f"results/NAME.json [default: {output}_cpu, {output}_cpu_2threads, {output}_cuda]"
+    parser.add_argument("-o", "--output", metavar="NAME", help=help)
+    parser.set_defaults(question=output)
     return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; torch gets its number of threads."""
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    threads = f"_{args.threads}threads" if args.device.type == "cpu" and args.threads > 1 else ""
+    args.output = args.output or f"{args.question}_{args.device.type}{threads}"
+    return args
+
+
+def _device(name: str) -> torch.device:
+    """With its number, as a tensor's device has it: generators are kept by device."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def environment() -> dict[str, Any]:
@@ -40,6 +58,7 @@ def environment() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32 if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tumorsynth": tumorsynth.__version__,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, picture, spread, spreads, write
+from common import arguments, parse, picture, spread, spreads, write
 from steps import with_steps
 from torch import Tensor, nn
 
@@ -236,11 +236,10 @@ def import_seconds() -> float:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "latency_cpu", repeats=3)
+    parser = arguments(__doc__, "latency", repeats=3)
     parser.add_argument("--scan", nargs=2, type=Path, metavar=("CT", "LABEL"))
     parser.add_argument("--no-published", action="store_true", help="they take minutes on a CPU")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     device, n = args.device, args.repeats
     results: dict[str, Any] = {
         "threads_used": args.threads,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import arguments, picture, write
+from common import arguments, parse, picture, write
 
 import tumorsynth as ts
 from tumorsynth.measure import patch_and_label, peak_mib
@@ -28,8 +28,7 @@ def scan(device: torch.device, shape: tuple[int, int, int]) -> tuple[torch.Tenso
 
 
 def main() -> None:
-    args = arguments(__doc__, "memory_cpu").parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(arguments(__doc__, "memory"))
     rows: list[dict[str, Any]] = []
     for name in ("hu2023", "liver-early"):
         for what, count in (("patch of 96^3", 1), ("scan of 512 x 512 x 400", 10)):

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from common import arguments, picture, spread, write
+from common import arguments, parse, picture, spread, write
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 
@@ -23,13 +23,12 @@ from tumorsynth.measure import patch_and_label, synchronise
 
 
 def main() -> None:
-    parser = arguments(__doc__, "pipeline_overhead_cpu")
+    parser = arguments(__doc__, "pipeline_overhead")
     parser.add_argument("--p", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--side", type=int, default=96)
     parser.add_argument("--batch", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     torch.manual_seed(0)
     device = args.device
     network = UNet(3, 1, 3, (16, 32, 64, 128, 256), (2, 2, 2, 2), num_res_units=2).to(device)

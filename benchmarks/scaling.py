@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import arguments, picture, spreads, write
+from common import arguments, parse, picture, spreads, write
 
 import tumorsynth as ts
 from tumorsynth.measure import patch_and_label, times
@@ -24,10 +24,9 @@ SIDES = (64, 96, 128, 160)
 
 
 def main() -> None:
-    parser = arguments(__doc__, "scaling_cpu", repeats=3)
+    parser = arguments(__doc__, "scaling", repeats=3)
     parser.add_argument("--generator", nargs="+", default=["hu2023", "liver-early"])
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     liver = LABELS["liver"]
     big = ts.make_phantom((2.0, 2.0, 2.0), (160, 130, 80), seed=0)
     rows: dict[str, list[dict[str, Any]]] = {"volume": [], "tumours": [], "patch": []}

@@ -5,8 +5,8 @@
 The paper's figure 6 asks it of networks that were trained anew for each T. Here one network,
 trained with its own T, is sampled with others: n steps have the noise levels of the cosine schedule
 of n steps, and the network is told the time at which its own schedule has that level,
-``T (k + 1) / n - 1``, at least 0. For divisors of T these are times it was trained for; between
-them it interpolates. Scores are those of the quality gate (`tumorsynth.gate.measure`), in the liver
+``T (k + 1) / n - 1``, at least 0 (the first level, all noise, keeps 1e-4 of the signal at most). For
+divisors of T these are times it was trained for; between them it interpolates. Scores are those of the quality gate (`tumorsynth.gate.measure`), in the liver
 of the phantom, the same masks and seeds for all; "healthy" is what they say of the same outlines
 without a tumour. The difference to the generator's own T is of the same seed, whose noise is drawn
 anew for each T, so that it holds the variety of tumours as well.
@@ -18,7 +18,7 @@ import math
 from typing import Any
 
 import torch
-from common import arguments, picture, spread, spreads, write
+from common import arguments, parse, picture, spread, spreads, write
 from torch import Tensor, nn
 
 import tumorsynth as ts
@@ -90,11 +90,10 @@ def summary(rows: list[dict[str, float | None]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "steps_cpu", repeats=3)
+    parser = arguments(__doc__, "steps", repeats=3)
     parser.add_argument("--generator", default="liver-early")
     parser.add_argument("--draws", type=int, default=12)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     generator = ts.load_generator(args.generator, args.device)
     low, high = generator.window
     cases = drawn(ts.make_phantom(seed=0), args.device, args.draws, generator)

@@ -21,7 +21,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import torch
-from common import arguments, picture, spreads, write
+from common import arguments, parse, picture, spreads, write
 
 import tumorsynth as ts
 from tumorsynth.measure import peak_mib, times
@@ -41,10 +41,9 @@ def load(checkout: Path) -> Any:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "vs_handcrafted_cpu", repeats=3)
+    parser = arguments(__doc__, "vs_handcrafted", repeats=3)
     parser.add_argument("--original", type=Path, metavar="DIR")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     ct = ts.make_phantom(seed=0)
     organ = (ct.label == LABELS["liver"]).to(torch.uint8)
     image, label = ct.image.to(args.device), organ.to(args.device)

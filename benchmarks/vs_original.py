@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import torch
-from common import arguments, environment, picture, spread, write
+from common import arguments, environment, parse, picture, spread, write
 from torch import Tensor
 
 import tumorsynth as ts
@@ -212,11 +211,10 @@ def four_convolutions(device: torch.device) -> Callable[[], Any]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "vs_original_cpu", repeats=3)
+    parser = arguments(__doc__, "vs_original", repeats=3)
     parser.add_argument("--original", type=Path, required=True, metavar="DIR")
     parser.add_argument("--weights", type=Path, metavar="DIR")
-    args: Namespace = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse(parser)
     device = args.device
     torch.manual_seed(0)
     if args.weights:

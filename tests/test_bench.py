@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_generator
+from tiny import tiny_crop, tiny_generator
 
 import tumorsynth as ts
 from tumorsynth.measure import (
@@ -99,3 +101,28 @@ def test_peak_memory_is_of_the_call_alone():
     if peak is None:
         pytest.skip("resident memory is read on Linux with glibc alone")
     assert 60 <= peak <= 80 and kept.sum() > 0
+
+
+def test_other_numbers_of_steps_have_their_own_noise_levels_and_the_networks_times(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
+    from steps import with_steps
+
+    generator, (crop, mask) = tiny_generator(prediction="x0"), tiny_crop()
+    expected = generator.change(crop, mask, seed=0)
+    assert torch.equal(with_steps(generator, 4).change(crop, mask, seed=0), expected)
+    asked: list[float] = []
+    inner = generator.denoiser.forward
+
+    def forward(x_t, t, cond):
+        asked.append(round(float(t), 4))
+        return inner(x_t, t, cond)
+
+    generator.denoiser.forward = forward
+    for steps, told in ((1, [3]), (2, [3, 1]), (8, [3, 2.5, 2, 1.5, 1, 0.5, 0, 0])):
+        asked.clear()
+        other = with_steps(generator, steps)
+        assert other.change(crop, mask, seed=0).isfinite().all() and asked == told
+        if steps > 1:  # the middle level is where its own schedule has it
+            level = float(other.schedule.alphas_cumprod[steps // 2 - 1])
+            assert level == pytest.approx(float(generator.schedule.alphas_cumprod[1]), rel=1e-6)
+    sys.modules.pop("steps"), sys.modules.pop("common")
