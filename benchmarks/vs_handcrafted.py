@@ -44,7 +44,7 @@ def main() -> None:
     parser = arguments(__doc__, "vs_handcrafted", repeats=3)
     parser.add_argument("--original", type=Path, metavar="DIR")
     args = parse(parser)
-    ct = ts.make_phantom(seed=0)
+    ct = ts.make_phantom(shape=(220, 200, 140), seed=0)
     organ = (ct.label == LABELS["liver"]).to(torch.uint8)
     image, label = ct.image.to(args.device), organ.to(args.device)
     results: dict[str, Any] = {"shape": list(image.shape), "threads_used": args.threads}
