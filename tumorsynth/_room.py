@@ -32,9 +32,15 @@ class Field:
         gap = [max(1, math.ceil(gap_mm / s - 1e-6)) for s in spacing]
         self.others = []
         for other in others:
-            x, y, z = gap
-            padded = F.pad(other.mask, (z, z, y, y, x, x))
-            start = [s - g for s, g in zip(other.start, gap, strict=True)]
+            # no further than the volume: a wide gap in small voxels has no end
+            below = [min(g, s) for g, s in zip(gap, other.start, strict=True)]
+            above = [
+                max(0, min(g, n - s - m))
+                for g, n, s, m in zip(gap, label.shape, other.start, other.mask.shape, strict=True)
+            ]
+            (x, y, z), (x1, y1, z1) = below, above
+            padded = F.pad(other.mask, (z, z1, y, y1, x, x1))
+            start = [s - g for s, g in zip(other.start, below, strict=True)]
             self.others.append((start, dilate(padded, gap_mm, spacing)))
 
     def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,17 +131,26 @@ def dilate(mask: Tensor, gap_mm: float, spacing: Sequence[float]) -> Tensor:
     out = mask.clone()
     for axis, s in enumerate(spacing):
         size = out.shape[axis]
-        for _ in range(max(1, math.ceil(gap_mm / s - 1e-6)) if size > 1 else 0):
+        wanted, reached = min(max(1, math.ceil(gap_mm / s - 1e-6)), size - 1), 0
+        while reached < wanted:  # what is grown by k to both sides grows by up to 2 k + 1 at once
+            step = min(2 * reached + 1, wanted - reached, size - 1)
             before = out.clone()
-            out.narrow(axis, 1, size - 1).logical_or_(before.narrow(axis, 0, size - 1))
-            out.narrow(axis, 0, size - 1).logical_or_(before.narrow(axis, 1, size - 1))
+            out.narrow(axis, step, size - step).logical_or_(before.narrow(axis, 0, size - step))
+            out.narrow(axis, 0, size - step).logical_or_(before.narrow(axis, step, size - step))
+            reached += step
     return out
 
 
 def is_organ(label: Tensor, labels: tuple[int, ...]) -> Tensor:
-    if label.dtype == torch.bool:
-        return label.clone() if 1 in labels else torch.zeros_like(label)
-    organ = label == labels[0]
-    for value in labels[1:]:
-        organ |= label == value
-    return organ
+    """Where the label (X, Y, Z) has one of the values: bool."""
+    organ = None
+    for value in labels:
+        if holds(label.dtype, value):  # or torch would compare with what it wraps or rounds to
+            here = label == value
+            organ = here if organ is None else organ.logical_or_(here)
+    return torch.zeros_like(label, dtype=torch.bool) if organ is None else organ
+
+
+def holds(dtype: torch.dtype, value: int) -> bool:
+    """Whether a dtype has this very number; 257 in uint8 would be 1."""
+    return torch.tensor(value).to(dtype).item() == value

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -40,11 +41,50 @@ class TumorParams:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TumorParams:
-        """The inverse of `to_dict`, also after JSON made lists of the tuples."""
+        """The inverse of `to_dict`, also after JSON made lists of the tuples.
+
+        ValueError for what `to_dict` never gives: it would end in the middle, or not at all.
+        """
+        if not isinstance(values, dict) or not set(REQUIRED) <= set(values) <= set(NAMES):
+            found = sorted(map(str, values)) if isinstance(values, dict) else repr(values)
+            raise ValueError(
+                f"a tumour's params must hold {', '.join(REQUIRED)}, got {found}; "
+                "pass synth.params of an earlier call of this version"
+            )
+        for name, (number, low, high) in BOUNDS.items():
+            value = values.get(name)
+            if value is None and name not in REQUIRED:
+                continue
+            several = isinstance(value, list | tuple)
+            parts: list[Any] = [*value] if isinstance(value, list | tuple) else [value]
+            kind: Any = int if isinstance(low, int) else Real
+            fine = all(isinstance(v, kind) and low <= v <= high for v in parts)
+            if not fine or len(parts) != number or several != (number > 1):
+                raise ValueError(
+                    f"a tumour's {name} must be {number} number(s) from {low:g} to {high:g}, "
+                    f"got {value!r}; pass synth.params of an earlier call"
+                )
         known: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
         return cls(**known)
+
+
+NAMES = tuple(f.name for f in fields(TumorParams))
+REQUIRED = tuple(f.name for f in fields(TumorParams) if f.default is MISSING)
+# how many numbers, from where to where; whole where the bounds are
+BOUNDS: dict[str, tuple[int, float, float]] = {
+    "centre": (3, 0, 2**31),
+    "diameter_mm": (1, 0.001, 1000.0),
+    "axes": (3, 0.01, 100.0),
+    "rotation": (4, -1.001, 1.001),
+    "roughness": (1, 0.0, 10.0),
+    "shape_seed": (1, 0, 2**63 - 1),
+    "seed": (1, 0, 2**63 - 1),
+    "sigma_mm": (1, 0.0, 20.0),
+    "drawn_mm": (1, 0.001, 1000.0),
+    "contrast_hu": (1, -1500.0, 1500.0),
+}
 
 
 class Shape:

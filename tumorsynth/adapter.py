@@ -178,9 +178,9 @@ class Adapter:
                 f"organ map and label must be on one device, got {organ.device} and {label.device}"
             )
         there, organ = plain(label), plain(organ)
-        both = torch.zeros(organ.shape, dtype=torch.int32, device=organ.device)
+        both = torch.zeros(organ.shape, dtype=torch.int64, device=organ.device)
         for value in self.synth.organ_labels:
-            both[organ == value] = value
+            both[masks.is_organ(organ, (value,))] = value
         both[there == self.tumor_label] = self.synth.tumor_label
         return both
 

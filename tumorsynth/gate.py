@@ -52,8 +52,9 @@ class Gate:
     least: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.tries, bool) or not isinstance(self.tries, int) or self.tries < 1:
-            raise ValueError(f"tries must be a whole number of at least 1, got {self.tries!r}")
+        whole = isinstance(self.tries, int) and not isinstance(self.tries, bool)
+        if not whole or not 1 <= self.tries <= 100:
+            raise ValueError(f"tries must be a whole number from 1 to 100, got {self.tries!r}")
         for name in LIMITS:
             pair = getattr(self, name)
             if pair is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -381,7 +382,7 @@ def per_sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     if seed is None:
         return torch.randint(2**63 - 1, (batch,)).tolist()
     try:  # index() takes the integers of numpy and torch, and no floats
-        seeds = [index(s) for s in seed]  # type: ignore[union-attr]
+        seeds = [index(s) for s in islice(seed, batch + 1)]  # type: ignore[arg-type]
     except TypeError:
         try:
             seeds = [index(seed) + i for i in range(batch)]  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def frame_from_spacing(spacing: Sequence[float] | float) -> Frame:
     """A frame from mm per voxel alone; one number stands for all three axes."""
     try:
         values = [float(v) for v in np.atleast_1d(np.asarray(spacing, dtype=float))]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         values = []
     if len(values) == 1:
         values *= 3
@@ -68,7 +68,7 @@ def frame_from_affine(affine: Tensor | np.ndarray | Sequence[Sequence[float]]) -
             affine.detach().cpu().numpy() if isinstance(affine, Tensor) else affine, dtype=float
         )
         good = matrix.shape == (4, 4) and bool(np.isfinite(matrix).all())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         good = False
     if not good or not np.allclose(matrix[3], (0, 0, 0, 1)):
         raise ValueError(
@@ -76,12 +76,17 @@ def frame_from_affine(affine: Tensor | np.ndarray | Sequence[Sequence[float]]) -
             f"{affine!r}; pass nibabel's img.affine, or spacing=(dx, dy, dz)"
         )
     linear = matrix[:3, :3]
-    spacing = np.linalg.norm(linear, axis=0)
+    with np.errstate(over="ignore"):
+        spacing = np.linalg.norm(linear, axis=0)
     # |det| of the unit columns is the volume they span: 1 for a rotation, 0 when two coincide
-    if (spacing < 1e-6).any() or abs(np.linalg.det(linear / spacing)) < 0.1:
+    if (
+        (spacing < 1e-6).any()
+        or (spacing > 1e6).any()
+        or abs(np.linalg.det(linear / spacing)) < 0.1
+    ):
         raise ValueError(
             f"affine must map the voxel axes to three different directions, got "
-            f"{matrix.tolist()}; its columns are zero or (nearly) parallel"
+            f"{matrix.tolist()}; its columns are zero, endless or (nearly) parallel"
         )
     cosines = np.abs(linear / spacing)
     axes = [-1, -1, -1]

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tumorsynth._room import holds
+from tumorsynth._tumor_shape import TumorParams
 from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
+from tumorsynth.masks import MAX_COUNT
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that torch computes in
 
 
 def plain(x: Tensor) -> Tensor:
@@ -22,8 +28,10 @@ def check_tumor_label(tumor_label: int, organ_labels: tuple[int, ...]) -> int:
         whole = not isinstance(tumor_label, bool) and int(tumor_label) == tumor_label
     except (TypeError, ValueError, OverflowError):
         whole = False
-    if not whole:
-        raise ValueError(f"tumor_label must be a whole number, got {tumor_label!r}")
+    if not whole or not -(2**63) <= tumor_label < 2**63:
+        raise ValueError(
+            f"tumor_label must be a whole number of at most 64 bits, got {tumor_label!r}; try 2"
+        )
     if tumor_label in organ_labels:
         raise ValueError(
             f"tumor_label must differ from organ_labels, got {tumor_label} in {organ_labels}; "
@@ -39,6 +47,13 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
             raise TypeError(
                 f"{name} must be a torch tensor, got {type(value).__name__}; use torch.as_tensor"
             )
+        if value.is_nested or value.layout != torch.strided or value.is_quantized:
+            raise TypeError(
+                f"{name} must be a plain dense tensor, got a nested, sparse or quantised one; "
+                "convert it, for example with to_dense()"
+            )
+        if value.device.type == "meta":
+            raise ValueError(f"{name} must hold voxels, but on the meta device it has none")
     if image.ndim not in (4, 5) or image.shape[-4] != 1 or 0 in image.shape:
         raise ValueError(
             "image must be (B, 1, X, Y, Z) or (1, X, Y, Z) with at least one voxel, got "
@@ -56,18 +71,20 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
             f"label must have the image's shape {tuple(image.shape)}, got {tuple(label.shape)}; "
             f"{fix}"
         )
-    if not image.is_floating_point():
+    if image.dtype not in FLOATS:
         raise TypeError(
-            f"image must be floating point, got {image.dtype}; convert it with image.float()"
+            f"image must be floating point of 16 to 64 bits, got {image.dtype}; convert it with "
+            "image.float()"
         )
-    if label.is_complex():
-        raise TypeError(f"label must hold whole numbers, got {label.dtype}")
+    if label.is_complex() or (label.is_floating_point() and label.dtype not in FLOATS):
+        raise TypeError(
+            f"label must hold whole numbers, got {label.dtype}; convert it with label.long()"
+        )
     if label.device != image.device:
         raise ValueError(
             f"image and label must be on one device, got {image.device} and {label.device}"
         )
-    held = torch.tensor(tumor_label).to(label.dtype)
-    if label.dtype == torch.bool or int(held) != tumor_label:
+    if label.dtype == torch.bool or not holds(label.dtype, tumor_label):
         raise ValueError(
             f"tumor_label {tumor_label} does not fit the label's dtype {label.dtype}; "
             "convert the label, for example with label.to(torch.int16)"
@@ -98,6 +115,51 @@ def check_params(params: Any, batch: int) -> None:
             f"{type(params).__name__} of {len(params) if isinstance(params, Sequence) else 1}; "
             "pass synth.params of an earlier call with the same batch"
         )
+    for record in params:
+        tumors, rejected = record["tumors"], record.get("rejected", ())
+        if not isinstance(tumors, list | tuple) or len(tumors) > MAX_COUNT:
+            raise ValueError(
+                f"a record's tumors must be a list of at most {MAX_COUNT}, got "
+                f"{len(tumors) if isinstance(tumors, list | tuple) else tumors!r}; "
+                "pass synth.params of an earlier call"
+            )
+        for values in tumors:
+            TumorParams.from_dict(values)
+        try:
+            fine = all(0 <= int(i) < len(tumors) and str(why) for i, why in rejected)
+        except (TypeError, ValueError, OverflowError):
+            fine = False
+        if not fine:
+            raise ValueError(
+                f"a record's rejected must be pairs of a tumour's number and a reason, got "
+                f"{rejected!r}; pass synth.params of an earlier call"
+            )
+
+
+def parse_device(device: Any) -> torch.device:
+    """The torch device of that name; whether it is there is found out where it is used."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must name a torch device, got {device!r}; pass 'cpu', 'cuda' or None for the "
+            "image's own"
+        ) from error
+
+
+def check_device(device: torch.device) -> None:
+    """ValueError unless torch can compute on it here and now; a forked worker's CUDA RuntimeError
+    passes."""
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if "forked subprocess" in str(error) or isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        reason = str(error).strip().split("\n")[0][:120]
+        raise ValueError(
+            f"device must be one that torch can compute on here, got {str(device)!r} ({reason}); "
+            "pass 'cpu', or install the torch that goes with it"
+        ) from error
 
 
 def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
@@ -119,9 +181,11 @@ def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
 def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
     """``value`` for each sample, where it has ``ndim`` dimensions for one and one more for all."""
     try:
+        if value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value):
+            raise TypeError("complex numbers")
         tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
         tensor = plain(tensor)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{rule}, got {value!r}") from error
     if tensor.ndim == 0 and ndim == 1:
         return [float(tensor)] * batch

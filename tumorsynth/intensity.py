@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from numbers import Real
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -58,13 +59,12 @@ class Scaled:
 
     def __post_init__(self) -> None:
         values = (self.a_min, self.a_max, self.b_min, self.b_max)
-        if not all(math.isfinite(v) for v in values) or not (
-            self.a_min < self.a_max and self.b_min < self.b_max
-        ):
+        if not _numbers(*values) or not (self.a_min < self.a_max and self.b_min < self.b_max):
             raise ValueError(
                 f"Scaled needs finite a_min < a_max (HU) and b_min < b_max, got {values}; "
                 "pass the four numbers of the intensity scaling in front of this transform"
             )
+        _check_unit("Scaled", self.hu_per_unit)
 
     @property
     def hu_per_unit(self) -> float:
@@ -91,14 +91,16 @@ class ZScore:
     high: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+        if not (_numbers(self.mean, self.std) and self.std > 0):
             raise ValueError(
                 f"ZScore needs a finite mean and a std > 0 in HU, got mean={self.mean}, "
                 f"std={self.std}; take them from the dataset's fingerprint or plans"
             )
+        _check_unit("ZScore", self.hu_per_unit)
+        ends = [end for end in (self.low, self.high) if end is not None]
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
-        if not low < high:  # NaN included
+        if not all(isinstance(end, Real) for end in ends) or not low < high:  # NaN included
             raise ValueError(
                 f"ZScore needs low < high in HU, got low={self.low}, high={self.high}; "
                 "pass the values the image was clipped to, or None where it was not"
@@ -118,3 +120,18 @@ class ZScore:
 
     def to_hu(self, image: Tensor) -> Tensor:
         return image * self.std + self.mean
+
+
+def _numbers(*values: Any) -> bool:
+    """Numbers of a size that a HU or an image's value can have."""
+    real: Any = Real
+    return all(isinstance(v, real) and -1e9 <= v <= 1e9 for v in values)
+
+
+def _check_unit(kind: str, hu_per_unit: float) -> None:
+    """Beyond these a change of a tumour's size is lost, or too large for the image's numbers."""
+    if not 1e-6 <= hu_per_unit <= 1e9:
+        raise ValueError(
+            f"{kind} must make one unit of the image 1e-6 to 1e9 HU, got {hu_per_unit:g}; pass the "
+            "numbers that the image was scaled with"
+        )

@@ -35,6 +35,11 @@ MIN_FLATNESS = (
     0.33  # shortest / longest axis once the organ has cut it: 95 % of real ones have more
 )
 MARGIN_MM = 2.0  # a tumour that is not to touch the capsule stays this far from it
+# What may be asked for, so that no call takes the machine's memory or does not end
+MAX_COUNT = 100
+SIZES_MM = (0.1, 200.0)
+MAX_SIGMA_MM = 20.0
+MAX_GAP_MM = 100.0
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,8 @@ def place(
     spacing = check_spacing(spacing)
     labels = check_organ_labels(organ_labels)
     lo, hi, size_prior, shape_prior = _size(size_mm, prior)
-    sigma = check_range("sigma_mm", sigma_mm, least=0.0)
-    gap = check_range("gap_mm", gap_mm, least=0.0)[0]
+    sigma = check_range("sigma_mm", sigma_mm, 0.0, MAX_SIGMA_MM)
+    gap = check_range("gap_mm", gap_mm, 0.0, MAX_GAP_MM)[0]
     if label.ndim != 3:
         raise ValueError(f"label must be (X, Y, Z), got shape {tuple(label.shape)}")
     if forbid is not None and (forbid.shape != label.shape or forbid.dtype != torch.bool):
@@ -368,13 +373,16 @@ def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
     except TypeError:  # a 0-d array says it can be iterated over
         given = [labels]
     try:
-        if not isinstance(labels, str) and all(int(v) == v for v in given):
+        if not isinstance(labels, str) and all(
+            int(v) == v and -(2**63) <= v < 2**63 for v in given
+        ):
             found = tuple(int(v) for v in given)
     except (TypeError, ValueError, OverflowError):
         pass
     if not found:
         raise ValueError(
-            f"organ_labels must be a whole number or several, got {labels!r}; try organ_labels=(1,)"
+            f"organ_labels must be a whole number or several, of at most 64 bits, got {labels!r}; "
+            "try organ_labels=(1,)"
         )
     return found
 
@@ -390,16 +398,18 @@ def check_spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
     return values[0], values[1], values[2]
 
 
-def check_range(name: str, value: float | Sequence[float], least: float) -> tuple[float, float]:
-    """(lo, hi) from a number or a pair, lo >= least."""
+def check_range(
+    name: str, value: float | Sequence[float], least: float, most: float
+) -> tuple[float, float]:
+    """(lo, hi) from a number or a pair, lo >= least, hi <= most."""
     try:
         pair = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * 2
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pair = []
-    finite = all(math.isfinite(v) for v in pair)
-    if len(pair) != 2 or not finite or not least <= pair[0] <= pair[1]:
+    if len(pair) != 2 or not least <= pair[0] <= pair[1] <= most:  # NaN included
         raise ValueError(
-            f"{name} must be a number or (lo, hi) with {least:g} <= lo <= hi, got {value!r}"
+            f"{name} must be a number or (lo, hi) with {least:g} <= lo <= hi <= {most:g}, "
+            f"got {value!r}"
         )
     return pair[0], pair[1]
 
@@ -411,9 +421,7 @@ def _size(
     if isinstance(size_mm, (str, SizePrior)):
         sizes = get_prior(size_mm)
         return *sizes.range_mm, sizes, get_prior(prior or sizes)
-    lo, hi = check_range("size_mm", size_mm, least=0.0)
-    if lo <= 0:
-        raise ValueError(f"size_mm must be above 0 mm, got {size_mm!r}; try (5, 20)")
+    lo, hi = check_range("size_mm", size_mm, *SIZES_MM)
     return lo, hi, None, get_prior(prior or "liver")
 
 
@@ -429,9 +437,11 @@ def _count(count: int | Sequence[int] | None, prior: SizePrior, rng: torch.Gener
     if count is None:
         return prior.draw_count(rng)
     pair = tuple(count) if isinstance(count, Sequence) else (count, count)
-    if len(pair) != 2 or not all(isinstance(c, int) for c in pair) or not 0 <= pair[0] <= pair[1]:
+    whole = len(pair) == 2 and all(isinstance(c, int) for c in pair)
+    if not whole or not 0 <= pair[0] <= pair[1] <= MAX_COUNT:
         raise ValueError(
-            f"count must be a whole number or (lo, hi) with 0 <= lo <= hi, got {count!r}"
+            f"count must be a whole number or (lo, hi) with 0 <= lo <= hi <= {MAX_COUNT}, "
+            f"got {count!r}"
         )
     return int(torch.randint(pair[0], pair[1] + 1, (), generator=rng))
 

@@ -26,6 +26,7 @@ from tumorsynth.inputs import (
     check_params,
     check_tumor_label,
     frames_of,
+    parse_device,
     plain,
 )
 from tumorsynth.intensity import HU, Intensity
@@ -135,10 +136,10 @@ class SynthesizeTumor(nn.Module):
         if sigma_mm is None:
             sigma_mm = (0.5, 1.5) if blend == "change" else (0.0, 4.0)
         self.contrast_hu = check_contrast(contrast_hu)
-        self.sigma_mm = masks.check_range("sigma_mm", sigma_mm, least=0.0)
-        self.gap_mm = masks.check_range("gap_mm", gap_mm, least=0.0)[0]
+        self.sigma_mm = masks.check_range("sigma_mm", sigma_mm, 0.0, masks.MAX_SIGMA_MM)
+        self.gap_mm = masks.check_range("gap_mm", gap_mm, 0.0, masks.MAX_GAP_MM)[0]
         self.merge = bool(merge)
-        self.compute_device = None if device is None else torch.device(device)
+        self.compute_device = None if device is None else parse_device(device)
         self.gate = check_gate(gate)
         self.mass_effect = check_mass_effect(mass_effect)
         self.report: list[dict[str, Any]] = []
@@ -202,7 +203,7 @@ class SynthesizeTumor(nn.Module):
                 )
                 new_params.append(record)
                 if not record["applied"]:
-                    report.append(_left_alone(b, 0, record["reason"]))
+                    report.append(_left_alone(b, 0, record.get("reason", "left alone")))
                 number = 0
                 rejected = {int(i): reason for i, reason in record.get("rejected", ())}
                 placed = [r for r in results if isinstance(r, LocalMask)]
@@ -568,8 +569,9 @@ class SynthesizeTumor(nn.Module):
         after = before.to(torch.promote_types(before.dtype, torch.float32)) + change
         if self.intensity.limits is not None:
             after = after.clamp(*self.intensity.limits)
-        keep = (weight > 0) & before.isfinite()
-        after = torch.where(keep, after.to(image.dtype), before)
+        after = after.to(image.dtype)
+        keep = (weight > 0) & before.isfinite() & after.isfinite()  # a dtype's end may be near
+        after = torch.where(keep, after, before)
         # no label on what cannot be seen: fat or air under an organ's label, a scale that clips
         changed = (after != before).logical_and_(inside).sum()
         peak = (weight * inside).amax()

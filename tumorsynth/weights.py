@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 
 from tumorsynth.generator import Generator, build, config_of
 from tumorsynth.handcrafted import HandcraftedGenerator
+from tumorsynth.inputs import check_device
 
 MODEL, CARD, READABLE = "model.safetensors", "card.json", "CARD.md"
 HANDCRAFTED = "hu2023"
@@ -33,6 +34,7 @@ FORMAT = 1  # of the folder; raised when an older reader could not read it right
 AnyGenerator = Generator | HandcraftedGenerator
 
 _loaded: dict[tuple[str, str], AnyGenerator] = {}
+_usable: set[torch.device] = set()
 _lock = threading.Lock()
 
 
@@ -110,6 +112,9 @@ class Handle:
     def get(self, device: torch.device | str) -> AnyGenerator:
         """The generator on a device."""
         device = torch.device(device)
+        if device.type != "cpu" and device not in _usable:
+            check_device(device)  # in words, before torch's own
+            _usable.add(device)
         if self._held is not None and _same_device(self._held.device, device):
             return self._held
         if self.source is None:
