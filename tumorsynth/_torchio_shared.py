@@ -11,7 +11,8 @@ from tumorsynth.adapter import Adapter
 from tumorsynth.handcrafted import HandcraftedGenerator
 
 AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
-DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu")  # what they led to is in params
+# what they led to is in params
+DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu", "mass_effect")
 
 
 def nameable(generator: Any, adapter: Adapter) -> Any:

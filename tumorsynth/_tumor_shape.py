@@ -14,6 +14,7 @@ from torch import Tensor
 
 MAX_LEVEL = 1.2  # a tumour cut by the organ's surface grows elsewhere by this factor at most
 WAVES = 16  # terms of the random surface function
+DECAY = 1.25  # amplitude of a wave: its number to the power -DECAY
 ROUND_OFF = 0.8  # the smaller, the rounder the bumps and the sharper the dents
 _CHUNK = 1 << 18  # voxels whose surface function is evaluated at once: bounds the memory
 
@@ -102,7 +103,7 @@ class Shape:
         direction = F.normalize(torch.randn(WAVES, 3, generator=rng, dtype=f64), dim=1)
         self.waves = number * direction
         self.phases = 2 * math.pi * torch.rand(WAVES, generator=rng, dtype=f64)
-        amplitude = number[:, 0] ** -1.25
+        amplitude = number[:, 0] ** -DECAY
         self.amplitudes = params.roughness * amplitude * (2 / (amplitude**2).sum()) ** 0.5
         self.offset = torch.rand(3, generator=rng, dtype=f64) - 0.5  # of the centre, in voxels
         self.axes = torch.tensor(params.axes, dtype=f64)

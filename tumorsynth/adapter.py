@@ -54,6 +54,12 @@ class Adapter:
         self.healthy_only = bool(healthy_only)
         self.tumor_label: int = settings.get("tumor_label", SETTINGS["tumor_label"])
         if separate_organ:
+            if settings.get("mass_effect"):
+                raise ValueError(
+                    "mass_effect must be 0 where the organ is in a map of its own, which would not "
+                    f"move with the label, got {settings['mass_effect']!r}; put the organ into the "
+                    "label"
+                )
             self.tumor_label = check_tumor_label(self.tumor_label, ())
             organs = masks.check_organ_labels(settings.get("organ_labels", (1,)))
             # in the map handed to the core, which is made for the call, a value that is free
@@ -130,7 +136,10 @@ class Adapter:
             new_image = _with(image, changed, _rounded(plain(new_image), image.dtype))
         if work_label is not label:
             changed = plain(new_label) != plain(work_label)
-            value = torch.tensor(self.tumor_label, device=label.device).to(label.dtype)
+            if organ is None:
+                value = plain(new_label).to(label.dtype)
+            else:
+                value = torch.tensor(self.tumor_label, device=label.device).to(label.dtype)
             new_label = _with(label, changed, value)
         return new_image, new_label
 

@@ -127,8 +127,12 @@ def synthesize_scan(
     records = [dict(record) for record in synth.report]
     step()
     differs = (after != before) & ~(np.isnan(after) & np.isnan(before))
-    tumor = new != old
-    stored = image.with_changes(differs, after[differs]), label.with_changes(tumor, new[tumor])
+    relabelled = new != old
+    stored = (
+        image.with_changes(differs, after[differs]),
+        label.with_changes(relabelled, new[relabelled]),
+    )
+    tumor = relabelled & (new == synth.tumor_label)
     document = {
         **settings(synth, name=image.name, label=label.name, seed=seed),
         "voxels_sha256": {
@@ -163,7 +167,7 @@ def settings(synth: SynthesizeTumor, *, name: str, label: str, seed: int) -> dic
 
     card = synth.handle.get(synth.compute_device or "cpu").card
     options = ("organ_labels", "tumor_label", "p", "count", "size_mm", "blend", "contrast_hu")
-    own = ("sigma_mm", "gap_mm", "merge")
+    own = ("sigma_mm", "gap_mm", "merge", "mass_effect")
     known = {
         "tumorsynth": tumorsynth.__version__,
         "ct": name,

@@ -172,6 +172,13 @@ def synthesize(
             show_default=False,
         ),
     ] = None,
+    mass_effect: Annotated[
+        str,
+        typer.Option(
+            help="Push tissue aside: share of a tumour's volume, 0 to 0.9, or auto, which grows "
+            "from 20 mm on."
+        ),
+    ] = "0",
     intensity: Annotated[
         str,
         typer.Option(help="hu, or HU_LOW,HU_HIGH,LOW,HIGH when the CT was scaled (-175,250,0,1)."),
@@ -228,6 +235,7 @@ def synthesize(
         p=p,
         blend=blend,
         contrast_hu=contrast_hu,
+        mass_effect=_share(mass_effect),
         intensity=scale,
         device=devices[0],
         threads=threads,
@@ -544,6 +552,15 @@ def _synthesizer(
     name = generator or default_generator()
     load_generator(name, wanted)  # damaged weights are said before any scan is read
     return SynthesizeTumor(generator=name, device=wanted, **options)
+
+
+def _share(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ValueError(
+            f"--mass-effect must be a share from 0 to 0.9, or auto, got {text!r}"
+        ) from None
 
 
 def _count(text: str) -> tuple[int, int]:

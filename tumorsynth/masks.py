@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth._room import Field, is_organ, lowest_connected
+from tumorsynth._room import Field, is_organ, largest_part, lowest_connected
 from tumorsynth._room import dilate as dilate
 from tumorsynth._tumor_shape import BALL, BALL_LEVEL, MAX_LEVEL, RIM, SPHERE, Shape
 from tumorsynth._tumor_shape import TumorParams as TumorParams
@@ -34,6 +34,7 @@ FEW = 8  # tumours of fewer voxels than this have no shape to keep to
 MIN_FLATNESS = (
     0.33  # shortest / longest axis once the organ has cut it: 95 % of real ones have more
 )
+MAX_ORGAN_SHARE = 0.25  # of the organ, that a tumour of a prior's size may take
 MARGIN_MM = 2.0  # a tumour that is not to touch the capsule stays this far from it
 # What may be asked for, so that no call takes the machine's memory or does not end
 MAX_COUNT = 100
@@ -124,7 +125,8 @@ def place(
     """Draw `count` tumours inside the organ.
 
     label: (X, Y, Z), whole numbers of any dtype, any device. box: from `organ_box`. spacing: mm.
-    size_mm: equivalent diameter: a number, (lo, hi) drawn log-uniformly, or a named prior.
+    size_mm: equivalent diameter: a number, (lo, hi) drawn log-uniformly, or a named prior, whose
+        tumours take at most a quarter of the organ's largest connected part, or are its smallest.
     count: a number, (lo, hi) inclusive, or None for the prior's own counts per case.
     rng: CPU generator of this sample; one seed per tumour is taken from it.
     sigma_mm: feather, a number or (lo, hi) drawn uniformly. It is only carried in the params.
@@ -154,6 +156,10 @@ def place(
     if box is None:
         return [Skip(f"no organ: the label has no voxel of {list(labels)}")] * wanted
 
+    if size_prior is not None:
+        # priors know nothing of how small an organ, or the part of it in a patch, may be
+        organ_mm3 = largest_part(label, labels, box.grown(0, spacing)) * math.prod(spacing)
+        hi = min(hi, max(lo, equivalent_diameter(MAX_ORGAN_SHARE * organ_mm3)))
     placed: list[LocalMask] = []
     results: list[LocalMask | Skip] = []
     for seed in seeds:

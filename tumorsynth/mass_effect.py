@@ -5,10 +5,10 @@ surface). Tissue moves along its direction, so that with v = l^3, a volume,
 
     v before = v - share x c(v);   c = v inside the tumour, 1 at its surface, 0 from REACH on.
 
-Between, c is a smooth step in v, so that displacement falls off as that of an incompressible medium,
-1 / r^2, and a little faster. v before grows with v on every ray, whatever the rays beside it do: the
-map is invertible and nothing folds. Rays end at bone, at other tumours and, if asked, at the
-organ's capsule; near these less room is made.
+Between, c is a smooth step in v, so that displacement falls off as that of an incompressible
+medium, 1 / r^2, and a little faster. v before grows with v on every ray, whatever the rays beside
+it do: the map is invertible and nothing folds. Rays end at bone, at other tumours and, if asked, at
+the organ's capsule; near these less room is made.
 
 Backward maps throughout: the value of a voxel comes from a point nearer the centre, which is in the
 volume wherever the centre is. No random number is drawn.
@@ -99,22 +99,23 @@ def push_aside(
     largest displacement in mm.
     """
 
+    def stays(values: Tensor, labels: Tensor) -> Tensor:
+        organ, hu = is_organ(labels, organ_labels), intensity.to_hu(values.float())
+        still = ((hu >= BONE_HU) & ~organ) | ~hu.isfinite() | (labels == tumor_label)
+        return still | ~organ if params.fixed_capsule else still
+
     def rigid(index: Tensor) -> Tensor:
-        """Of voxels (3, N), which do not move."""
         x, y, z = (
             i.clamp(0, n - 1).to(image.device) for i, n in zip(index, image.shape, strict=True)
         )
-        hu, here = intensity.to_hu(image[x, y, z].float()), label[x, y, z]
-        organ = is_organ(here, organ_labels)
-        still = ((hu >= BONE_HU) & ~organ) | ~hu.isfinite() | (here == tumor_label)
-        return still | ~organ if params.fixed_capsule else still
+        return stays(image[x, y, z], label[x, y, z])
 
     where, source = displacement(params, image.shape, spacing, rigid)
     source = source.to(image.device)
     before, there = image[where], label[where]
     voxel = torch.tensor(spacing, dtype=torch.float32, device=image.device)
     shift = source / voxel[:, None, None, None]
-    moved = (shift.abs() > 1e-3).any(0)
+    moved = (shift.abs() > 0.01).any(0) & ~stays(before, there)
     grid = moved.nonzero().T
     at = grid + shift[:, moved]
     values = before.float()

@@ -69,16 +69,19 @@ def same_generator(told: dict[str, Any], card: dict[str, Any]) -> None:
 def synthesizer_options(told: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `SynthesizeTumor`, from the report's JSON."""
     from tumorsynth.intensity import HU, Scaled, ZScore
+    from tumorsynth.mass_effect import MassEffect
 
     options = dict(told["options"])
     scale = options.pop("intensity", {"kind": "HU"})
     known = {kind.__name__: kind for kind in (HU, Scaled, ZScore)}
     names = {"organ_labels", "tumor_label", "p", "count", "size_mm", "blend", "contrast_hu"}
-    stray = options.keys() - names - {"sigma_mm", "gap_mm", "merge"}
+    stray = options.keys() - names - {"sigma_mm", "gap_mm", "merge", "mass_effect"}
     if stray or not isinstance(scale, dict) or scale.get("kind") not in known:
         raise ValueError(
             f"the report's options must be those of this version, got {sorted(stray) or scale}; "
             f"install tumorsynth {told['tumorsynth']}"
         )
+    if isinstance(options.get("mass_effect"), dict):
+        options["mass_effect"] = MassEffect(**options["mass_effect"])
     intensity = known[scale["kind"]](**{k: v for k, v in scale.items() if k != "kind"})
     return {**options, "intensity": intensity}

@@ -232,9 +232,7 @@ class SynthesizeTumor(nn.Module):
                 b = place[0]
                 target = images[b, 0], labels[b, 0]
                 drawn = None if params is not None else new_params[b]
-                report.append(
-                    self._push(place, tumor, later, *target, frames[b], generator, drawn)
-                )
+                report.append(self._push(place, tumor, later, *target, frames[b], generator, drawn))
 
         self.report = sorted(report, key=lambda r: (r["sample"], r["index"]))
         self.params = new_params
