@@ -12,7 +12,7 @@ from tumorsynth.handcrafted import HandcraftedGenerator
 
 AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
 # what they led to is in params
-DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu", "mass_effect")
+DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu", "mass_effect", "shapes")
 
 
 def nameable(generator: Any, adapter: Adapter) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_LEVEL = 1.2  # a tumour cut by the organ's surface grows elsewhere by this factor at most
+RINGS = 16  # of an outline's directions from pole to pole, twice as many around
 WAVES = 16  # terms of the random surface function
 DECAY = 1.25  # amplitude of a wave: its number to the power -DECAY
 ROUND_OFF = 0.8  # the smaller, the rounder the bumps and the sharper the dents
@@ -35,6 +37,7 @@ class TumorParams:
     contrast_hu: float | None = None  # that was asked for, None: as the generator has it
     displaced: float = 0.0  # share of its volume for which tissue is pushed aside
     fixed_capsule: bool = False  # of the organ, when tissue is pushed aside
+    outline: str = ""  # of a real mask (`mask_shapes`), "": an ellipsoid's
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of numbers and tuples of numbers, ready for JSON."""
@@ -99,6 +102,8 @@ class Shape:
         # whose outlines are lobed. Real masks have more short waves than this, but theirs are
         # steps from slice to slice, not shape.
         finest = min(max(0.5 * params.diameter_mm, 3.0), 16.0)
+        if params.outline:
+            finest = 4.0  # a real outline has its own short waves: it is only bent
         number = 2.0 * (finest / 2.0) ** torch.rand(WAVES, 1, generator=rng, dtype=f64)
         direction = F.normalize(torch.randn(WAVES, 3, generator=rng, dtype=f64), dim=1)
         self.waves = number * direction
@@ -106,6 +111,9 @@ class Shape:
         amplitude = number[:, 0] ** -DECAY
         self.amplitudes = params.roughness * amplitude * (2 / (amplitude**2).sum()) ** 0.5
         self.offset = torch.rand(3, generator=rng, dtype=f64) - 0.5  # of the centre, in voxels
+        self.outline = _outline(params.outline) if params.outline else None
+        if self.outline is not None and float(torch.rand((), generator=rng)) < 0.5:
+            self.outline = self.outline.flip(0)  # a mirror image
         self.axes = torch.tensor(params.axes, dtype=f64)
         self.half_axes = self.axes * params.diameter_mm / 2
         self.volume_mm3 = math.pi / 6 * params.diameter_mm**3
@@ -129,7 +137,22 @@ class Shape:
             for part in unit.split(_CHUNK)
         ]
         bump = torch.cat(parts)
-        return torch.expm1(bump / -ROUND_OFF).mul_(-ROUND_OFF).exp_() * self.scale
+        found = torch.expm1(bump / -ROUND_OFF).mul_(-ROUND_OFF).exp_() * self.scale
+        return found if self.outline is None else found * self._outline_at(unit)
+
+    def _outline_at(self, unit: Tensor) -> Tensor:
+        """The outline's radius (N,) in unit directions (N, 3), cubic between its own."""
+        assert self.outline is not None
+        x, y, z = unit.clamp(-1, 1).unbind(1)
+        ring = z.acos() * (RINGS / math.pi) - 0.5
+        around = (torch.atan2(y, x) + math.pi) * (RINGS / math.pi) - 0.5
+        # two rings and two columns more on each side: beyond a pole lies the other side
+        at = torch.stack(
+            [2 * (around + 2) / (2 * RINGS + 3) - 1, 2 * (ring + 2) / (RINGS + 3) - 1], 1
+        )
+        table = self.outline.to(unit)[None, None]
+        found = F.grid_sample(table, at[None, None], mode="bicubic", align_corners=True)
+        return found.reshape(-1).clamp_min(0.1)
 
     def points(self, unit: Tensor, level: Tensor | float, margin_mm: float = 0.0) -> Tensor:
         """Points (N, 3) in mm from the centre, at a level, in given directions of the own frame."""
@@ -138,6 +161,15 @@ class Shape:
         if margin_mm:
             surface = surface + margin_mm * F.normalize(surface, dim=1)
         return surface @ self.turn.T
+
+    def flatness(self) -> float:
+        """Shortest over longest axis."""
+        if self.outline is None:
+            return float(self.axes[2] / self.axes[0])
+        surface = SPHERE * self.radius(SPHERE)[:, None]
+        weight = surface.norm(dim=1) ** 3  # of each direction's cone
+        variance = torch.linalg.eigvalsh((surface * weight[:, None]).T @ surface)
+        return float((variance[0] / variance[-1]).sqrt())
 
     def level(self, millimetres: Sequence[Tensor], n: int) -> tuple[Tensor, Tensor]:
         """Level of the grid points that may be among the n lowest, and where these are (bool).
@@ -153,6 +185,21 @@ class Shape:
         where = length <= most
         length = length[where].clamp_min_(1e-9)
         return length / self.radius(own[where] / length[:, None]), where
+
+
+def _outline(text: str) -> Tensor:
+    """(RINGS + 4, 2 RINGS + 4) relative radii of an outline, its edges gone on with."""
+    try:
+        values = list(base64.b64decode(text, validate=True))
+        table = torch.tensor(values, dtype=torch.float64).reshape(RINGS, 2 * RINGS)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"a tumour's outline must be {2 * RINGS**2} radii in base64, got {text[:20]!r}..."
+        ) from error
+    table = table / table.mean()
+    beyond = table.roll(RINGS, 1)  # over a pole one comes down on the other side
+    table = torch.cat([beyond[:2].flip(0), table, beyond[-2:].flip(0)])
+    return torch.cat([table[:, -2:], table, table[:, :2]], 1)
 
 
 def _rotation(quaternion: tuple[float, float, float, float]) -> Tensor:

@@ -34,6 +34,7 @@ FEW = 8  # tumours of fewer voxels than this have no shape to keep to
 MIN_FLATNESS = (
     0.33  # shortest / longest axis once the organ has cut it: 95 % of real ones have more
 )
+OUTLINE_BEND = 0.06  # relative amplitude by which a real outline is bent, standard deviation
 MAX_ORGAN_SHARE = 0.25  # of the organ, that a tumour of a prior's size may take
 MARGIN_MM = 2.0  # a tumour that is not to touch the capsule stays this far from it
 # What may be asked for, so that no call takes the machine's memory or does not end
@@ -121,6 +122,7 @@ def place(
     merge: bool = False,
     prior: str | SizePrior | None = None,
     forbid: Tensor | None = None,
+    outlines: Sequence[str] = (),
 ) -> list[LocalMask | Skip]:
     """Draw `count` tumours inside the organ.
 
@@ -134,6 +136,8 @@ def place(
     gap_mm: at least this much organ between two tumours, and always a voxel; merge: they may touch.
     prior: shapes and capsule contact; by default the one named in size_mm, else "liver".
     forbid: bool (X, Y, Z), voxels no tumour may take.
+    outlines: of real masks (`mask_shapes`), one of which each tumour has, turned, mirrored or not,
+        slightly bent and brought to its size, instead of the prior's shapes.
 
     Returns one LocalMask (with its params) or Skip (with a reason) per tumour asked for. A tumour
     for which there is no room is made smaller, down to lo, before it is given up; the number of
@@ -185,6 +189,11 @@ def place(
             drawn_mm=drawn,
             contrast_hu=draw_contrast_hu(contrast_hu, noise_seed),
         )
+        if outlines:
+            chosen = int(torch.randint(len(outlines), (), generator=child))
+            params = replace(
+                params, axes=(1.0, 1.0, 1.0), roughness=OUTLINE_BEND, outline=outlines[chosen]
+            )
         touch = u_touch < shape_prior.touch_probability(drawn)
         field = Field(label, labels, spacing, forbid, [] if merge else placed, gap)
         result = _fit(params, field, box, lo, hi, touch, child)
@@ -239,7 +248,7 @@ def _fit(
     best = 0
     drawn = params.drawn_mm
     # A shape may be flat by itself; what the organ leaves of it must not be a sliver.
-    flattest = min(MIN_FLATNESS, 0.7 * params.axes[2] / params.axes[0])
+    flattest = min(MIN_FLATNESS, 0.7 * Shape(params).flatness())
     steps = SIZE_STEPS if drawn > lo * 1.01 else 1
     for step in range(steps):
         wanted = drawn * (lo / drawn) ** (step / max(steps - 1, 1))

@@ -30,6 +30,7 @@ from tumorsynth.inputs import (
     plain,
 )
 from tumorsynth.intensity import HU, Intensity
+from tumorsynth.mask_shapes import read_shapes
 from tumorsynth.masks import LocalMask, Skip, TumorParams
 from tumorsynth.mass_effect import MassEffect, check_mass_effect, push_aside
 from tumorsynth.weights import Handle
@@ -92,6 +93,9 @@ class SynthesizeTumor(nn.Module):
         default: then nothing but the tumours changes.
     device: where the generator runs; by default the image's device. Images come back to their own.
 
+    shapes: real tumour masks whose shapes the tumours have, turned, mirrored, slightly bent and
+        brought to size: a folder of NIfTI files, or a list of files and of (mask, spacing).
+
     Called as ``synth(image, label, spacing=..., seed=...)``; see :meth:`forward`. After a call
     ``synth.report`` has one dict per tumour, or per reason for none, and ``synth.params`` replays
     the call.
@@ -114,6 +118,7 @@ class SynthesizeTumor(nn.Module):
         device: torch.device | str | None = None,
         gate: bool | Gate | None = None,
         mass_effect: float | str | MassEffect = 0.0,
+        shapes: Any = None,
     ):
         super().__init__()
         self.handle = Handle(generator)
@@ -142,6 +147,7 @@ class SynthesizeTumor(nn.Module):
         self.compute_device = None if device is None else parse_device(device)
         self.gate = check_gate(gate)
         self.mass_effect = check_mass_effect(mass_effect)
+        self.outlines = read_shapes(shapes)
         self.report: list[dict[str, Any]] = []
         self.params: list[dict[str, Any]] = []
         self._together = GPU_BATCH
@@ -278,6 +284,7 @@ class SynthesizeTumor(nn.Module):
             gap_mm=self.gap_mm,
             merge=self.merge,
             forbid=self._forbidden(image, label, frame),
+            outlines=self.outlines,
         )
         results = [r if isinstance(r, Skip) else self._with_room(r) for r in results]
         record["tumors"] = [r.params.to_dict() for r in results if isinstance(r, LocalMask)]
