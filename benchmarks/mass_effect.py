@@ -25,7 +25,7 @@ from tumorsynth.mask_shapes import outline_of
 from tumorsynth.mass_effect import displacement, push_aside
 
 SHARE = 0.5
-SPACING = (0.8, 0.8, 2.0)
+SPACING = (1.0, 1.0, 2.0)
 
 
 def synthesizer(size: float, share: float) -> ts.SynthesizeTumor:
@@ -140,13 +140,13 @@ def picture(ct: ts.Phantom, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=9)
+    parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     ct = ts.make_phantom(spacing=SPACING, seed=0)
     results: dict = {"share": SHARE, "spacing_mm": SPACING, "shape": list(ct.image.shape[1:])}
-    for size in (24.0, 36.0, 50.0):
+    for size in (24.0, 40.0):
         results[f"{size:g}_mm"] = measure(ct, size, args.draws)
         print(size, results[f"{size:g}_mm"], flush=True)
     results["shapes"] = shapes_cost(ct, args.draws)
