@@ -74,7 +74,8 @@ class RandomSynthesizeTumor(_Synthesis, RandomTransform):
     healthy_only: leave subjects alone whose label holds a tumour already.
     kwargs: keyword arguments of :class:`tumorsynth.SynthesizeTumor` (generator, organ_labels,
         tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge, device,
-        gate, mass_effect, shapes) and of :class:`torchio.Transform` (p, copy, include, exclude, keep, ...).
+        gate, mass_effect, shapes) and of :class:`torchio.Transform` (p, copy, include, exclude,
+        keep, ...).
 
     Integer images and labels keep their dtype; values are rounded. A generator must be named, in a
     folder or hand-crafted: the history holds its name and can be replayed elsewhere.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -13,15 +14,17 @@ BLENDS = ("change", "difftumor")
 MIN_SIGMA_VOXELS = 0.4  # an edge of the scan is never sharper than its sampling
 
 
-def reach(sigma_mm: float, spacing: Sequence[float], blend: str) -> tuple[int, int, int]:
+def reach(
+    sigma_mm: float | Sequence[float], spacing: Sequence[float], blend: str
+) -> tuple[int, int, int]:
     """Voxels by which the feather reaches beyond the tumour along each axis."""
-    a, b, c = (_radius(sigma, blend) for sigma in _sigmas(sigma_mm, spacing, blend))
+    a, b, c = (_radius(sigma, _cut(blend)) for sigma in _sigmas(sigma_mm, spacing, blend))
     return a, b, c
 
 
 def feather(
     tumor_mask: Tensor,
-    sigma_mm: float,
+    sigma_mm: float | Sequence[float],
     spacing: Sequence[float],
     blend: str,
     own_edge: bool = False,
@@ -29,7 +32,7 @@ def feather(
     """Blend weights in [0, 1], float32, of the same shape as the local ``tumor_mask`` (X, Y, Z).
 
     The mask must reach :func:`reach` voxels beyond the tumour, or up to the sample's border, where
-    it is mirrored.
+    it is mirrored. sigma_mm: one for all axes, or one for each.
 
     "difftumor": the Gaussian-filtered mask as published (alpha, sigma in voxels of the 1 mm grid,
     cut off at 4 sigma). With sigma 4 the weight of a 5 mm tumour peaks at 0.1: a label on
@@ -44,11 +47,8 @@ def feather(
     if blend == "change":
         volume = float(tumor_mask.sum()) * math.prod(spacing)
         radius = (3 * volume / (4 * math.pi)) ** (1 / 3)
-        sigma_mm = min(sigma_mm, radius / 3)
-    for axis, sigma in enumerate(_sigmas(sigma_mm, spacing, blend)):
-        if sigma > 0:
-            matrix = _gaussian(weight.shape[axis], sigma, _radius(sigma, blend)).to(weight.device)
-            weight = torch.movedim(torch.tensordot(matrix, weight, dims=([1], [axis])), 0, axis)
+        sigma_mm = [min(sigma, radius / 3) for sigma in _each(sigma_mm)]
+    weight = gaussian_filter(weight, _sigmas(sigma_mm, spacing, blend), _cut(blend))
     if blend == "change":
         # the division makes the peak 1 even when the filter is as wide as the tumour; 2 % less
         # makes it a plateau
@@ -59,13 +59,30 @@ def feather(
     return weight
 
 
-def _sigmas(sigma_mm: float, spacing: Sequence[float], blend: str) -> list[float]:
+def gaussian_filter(volume: Tensor, sigmas: Sequence[float], cut: float = 3.0) -> Tensor:
+    """(X, Y, Z) filtered along each axis; sigmas in voxels, cut off at ``cut`` sigmas, mirrored."""
+    for axis, sigma in enumerate(sigmas):
+        if sigma > 0:
+            matrix = _gaussian(volume.shape[axis], sigma, _radius(sigma, cut)).to(volume.device)
+            volume = torch.movedim(torch.tensordot(matrix, volume, dims=([1], [axis])), 0, axis)
+    return volume
+
+
+def _each(sigma_mm: float | Sequence[float]) -> list[float]:
+    return [float(sigma_mm)] * 3 if isinstance(sigma_mm, Real) else [float(s) for s in sigma_mm]  # type: ignore[union-attr]
+
+
+def _sigmas(sigma_mm: float | Sequence[float], spacing: Sequence[float], blend: str) -> list[float]:
     lowest = MIN_SIGMA_VOXELS if blend == "change" else 0.0
-    return [max(sigma_mm / s, lowest) for s in spacing]
+    return [max(sigma / s, lowest) for sigma, s in zip(_each(sigma_mm), spacing, strict=True)]
 
 
-def _radius(sigma: float, blend: str) -> int:
-    return int((4 if blend == "difftumor" else 3) * sigma + 0.5)
+def _cut(blend: str) -> float:
+    return 4.0 if blend == "difftumor" else 3.0
+
+
+def _radius(sigma: float, cut: float) -> int:
+    return int(cut * sigma + 0.5)
 
 
 def _gaussian(count: int, sigma: float, radius: int) -> Tensor:

@@ -30,12 +30,15 @@ class ContrastConfig:
     reference_hu: the tissue for which low and high hold. They are scaled with the tissue's own
         level, so that a tumour in an unenhanced organ is fainter; None leaves them.
     tissue: HU that may be the tissue around; fat, air and bone next to it are not measured.
+    even: inside, the denoiser's tumours vary more over a few mm than real ones; blended, they take
+        the scan's own variation instead (`tumorsynth.texture`).
     """
 
     low: float = -55.0
     high: float = -20.0
     reference_hu: float | None = 110.0
     tissue: tuple[float, float] = (20.0, 220.0)
+    even: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tissue", tuple(float(hu) for hu in self.tissue))

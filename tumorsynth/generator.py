@@ -129,6 +129,11 @@ class Generator:
         return str(self.card["name"])
 
     @property
+    def even(self) -> bool:
+        """Whether a tumour's inside is made as even as the tissue it replaces, when blended."""
+        return self.sampler.contrast is not None and self.sampler.contrast.even
+
+    @property
     def crop_size(self) -> int:
         return self.sampler.crop_size
 

@@ -49,7 +49,7 @@ class HandcraftedConfig:
     floor_hu: float = 10.0
     """A tumour that would lie below this (fluid, fat) is made brighter than its organ instead,
     as tumours in a severely fatty liver are."""
-    texture_hu: tuple[float, float] = (5.0, 10.0)
+    texture_hu: tuple[float, float] = (2.0, 5.0)
     """Standard deviation of the blobs, scaled like the contrast."""
     texture_mm: tuple[float, float] = (2.0, 4.0)
     """Distance at which the blobs' autocorrelation has fallen to 1/e."""
@@ -91,6 +91,7 @@ class HandcraftedGenerator:
     crop_size = 64
     crop_multiple = 1
     own_edge = False  # of a change: it carries on beyond the mask
+    even = False  # its texture is meant
     window = (HU_LOW, HU_HIGH)
 
     def __init__(self, config: HandcraftedConfig | None = None) -> None:

@@ -33,6 +33,7 @@ from tumorsynth.intensity import HU, Intensity
 from tumorsynth.mask_shapes import read_shapes
 from tumorsynth.masks import LocalMask, Skip, TumorParams
 from tumorsynth.mass_effect import MassEffect, check_mass_effect, push_aside
+from tumorsynth.texture import grain, match, neighbourhood
 from tumorsynth.weights import Handle
 
 CONTEXT_MM = 16.0  # at least this much of the scan on each side of a tumour goes into its crop
@@ -51,6 +52,13 @@ class _Job:
     grid: CropGrid
     crop: Tensor  # (side, side, side) in [0, 1]
     crop_mask: Tensor  # bool, the same shape
+    grain_mm: tuple[float, float, float]  # how sharp the scan is there, along the tensor's axes
+
+    @property
+    def sigma_mm(self) -> tuple[float, float, float]:
+        """The feather along the tensor's axes: as drawn, and no sharper than the scan."""
+        a, b, c = (max(self.tumor.params.sigma_mm, g) for g in self.grain_mm)
+        return a, b, c
 
 
 @dataclass
@@ -225,7 +233,8 @@ class SynthesizeTumor(nn.Module):
                     elif makes_room:
                         pushing.append((place, result, [] if self.merge else placed[number:]))
                     else:
-                        jobs.append(self._crop(place, images[b, 0], result, frame, generator))
+                        target = images[b, 0], labels[b, 0]
+                        jobs.append(self._crop(place, *target, result, frame, generator))
             if jobs or pushing:  # what nothing is done to is not copied either
                 image, label = image.clone(), label.clone()
                 images = plain(image) if batched else plain(image)[None]
@@ -371,7 +380,7 @@ class SynthesizeTumor(nn.Module):
         if isinstance(again, Skip):
             record = _left_alone(place[0], place[1], again.reason)
         else:
-            job = self._crop(place, image, again, frame, generator)
+            job = self._crop(place, image, label, again, frame, generator)
             ((job, made),) = self._generate([job], generator)
             record = self._finish(job, made, image, label, generator, drawn)
         if record["applied"]:
@@ -384,13 +393,18 @@ class SynthesizeTumor(nn.Module):
         self,
         place: tuple[int, int, int],
         image: Tensor,
+        label: Tensor,
         tumor: LocalMask,
         frame: Frame,
         generator: Generator | HandcraftedGenerator,
     ) -> _Job:
         """The crop around a tumour on the generator's grid, in [0, 1], and the mask on it."""
         stop = [s + n for s, n in zip(tumor.start, tumor.mask.shape, strict=True)]
-        feathered = reach(tumor.params.sigma_mm, frame.spacing, self.blend)
+        grain_mm = (0.0, 0.0, 0.0)
+        if self.blend == "change":
+            grain_mm = self._grain(image, label, tumor, frame)
+        sigma_mm = [max(tumor.params.sigma_mm, g) for g in grain_mm]
+        feathered = reach(sigma_mm, frame.spacing, self.blend)
         margin = max(n * s for n, s in zip(feathered, frame.spacing, strict=True)) + 2
         grid = plan_crop(
             frame,
@@ -415,7 +429,17 @@ class SynthesizeTumor(nn.Module):
         inside[tuple(box)] = tumor.mask.to(inside.dtype)
         share = grid.cut(inside)
         # half a voxel's share, or less where a tumour is smaller than the generator's voxels
-        return _Job(*place, tumor, grid, crop, share >= (0.5 * share.max()).clamp(max=0.5))
+        crop_mask = share >= (0.5 * share.max()).clamp(max=0.5)
+        return _Job(*place, tumor, grid, crop, crop_mask, grain_mm)
+
+    def _grain(
+        self, image: Tensor, label: Tensor, tumor: LocalMask, frame: Frame
+    ) -> tuple[float, float, float]:
+        """How sharp the sample (X, Y, Z) is around a tumour, in mm along its axes."""
+        x, y, z = neighbourhood(tumor.start, tumor.mask.shape, frame.spacing)
+        hu = self.intensity.to_hu(image[x, y, z].float())
+        organ = masks.is_organ(label[x, y, z], self.organ_labels)
+        return grain(hu, organ, frame.spacing)
 
     def _generate(
         self, jobs: list[_Job], generator: Generator | HandcraftedGenerator
@@ -435,7 +459,21 @@ class SynthesizeTumor(nn.Module):
                     self._halve(len(part))
                     continue
                 left = left[len(part) :]
-                yield from zip(part, made, strict=True)
+                yield from zip(part, self._matched(part, made, generator), strict=True)
+
+    def _matched(
+        self, part: list[_Job], made: Tensor, generator: Generator | HandcraftedGenerator
+    ) -> list[Tensor]:
+        """What was made of some jobs, changes no sharper and no lumpier than their scan."""
+        if self.blend != "change":
+            return list(made)
+        low, high = generator.window
+        matched = []
+        for job, change in zip(part, made, strict=True):
+            crop = job.crop.to(change.device) * (high - low) + low
+            grain_mm = [job.grain_mm[axis] for axis in job.grid.frame.axes]  # along the crop's axes
+            matched.append(match(crop, change, job.crop_mask, grain_mm, generator.even))
+        return matched
 
     def _batch(self, device: torch.device) -> int:
         return 1 if device.type == "cpu" else self._together
@@ -545,7 +583,7 @@ class SynthesizeTumor(nn.Module):
     ) -> _Draft:
         """The tumour blended into its part of the image (X, Y, Z), which is left as it is."""
         frame, tumor = job.grid.frame, job.tumor
-        margin = reach(tumor.params.sigma_mm, frame.spacing, self.blend)
+        margin = reach(job.sigma_mm, frame.spacing, self.blend)
         region = [
             slice(max(0, s - m), min(n, s + size + m))
             for s, size, m, n in zip(
@@ -560,9 +598,7 @@ class SynthesizeTumor(nn.Module):
                 for s, r, n in zip(tumor.start, region, tumor.mask.shape, strict=True)
             )
         ] = tumor.mask
-        weight = feather(
-            inside, tumor.params.sigma_mm, frame.spacing, self.blend, generator.own_edge
-        )
+        weight = feather(inside, job.sigma_mm, frame.spacing, self.blend, generator.own_edge)
         made = job.grid.carry_back(made, where)
         before = image[where].clone()
         if self.blend == "change":
@@ -620,7 +656,8 @@ class SynthesizeTumor(nn.Module):
             "label_voxels": tumor.voxels,
             "hu_change": float(hu_change),
             "peak_weight": draft.peak_weight,
-            "sigma_mm": tumor.params.sigma_mm,
+            "sigma_mm": max(job.sigma_mm),
+            "grain_mm": list(job.grain_mm),
             "contrast_hu": tumor.params.contrast_hu,
             "displaced_mm": 0.0,
             "generator": generator.name,

@@ -1,0 +1,165 @@
+"""Sharpness and slow variation of a change, matched to the scan that it goes into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tumorsynth.blend import gaussian_filter
+from tumorsynth.contrast import core
+
+# Three figures measured on real scans: what is shown of them is in docs/realism.md.
+WIDER = 1.4  # an edge's width over the grain's: kernels make noise less alike than edges wide
+OWN_MM = 0.7  # the sharpness of thin slices, which generators' changes have
+SAMPLED = 0.29  # standard deviation of a box one voxel wide: no scan is sharper along an axis
+MOST_MM = 2.0  # a gradient without noise looks like endless grain
+
+REGION_MM, REGION_VOXELS = 14.0, 24  # on each side of a tumour's centre, where grain is measured
+PAIRS = 300  # of neighbouring voxels of the organ that it takes
+SLOW_MM = 1.5  # what a Gaussian of this width leaves varies slowly
+PROFILE_MM = 2.5  # of the filtered mask, which tells how deep a voxel lies
+LUMPS = 2.5  # robust standard deviations that a scan's slow variation keeps; beyond are vessels
+LEAST_VOXELS = 64  # of a tumour that has any inside to be evened
+MARGIN = 6  # voxels around a tumour that its change is softened with
+
+
+def neighbourhood(
+    start: Sequence[int], size: Sequence[int], spacing: Sequence[float]
+) -> tuple[slice, slice, slice]:
+    """The voxels around the middle of a tumour in which :func:`grain` is to be measured."""
+    x, y, z = (
+        slice(max(0, a + n // 2 - wide), a + n // 2 + wide + 1)
+        for a, n, wide in zip(
+            start,
+            size,
+            (min(REGION_VOXELS, math.ceil(REGION_MM / s)) for s in spacing),
+            strict=True,
+        )
+    )
+    return x, y, z
+
+
+def grain(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> tuple[float, float, float]:
+    """How sharp a scan is along each axis, in mm, told by the grain of its noise.
+
+    hu: (X, Y, Z), organ: bool, the tissue to measure in. 1.4 times the standard deviation of the
+    Gaussian that makes white noise as alike from voxel to voxel as this scan's; at least a voxel's
+    own width (0.29 of it) and at most 2 mm. Where there is too little organ or no noise: the least.
+    Smooth kernels, thick slices and interpolation all widen it.
+    """
+    hu = hu.float()
+    organ = organ & hu.isfinite()
+    least = [SAMPLED * s for s in spacing]
+    values = hu[organ]
+    if len(values) < PAIRS:
+        return least[0], least[1], least[2]
+    middle = values.median()
+    spread = 1.4826 * (values - middle).abs().median()
+    fits = organ & ((hu - middle).abs() <= 3 * spread)  # no vessels
+    hu = torch.where(fits, hu - middle, 0.0)
+    found = []
+    for axis, s in enumerate(spacing):
+        one, two = (_unlike(hu, fits, axis, step) for step in (1, 2))
+        sigma = WIDER * s * _width(two / one) if one > 0 else 0.0
+        found.append(min(max(sigma, least[axis]), max(MOST_MM, least[axis])))
+    return found[0], found[1], found[2]
+
+
+def match(
+    crop: Tensor, change: Tensor, tumor_mask: Tensor, grain_mm: Sequence[float], even: bool
+) -> Tensor:
+    """A change no sharper than its scan and, with ``even``, no lumpier inside than the tissue.
+
+    crop, change: (X, Y, Z) in HU, 1 mm voxels. tumor_mask: bool. grain_mm: :func:`grain` along
+    these axes. The mean of the tumour's core stays what it was.
+
+    What a denoiser paints varies more, over a few mm, than real tumours do. With ``even`` that
+    slow variation, around the tumour's own profile from outline to middle, is replaced by what
+    the scan had there, without its vessels.
+    """
+    box = _box(tumor_mask)
+    if box is None:
+        return change
+    mask, old = tumor_mask[box], change[box]
+    new = old
+    if even and int(mask.sum()) >= LEAST_VOXELS:
+        new = new + _evening(crop[box], old, mask)
+    radius = (3 * float(mask.sum()) / (4 * math.pi)) ** (1 / 3)
+    missing = [min(math.sqrt(max(g**2 - OWN_MM**2, 0.0)), radius / 3) for g in grain_mm]
+    missing = [m if m >= 0.2 else 0.0 for m in missing]
+    new = gaussian_filter(new, missing)
+    if new is old:
+        return change
+    inside = core(mask[None, None])[0, 0]
+    before, after = float(old[inside].mean()), float(new[inside].mean())
+    if before * after > 0 and abs(before) > 1.0:  # a small tumour's edge reaches its middle
+        new = new * min(max(before / after, 0.5), 2.0)
+    change = change.clone()
+    change[box] = new
+    return change
+
+
+def _evening(hu: Tensor, change: Tensor, mask: Tensor) -> Tensor:
+    """What to add to a change so that the tumour is as even as the tissue was."""
+    inside = mask.to(torch.float32)
+    depth = gaussian_filter(inside, [PROFILE_MM] * 3)[mask].double()
+    depth = (depth - depth.mean()) / depth.std().clamp(min=1e-6)
+    powers = torch.stack([depth**k for k in range(4)], dim=1)
+    square = powers.T @ powers + 1e-3 * torch.eye(4, dtype=depth.dtype, device=depth.device)
+    share = gaussian_filter(inside, [SLOW_MM] * 3).clamp(min=1e-3)
+
+    def slow(values: Tensor) -> Tensor:
+        """How far values are, over some mm, from their profile from outline to middle."""
+        here = values[mask].double()
+        rest = here - powers @ torch.linalg.solve(square, powers.T @ here)
+        field = torch.zeros_like(inside)
+        field[mask] = rest.float()
+        return gaussian_filter(field, [SLOW_MM] * 3) / share
+
+    painted, was = slow(hu + change), slow(hu)
+    most = LUMPS * 1.4826 * was[mask].abs().median()
+    was = was.clamp(-most, most)
+    # nothing at the outline, where the filter sees the mask end; all of it 1.5 mm further in
+    weight = (2 * gaussian_filter(inside, [1.0] * 3) - 1).clamp(min=0) * inside
+    return weight * (was - painted)
+
+
+def _unlike(hu: Tensor, fits: Tensor, axis: int, step: int) -> float:
+    """Mean squared difference of voxels ``step`` apart; 0 where there are too few pairs."""
+    n = hu.shape[axis] - step
+    if n < 1:
+        return 0.0
+    both = fits.narrow(axis, 0, n) & fits.narrow(axis, step, n)
+    pairs = int(both.sum())
+    if pairs < PAIRS:
+        return 0.0
+    apart = hu.narrow(axis, step, n) - hu.narrow(axis, 0, n)
+    return float((apart.square() * both).sum()) / pairs
+
+
+def _width(ratio: float) -> float:
+    """Standard deviation, in voxels, of the Gaussian that filtered white noise.
+
+    ratio: of the mean squared differences two voxels and one voxel apart. Such noise is alike by
+    p, p^4 at these distances, so that the ratio is (1 - p^4) / (1 - p) = 1 + p + p^2 + p^3.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        p = (low + high) / 2
+        low, high = (p, high) if 1 + p + p**2 + p**3 < ratio else (low, p)
+    return 0.0 if p < 1e-6 else 0.5 / math.sqrt(-math.log(min(p, 1 - 1e-6)))
+
+
+def _box(mask: Tensor) -> tuple[slice, slice, slice] | None:
+    """The mask's bounding box and a margin; None for an empty mask."""
+    found = []
+    for axis in range(3):
+        others = [a for a in range(3) if a != axis]
+        hits = mask.any(others[1]).any(others[0]).nonzero()
+        if not len(hits):
+            return None
+        found.append(slice(max(0, int(hits[0]) - MARGIN), int(hits[-1]) + MARGIN + 1))
+    return found[0], found[1], found[2]
