@@ -132,15 +132,18 @@ def co_occurrence(hu: np.ndarray, region: np.ndarray) -> dict[str, float]:
     }
 
 
-def noise_length(noise: np.ndarray, region: np.ndarray, longest: int = 4) -> float:
-    """Lag in mm along x and y at which the noise's autocorrelation falls to one half."""
+def noise_length(
+    noise: np.ndarray, region: np.ndarray, longest: int = 4, axes: tuple[int, ...] = (0, 1)
+) -> float:
+    """Lag in mm, by default along x and y, at which the noise's autocorrelation falls to a half."""
     variance = noise[region].var()
     if variance == 0:
         return float("nan")
     mean, last = noise[region].mean(), 1.0
     for lag in range(1, longest + 1):
         products = []
-        for step in ((lag, 0, 0), (0, lag, 0)):
+        for axis in axes:
+            step = tuple(lag if a == axis else 0 for a in range(3))
             here, there = _shifted(step)
             both = region[here] & region[there]
             products.append((noise[here][both] - mean) * (noise[there][both] - mean))

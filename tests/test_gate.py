@@ -101,8 +101,71 @@ def test_lungs_are_no_solid_tissue():
 def test_the_default_gate_knows_a_bad_tumour():
     assert Gate().objection(tumour()) is None
     assert "level_hu" in Gate().objection(tumour(contrast=-160))  # like fat
+    assert "level_hu" in Gate().objection(tumour(contrast=-105))  # like fluid
     assert "visibility" in Gate().objection(tumour(contrast=0))
     assert "noise_ratio" in Gate().objection(tumour(inside_noise=0.1))  # like plastic
+
+
+def test_a_contrast_of_the_wrong_sign_or_size_is_turned_away():
+    hu, organ = scan()
+    soft = torch.from_numpy(ndimage.gaussian_filter(ball().float().numpy(), 1.0))
+    for asked, made, fine in (
+        (-25, -25, True),
+        (-25, 25, False),
+        (-60, -20, False),
+        (20, 20, True),
+    ):
+        scores = Gate().scores(hu + made * soft, ball(), organ, ISO, asked)
+        assert scores["off_hu"] == pytest.approx(made - asked, abs=4)
+        assert (Gate().objection(scores) is None) == fine
+    assert Gate().scores(hu - 25 * soft, ball(), organ, ISO)["off_hu"] is None  # none asked for
+
+
+class Learned(torch.nn.Module):
+    """A scorer that learned: how likely a tumour's noise and contrast are those of a real one."""
+
+    def __init__(self, real, fake):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        torch.nn.init.zeros_(self.layer.weight)
+        x = torch.stack([self.features(*each) for each in real + fake])
+        y = torch.tensor([1.0] * len(real) + [0.0] * len(fake))
+        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=20)
+
+        def loss():
+            optimizer.zero_grad()
+            logits = self.layer(x)[:, 0]
+            value = torch.nn.functional.binary_cross_entropy_with_logits(logits, y)
+            value = value + 1e-2 * self.layer.weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+
+    def features(self, hu, tumor_mask):
+        inside = hu[tumor_mask]
+        return torch.stack([inside.diff().abs().mean() / 10, (inside.mean() - 80) / 40])
+
+    @torch.no_grad()
+    def forward(self, hu, tumor_mask, spacing):
+        return torch.sigmoid(self.layer(self.features(hu, tumor_mask))).item()
+
+
+def test_a_learned_scorer_turns_away_what_it_learned_to():
+    def example(seed, noise, contrast):
+        hu, _ = scan(noise=noise, seed=seed)
+        return hu + contrast * ball().float(), ball()
+
+    real = [example(k, 12.0, -35.0) for k in range(4)]
+    learned = Learned(real, [example(k, 3.0, -35.0) for k in range(4)])  # real ones are noisy
+    gate = replace(OPEN, tries=1, scorer=learned, least=0.5)
+    for noise, fine in ((12.0, True), (3.0, False)):
+        hu, organ = scan(64, noise=noise, seed=9)
+        synth = ts.SynthesizeTumor("hu2023", 1, 2, count=1, size_mm=12, contrast_hu=-35, gate=gate)
+        synth(hu[None], organ[None].short(), spacing=ISO, seed=1)
+        (record,) = synth.report
+        assert record["applied"] == fine, record
+        assert 0 <= record["scores"]["scorer"] <= 1
 
 
 def test_real_tumours_pass_the_default_gate(shared: Path):

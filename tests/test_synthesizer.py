@@ -530,7 +530,7 @@ def test_the_generator_sees_the_patient_whichever_way_the_array_lies(generator):
         )
         new_image = reoriented(image[0], axes, flips).clone()
         new_label = reoriented(label[0], axes, flips).clone()
-        job = transform._crop((0, 0, 0), new_image, local, frame, generator)
+        job = transform._crop((0, 0, 0), new_image, new_label, local, frame, generator)
         ((job, made),) = transform._generate([job], generator)
         transform._finish(job, made, new_image, new_label, generator, None)
         back = [axes.index(a) for a in range(3)]

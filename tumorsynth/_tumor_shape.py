@@ -35,6 +35,7 @@ class TumorParams:
     sigma_mm: float  # feather
     drawn_mm: float  # diameter drawn, before any shrinking to fit
     contrast_hu: float | None = None  # that was asked for, None: as the generator has it
+    structure_hu: tuple[float, float] = (0.0, 0.0)  # of a rim and of a necrotic core
     displaced: float = 0.0  # share of its volume for which tissue is pushed aside
     fixed_capsule: bool = False  # of the organ, when tissue is pushed aside
     outline: str = ""  # of a real mask (`mask_shapes`), "": an ellipsoid's

@@ -29,6 +29,7 @@ class Gate:
 
     tries: tumours made for one place before it is given up, each with the next seed.
     contrast_hu: mean of the tumour's core minus the median of the organ 2 to 8 mm around it.
+    off_hu: that contrast minus the one asked for, if any: also of the wrong sign.
     level_hu: the core itself, where the organ around is solid tissue (20 to 220 HU): neither fat,
         fluid nor calcium.
     visibility: contrast, without its sign, over the standard deviation of the organ around.
@@ -37,13 +38,15 @@ class Gate:
         at all 99, wide ones of small tumours read up to a third too narrow.
     flatness: shortest over longest axis of the outline.
     scorer: called with (hu, tumor_mask, spacing), the scan with the tumour and 8 mm around it
-        (X, Y, Z), bool mask and mm; returns a number. The tumour must reach ``least``. It must
-        give the same number for the same input, or seeds no longer repeat a call.
+        (X, Y, Z), bool mask and mm; returns a number, or whether the tumour may stay. It must
+        reach ``least``. It must give the same answer for the same input, or seeds no longer repeat
+        a call. A trained network is called like any other function.
     """
 
     tries: int = 3
     contrast_hu: tuple[float, float] | None = None
-    level_hu: tuple[float, float] | None = (0.0, 300.0)
+    off_hu: tuple[float, float] | None = (-15.0, 15.0)
+    level_hu: tuple[float, float] | None = (10.0, 300.0)
     visibility: tuple[float, float] | None = (0.4, math.inf)
     noise_ratio: tuple[float, float] | None = (0.4, 1.7)
     edge_mm: tuple[float, float] | None = None
@@ -72,10 +75,21 @@ class Gate:
             )
 
     def scores(
-        self, hu: Tensor, tumor_mask: Tensor, organ: Tensor, spacing: tuple[float, float, float]
+        self,
+        hu: Tensor,
+        tumor_mask: Tensor,
+        organ: Tensor,
+        spacing: tuple[float, float, float],
+        asked_hu: float | None = None,
     ) -> dict[str, float | None]:
-        """The scores of a tumour, those of :func:`measure` and, with a scorer, "scorer"."""
+        """The scores of a tumour, those of :func:`measure` and, with a scorer, "scorer".
+
+        asked_hu: the contrast asked for, None where the generator chose it.
+        """
         found = measure(hu, tumor_mask, organ, spacing)
+        contrast = found["contrast_hu"]
+        if asked_hu is not None and contrast is not None:
+            found["off_hu"] = contrast - asked_hu
         if self.scorer is not None:
             value = float(self.scorer(hu, tumor_mask, spacing))
             found["scorer"] = value if math.isfinite(value) else None

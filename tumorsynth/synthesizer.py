@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tumorsynth import masks
 from tumorsynth.blend import BLENDS, feather, reach
-from tumorsynth.contrast import check_contrast
+from tumorsynth.contrast import ContrastConfig, check_contrast, level_around
+from tumorsynth.contrast_priors import ContrastPrior, get_contrast_prior, structured
 from tumorsynth.gate import REACH_MM, Gate, check_gate
 from tumorsynth.generator import Generator, per_sample_seeds
 from tumorsynth.geometry import CropGrid, Frame, plan_crop
@@ -88,9 +89,12 @@ class SynthesizeTumor(nn.Module):
     blend: "change" adds the difference the generator makes and keeps the scan's own noise;
         "difftumor" blends the decoded voxels as published.
     contrast_hu: HU between a tumour and the tissue around it, negative for darker, a number or
-        (lo, hi) drawn per tumour; by default the generator's own, made for its organ.
+        (lo, hi) drawn per tumour; or a prior of an organ and a phase ("liver-portal",
+        "kidney-arterial", "pancreas-unenhanced", ...) or a ContrastPrior, with rims and necrotic
+        cores; by default the generator's own, made for its organ.
     sigma_mm: feather of the edge, a number or (lo, hi) drawn per tumour; by default (0.5, 1.5), and
-        (0, 4) with blend="difftumor", as published.
+        (0, 4) with blend="difftumor", as published. With blend="change" it is never narrower than
+        the scan itself is sharp.
     gate: True, or a :class:`tumorsynth.gate.Gate` with limits of your own: tumours are scored, made
         again with the next seed if a score is beyond its limits, and skipped, saying why, if that
         does not help. The scores are in the report.
@@ -119,7 +123,7 @@ class SynthesizeTumor(nn.Module):
         size_mm: float | Sequence[float] | str = (5, 20),
         intensity: Intensity = HU(),  # noqa: B008 (frozen)
         blend: str = "change",
-        contrast_hu: float | Sequence[float] | None = None,
+        contrast_hu: float | Sequence[float] | str | ContrastPrior | None = None,
         sigma_mm: float | Sequence[float] | None = None,
         gap_mm: float = 2.0,
         merge: bool = False,
@@ -148,7 +152,13 @@ class SynthesizeTumor(nn.Module):
         self.blend = blend
         if sigma_mm is None:
             sigma_mm = (0.5, 1.5) if blend == "change" else (0.0, 4.0)
-        self.contrast_hu = check_contrast(contrast_hu)
+        self.contrast_hu: tuple[float, float] | ContrastPrior | None
+        if isinstance(contrast_hu, str):
+            self.contrast_hu = get_contrast_prior(contrast_hu)
+        elif isinstance(contrast_hu, ContrastPrior):
+            self.contrast_hu = contrast_hu
+        else:
+            self.contrast_hu = check_contrast(contrast_hu)
         self.sigma_mm = masks.check_range("sigma_mm", sigma_mm, 0.0, masks.MAX_SIGMA_MM)
         self.gap_mm = masks.check_range("gap_mm", gap_mm, 0.0, masks.MAX_GAP_MM)[0]
         self.merge = bool(merge)
@@ -234,7 +244,8 @@ class SynthesizeTumor(nn.Module):
                         pushing.append((place, result, [] if self.merge else placed[number:]))
                     else:
                         target = images[b, 0], labels[b, 0]
-                        jobs.append(self._crop(place, *target, result, frame, generator))
+                        job = self._crop(place, *target, result, frame, generator)
+                        jobs.append(job if params else self._drawn(job, record, generator))
             if jobs or pushing:  # what nothing is done to is not copied either
                 image, label = image.clone(), label.clone()
                 images = plain(image) if batched else plain(image)[None]
@@ -289,7 +300,7 @@ class SynthesizeTumor(nn.Module):
             count=self.count,
             rng=rng,
             sigma_mm=self.sigma_mm,
-            contrast_hu=self.contrast_hu,
+            contrast_hu=None if isinstance(self.contrast_hu, ContrastPrior) else self.contrast_hu,
             gap_mm=self.gap_mm,
             merge=self.merge,
             forbid=self._forbidden(image, label, frame),
@@ -381,6 +392,7 @@ class SynthesizeTumor(nn.Module):
             record = _left_alone(place[0], place[1], again.reason)
         else:
             job = self._crop(place, image, label, again, frame, generator)
+            job = job if drawn is None else self._drawn(job, drawn, generator)
             ((job, made),) = self._generate([job], generator)
             record = self._finish(job, made, image, label, generator, drawn)
         if record["applied"]:
@@ -432,6 +444,29 @@ class SynthesizeTumor(nn.Module):
         crop_mask = share >= (0.5 * share.max()).clamp(max=0.5)
         return _Job(*place, tumor, grid, crop, crop_mask, grain_mm)
 
+    def _drawn(
+        self, job: _Job, record: dict[str, Any], generator: Generator | HandcraftedGenerator
+    ) -> _Job:
+        """The job with what a contrast prior draws for it, noted in the sample's params."""
+        if isinstance(self.contrast_hu, ContrastPrior):
+            job = self._coloured(job, generator, job.tumor.params.seed)
+            record["tumors"][job.number] = job.tumor.params.to_dict()
+        return job
+
+    def _coloured(self, job: _Job, generator: Generator | HandcraftedGenerator, seed: int) -> _Job:
+        """The job with this noise seed, and the contrast that goes with it."""
+        params = replace(job.tumor.params, seed=seed)
+        if isinstance(self.contrast_hu, ContrastPrior):
+            low, high = generator.window
+            hu = job.crop[None, None] * (high - low) + low
+            level = float(level_around(hu, job.crop_mask[None, None], ContrastConfig().tissue))
+            contrast_hu, structure = self.contrast_hu.draw(seed, params.diameter_mm, level)
+            params = replace(params, contrast_hu=contrast_hu, structure_hu=structure)
+        else:
+            contrast = masks.draw_contrast_hu(self.contrast_hu, seed)
+            params = replace(params, contrast_hu=contrast)
+        return replace(job, tumor=replace(job.tumor, params=params))
+
     def _grain(
         self, image: Tensor, label: Tensor, tumor: LocalMask, frame: Frame
     ) -> tuple[float, float, float]:
@@ -464,7 +499,8 @@ class SynthesizeTumor(nn.Module):
     def _matched(
         self, part: list[_Job], made: Tensor, generator: Generator | HandcraftedGenerator
     ) -> list[Tensor]:
-        """What was made of some jobs, changes no sharper and no lumpier than their scan."""
+        """What was made of some jobs: changes no sharper and no lumpier than their scan, with the
+        rims and cores that were drawn."""
         if self.blend != "change":
             return list(made)
         low, high = generator.window
@@ -472,7 +508,9 @@ class SynthesizeTumor(nn.Module):
         for job, change in zip(part, made, strict=True):
             crop = job.crop.to(change.device) * (high - low) + low
             grain_mm = [job.grain_mm[axis] for axis in job.grid.frame.axes]  # along the crop's axes
-            matched.append(match(crop, change, job.crop_mask, grain_mm, generator.even))
+            change = match(crop, change, job.crop_mask, grain_mm, generator.even)
+            tumor = job.tumor.params
+            matched.append(structured(change, job.crop_mask, tumor.structure_hu, tumor.seed))
         return matched
 
     def _batch(self, device: torch.device) -> int:
@@ -541,10 +579,7 @@ class SynthesizeTumor(nn.Module):
         for _ in range(self.gate.tries - 1):
             if objection is None:
                 break
-            seed = job.tumor.params.seed + 1
-            contrast_hu = masks.draw_contrast_hu(self.contrast_hu, seed)
-            params = replace(job.tumor.params, seed=seed, contrast_hu=contrast_hu)
-            job = replace(job, tumor=replace(job.tumor, params=params))
+            job = self._coloured(job, generator, job.tumor.params.seed + 1)
             ((job, made),) = self._generate([job], generator)
             draft = self._draft(job, made, image, generator)
             scores = self._scores(self.gate, job, draft, image, label)
@@ -576,7 +611,8 @@ class SynthesizeTumor(nn.Module):
         inside = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
         inside[here] = draft.inside
         organ = masks.is_organ(label[around], self.organ_labels)
-        return gate.scores(self.intensity.to_hu(values.float()), inside, organ, spacing)
+        hu, asked_hu = self.intensity.to_hu(values.float()), job.tumor.params.contrast_hu
+        return gate.scores(hu, inside, organ, spacing, asked_hu)
 
     def _draft(
         self, job: _Job, made: Tensor, image: Tensor, generator: Generator | HandcraftedGenerator
