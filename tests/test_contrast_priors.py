@@ -93,7 +93,7 @@ def test_a_rim_is_bright_a_core_dark_and_the_mean_stays():
     assert float(made[rim].mean()) > float(made[body].mean()) + 8
     assert float(made[middle].mean()) < float(made[body].mean()) - 14
     assert torch.equal(structured(change, mask, (0.0, 0.0), seed=3), change)
-    assert float((made - change)[~ball(21)].abs().max()) == 0
+    assert float((made - change)[~ball(21)].abs().max()) < 1e-3
     assert not torch.equal(made, structured(change, mask, (20.0, -30.0), seed=4))
 
 
