@@ -25,9 +25,11 @@ EXTRAS = [
     "omegaconf",
     "rich",
     "scipy",
+    "starlette",
     "torchio",
     "tqdm",
     "typer",
+    "uvicorn",
 ]
 
 BLOCK_EXTRAS = f"""

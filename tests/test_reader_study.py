@@ -27,6 +27,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="needs the extra reader-study")
 from tumorsynth.cli import main  # noqa: E402
 from tumorsynth.reader_study import blinding, server  # noqa: E402
 from tumorsynth.reader_study.blinding import Scan, blind, differences, find_scans  # noqa: E402
+from tumorsynth.reader_study.cli import _prepare as prepare  # noqa: E402
 from tumorsynth.reader_study.results import row, share, study_results  # noqa: E402
 from tumorsynth.reader_study.store import Answer, Refused, Store  # noqa: E402
 
@@ -198,7 +199,29 @@ def test_vault_keeps_volumes_in_no_named_file(tmp_path, monkeypatch):
         assert reads[k]() == bytes([k]) * 1000 * (k + 1)
 
 
+def test_served_cases_keep_their_ids_until_a_scan_changes(scans, tmp_path, capsys):
+    folders = [(truth, scans / truth, None, 2) for truth in ("real", "synthetic")]
+    store = Store(tmp_path / "a.sqlite")
+    first = prepare(store, folders, lesions="each", field_mm=12)
+    again = prepare(store, folders, lesions="each", field_mm=12)
+    assert len(first) == 3
+    assert {k: v.volume() for k, v in first.items()} == {k: v.volume() for k, v in again.items()}
+    assert "warning: lesion diameter" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="give the same folders and options"):
+        prepare(store, folders, lesions="each", field_mm=10)
+    changed = scan_array(0)
+    changed[14, 14, 7] += 1
+    write(scans / "real" / "real_ct.nii.gz", changed)
+    with pytest.raises(ValueError, match="other cases: 1 of them"):
+        prepare(store, folders, lesions="each", field_mm=12)
+
+
 # ---- the study's file
+
+
+def test_the_file_with_the_truth_is_its_owners_alone(tmp_path):
+    a_store(tmp_path / "a.sqlite")
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.glob("a.sqlite*")} == {0o600}
 
 
 def a_store(path: Path, count: int = 6) -> Store:

@@ -103,8 +103,8 @@ def picture(page) -> dict:
 
 
 def opened(page, case: int) -> None:
+    page.wait_for_selector(f"#case-title:text-is('Case {case} of {COUNT}')")
     page.wait_for_selector("#view[aria-busy=false]")
-    page.wait_for_function(f"$('case-title').textContent.startsWith('Case {case} of {COUNT}')")
 
 
 def place(page) -> list[int]:
@@ -141,7 +141,7 @@ def test_a_study_from_the_first_case_to_the_table(page, folders, capsys):
         page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"])
         before = page.inner_text("#place")
         page.mouse.wheel(0, 120)
-        page.wait_for_function("before => $('place').textContent !== before", arg=before)
+        playwright.expect(page.locator("#place")).not_to_have_text(before, timeout=WAIT_MS)
         wheeled = place(page)
         assert wheeled[0] != start[0] and wheeled[1:] == start[1:]
         page.keyboard.press("ArrowUp")

@@ -1,7 +1,8 @@
 """The study's SQLite file: cases with their truth, readers, answers.
 
 Each change is one transaction in WAL mode, on the disk before the page hears that it is saved. The
-truth is in this file and nowhere in what the server sends; whoever can open the file can read it.
+truth is in this file and nowhere in what the server sends; whoever can open the file can read it,
+so it is made for its owner alone.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Store:
             raise FileNotFoundError(f"no such file: {self.path}; `reader-study serve` makes it")
         if write and not self.path.parent.is_dir():
             raise FileNotFoundError(f"no such folder for the answers: {self.path.parent}")
+        if write:
+            self.path.touch(mode=0o600)  # the truth is in it
         uri = f"{self.path.resolve().as_uri()}?mode={'rwc' if write else 'ro'}"
         try:
             self.db = sqlite3.connect(
