@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matrix
 import pytest
 
 import tumorsynth as ts
@@ -111,6 +112,14 @@ def test_troubleshooting_quotes_real_messages():
     real = messages()
     unknown = [q for q in quoted if not any(q in message for message in real)]
     assert not unknown, f"no code says {unknown}: has the message changed?"
+
+
+@pytest.mark.parametrize("row", matrix.ROWS, ids=lambda row: row.name)
+def test_the_pages_name_the_versions_of_the_matrix(row):
+    page = DOCS / f"{row.name.split()[0]}.md"
+    for requirement in row.requirements:
+        if requirement.startswith(f"{row.package}=="):
+            assert requirement.partition("==")[2] in page.read_text()
 
 
 def test_figures_have_a_source():
