@@ -102,18 +102,18 @@ def shapes_cost(ct: ts.Phantom, draws: int) -> dict:
 
 
 def picture(ct: ts.Phantom, path: Path) -> None:
-    """A tumour of 40 mm without and with the push, and what the push alone changed."""
+    """A tumour of 32 mm without and with the push, and what the push alone changed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size, seed = 40.0, 3
+    size, seed = 32.0, 7
     off, on = synthesizer(size, 0), synthesizer(size, SHARE)
     plain = off(ct.image, ct.label, ct.spacing, seed=seed)
     pushed = on(ct.image, ct.label, ct.spacing, seed=seed)
     x, y, z = on.report[0]["centre_voxel"]
-    half = [round(55 / s) for s in ct.spacing]
+    half = [round(45 / s) for s in ct.spacing]
     where = slice(max(0, x - half[0]), x + half[0]), slice(max(0, y - half[1]), y + half[1])
     fig, axes = plt.subplots(1, 4, figsize=(12, 3.3))
     shown = [

@@ -408,6 +408,20 @@ def test_a_tumour_takes_under_10_ms_in_a_volume_of_any_size(side):
     assert sorted(times)[10] < 0.010
 
 
+def test_a_prior_s_tumour_takes_a_quarter_of_one_of_two_organs_at_most():
+    """Two kidneys of 52 ml in a coarse scan, one label: the prior alone would draw up to 150 mm."""
+    spacing = (3.0, 3.0, 5.0)
+    one = ellipsoid((20, 20, 20), spacing, (20, 20, 31))
+    label = torch.cat([one, torch.zeros_like(one), one])
+    box, part = organ_box(label, 1), int(one.sum())
+    for seed in range(12):
+        (found,) = place(label, 1, box, spacing, size_mm="kidney", rng=rng(seed))
+        assert isinstance(found, LocalMask), found
+        assert found.voxels <= 1.1 * masks.MAX_ORGAN_SHARE * part
+    (asked,) = place(label, 1, box, spacing, size_mm=38.0, rng=rng(0))
+    assert isinstance(asked, Skip) or asked.voxels > masks.MAX_ORGAN_SHARE * part  # as asked
+
+
 def test_attempts_are_bounded(monkeypatch):
     calls = []
     monkeypatch.setattr(masks, "lowest_connected", lambda *a: calls.append(a) or 3)

@@ -195,6 +195,21 @@ def test_a_fixed_capsule_holds():
         assert not bool(((label == 1) & (new_label == 0)).any())
 
 
+@pytest.mark.parametrize("scale", [ts.Scaled(-175, 250, 0, 1), ts.ZScore(100, 50, -120, 190)])
+def test_bone_is_bone_in_a_clipped_scale_too(scale):
+    image, label = scan(noise=0.0)
+    low, high = (-175, 250) if isinstance(scale, ts.Scaled) else (-120, 190)
+    hu = image.clamp(low, high)
+    scaled = (hu - scale.to_hu(torch.zeros(()))) / scale.hu_per_unit
+    where, after, after_label, _ = push_aside(
+        scaled[0], label[0], tumor((36, 30, 36)), ISO, (1,), 2, scale
+    )
+    rib = label[0][where] == 4
+    assert int(rib.sum()) > 100 and torch.equal(after[rib], scaled[0][where][rib])
+    assert torch.equal(after_label == 4, rib)
+    assert not torch.equal(after_label, label[0][where])
+
+
 def test_what_is_not_finite_stays_alone():
     image, label = scan()
     image[0, 50:53, 36, 36] = math.nan

@@ -32,11 +32,11 @@ from tumorsynth.intensity import Intensity
 REACH = 2.2  # level beyond which nothing moves
 MAX_SHARE = 0.9  # 1 would draw the tumour's whole inside out of one point
 SQUEEZE = 0.5  # room made on a ray, at most this much of what is left up to the next stop
-BONE_HU = 250.0  # tissue outside of the organ from here on does not move
+BONE_HU = 240.0  # tissue outside of the organ from here on does not move
 FROM_MM, TO_MM, AUTO_SHARE = 20.0, 50.0, 0.6  # "auto": none up to FROM_MM, AUTO_SHARE from TO_MM
-NODES = 17  # points from the centre to the reach where the displacement is computed, on each side
-RAYS = fibonacci(768)
-SPREAD = 0.12  # radians over which neighbouring rays are averaged
+NODES = 14  # points from the centre to the reach where the displacement is computed, on each side
+RAYS = fibonacci(384)
+SPREAD = 0.15  # radians over which neighbouring rays are averaged
 WINDOW_MM = 2.0  # to each side, where a voxel's surroundings are told from noise
 SIGNAL = 2.0  # variance, over the organ's usual one, from which on surroundings are more than noise
 
@@ -92,16 +92,21 @@ def push_aside(
 ) -> tuple[tuple[slice, slice, slice], Tensor, Tensor, float]:
     """A sample (X, Y, Z) with the tissue around one tumour displaced, the tumour not yet painted.
 
-    Bone (BONE_HU outside of the organ), tumours that are there and what is not finite stay in
-    place, the rest moves, image and label by the same field.
+    Bone (BONE_HU and more, outside of the organ), tumours that are there and what is not finite
+    stay in place, the rest moves, image and label by the same field.
 
     Returns the part of the sample that may have changed, what image and label are there, and the
     largest displacement in mm.
     """
 
+    bone = BONE_HU
+    if intensity.limits is not None:  # a scale that ends below shows bone as its end
+        end = torch.tensor(intensity.limits[1], dtype=torch.float32)
+        bone = min(bone, float(intensity.to_hu(end)) - 1)
+
     def stays(values: Tensor, labels: Tensor) -> Tensor:
         organ, hu = is_organ(labels, organ_labels), intensity.to_hu(values.float())
-        still = ((hu >= BONE_HU) & ~organ) | ~hu.isfinite() | (labels == tumor_label)
+        still = ((hu >= bone) & ~organ) | ~hu.isfinite() | (labels == tumor_label)
         return still | ~organ if params.fixed_capsule else still
 
     def rigid(index: Tensor) -> Tensor:
@@ -162,15 +167,19 @@ def displacement(
         matrices.append(_linear(at, nodes[-1]))
         part.append(slice(low, high))
     grid = torch.stack(torch.meshgrid(*nodes, indexing="ij"), -1)
-    points = grid.reshape(-1, 3)
-    own = points @ (shape.turn / shape.half_axes)
+    flat = grid.reshape(-1, 3)
+    own = flat @ (shape.turn / shape.half_axes)
     length = own.norm(dim=1).clamp_min(1e-9)
+    near = length < REACH * 1.1 * float(shape.radius(RAYS).max())
+    points, own, length = flat[near], own[near], length[near]
     volume = (length / shape.radius(own / length[:, None])) ** 3  # v of the text above
     end, share = _ends(params, shape, voxel, points, rigid)
     t = ((volume - 1) / (end - 1).clamp_min(1e-9)).clamp(0, 1)
     c = torch.where(volume < 1, volume, 1 - t * t * (3 - 2 * t))
     factor = (1 - share * c / volume.clamp_min(1e-12)).clamp_min(0) ** (1 / 3) - 1
-    field = (points * factor[:, None]).T.reshape(3, *grid.shape[:3])
+    moves = torch.zeros_like(flat)
+    moves[near] = points * factor[:, None]
+    field = moves.T.reshape(3, *grid.shape[:3])
     for axis, matrix in enumerate(matrices, start=1):
         field = torch.movedim(torch.tensordot(matrix, field, dims=([1], [axis])), 0, axis)
     return (part[0], part[1], part[2]), field.float()
@@ -202,7 +211,7 @@ def _ends(
     near = direction @ direction.T > math.cos(2 * SPREAD)
     ends = torch.where(near, ends, math.inf).amin(1)
     weight = F.normalize(points, dim=1).float() @ direction.T.float()
-    weight = ((weight - 1) / (0.5 * SPREAD**2)).exp_()
+    weight = weight.sub_(math.cos(2.5 * SPREAD)).clamp_min_(0).square_()
     end = ((weight @ ends.float()) / weight.sum(1).clamp_min(1e-30)).to(points.dtype)
     return end, (SQUEEZE * (end - 1)).clamp(0, params.displaced)
 
