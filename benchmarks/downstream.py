@@ -163,7 +163,7 @@ def run_all(args: argparse.Namespace, settings: Settings, fabric: Any) -> dict[s
         start = time.process_time()
         model, told = train(
             fabric, run["network"], arm, to_train, loaded, index, settings, run["seed"],
-            args.workers, pool,
+            args.workers, pool, checkpoint=_checkpoint(fabric, run), save_every=args.save_every,
         )  # fmt: skip
         found = test(fabric, model, [*to_test, *extra], loaded, index, settings)
         told["cpu_seconds"] = round(time.process_time() - start, 1)
@@ -176,14 +176,29 @@ def run_all(args: argparse.Namespace, settings: Settings, fabric: Any) -> dict[s
                 for part, scored in (("test", to_test), ("extra", extra))
             }
             write_json(run["path"], {"identity": run["identity"], "run": told, **entries})
+            for rest in (".ckpt", ".of.json"):
+                run["path"].with_suffix(rest).unlink(missing_ok=True)
             print(f"{key_of(run)}: {told}", flush=True)
         fabric.barrier()
     results = summarize(args, runs, settings)
+    markdown = results.pop("markdown")
     if fabric.is_global_zero:
         write_json(args.out / "table.json", results)
-        (args.out / "table.md").write_text(results.pop("markdown"))
-        print((args.out / "table.md").read_text())
+        (args.out / "table.md").write_text(markdown)
+        print(markdown)
     return results
+
+
+def _checkpoint(fabric: Any, run: dict[str, Any]) -> Path:
+    """Where an unfinished run is kept; what other settings left there goes."""
+    path, note = run["path"].with_suffix(".ckpt"), run["path"].with_suffix(".of.json")
+    if fabric.is_global_zero:
+        now = json.loads(json.dumps(run["identity"]))
+        if not note.is_file() or json.loads(note.read_text()) != now:
+            path.unlink(missing_ok=True)
+            write_json(note, now)
+    fabric.barrier()
+    return path
 
 
 def summarize(
@@ -262,6 +277,7 @@ def arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Se
     add("--shapes", type=Path, help="small: real masks for the phantoms' lesions")
     add("--cache-rate", type=float, default=1.0, help="share of the scans kept in memory")
     add("--workers", type=int, default=0)
+    add("--save-every", type=int, default=1000, help="steps between checkpoints of a run")
     add("--accelerator", default="auto")
     add("--devices", default="auto")
     add("--precision", default="32-true")

@@ -8,8 +8,11 @@ one seed all arms start from the same weights and take the same number of steps.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,11 +133,14 @@ def train(
     seed: int,
     workers: int = 0,
     pool: dict[str, list[dict[str, Any]]] | None = None,
+    checkpoint: Path | None = None,
+    save_every: int = 1000,
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The trained network and how it went.
 
     cases: to train on. loaded: a dataset of all scans on the working grid; index: each case's place
-    in it. pool: what `make_pool` made for this arm.
+    in it. pool: what `make_pool` made for this arm. checkpoint: written every ``save_every`` steps;
+    where it is there already, training goes on from it, with crops drawn anew.
     """
     used = [c for c in cases if arm.with_healthy or not c.healthy]
     steps = settings.steps or max(
@@ -151,42 +157,58 @@ def train(
     loss_of = DiceCELoss(
         to_onehot_y=True, softmax=True, squared_pred=True, smooth_nr=0, smooth_dr=1e-6
     )
-    own = seed * 1000 + fabric.global_rank
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "step": 0, "made": 0}
+    if checkpoint is not None and checkpoint.is_file():
+        fabric.load(checkpoint, state)
+    first = state["step"]
+    # by process and by where it starts: what is drawn depends on these and the seed alone
+    own = seed * 1000 + fabric.global_rank + 10**6 * first
     crops = random_part(settings, pool).set_random_state(own)
     dataset = Dataset(Subset(loaded, [index[c.name] for c in used]), crops)
     sampler = RandomSampler(
-        dataset, num_samples=steps * settings.batch, generator=torch.Generator().manual_seed(own)
+        dataset,
+        num_samples=max(1, steps - first) * settings.batch,
+        generator=torch.Generator().manual_seed(own),
     )
     torch.manual_seed(own)  # MONAI's loader seeds its workers from it
     loader = DataLoader(dataset, workers, batch_size=settings.batch, sampler=sampler)
     loader = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
     synthesize = None if settings.pool else _synthesis(arm, settings, own)
-    set_track_meta(False)  # of crops; keeping track takes longer than cropping
-    start, made, losses = time.process_time(), 0, []
+    start, recent = time.process_time(), deque(maxlen=20)
     model.train()
-    for batch in loader:
-        part = {k: batch[k] for k in ("image", "label", "healthy")}
-        if synthesize is not None:
-            part = synthesize(part)
-            made += sum(record["applied"] for record in synthesize.report)
-        loss = loss_of(model(part["image"]), part["label"])
-        fabric.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    set_track_meta(True)
-    if not np.isfinite(losses).all():
-        raise ValueError(
-            f"the loss is not finite in {arm.name}, {network}; lower --lr {settings.lr}"
-        )
+    set_track_meta(False)  # of crops; keeping track takes longer than cropping
+    try:
+        for batch in islice(loader, steps - first):
+            part = {k: batch[k] for k in ("image", "label", "healthy")}
+            if synthesize is not None:
+                part = synthesize(part)
+                state["made"] += sum(record["applied"] for record in synthesize.report)
+            loss = loss_of(model(part["image"]), part["label"])
+            fabric.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            recent.append(loss.detach())
+            state["step"] += 1
+            if state["step"] % save_every == 0 or state["step"] == steps:
+                told_loss = float(torch.stack(list(recent)).mean())
+                if not np.isfinite(told_loss):
+                    raise ValueError(
+                        f"the loss is not finite in {arm.name}, {network}, step {state['step']}; "
+                        f"lower --lr {settings.lr}"
+                    )
+                if checkpoint is not None and state["step"] < steps:
+                    fabric.save(checkpoint, state)
+                    fabric.print(f"{checkpoint.stem}: step {state['step']}, loss {told_loss:.4f}")
+    finally:
+        set_track_meta(True)
     told = {
-        "steps": len(losses),
+        "steps": state["step"],
         "scans": len(used),
         "scans_listed_healthy": sum(c.healthy for c in used),
-        "synthetic_tumors": made,
+        "synthetic_tumors": state["made"],
         "synthetic_versions": sum(len(v) for n, v in (pool or {}).items() if n in names),
-        "loss_at_the_end": round(float(np.mean(losses[-20:])), 4),
+        "loss_at_the_end": round(float(torch.stack(list(recent)).mean()), 4),
         "cpu_seconds_training": round(time.process_time() - start, 1),
     }
     return model, told

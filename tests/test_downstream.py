@@ -153,6 +153,51 @@ def test_arms_share_weights_and_crops(dataset, monkeypatch, downstream):
     assert any(not part.all() for part in same)
 
 
+def test_a_killed_run_goes_on(downstream, dataset, tmp_path, monkeypatch):
+    import downstream_training as training
+
+    flags = ["--arm", "real", "--only-folds", "0", "--steps", "4", "--save-every", "2"]
+    whole, steps = training.DiceCELoss.forward, []
+
+    def dies(self, *given):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return whole(self, *given)
+
+    monkeypatch.setattr(training.DiceCELoss, "forward", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(downstream, dataset, tmp_path, *flags)
+    kept = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert kept == ["unet-real-fold0-seed0.ckpt", "unet-real-fold0-seed0.of.json"]
+    found = run(downstream, dataset, tmp_path, *flags)
+    assert len(steps) == 4 + 2  # the last two alone
+    assert found["runs"]["unet-real-fold0-seed0"]["steps"] == 4
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["unet-real-fold0-seed0.json"]
+
+
+def test_pools_hold_healthy_scans_alone(dataset):
+    import downstream_data as data
+    import downstream_training as training
+
+    cases = data.read_dataset(dataset)[4:7]
+    settings = training.Settings((2.0,) * 3, (16,) * 3, pool=2, size_mm=(8, 12), p=1.0)
+    grid = data.deterministic(settings.spacing, settings.crop)
+    loaded = [grid(data.as_dict(c)) for c in cases]
+    index = {c.name: k for k, c in enumerate(cases)}
+    arm = training.Arm("crafted", "hu2023")
+    pool = training.make_pool(arm, cases, loaded, index, settings)
+    assert {name: len(held) for name, held in pool.items()} == {"scan4": 0, "scan5": 0, "scan6": 2}
+    one, two = (version["label"] for version in pool["scan6"])
+    assert (one == 2).any() and not one.equal(two)
+    alone = training.make_pool(arm, cases[2:], loaded, index, settings)  # in any other company
+    assert alone["scan6"][0]["image"].equal(pool["scan6"][0]["image"])
+    pick = data.RandVersion(pool, 1.0).set_random_state(0)
+    assert any(pick(loaded[2])["label"].equal(one) for _ in range(8))
+    assert pick(loaded[0])["label"] is loaded[0]["label"]
+    assert not training.make_pool(training.Arm("real"), cases, loaded, index, settings)
+
+
 def test_folds_keep_patients_apart(dataset, downstream):
     import downstream_data as data
 
