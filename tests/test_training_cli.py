@@ -137,7 +137,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
         ((*stage2, folder / "ae", "--tumor-label", 9), "no voxels of tumour label 9, but of 1, 2"),
         ((*stage2, folder / "ae", "--max-diameter-mm", 8), "tumours of 9.7, 12.0 mm, none from"),
         ((*stage2, folder / "ae", "--patch-size", 36), "--patch-size must be a multiple of 8"),
-        ((*stage2, "nothing"), "bundled generator (liver-early), but nothing is not there"),
+        ((*stage2, "nothing"), "bundled generator (liver-early, lung), but nothing is not there"),
         ((*stage2, folder / "data"), "has no card.json: is its training finished?"),
         ((*stage2, tmp_path / "cut"), "is missing or not the file its card describes (sha256)"),
         ((*stage2, tmp_path / "four", "--network", "base"), "--contrast off"),
