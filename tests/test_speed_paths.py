@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tumorsynth.generator import Generator
-from tumorsynth.models import conv
+from tumorsynth.models import conv, unet
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.codebook import Codebook
 from tumorsynth.models.conv import Conv3d, cpu_layout, pad_replicate
@@ -112,6 +112,23 @@ def test_a_codebook_costs_the_decoder_no_digits():
         exact = model.double().decode(latent.double())
         found = model.float().decode(latent)
     assert float((found - exact).abs().max() / exact.abs().max()) < 1e-4
+
+
+def test_attention_goes_by_parts_that_fit_a_cache_to_the_same_numbers(monkeypatch):
+    torch.manual_seed(0)
+    config = unet.UNetConfig(dim=8, heads=2, multipliers=(1, 2))
+    model = unet.FactorizedUNet(config).eval().requires_grad_(False)
+    x, cond = torch.randn(1, 8, 8, 16, 16), torch.randn(1, 9, 8, 16, 16)
+
+    def run(chunk: int) -> tuple[Tensor, int]:
+        monkeypatch.setattr(unet, "CHUNK", chunk)
+        with torch.no_grad(), Kernels() as seen:
+            return model(x, 1, cond), seen.largest
+
+    (whole, most), (parts, least) = run(2**40), run(2**15)
+    assert torch.allclose(parts, whole, atol=1e-5)
+    # one slice of q, k and v at the least; the first convolution's input is what is left
+    assert most == 3 * 64 * 8 * 16 * 16 and least <= max(2**16, 25 * 8 * 16 * 16)
 
 
 @pytest.mark.parametrize("size", [16384, 200, 7, 1])

@@ -8,6 +8,7 @@ published DiffTumor denoiser (6.0 M parameters).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from tumorsynth.models.conv import Conv3d, cpu_layout
 
+CHUNK = 2**19  # numbers in q, k and v together, of the sequences that go together on a CPU
 ROTARY_BASE = 10000.0  # Su et al. 2021, section 3.2.2; the time embedding uses the same base
 
 
@@ -152,6 +154,18 @@ class RelativePositionBias(nn.Module):
         return rearrange(bias, "i j heads -> 1 heads i j")
 
 
+def by_parts(attend: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
+    """attend(x) for sequences x (N, n, dim) that have nothing to do with one another.
+
+    On a CPU a few at a time: what lies between, ``width`` numbers a token, then stays in its cache,
+    instead of being as large as to be fresh memory from the system every time.
+    """
+    few = max(1, CHUNK // (x.shape[1] * width))
+    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= few:
+        return attend(x)
+    return torch.cat([attend(part) for part in x.split(few)])
+
+
 class Attention(nn.Module):
     """Softmax attention over tokens (N, n, dim), normalised before; returns the residual."""
 
@@ -164,6 +178,9 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, table: Tensor | None = None) -> Tensor:
+        return by_parts(lambda part: self._attend(part, bias, table), x, self.to_qkv.out_features)
+
+    def _attend(self, x: Tensor, bias: Tensor | None, table: Tensor | None) -> Tensor:
         q, k, v = rearrange(
             self.to_qkv(self.norm(x)), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads
         )
@@ -212,14 +229,17 @@ class SpatialLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, _, h, w = x.shape
-        tokens = self.norm(rearrange(x, "b c d h w -> (b d) (h w) c"))
+        tokens = rearrange(x, "b c d h w -> (b d) (h w) c")
+        out = by_parts(self._attend, tokens, self.to_qkv.out_features)
+        return x + rearrange(out, "(b d) (h w) c -> b c d h w", b=b, h=h, w=w)
+
+    def _attend(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(
-            self.to_qkv(tokens), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads
+            self.to_qkv(self.norm(x)), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads
         )
         context = k.softmax(dim=-2).transpose(-1, -2) @ v
         out = q.softmax(dim=-1) @ (self.scale * context)
-        out = self.to_out(rearrange(out, "b h n c -> b n (h c)"))
-        return x + rearrange(out, "(b d) (h w) c -> b c d h w", b=b, h=h, w=w)
+        return self.to_out(rearrange(out, "b h n c -> b n (h c)"))
 
 
 def slice_conv(dim_in: int, dim_out: int, kernel: int) -> Conv3d:
