@@ -405,7 +405,7 @@ def test_help_is_quick_and_names_the_commands(capsys):
     )
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("synthesize", "demo", "convert", "info"):
+    for command in ("synthesize", "demo", "convert", "info", "bench"):
         assert command in done.stdout
     assert run() == 0 and "synthesize" in capsys.readouterr().out
     assert run("--version") == 0 and capsys.readouterr().out.strip()
