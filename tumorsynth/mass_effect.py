@@ -98,7 +98,6 @@ def push_aside(
     Returns the part of the sample that may have changed, what image and label are there, and the
     largest displacement in mm.
     """
-
     bone = BONE_HU
     if intensity.limits is not None:  # a scale that ends below shows bone as its end
         end = torch.tensor(intensity.limits[1], dtype=torch.float32)
@@ -129,9 +128,9 @@ def push_aside(
     new = _between(tissue, at) + (values - tissue)[moved]
     if intensity.limits is not None:
         new = new.clamp(*intensity.limits)
-    fine = new.isfinite() & values[moved].isfinite()
-    after[moved] = torch.where(fine, new.to(after.dtype), before[moved])
     x, y, z = at.round().long().unbind()
+    fine = new.isfinite() & ~stays(before[x, y, z], there[x, y, z])
+    after[moved] = torch.where(fine, new.to(after.dtype), before[moved])
     after_label = there.clone()
     after_label[moved] = torch.where(fine, there[x, y, z], there[moved])
     return where, after, after_label, float(source.square().sum(0).max().sqrt())
