@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tumorsynth.blend import gaussian_filter
 from tumorsynth.contrast import FLOOR_HU, SCALES, core, grown
+from tumorsynth.texture import box_around
 
 Range = tuple[float, float]
 CROSS = (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1)))
@@ -107,24 +108,30 @@ def structured(
     change: (X, Y, Z) in HU, 1 mm voxels. tumor_mask: bool. structure: HU of rim and core. The rim
     is 2 to 3 mm wide inside the outline; the core has an uneven border, drawn from the seed.
     """
-    rim_hu, core_hu = structure
-    if rim_hu == 0 and core_hu == 0:
+    box = box_around(tumor_mask)
+    if structure == (0.0, 0.0) or box is None:
         return change
-    depth = _depth(tumor_mask)
-    most = float(depth.max())
+    change = change.clone()
+    change[box] += _structure(tumor_mask[box], structure, seed)
+    return change
+
+
+def _structure(mask: Tensor, structure: tuple[float, float], seed: int) -> Tensor:
+    """What `structured` adds, around the tumour."""
+    rim_hu, core_hu = structure
+    depth = _depth(mask)
     added = rim_hu * torch.exp(-0.5 * ((depth - 1.5) / 1.0).square())
     if core_hu != 0:
         stream = torch.Generator().manual_seed(seed ^ 0x636F7265)
-        rough = torch.randn(tumor_mask.shape, generator=stream).to(change.device)
-        rough = gaussian_filter(rough, [3.0] * 3)
-        within = depth / max(most, 1e-3) - 0.5 + 0.12 * rough / rough.std()
+        rough = gaussian_filter(torch.randn(mask.shape, generator=stream), [3.0] * 3)
+        rough = (rough / rough.std()).to(mask.device)
+        within = depth / depth.max() - 0.5 + 0.12 * rough
         added = added + core_hu * torch.sigmoid(within / 0.06)
-    added = added * tumor_mask
-    inside = core(tumor_mask[None, None])[0, 0]
+    added = gaussian_filter(added * mask, [0.7] * 3)
     # what the rest gives up so that the mean stays, soft at the outline as the change itself is
-    soft = gaussian_filter(tumor_mask.to(change.dtype), [1.0] * 3)
-    added = gaussian_filter(added, [0.7] * 3)
-    return change + added - soft * added[inside].mean() / soft[inside].mean()
+    soft = gaussian_filter(mask.to(added.dtype), [1.0] * 3)
+    inside = core(mask[None, None])[0, 0]
+    return added - soft * (added[inside].mean() / soft[inside].mean())
 
 
 def _depth(mask: Tensor) -> Tensor:

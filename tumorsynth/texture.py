@@ -80,7 +80,7 @@ def match(
     slow variation, around the tumour's own profile from outline to middle, is replaced by what
     the scan had there, without its vessels.
     """
-    box = _box(tumor_mask)
+    box = box_around(tumor_mask)
     if box is None:
         return change
     mask, old = tumor_mask[box], change[box]
@@ -153,7 +153,7 @@ def _width(ratio: float) -> float:
     return 0.0 if p < 1e-6 else 0.5 / math.sqrt(-math.log(min(p, 1 - 1e-6)))
 
 
-def _box(mask: Tensor) -> tuple[slice, slice, slice] | None:
+def box_around(mask: Tensor) -> tuple[slice, slice, slice] | None:
     """The mask's bounding box and a margin; None for an empty mask."""
     found = []
     for axis in range(3):

@@ -117,25 +117,32 @@ def rows(generator: str) -> list[tuple[str, str, Case, Any, Any]]:
     def add(title: str, what: str, case: Case, centre: Any, size: float, **more: Any) -> None:
         old = {k: v for k, v in more.items() if k in ("axes", "sigma_mm")}
         old |= {"contrast_hu": more["published_hu"]} if "published_hu" in more else {}
-        new = {k: v for k, v in more.items() if k not in ("sigma_mm", "published_hu")}
+        new = {k: v for k, v in more.items() if k not in ("sigma_mm", "published_hu", "inside")}
         made.append(
             (
                 title,
                 what,
                 case,
                 case.published(centre, size, **old),
-                case.now(centre, size, **new),
+                case.now(more.get("inside", centre), size, **new),
                 centre,
             )
         )
 
     case = Case(image, label, "liver", generator)
-    add("sickle and strip shapes", "at the capsule", case, case.near(1.0), 26.0)
+    add(
+        "sickle and strip shapes",
+        "at the capsule",
+        case,
+        case.near(1.0),
+        26.0,
+        inside=case.near(12.0),
+    )
     case = Case(soft, label, "liver", generator)
     add("edges too sharp", "a soft kernel", case, case.near(22.0), 20.0, sigma_mm=0.0)
     case = Case(plain, label, "liver", generator)
     add("density like fluid", "unenhanced liver", case, case.near(22.0), 20.0,
-        published_hu=-55.0, contrast_hu="liver-unenhanced")  # fmt: skip
+        published_hu=-55.0)  # fmt: skip
     case = Case(noisy, label, "liver", generator)
     add("noise that does not match", "a noisy scan", case, case.near(22.0), 20.0)
     effect = {"mass_effect": 0.6} if "mass_effect" in SETTINGS else {}
@@ -152,8 +159,8 @@ def draw(path: Path, found: list[Any]) -> None:
         panels = (("untouched", (case.image[0], None)), ("as published", published), ("now", now))
         for row, (name, (image, mask)) in enumerate(panels):
             axis, (x, y, z) = axes[row][column], centre
-            if row == 2 and not bool(mask[:, :, z].any()):
-                z = int(mask.any(0).any(0).nonzero().median())
+            if row == 2:  # it may have had to go elsewhere
+                x, y, z = mask.nonzero().float().mean(0).round().long().tolist()
             half = [round(ZOOM_MM / 2 / s) for s in SPACING[:2]]
             across, along = (slice(max(0, c - h), c + h) for c, h in zip((x, y), half, strict=True))
             picture = image[across, along, z].flip((0, 1)).T
