@@ -21,6 +21,7 @@ import numpy as np
 from common import HERE, write
 from lesions import Lesion
 from real_or_synthetic import classify
+from scipy import ndimage
 from tumor_quality import real_lesions, synthetic_lesions
 
 from tumorsynth.evaluation.similarity import embed, save_map, table, tell_apart, tumor_features
@@ -32,12 +33,20 @@ SIZES_MM = (8.0, 14.0)  # the same in all organs, and small enough for a pancrea
 REAL_SIZES_MM = (9.0, 20.0)  # as the real early tumours at hand
 
 
-def features_of(lesions: list[Lesion]) -> list[dict[str, float]]:
-    """Rows of the lesions that have features: those too small have not."""
+def features_of(lesions: list[Lesion], relative: bool = False) -> list[dict[str, float]]:
+    """Rows of the lesions that have features: those too small have not.
+
+    relative: the organ's median 2 to 8 mm around is made 100 HU everywhere.
+    """
     rows = []
     for lesion in lesions:
+        level = 100.0
+        if relative:
+            far = ndimage.distance_transform_edt(~lesion.tumor)
+            around = lesion.hu[lesion.organ & (far > 2) & (far < 8)]
+            level = float(np.median(around)) if len(around) else np.nan
         try:
-            rows.append(tumor_features(lesion.hu, lesion.tumor))
+            rows.append(tumor_features(lesion.hu - level + 100, lesion.tumor))
         except ValueError as error:
             print(f"left out: {error}", flush=True)
     return rows
@@ -73,7 +82,13 @@ def organs_of(words: list[str]) -> dict[str, list[int]]:
 
 
 def by_organ(
-    case: Case, organs: dict[str, list[int]], generator: str, count: int, tumor: int, seed: int
+    case: Case,
+    organs: dict[str, list[int]],
+    generator: str,
+    count: int,
+    tumor: int,
+    seed: int,
+    relative: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows of synthetic tumours and of the same masks on the untouched scan, organ by organ."""
     made: dict[str, Any] = {}
@@ -82,7 +97,7 @@ def by_organ(
         tumors, healthy, how = synthetic_lesions(
             generator, [case], labels, tumor, count, seed, size_mm=SIZES_MM
         )
-        made[name], sham[name] = features_of(tumors), features_of(healthy)
+        made[name], sham[name] = features_of(tumors, relative), features_of(healthy, relative)
         print(f"{case.name} {name}: {len(made[name])} of {count} tumours, {how}", flush=True)
     return made, sham
 
@@ -114,12 +129,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--generator", default="liver-early")
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--relative", action="store_true", help="organs: HU relative to the organ around a tumour"
+    )
     parser.add_argument("-o", "--out", default="similarity", metavar="NAME")
     args = parser.parse_args(arguments)
     results: dict[str, Any] = {
         "generator": args.generator,
         "sizes_mm": SIZES_MM,
         "real_sizes_mm": REAL_SIZES_MM,
+        "relative": args.relative,
         "organs": {},
         "real": {},
     }
@@ -132,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         tumor = real[0] if real else int(case.label.max()) + 1
         shared = (args.generator, args.count, tumor, args.seed)
         if len(organs) > 1:
-            made, sham = by_organ(case, organs, *shared)
+            made, sham = by_organ(case, organs, *shared, args.relative)
             results["organs"][case.name] = {"tumours": judged(made), "healthy": judged(sham)}
             maps[f"{case.name}: synthetic tumours"] = a_map(made)
             maps[f"{case.name}: the same masks, healthy"] = a_map(sham)

@@ -195,6 +195,7 @@ def save_map(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
