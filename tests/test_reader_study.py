@@ -200,20 +200,20 @@ def test_vault_keeps_volumes_in_no_named_file(tmp_path, monkeypatch):
 
 
 def test_served_cases_keep_their_ids_until_a_scan_changes(scans, tmp_path, capsys):
-    folders = [(truth, scans / truth, None, 2) for truth in ("real", "synthetic")]
+    found = [(find_scans(scans / truth, truth), 2) for truth in ("real", "synthetic")]
     store = Store(tmp_path / "a.sqlite")
-    first = prepare(store, folders, lesions="each", field_mm=12)
-    again = prepare(store, folders, lesions="each", field_mm=12)
+    first = prepare(store, found, lesions="each", field_mm=12)
+    again = prepare(store, found, lesions="each", field_mm=12)
     assert len(first) == 3
     assert {k: v.volume() for k, v in first.items()} == {k: v.volume() for k, v in again.items()}
     assert "warning: lesion diameter" not in capsys.readouterr().err
     with pytest.raises(ValueError, match="give the same folders and options"):
-        prepare(store, folders, lesions="each", field_mm=10)
+        prepare(store, found, lesions="each", field_mm=10)
     changed = scan_array(0)
     changed[14, 14, 7] += 1
     write(scans / "real" / "real_ct.nii.gz", changed)
     with pytest.raises(ValueError, match="other cases: 1 of them"):
-        prepare(store, folders, lesions="each", field_mm=12)
+        prepare(store, found, lesions="each", field_mm=12)
 
 
 # ---- the study's file
@@ -438,6 +438,13 @@ def test_results_on_the_command_line(tmp_path, capsys):
     assert written["rows"][0]["specificity"]["value"] == 1
     assert main([*command, "--interval", "normal"]) == 2
     assert main([*command, "--positive", "fake"]) == 2
+    assert "--positive must be real or synthetic, got 'fake'" in capsys.readouterr().err
+    serve = ["reader-study", "serve", "--real", "r", "--synthetic", "s", "--port", "0"]
+    assert main([*serve, "--positive", "fake"]) == 2
+    assert "got 'fake'" in capsys.readouterr().err
+    assert main([*serve, "--db", str(tmp_path / "b.sqlite")]) == 2
+    assert "--real must be a folder of CTs, but there is no r" in capsys.readouterr().err
+    assert not (tmp_path / "b.sqlite").exists()
 
 
 # ---- the server

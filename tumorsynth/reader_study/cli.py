@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from tumorsynth.reader_study.blinding import Scan
     from tumorsynth.reader_study.server import Served
     from tumorsynth.reader_study.store import Store
 
@@ -72,23 +73,22 @@ def serve(
     command goes on. Where the scans have label maps, the lesion is marked.
     """
     from tumorsynth.reader_study import server
+    from tumorsynth.reader_study.blinding import find_scans
     from tumorsynth.reader_study.results import convention
     from tumorsynth.reader_study.store import Store
 
-    convention(positive)
-    folders = (
-        ("real", real, real_labels, tumor_label),
+    convention(positive)  # refuses what is no side, before any scan is read
+    found = [
+        (find_scans(real, "real", real_labels), tumor_label),
         (
-            "synthetic",
-            synthetic,
-            synthetic_labels,
+            find_scans(synthetic, "synthetic", synthetic_labels),
             tumor_label if synthetic_tumor_label is None else synthetic_tumor_label,
         ),
-    )
+    ]
     place = server.listen(port)
     store = Store(db)
     with place, contextlib.closing(store):
-        cases = _prepare(store, folders, lesions=lesions, field_mm=field_mm)
+        cases = _prepare(store, found, lesions=lesions, field_mm=field_mm)
         study = server.Study(store, cases, reader_name, positive)
         print(f"{len(cases)} cases; answers go to {db}")
         print(f"open {server.address(study, place)}", flush=True)
@@ -97,13 +97,16 @@ def serve(
 
 
 def _prepare(
-    store: Store, folders: Any, *, lesions: str, field_mm: float | None
+    store: Store,
+    found: list[tuple[list[Scan], int]],
+    *,
+    lesions: str,
+    field_mm: float | None,
 ) -> dict[str, Served]:
-    """Blinded volumes by opaque id; warnings on stderr."""
-    from tumorsynth.reader_study.blinding import Vault, blind, differences, find_scans
+    """Blinded volumes by opaque id, of scans with the label value of their lesions; warns."""
+    from tumorsynth.reader_study.blinding import Vault, blind, differences
     from tumorsynth.reader_study.server import Served
 
-    found = [(find_scans(folder, truth, labels), value) for truth, folder, labels, value in folders]
     vault = Vault()
     identities, traits, served = [], [], []
     for scans, value in found:

@@ -51,13 +51,12 @@ def row(
     reader: str, answers: Sequence[Answer], *, positive: str = "real", interval: str = "wilson"
 ) -> Row:
     """The figures of these answers; those of several readers may stand together."""
-    if positive not in ANSWERS:
-        raise ValueError(f"--positive must be {' or '.join(ANSWERS)}, got {positive!r}")
+    negative = _other(positive)
     return Row(
         reader=reader,
         cases=len({a.case for a in answers}),
         sensitivity=share([a for a in answers if a.truth == positive], interval),
-        specificity=share([a for a in answers if a.truth != positive], interval),
+        specificity=share([a for a in answers if a.truth == negative], interval),
         accuracy=share(answers, interval),
         auc=_auc(answers, positive),
         seconds=float(np.median([a.seconds for a in answers])) if answers else math.nan,
@@ -143,11 +142,17 @@ def study_results(
 
 
 def convention(positive: str) -> str:
-    other = next(a for a in ANSWERS if a != positive)
+    other = _other(positive)
     return (
         f"positive = {positive}: sensitivity is the share of {positive} cases called {positive}, "
         f"specificity the share of {other} cases called {other}"
     )
+
+
+def _other(positive: str) -> str:
+    if positive not in ANSWERS:
+        raise ValueError(f"--positive must be {' or '.join(ANSWERS)}, got {positive!r}")
+    return next(a for a in ANSWERS if a != positive)
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
