@@ -47,6 +47,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def clock(device: torch.device) -> tuple[str, str]:
+    """The clock a picture is drawn by, and its name: a GPU's work is not the CPU's."""
+    return ("cpu_ms", "CPU time") if device.type == "cpu" else ("wall_ms", "time")
+
+
 def environment() -> dict[str, Any]:
     """Device, versions and commit of a run."""
     commit = subprocess.run(

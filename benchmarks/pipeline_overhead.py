@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from common import arguments, parse, picture, spread, write
+from common import arguments, clock, parse, picture, spread, write
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 
@@ -83,9 +83,11 @@ def main() -> None:
     write(args.output, results)
     print(rows)
 
+    ms, words = clock(device)
+
     def draw(axes: Any) -> None:
-        axes.bar(list(rows), [row["cpu_ms"]["mean"] for row in rows.values()])
-        axes.set(ylabel="ms of CPU time a training step, mean")
+        axes.bar(list(rows), [row[ms]["mean"] for row in rows.values()])
+        axes.set(ylabel=f"ms of {words} a training step, mean")
 
     picture(args.output, draw)
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import arguments, parse, picture, spreads, write
+from common import arguments, clock, parse, picture, spreads, write
 
 import tumorsynth as ts
 from tumorsynth.measure import patch_and_label, times
@@ -62,14 +62,16 @@ def main() -> None:
             add("patch", name, side, 1, *patch_and_label(side, device=args.device), spacing=1.0)
     write(args.output, {"threads_used": args.threads, **rows})
 
+    ms, words = clock(args.device)
+
     def draw(axes: Any) -> None:
         titles = {"volume": "million voxels", "tumours": "tumours asked for", "patch": "patch side"}
         for panel, (kind, title) in zip(axes, titles.items(), strict=True):
             for name in args.generator:
                 mine = [row for row in rows[kind] if row["generator"] == name]
-                y = [row["cpu_ms"]["median"] for row in mine]
+                y = [row[ms]["median"] for row in mine]
                 panel.plot([row[kind] for row in mine], y, "o-", label=name)
-            panel.set(xlabel=title, ylabel="ms of CPU time a call", ylim=0)
+            panel.set(xlabel=title, ylabel=f"ms of {words} a call", ylim=0)
         axes[0].legend()
 
     picture(args.output, draw, panels=3)

@@ -20,7 +20,7 @@ import math
 from typing import Any
 
 import torch
-from common import arguments, parse, picture, spread, spreads, write
+from common import arguments, clock, parse, picture, spread, spreads, write
 from torch import Tensor, nn
 
 import tumorsynth as ts
@@ -136,10 +136,12 @@ def main() -> None:
     }
     write(args.output, results)
 
+    ms, words = clock(args.device)
+
     def draw(axes: Any) -> None:
         x = [row["steps"] for row in rows]
-        axes[0].plot(x, [row["change"]["cpu_ms"]["median"] for row in rows], "o-")
-        axes[0].set(xscale="log", yscale="log", xlabel="steps", ylabel="ms of CPU time a tumour")
+        axes[0].plot(x, [row["change"][ms]["median"] for row in rows], "o-")
+        axes[0].set(xscale="log", yscale="log", xlabel="steps", ylabel=f"ms of {words} a tumour")
         for name, unit in (("contrast_hu", "contrast, HU"), ("noise_ratio", "noise ratio")):
             index = 1 if name == "contrast_hu" else 2
             middle = [(row[name] or {"median": math.nan})["median"] for row in rows]

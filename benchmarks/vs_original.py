@@ -29,7 +29,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import torch
-from common import arguments, environment, parse, picture, spread, write
+from common import arguments, clock, environment, parse, picture, spread, write
 from torch import Tensor
 
 import tumorsynth as ts
@@ -292,19 +292,20 @@ def main() -> None:
         "difference": differences(original, published, crop, mask),
     }
     write(args.output, results)
-    picture(args.output, lambda axes: draw(axes, rows, environment()["cpu"]))
+    picture(args.output, lambda axes: draw(axes, rows, device))
 
 
-def draw(axes: Any, rows: dict[str, Any], machine: str) -> None:
+def draw(axes: Any, rows: dict[str, Any], device: torch.device) -> None:
+    ms, words = clock(device)
     names = [name for name in rows if name != "four convolutions"]
     left = np.zeros(len(names))
     for key in ("encode", "denoise", "quantise", "decode", "blend and rest"):
-        width = np.array([rows[n].get(key, {}).get("cpu_ms", {}).get("median", 0) for n in names])
+        width = np.array([rows[n].get(key, {}).get(ms, {}).get("median", 0) for n in names])
         axes.barh(names, width / 1e3, left=left, label=key)
         left += width / 1e3
     axes.invert_yaxis()
-    axes.set_xlabel("s of CPU time a tumour")
-    axes.set_title(machine, fontsize=8)
+    axes.set_xlabel(f"s of {words} a tumour")
+    axes.set_title(environment()["cpu" if device.type == "cpu" else "gpu"], fontsize=8)
     axes.legend(fontsize=6)
 
 
