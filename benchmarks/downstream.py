@@ -35,6 +35,9 @@ from downstream_phantoms import write_cohort
 from downstream_table import by_patient, compared, table
 from downstream_training import NETWORKS, Arm, Settings, make_pool, test, train
 
+from tumorsynth.training.config import Hardware
+from tumorsynth.training.launch import launch
+
 ARMS = ("real", "real-and-healthy", "synthetic=liver-early", "hand-crafted=hu2023")
 SMALL = Settings(
     spacing=(3.0, 3.0, 3.0),
@@ -136,7 +139,7 @@ def run_all(args: argparse.Namespace, settings: Settings, fabric: Any) -> dict[s
             "extra": sorted(c.name for c in extra),
         }
         run["path"] = args.out / "runs" / f"{key_of(run)}.json"
-        if not finished(run["path"], run["identity"]):
+        if not finished(run["path"], run["identity"]) and not args.table:
             todo.append(run)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} finished before", flush=True)
     everything = [*cases, *extra]
@@ -277,10 +280,12 @@ def arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Se
     add("--shapes", type=Path, help="small: real masks for the phantoms' lesions")
     add("--cache-rate", type=float, default=1.0, help="share of the scans kept in memory")
     add("--workers", type=int, default=0)
+    add("--table", action="store_true", help="train nothing; the tables of what is finished")
     add("--save-every", type=int, default=1000, help="steps between checkpoints of a run")
-    add("--accelerator", default="auto")
-    add("--devices", default="auto")
-    add("--precision", default="32-true")
+    add("--precision", default="32-true", help="of Lightning Fabric, as those that follow")
+    for name in ("accelerator", "devices", "num_nodes", "strategy"):
+        kind = int if name == "num_nodes" else str
+        add("--" + name.replace("_", "-"), type=kind, help="left to `fabric run`, torchrun, SLURM")
     for f in fields(Settings):
         many = isinstance(f.default, tuple)
         kind = type(f.default[0] if many else f.default)
@@ -307,7 +312,7 @@ def _without_paths(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     """The flags that were given, files by their names alone."""
     words = [args.data.name] if args.data else []
     for name, value in vars(args).items():
-        if name in ("data", "command") or value == parser.get_default(name):
+        if name in ("data", "command", "out", "table") or value == parser.get_default(name):
             continue
         values = value if isinstance(value, list) else [value]
         shown = " ".join(v.name if isinstance(v, Path) else str(v) for v in values)
@@ -317,10 +322,8 @@ def _without_paths(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
 
 def main() -> None:
     args, settings = arguments()
-    from lightning import Fabric
-
-    fabric = Fabric(accelerator=args.accelerator, devices=args.devices, precision=args.precision)
-    fabric.launch()
+    hardware = Hardware(args.accelerator, args.devices, args.num_nodes, args.strategy)
+    fabric = launch(hardware, args.precision)
     if args.data is None:
         args.data = args.out / "phantoms" / "dataset.json"
         if fabric.is_global_zero:

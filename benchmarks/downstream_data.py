@@ -130,6 +130,9 @@ def fold_of(cases: Sequence[Case], folds: int, seed: int = 0) -> dict[str, int]:
         )
     chosen = {}
     for patients in (ill, sorted({case.patient for case in cases} - set(ill))):
+        if len(patients) < folds:  # few or no healthy ones
+            chosen.update({p: k for k, p in enumerate(patients)})
+            continue
         parts = partition_dataset(patients, num_partitions=folds, shuffle=True, seed=seed)
         chosen.update({p: k for k, part in enumerate(parts) for p in part})
     return chosen

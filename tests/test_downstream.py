@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +95,7 @@ def test_partial_runs_give_a_partial_table(downstream, dataset, tmp_path):
     flags = ["--arm", "real", "real-and-healthy"]
     found = run(downstream, dataset, tmp_path, *flags, "--only-folds", "1")
     assert found["finished"] == "2 of 2 runs"
+    assert run(downstream, dataset, tmp_path, *flags, "--table")["finished"] == "2 of 4 runs"
     (tmp_path / "runs" / "unet-real-fold0-seed0.json").write_text(
         (tmp_path / "runs" / "unet-real-fold1-seed0.json").read_text()
     )
@@ -211,6 +214,8 @@ def test_folds_keep_patients_apart(dataset, downstream):
             assert patients[0].isdisjoint(patients[1])
             assert {c.name for c in to_train} | {c.name for c in to_test} == {c.name for c in cases}
             assert any(c.healthy for c in to_test) and any(not c.healthy for c in to_test)
+    ill = [c for c in cases if not c.healthy]
+    assert sorted(set(data.fold_of([*ill, cases[-1]], 3).values())) == [0, 1, 2]  # one healthy one
     few = data.annotated_only(cases, 2, 0)
     more = data.annotated_only(cases, 4, 0)
     assert sum(not c.healthy for c in few) == 2
@@ -348,3 +353,17 @@ def test_phantom_lesions_are_whole_and_in_the_liver(tmp_path):
 def test_arms_that_are_none(downstream, words):
     with pytest.raises(ValueError, match="arm"):
         downstream.parse_arm(words)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(dataset, tmp_path):
+    """``fabric run``: one result, from both."""
+    flags = ["--network", "unet", "--folds", "2", "--only-folds", "0", "--arm", "real", *TINY]
+    script = [str(BENCHMARKS / "downstream.py"), str(dataset), "-o", str(tmp_path), *flags]
+    launch = ["-m", "lightning.fabric.cli", "run", "--accelerator", "cpu", "--devices", "2"]
+    done = subprocess.run([sys.executable, *launch, *script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "runs").iterdir()
+    held = json.loads(path.read_text())
+    assert held["run"]["steps"] == 2
+    assert len(held["test"]) == len({entry["case"] for entry in held["test"]}) >= 3
