@@ -360,7 +360,7 @@ def test_two_processes_share_a_run(dataset, tmp_path):
     """``fabric run``: one result, from both."""
     flags = ["--network", "unet", "--folds", "2", "--only-folds", "0", "--arm", "real", *TINY]
     script = [str(BENCHMARKS / "downstream.py"), str(dataset), "-o", str(tmp_path), *flags]
-    launch = ["-m", "lightning.fabric.cli", "run", "--accelerator", "cpu", "--devices", "2"]
+    launch = ["-m", "lightning.fabric.cli", "--accelerator", "cpu", "--devices", "2"]
     done = subprocess.run([sys.executable, *launch, *script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "runs").iterdir()
