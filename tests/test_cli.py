@@ -326,7 +326,7 @@ def test_results_are_replaced_only_when_asked(pair, tmp_path, capsys):
     assert synthesize(*pair, "-o", out, "--seed", 1) == 0
     before = (out / "case_ct.nii.gz").read_bytes()
     line = refused(capsys, "synthesize", *pair, "-o", out, "--seed", 2)
-    assert "case_ct.nii.gz and 3 more exists" in line and "--overwrite" in line
+    assert "case_ct.nii.gz and 3 more exist" in line and "--overwrite" in line
     assert (out / "case_ct.nii.gz").read_bytes() == before
     assert synthesize(*pair, "-o", out, "--seed", 2, "--overwrite") == 0
     assert (out / "case_ct.nii.gz").read_bytes() != before

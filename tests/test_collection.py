@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tumorsynth as ts
+from tumorsynth.cases import find_pairs
 from tumorsynth.cli import main
-from tumorsynth.collection import duration, outcome
+from tumorsynth.collection import Task, duration, in_processes, outcome
 
 nib = pytest.importorskip("nibabel")
 proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds child processes in /proc")
@@ -201,6 +203,59 @@ def test_bad_scans_among_several_processes(tmp_path, capsys):
     assert {path.name[0] for path in reports(out)} == {"a", "c"}
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     assert json.loads((out / "c_report.json").read_text())["seed"] == 2
+
+
+@proc
+@pytest.mark.parametrize("begun", [False, True], ids=["while workers start", "in the middle"])
+def test_ctrl_c_ends_quietly(scans, tmp_path, begun):
+    """A terminal's Ctrl-C goes to the workers too: one line, no traceback of anybody's."""
+    code = [sys.executable, "-m", "tumorsynth.cli", *words(scans, tmp_path / "out", "--workers", 2)]
+    run = subprocess.Popen(
+        code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    if begun:
+        wait_for(lambda: reports(tmp_path / "out"), run)
+    else:
+        wait_for(lambda: children(run.pid), run)
+    os.killpg(run.pid, signal.SIGINT)
+    _, errors = run.communicate(timeout=120)
+    assert (run.returncode, errors) == (130, "tumorsynth: stopped\n")
+
+
+class Losing(ts.SynthesizeTumor):
+    """Whose device fails once, or for ever."""
+
+    def __init__(self, flag, for_ever):
+        super().__init__("hu2023", count=1, size_mm=(8, 20))
+        self.flag, self.for_ever = flag, for_ever
+
+    def forward(self, *arguments, **more):
+        if self.for_ever or not self.flag.exists():
+            self.flag.touch()
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return super().forward(*arguments, **more)
+
+
+def test_a_lost_device_gets_a_new_process_and_then_stops_the_run(scans, tmp_path):
+    tasks = [Task(case, k) for k, case in enumerate(find_pairs(scans, None))][:3]
+    tmp_path = tmp_path / "out"
+    tmp_path.mkdir()
+    once = Losing(tmp_path / "flag", for_ever=False)
+    found = list(in_processes(once, tasks, tmp_path, workers=1))
+    assert [result.error for result in found] == [None] * 3 and len(reports(tmp_path)) == 3
+    first = next(in_processes(Losing(tmp_path / "flag", True), tasks, tmp_path, workers=1))
+    assert "the device was lost: CUDA error" in first.error and first.fatal == "see to the device"
+
+
+def test_a_lost_device_stops_a_run_of_one_process(scans, tmp_path, monkeypatch, capsys):
+    def lost(*arguments, **more):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr("tumorsynth.collection.synthesize_scan", lost)
+    assert main(words(scans, tmp_path / "out")) == 1
+    error = capsys.readouterr().err
+    assert "the device was lost: CUDA error" in error
+    assert "stopped, 5 scans not tried; see to the device, and give the same" in error
 
 
 def test_durations():

@@ -337,7 +337,7 @@ def test_a_gpu_draws_the_same():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size_mm": (0, 5)}, "size_mm must be above 0"),
+        ({"size_mm": (0, 5)}, "size_mm must be a number .* with 0.1 <= lo"),
         ({"size_mm": (9, 5)}, "size_mm must be a number or"),
         ({"size_mm": -1}, "size_mm must be"),
         ({"size_mm": float("nan")}, "size_mm must be"),

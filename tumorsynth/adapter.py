@@ -117,16 +117,16 @@ class Adapter:
         for sample in left:  # all of it tumour, in which the core finds no organ to change
             plain(work_label)[sample] = self.synth.tumor_label
 
-        new_image, new_label = self._run(work_image, work_label, **call)
+        new_image, new_label, report, params = self._run(work_image, work_label, **call)
         if label.is_floating_point() and any(
-            str(record.get("reason")).startswith("no organ") for record in self.synth.report
+            str(record.get("reason")).startswith("no organ") for record in report
         ):
             _check_whole(plain(label))
         for sample, reason in left.items():
-            self.synth.params[sample] = _params(reason)
+            params[sample] = _params(reason)
+        self.synth.params = params
         self.synth.report = [
-            _record(r["sample"], left[r["sample"]]) if r["sample"] in left else r
-            for r in self.synth.report
+            _record(r["sample"], left[r["sample"]]) if r["sample"] in left else r for r in report
         ]
 
         if new_image is work_image:  # the core's way of saying that nothing was to be done
@@ -161,9 +161,9 @@ class Adapter:
             left |= {b: "left alone (as asked)" for b, one in enumerate(leave) if one}
         return left
 
-    def _run(self, image: Tensor, label: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+    def _run(self, image: Tensor, label: Tensor, **call: Any) -> tuple[Any, ...]:
         try:
-            return self.synth(image, label, **call)
+            return self.synth.made(image, label, **call)
         except RuntimeError as error:
             if "forked subprocess" not in str(error):  # torch's own words
                 raise

@@ -249,10 +249,8 @@ def check_outputs(
             there += present
         todo.append(k)
     if there and not overwrite:
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise ValueError(
-            f"{there[0]}{more} exists{reason}; choose another --out or add --overwrite"
-        )
+        exist = f" and {len(there) - 1} more exist" if len(there) > 1 else " exists"
+        raise ValueError(f"{there[0]}{exist}{reason}; choose another --out or add --overwrite")
     return todo
 
 

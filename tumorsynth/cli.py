@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             place = getattr(getattr(error, "ctx", None), "command_path", "tumorsynth")
             return _fail(f"{error.format_message().rstrip('.')}; see {place} --help", 2)
         return _fail(one_line(error), 2 if expected(error) else 1)
+    if code == 130:  # typer's own way of saying so
+        return _fail("stopped", 130)
     return code if isinstance(code, int) else 0
 
 
@@ -254,7 +256,7 @@ def synthesize(
         print(f"{len(cases) - len(todo)} of {len(cases)} scans are there already")
     tasks = [Task(cases[k], seed + k) for k in todo]
     debug = context.find_root().params["debug"]
-    failed, stopped = 0, False
+    failed, stopped = 0, ""
     count_of_workers = workers or len(devices)
     clock = Clock(len(tasks))
     with _progress(len(tasks)) as progress:
@@ -287,14 +289,14 @@ def synthesize(
                 failed += 1
                 _fail(f"{result.name}: {result.error}", 1)
                 if result.fatal:
-                    stopped = True
+                    stopped = result.fatal
                     break
     print(f"wrote {_number(clock.done - failed, 'scan')} to {out}")
     if clock.done > failed and not placed:
         print("tumorsynth: no scan got a tumour; the reasons stand above", file=sys.stderr)
     if stopped:
         words = f"stopped, {_number(clock.total - clock.done, 'scan')} not tried"
-        raise typer.Exit(_fail(f"{words}; make room, and give the same command to go on", 1))
+        raise typer.Exit(_fail(f"{words}; {stopped}, and give the same command to go on", 1))
     if failed:
         raise typer.Exit(_fail(f"{failed} of {len(cases)} scans failed", 1))
 
@@ -524,12 +526,15 @@ def check_device(device: str) -> None:
     """ValueError for what is no device of this machine."""
     import torch
 
+    from tumorsynth import devices
+
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"--device must name a torch device, got {device!r}; try cpu") from error
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: there is no such GPU here; use --device cpu")
+    devices.check_device(wanted)
 
 
 def _synthesizer(

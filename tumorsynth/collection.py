@@ -8,11 +8,13 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -40,12 +42,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a scan: its records, or the error in one line. ``fatal``: stop the run."""
+    """What became of a scan: its records, or the error in one line. ``fatal``: stop the run, and
+    what to do then."""
 
     name: str
     records: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
-    fatal: bool = False
+    fatal: str | None = None
+    lost: bool = False  # the device, for this process: another one may have it again
 
 
 def expected(error: BaseException) -> bool:
@@ -83,8 +87,15 @@ def outcome(
     try:
         return Outcome(task.pair.name, run_one(synth, task, out, step))
     except Exception as error:
-        fatal = isinstance(error, OSError) and error.errno in HOPELESS
-        return Outcome(task.pair.name, error=one_line(error), fatal=fatal)
+        name, words = task.pair.name, one_line(error)
+        if isinstance(error, OSError) and error.errno in HOPELESS:
+            return Outcome(name, error=words, fatal="make room")
+        from tumorsynth.devices import is_lost
+
+        if is_lost(error):
+            words = f"the device was lost: {' '.join(str(error).split())[:200]}"
+            return Outcome(name, error=words, fatal="see to the device", lost=True)
+        return Outcome(name, error=words)
 
 
 def in_processes(
@@ -102,26 +113,25 @@ def in_processes(
     """
     waiting = deque(tasks)
     died: set[str] = set()
-    pool = [
-        _Worker(synth, out, devices[k % len(devices)], threads)
-        for k in range(min(workers, len(tasks)))
-    ]
+    pool: list[_Worker] = []
     try:
-        for worker in pool:
-            worker.give(waiting.popleft())
+        for k in range(min(workers, len(tasks))):
+            pool.append(_Worker(synth, out, devices[k % len(devices)], threads))
+            pool[-1].give(waiting.popleft())
         while busy := [worker for worker in pool if worker.task is not None]:
             ready = wait([worker.pipe for worker in busy])
             for worker in (w for w in busy if w.pipe in ready):
                 task = worker.task
                 assert task is not None
                 result = worker.take()
-                if result is None:  # it died
+                if result is None or result.lost:  # it died, or can do no more
                     code = worker.end()
                     worker.start()
                     if task.pair.name not in died:
+                        result = None
                         died.add(task.pair.name)
                         waiting.appendleft(task)
-                    else:
+                    elif result is None:
                         words = (
                             f"its process died twice ({code}), perhaps out of memory; "
                             "use fewer --workers"
@@ -151,7 +161,8 @@ class _Worker:
         self.process: BaseProcess = context.Process(
             target=_work, args=(theirs, os.getpid(), *self.arguments), daemon=True
         )
-        self.process.start()
+        with _uninterrupted():  # Ctrl-C is the parent's; it ends its processes
+            self.process.start()
         theirs.close()  # so that its death ends the pipe
 
     def give(self, task: Task) -> None:
@@ -192,6 +203,19 @@ def _work(
             pipe.send(outcome(synth, pipe.recv(), out))
     except (EOFError, OSError, KeyboardInterrupt):  # no more to do, or the parent is gone
         pass
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A process started in here has Ctrl-C blocked for good; here it comes a moment later."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with(parent: int) -> None:

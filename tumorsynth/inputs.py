@@ -73,8 +73,7 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         )
     if image.dtype not in FLOATS:
         raise TypeError(
-            f"image must be floating point of 16 to 64 bits, got {image.dtype}; convert it with "
-            "image.float()"
+            f"image must be floating point, got {image.dtype}; convert it with image.float()"
         )
     if label.is_complex() or (label.is_floating_point() and label.dtype not in FLOATS):
         raise TypeError(
@@ -134,32 +133,6 @@ def check_params(params: Any, batch: int) -> None:
                 f"a record's rejected must be pairs of a tumour's number and a reason, got "
                 f"{rejected!r}; pass synth.params of an earlier call"
             )
-
-
-def parse_device(device: Any) -> torch.device:
-    """The torch device of that name; whether it is there is found out where it is used."""
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device must name a torch device, got {device!r}; pass 'cpu', 'cuda' or None for the "
-            "image's own"
-        ) from error
-
-
-def check_device(device: torch.device) -> None:
-    """ValueError unless torch can compute on it here and now; a forked worker's CUDA RuntimeError
-    passes."""
-    try:
-        torch.ones(1, device=device).add(1).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        if "forked subprocess" in str(error) or isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        reason = str(error).strip().split("\n")[0][:120]
-        raise ValueError(
-            f"device must be one that torch can compute on here, got {str(device)!r} ({reason}); "
-            "pass 'cpu', or install the torch that goes with it"
-        ) from error
 
 
 def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -17,6 +18,7 @@ from tumorsynth import masks
 from tumorsynth.blend import BLENDS, feather, reach
 from tumorsynth.contrast import ContrastConfig, check_contrast, level_around
 from tumorsynth.contrast_priors import ContrastPrior, get_contrast_prior, structured
+from tumorsynth.devices import or_on_cpu, parse_device
 from tumorsynth.gate import REACH_MM, Gate, check_gate
 from tumorsynth.generator import Generator, per_sample_seeds
 from tumorsynth.geometry import CropGrid, Frame, plan_crop
@@ -27,7 +29,6 @@ from tumorsynth.inputs import (
     check_params,
     check_tumor_label,
     frames_of,
-    parse_device,
     plain,
 )
 from tumorsynth.intensity import HU, Intensity
@@ -196,6 +197,25 @@ class SynthesizeTumor(nn.Module):
         Raises ValueError or TypeError for input that cannot work. Where an organ is absent or has
         no room the sample comes back unchanged and the report says why.
         """
+        image, label, report, params = self.made(
+            image, label, spacing, affine=affine, seed=seed, params=params
+        )
+        self.report, self.params = report, params
+        return image, label
+
+    @torch.no_grad()
+    def made(
+        self,
+        image: Tensor,
+        label: Tensor,
+        spacing: Any = None,
+        *,
+        affine: Any = None,
+        seed: int | Sequence[int] | None = None,
+        params: Sequence[dict[str, Any]] | None = None,
+    ) -> tuple[Tensor, Tensor, list[dict[str, Any]], list[dict[str, Any]]]:
+        """As :meth:`forward`, with the report and the params of this very call: for several threads
+        with one transform, whose ``report`` is of the call that ended last."""
         check_input(image, label, self.tumor_label)
         batched = image.ndim == 5
         frames = frames_of(image, spacing, affine)
@@ -203,18 +223,21 @@ class SynthesizeTumor(nn.Module):
             check_params(params, len(frames))
         if self.p == 0 and params is None:  # nothing to draw, nothing to load
             reason = f"left alone (p = {self.p:g})"
-            self.report = [_left_alone(b, 0, reason) for b in range(len(frames))]
-            self.params = [
-                {"seed": None, "applied": False, "tumors": [], "reason": reason} for _ in frames
-            ]
-            return image, label
+            report = [_left_alone(b, 0, reason) for b in range(len(frames))]
+            left: dict[str, Any] = {
+                "seed": None,
+                "applied": False,
+                "tumors": [],
+                "reason": reason,
+            }
+            return image, label, report, [dict(left) for _ in frames]
         seeds = [0] * len(frames) if params is not None else per_sample_seeds(seed, len(frames))
 
         # plain views: same memory, no subclass (MetaTensor) bookkeeping per operation
         images = plain(image) if batched else plain(image)[None]
         labels = plain(label) if batched else plain(label)[None]
 
-        report: list[dict[str, Any]] = []
+        report = []
         new_params: list[dict[str, Any]] = []
         jobs: list[_Job] = []
         pushing: list[tuple[tuple[int, int, int], LocalMask, list[LocalMask]]] = []
@@ -222,8 +245,9 @@ class SynthesizeTumor(nn.Module):
         # a caller's autocast would do the resampling and the feather in half precision
         with torch.autocast(image.device.type, enabled=False):
             for b, frame in enumerate(frames):
-                record, results = self._masks(
-                    images[b, 0], labels[b, 0], frame, seeds[b], params[b] if params else None
+                sample = images[b, 0], labels[b, 0], frame, seeds[b], params[b] if params else None
+                record, results = or_on_cpu(
+                    "placing tumours", image.device, partial(self._masks, *sample)
                 )
                 new_params.append(record)
                 if not record["applied"]:
@@ -260,9 +284,8 @@ class SynthesizeTumor(nn.Module):
                 drawn = None if params is not None else new_params[b]
                 report.append(self._push(place, tumor, later, *target, frames[b], generator, drawn))
 
-        self.report = sorted(report, key=lambda r: (r["sample"], r["index"]))
-        self.params = new_params
-        return image, label
+        report.sort(key=lambda r: (r["sample"], r["index"]))
+        return image, label, report, new_params
 
     # -- the steps ---------------------------------------------------------------------------------
 
@@ -276,8 +299,10 @@ class SynthesizeTumor(nn.Module):
         frame: Frame,
         seed: int,
         replay: dict[str, Any] | None,
+        device: torch.device,
     ) -> tuple[dict[str, Any], list[LocalMask | Skip]]:
         """Which tumours one sample (X, Y, Z) gets: drawn from the seed, or again from params."""
+        image, label = image.to(device), label.to(device)
         if replay is not None:
             return dict(replay), self._redraw(image, label, frame, replay)
         rng = torch.Generator().manual_seed(seed)
@@ -489,7 +514,8 @@ class SynthesizeTumor(nn.Module):
             left = [job for job in jobs if job.grid.side == side]
             while left:
                 part = left[: self._batch(device)]
-                made = self._paint(part, generator, device)
+                paint = partial(self._paint, part, generator)
+                made = or_on_cpu("the generator", device, paint)
                 if made is None:  # outside of the exception, which holds on to what did not fit
                     self._halve(len(part))
                     continue
@@ -524,6 +550,8 @@ class SynthesizeTumor(nn.Module):
     ) -> Tensor | None:
         """What the generator makes of some jobs, (jobs, side, side, side) in HU; None where the
         GPU's memory does not hold them together."""
+        if device.type == "cpu" != generator.device.type:  # in place of its own
+            generator = self.handle.get(device)
         run = generator.change if self.blend == "change" else generator.inpaint
         drawn = [job.tumor.params for job in part]
         try:

@@ -22,9 +22,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from tumorsynth.devices import check_device
 from tumorsynth.generator import Generator, build, config_of
 from tumorsynth.handcrafted import HandcraftedGenerator
-from tumorsynth.inputs import check_device
 
 MODEL, CARD, READABLE = "model.safetensors", "card.json", "CARD.md"
 HANDCRAFTED = "hu2023"
@@ -36,6 +36,15 @@ AnyGenerator = Generator | HandcraftedGenerator
 _loaded: dict[tuple[str, str], AnyGenerator] = {}
 _usable: set[torch.device] = set()
 _lock = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a fork in the middle of another thread's loading
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def bundled_folder() -> Path:

@@ -1,0 +1,114 @@
+"""Devices that are none, that lack an operator, or that are lost in the middle."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_concurrency import SCANS
+from tiny import tiny_generator
+
+import tumorsynth as ts
+from tumorsynth import devices
+
+MPS = torch.device("mps")
+
+
+@pytest.fixture(autouse=True)
+def unsaid(monkeypatch):
+    monkeypatch.setattr(devices, "_said", set())
+
+
+def lacking(device):
+    if device.type != "cpu":
+        raise NotImplementedError("The operator 'aten::x' is not implemented for the MPS device.")
+    return "done"
+
+
+def test_a_missing_operator_is_worked_around_and_said_once():
+    with pytest.warns(UserWarning, match="mps lacks an operator, so this runs on the CPU: .*aten"):
+        assert devices.or_on_cpu("this", MPS, lacking) == "done"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert devices.or_on_cpu("this", MPS, lacking) == "done"
+    with pytest.warns(UserWarning, match="that runs on the CPU"):
+        devices.or_on_cpu("that", MPS, lacking)
+
+    def never(device):
+        raise NotImplementedError("nowhere")
+
+    with pytest.raises(NotImplementedError, match="nowhere"):
+        devices.or_on_cpu("this", MPS, never)
+
+
+def test_a_generator_goes_to_the_cpu_where_its_device_lacks_an_operator(monkeypatch):
+    """torch's meta device, which lacks every result, in place of a real one."""
+    monkeypatch.setattr("tumorsynth.weights.check_device", lambda device: None)
+    expected = ts.SynthesizeTumor(tiny_generator(), size_mm=(3, 7))(*SCANS[2], seed=0)
+    synth = ts.SynthesizeTumor(tiny_generator(), size_mm=(3, 7), device="meta")
+    own = synth.handle.get("cpu")
+
+    def at_hand(device):
+        if torch.device(device).type == "cpu":
+            return own
+        other = tiny_generator()
+        other.change = lambda *crops, **drawn: lacking(MPS)
+        return other
+
+    monkeypatch.setattr(synth.handle, "get", at_hand)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # none on meta
+    with pytest.warns(UserWarning, match="meta lacks an operator, so the generator runs"):
+        found = synth(*SCANS[2], seed=0)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("device", ["meta", "vulkan", "cuda:7", "mps", "xpu"])
+@pytest.mark.parametrize("generator", ["hu2023", tiny_generator()], ids=["hu2023", "diffusion"])
+def test_a_device_that_is_not_there_is_a_clear_error(generator, device):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("there is one here")
+    synth = ts.SynthesizeTumor(generator, device=device)
+    with pytest.raises(ValueError, match=f"device must be one that torch can.*{device}"):
+        synth(*SCANS[0], seed=0)
+
+
+@pytest.mark.parametrize("device", ["gpu", "", 1.5, "cuda:x"])
+def test_a_name_of_no_device(device):
+    with pytest.raises(ValueError, match="device must name a torch device"):
+        ts.SynthesizeTumor("hu2023", device=device)
+
+
+def test_a_device_lost_in_the_middle_leaves_everything_as_it_was(monkeypatch):
+    generator = tiny_generator()
+    synth = ts.SynthesizeTumor(generator, size_mm=(2, 4), count=3)
+    image, label = (x.clone() for x in SCANS[2])
+    before = image.clone(), label.clone()
+    expected = synth(image, label, seed=5)
+    report, params = synth.report, synth.params
+    assert sum(r["applied"] for r in report) > 1
+    whole, calls = generator.change, []
+
+    def lost(*crops, **drawn):
+        calls.append(1)
+        if len(calls) == 2:  # the first tumour is written by then
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return whole(*crops, **drawn)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "change", lost)
+        with pytest.raises(RuntimeError, match="CUDA error") as caught:
+            synth(image, label, seed=5)
+    assert devices.is_lost(caught.value)
+    assert torch.equal(image, before[0]) and torch.equal(label, before[1])
+    assert synth.report is report and synth.params is params  # of the last call that ended
+    again = synth(image, label, seed=5)
+    assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[1])
+
+
+def test_what_counts_as_lost():
+    assert not devices.is_lost(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    assert not devices.is_lost(ValueError("CUDA error"))
+    assert not devices.is_lost(RuntimeError("shapes differ"))
+    assert devices.is_lost(RuntimeError("CUDA error: device-side assert triggered"))
