@@ -21,6 +21,7 @@ SCORES = {
     "early_sensitivity": "sensitivity, early",
     "false_positives_per_scan": "false positives per scan",
 }
+FEW = 5
 ByPatient = Mapping[str, Sequence[CaseScores]]
 Run = dict[str, Any]
 
@@ -46,6 +47,8 @@ def compared(
 ) -> dict[str, dict[str, Any]]:
     """For each arm and score {"value", "ci95"}; under "minus <first arm>" the paired differences.
 
+    ci95 is None with fewer than FEW patients, who cannot stand for others.
+
     The first arm is what the others are compared with. All must have scored the same patients.
     """
     names = list(arms)
@@ -58,7 +61,7 @@ def compared(
     rng = np.random.default_rng(seed)
     found = {name: _means(arms[name], patients) for name in names}
     drawn: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(draws):
+    for _ in range(draws if len(patients) >= FEW else 0):
         chosen = [patients[k] for k in rng.integers(len(patients), size=len(patients))]
         for name in names:
             drawn[name].append(_means(arms[name], chosen))

@@ -332,6 +332,8 @@ def test_differences_are_paired(downstream):
     assert low == pytest.approx(0.05) and high == pytest.approx(0.05)
     wide = rows["real"]["dsc"]["ci95"]
     assert wide[1] - wide[0] > 0.1
+    few = tables.compared({"real": {p: worse[p] for p in ("p1", "p2")}})
+    assert few["real"]["dsc"] == {"value": 0.15, "ci95": None}
     with pytest.raises(ValueError, match="not tested on the same patients"):
         tables.compared({"real": worse, "synthetic": {"p0": [case(1.0)]}})
 
