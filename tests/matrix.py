@@ -18,24 +18,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OVERLAYS = ROOT / "build" / "matrix"
-PIP = (
-    "-m",
-    "pip",
-    "install",
-    "-q",
-    "--disable-pip-version-check",
-    "--no-deps",
-    "--upgrade",
-    "--target",
-)
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu")
+PIP = "-m pip install -q --disable-pip-version-check --no-deps --target".split()
+PYTEST = [*"-m pytest -q -p no:cacheprovider -m".split(), "not gpu"]
 
 
 @dataclass(frozen=True)
 class Row:
     """What to lay over the environment, and the tests to run there.
 
-    requirements: what pip installs, one after the other; where no version is named, the newest.
+    requirements: what pip installs; where no version is named, the newest.
     first: a Python statement to run before the tests.
     """
 
@@ -46,15 +37,19 @@ class Row:
     first: str = "pass"
 
 
-def _nnunet(version: str, *others: str) -> Row:
+def _nnunet(version: str, **others: str) -> Row:
     """nnU-Net before 2.8 finds the trainer through a copy of the shim alone."""
-    first = "from tumorsynth._nnunet_shim import install; install()"
+    lines = (ROOT / "tests" / "nnunet.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    pins |= {**others, "nnunetv2": version}
     return Row(
         f"nnunet {version}",
         "nnunetv2",
-        ("-r tests/nnunet.txt", *others, f"nnunetv2=={version}"),
+        tuple(f"{name}=={pin}" for name, pin in pins.items()),
         ("tests/test_nnunet.py",),
-        "pass" if version.startswith("2.8") else first,
+        "pass"
+        if version.startswith("2.8")
+        else "from tumorsynth._nnunet_shim import install; install()",
     )
 
 
@@ -70,12 +65,12 @@ ROWS = (
     Row(
         "torchio 2 alpha",
         "torchio",
-        ("torchio==2.0.0a2", "torch-interpol loguru tyro docstring_parser typeguard"),
+        ("torchio==2.0.0a2", "torch-interpol", "loguru", "tyro", "docstring_parser", "typeguard"),
         ("tests/test_torchio2.py",),
     ),
     Row("lightning 2.2", "lightning", ("lightning==2.2.5", "setuptools==75.8.0"), LIGHTNING),
     Row("lightning newest", "lightning", ("lightning",), LIGHTNING),
-    _nnunet("2.5.2", "dynamic_network_architectures==0.3.1"),
+    _nnunet("2.5.2", dynamic_network_architectures="0.3.1"),
     _nnunet("2.7.0"),
     _nnunet("2.8.1"),
 )
@@ -96,10 +91,8 @@ def run(row: Row) -> tuple[bool, str]:
         command = [sys.executable, *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
-    for wanted in row.requirements:
-        done = python(*PIP, str(folder), *wanted.split())
-        if done.returncode:
-            return False, f"pip could not install {wanted}"
+    if python(*PIP, str(folder), *row.requirements).returncode:
+        return False, f"pip could not install {', '.join(row.requirements)}"
     code = (
         f"import importlib.metadata as m, {row.package} as p; {row.first}; "
         f"assert p.__file__.startswith({str(folder)!r}), p.__file__; "
