@@ -51,10 +51,10 @@ def main() -> None:
     theirs, texture = None, None
     if args.original:
         theirs = load(args.original)
-        start = time.perf_counter()
+        start = time.process_time()
         texture = theirs.get_predefined_texture((420, 300, 320), 6, 4)
         results["one_of_ten_textures"] = {
-            "seconds": round(time.perf_counter() - start, 1),
+            "cpu_seconds": round(time.process_time() - start, 1),
             "mib": round(texture.nbytes / 2**20, 1),
         }
     rows = []
