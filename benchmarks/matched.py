@@ -26,13 +26,14 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import write
+from common import spread, write
 from lesions import NOISE_SIGMA_MM, Lesion, _core, edge, noise_length
 from scipy import ndimage
 from tumor_quality import real_lesions, synthetic_lesions
 
 import tumorsynth as ts
 from tumorsynth import synthesizer
+from tumorsynth.contrast_priors import ContrastPrior, structured
 from tumorsynth.handcrafted import HandcraftedConfig, HandcraftedGenerator
 from tumorsynth.training.data import Case, load_pack
 
@@ -148,6 +149,34 @@ def one(args: argparse.Namespace, scan: str, way: str) -> dict[str, Any]:
     return told
 
 
+def cost(name: str, calls: int = 9) -> dict[str, Any]:
+    """CPU time of what matching adds to a tumour of 15 to 20 mm, and of a rim and a core, in ms."""
+    torch.set_num_threads(1)
+    took: dict[str, list[float]] = {}
+
+    def timed(step: str, function: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            start = time.process_time()
+            result = function(*args, **options)
+            took.setdefault(step, []).append(1e3 * (time.process_time() - start))
+            return result
+
+        return run
+
+    noise = torch.randn(1, 96, 96, 96, generator=torch.Generator().manual_seed(0))
+    image, label = 110 + 12 * noise, torch.ones(noise.shape, dtype=torch.uint8)
+    prior = ContrastPrior(rim_share=1.0, core_share=1.0, core_from_mm=10.0)
+    with (
+        mock.patch.object(synthesizer, "grain", timed("grain", synthesizer.grain)),
+        mock.patch.object(synthesizer, "match", timed("match", synthesizer.match)),
+        mock.patch.object(synthesizer, "structured", timed("rim and core", structured)),
+    ):
+        synth = ts.SynthesizeTumor(name, 1, 2, count=1, size_mm=(15, 20), contrast_hu=prior)
+        for seed in range(calls):
+            timed("call", synth)(image, label, spacing=(1, 1, 1), seed=seed)
+    return {step: spread(times[1:]) for step, times in took.items()}
+
+
 def main() -> None:
     args = parse()
     scans = dict.fromkeys(SCANS, WAYS[:1] + WAYS[2:]) | {"thin": WAYS}
@@ -165,6 +194,7 @@ def main() -> None:
         "generator": ts.load_generator(args.generator).name,
         "size_mm": args.size_mm,
         "columns": "5, 50, 95 %",
+        "cost_ms": {name: cost(name) for name in (args.generator, "hu2023")},
         "scans": {
             scan: {name: told[name] for name in order if name in told}
             for scan, told in found.items()
