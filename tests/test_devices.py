@@ -53,7 +53,7 @@ def test_a_generator_goes_to_the_cpu_where_its_device_lacks_an_operator(monkeypa
     def at_hand(device):
         if torch.device(device).type == "cpu":
             return own
-        other = tiny_generator()
+        other = tiny_generator().to(device)
         other.change = lambda *crops, **drawn: lacking(MPS)
         return other
 

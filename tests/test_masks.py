@@ -443,6 +443,28 @@ def test_organ_box_is_the_same_in_every_memory_layout(order):
     assert masks.organ_box(laid[:, :, :1], 3) is None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.uint8, 257), (torch.uint8, -255), (torch.float16, 2049), (torch.bool, 2)],
+)
+def test_a_value_that_the_dtype_cannot_hold_is_nowhere(dtype, value):
+    """torch compares with what it wraps or rounds to: 1 and 2048."""
+    label = torch.tensor([0, 1, 2048]).to(dtype).view(3, 1, 1)
+    assert organ_box(label, value) is None
+    assert organ_box(label, (value, 1)) is not None
+
+
+@pytest.mark.parametrize("gap", [0.0, 1.0, 2.5, 4.0, 7.0, 100.0])
+def test_a_dilation_reaches_as_far_as_the_gap(gap):
+    mask = torch.zeros(23, 1, 9, dtype=torch.bool)
+    mask[5, 0, 4] = True
+    grown = masks.dilate(mask, gap, (1.0, 1.0, 0.5)).nonzero()
+    x, z = max(1, math.ceil(gap)), max(1, math.ceil(2 * gap))
+    assert (grown[:, 0].min(), grown[:, 0].max()) == (max(0, 5 - x), min(22, 5 + x))
+    assert (grown[:, 2].min(), grown[:, 2].max()) == (max(0, 4 - z), min(8, 4 + z))
+    assert len(grown) == (min(22, 5 + x) - max(0, 5 - x) + 1) * (min(8, 4 + z) - max(0, 4 - z) + 1)
+
+
 def test_a_grown_box_stays_in_the_volume_and_reaches_far_enough():
     box = masks.Box((1, 5, 1), (4, 9, 12))
     assert box.grown(2.0, (1.0, 4.0, 0.5)) == (slice(0, 7), slice(3, 11), slice(0, 17))

@@ -236,6 +236,12 @@ def test_a_config_of_no_generator_is_refused(folder, config):
         load_generator(folder)
 
 
+def test_an_autoencoder_is_no_generator(folder):
+    rewrite(folder, config={"autoencoder": {}})
+    with pytest.raises(ValueError, match="holds an autoencoder alone; train"):
+        load_generator(folder)
+
+
 def test_a_changed_config_that_would_still_load_is_found(folder):
     """A weight's hash does not cover what the weights are used for."""
     card = json.loads((folder / "card.json").read_text())

@@ -406,6 +406,11 @@ def build(config: dict[str, Any]) -> tuple[Autoencoder, nn.Module, SamplerConfig
 
     Raises ValueError for an unknown denoiser or field.
     """
+    if isinstance(config, dict) and "autoencoder" in config and "denoiser" not in config:
+        raise ValueError(
+            "a generator must have a denoiser, but this folder holds an autoencoder alone; train "
+            "one: tumorsynth train denoiser DATA -o OUT --autoencoder FOLDER"
+        )
     try:
         denoiser_config = dict(config["denoiser"])
         kind = denoiser_config.pop("type")

@@ -52,8 +52,6 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
                 f"{name} must be a plain dense tensor, got a nested, sparse or quantised one; "
                 "convert it, for example with to_dense()"
             )
-        if value.device.type == "meta":
-            raise ValueError(f"{name} must hold voxels, but on the meta device it has none")
     if image.ndim not in (4, 5) or image.shape[-4] != 1 or 0 in image.shape:
         raise ValueError(
             "image must be (B, 1, X, Y, Z) or (1, X, Y, Z) with at least one voxel, got "
@@ -83,6 +81,8 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         raise ValueError(
             f"image and label must be on one device, got {image.device} and {label.device}"
         )
+    if image.device.type == "meta":
+        raise ValueError("image and label must hold voxels, but on the meta device they have none")
     if label.dtype == torch.bool or not holds(label.dtype, tumor_label):
         raise ValueError(
             f"tumor_label {tumor_label} does not fit the label's dtype {label.dtype}; "

@@ -83,7 +83,8 @@ class SynthesizeTumor(nn.Module):
     organ_labels: label values in which a tumour may sit (one int or several).
     tumor_label: the value its voxels get.
     p: probability per sample.
-    count: tumours per sample, a number or (lo, hi) inclusive; None: as often as the prior's cases.
+    count: tumours per sample, at most 100, a number or (lo, hi) inclusive; None: as often as the
+        prior's cases.
     size_mm: equivalent diameter (of the sphere of the same volume), a number or (lo, hi) drawn
         log-uniformly, or a named prior: "liver", "kidney", "pancreas", "cyst", "lung".
     intensity: what the image's values mean: ``HU()``, ``Scaled(...)`` or ``ZScore(...)``.
