@@ -46,8 +46,8 @@ def test_a_missing_operator_is_worked_around_and_said_once():
 def test_a_generator_goes_to_the_cpu_where_its_device_lacks_an_operator(monkeypatch):
     """torch's meta device, which lacks every result, in place of a real one."""
     monkeypatch.setattr("tumorsynth.weights.check_device", lambda device: None)
-    expected = ts.SynthesizeTumor(tiny_generator(), size_mm=(3, 7))(*SCANS[2], seed=0)
-    synth = ts.SynthesizeTumor(tiny_generator(), size_mm=(3, 7), device="meta")
+    expected = ts.SynthesizeTumor(tiny_generator(), size_mm=(3, 7), count=1)(*SCANS[2], seed=0)
+    synth = ts.SynthesizeTumor(tiny_generator(), size_mm=(3, 7), count=1, device="meta")
     own = synth.handle.get("cpu")
 
     def at_hand(device):
