@@ -296,7 +296,7 @@ def unwrapped(call):
 # -- the core --------------------------------------------------------------------------------------
 
 
-@tries(150)
+@tries(80)
 @given(cases())
 def test_any_call(case):
     (image, label), given_, call = case
@@ -366,7 +366,7 @@ json_values = st.recursive(
 )
 
 
-@tries(100)
+@tries(60)
 @given(st.data())
 def test_params_tampered_with(data):
     params = copy.deepcopy(GOOD)
@@ -404,7 +404,7 @@ def test_params_tampered_with(data):
 # -- the adapters ----------------------------------------------------------------------------------
 
 
-@tries(40)
+@tries(25)
 @given(cases("hu2023"), st.booleans(), st.booleans())
 def test_any_call_of_the_adapters(case, separate, healthy_only):
     (image, label), given_, call = case
@@ -424,7 +424,7 @@ def test_any_call_of_the_adapters(case, separate, healthy_only):
     sound_or_refused(make, image, label, organs, 2)
 
 
-@tries(25)
+@tries(15)
 @given(
     st.tuples(*[st.integers(1, 14)] * 3),
     st.sampled_from(["f2", "f4", "f8", ">f4", "i1", "u1", "i2", ">i2", "u2", "i4", "i8"]),
