@@ -9,7 +9,7 @@ blends the result in. Written anew from the paper's description, with four diffe
 * The drop in HU is relative to the parenchyma measured around the tumour, so that it suits an
   unenhanced scan as well as an enhanced one.
 * The scan's noise stays: only what stands out of it (vessels) is taken away inside the tumour.
-* No mass effect: it would move voxels beyond the tumour, which this library leaves untouched.
+* No mass effect of its own: `mass_effect` moves the tissue around tumours of any generator.
 """
 
 from __future__ import annotations
