@@ -389,7 +389,7 @@ def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
         given = [labels]
     try:
         if not isinstance(labels, str) and all(
-            int(v) == v and -(2**63) <= v < 2**63 for v in given
+            int(v) == v and -(2**63) <= int(v) < 2**63 for v in given
         ):
             found = tuple(int(v) for v in given)
     except (TypeError, ValueError, OverflowError):
