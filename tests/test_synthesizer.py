@@ -764,7 +764,7 @@ IMAGE, LABEL = scan((16, 16, 16))
          (IMAGE.to(torch.complex64), LABEL)),
         (TypeError, "label must hold whole numbers", (IMAGE, LABEL.to(torch.complex64))),
         (ValueError, "does not fit the label's dtype torch.bool", (IMAGE, LABEL.bool())),
-        (ValueError, "must hold voxels, but on the meta device", (IMAGE, LABEL.to("meta"))),
+        (ValueError, "must be on one device", (IMAGE, LABEL.to("meta"))),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("p", [0, 1])

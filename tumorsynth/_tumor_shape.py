@@ -35,10 +35,10 @@ class TumorParams:
     sigma_mm: float  # feather
     drawn_mm: float  # diameter drawn, before any shrinking to fit
     contrast_hu: float | None = None  # that was asked for, None: as the generator has it
-    structure_hu: tuple[float, float] = (0.0, 0.0)  # of a rim and of a necrotic core
     displaced: float = 0.0  # share of its volume for which tissue is pushed aside
     fixed_capsule: bool = False  # of the organ, when tissue is pushed aside
     outline: str = ""  # of a real mask (`mask_shapes`), "": an ellipsoid's
+    structure_hu: tuple[float, float] = (0.0, 0.0)  # of a rim and of a necrotic core
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of numbers and tuples of numbers, ready for JSON."""
@@ -69,6 +69,12 @@ class TumorParams:
                     f"a tumour's {name} must be {number} number(s) from {low:g} to {high:g}, "
                     f"got {value!r}; pass synth.params of an earlier call"
                 )
+        for name, wanted in (("fixed_capsule", bool), ("outline", str)):
+            if not isinstance(values.get(name, wanted()), wanted):
+                raise ValueError(
+                    f"a tumour's {name} must be of type {wanted.__name__}, got {values[name]!r}; "
+                    "pass synth.params of an earlier call"
+                )
         known: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
@@ -89,6 +95,8 @@ BOUNDS: dict[str, tuple[int, float, float]] = {
     "sigma_mm": (1, 0.0, 20.0),
     "drawn_mm": (1, 0.001, 1000.0),
     "contrast_hu": (1, -1500.0, 1500.0),
+    "structure_hu": (2, -1500.0, 1500.0),
+    "displaced": (1, 0.0, 0.9),
 }
 
 
@@ -193,6 +201,8 @@ def _outline(text: str) -> Tensor:
     try:
         values = list(base64.b64decode(text, validate=True))
         table = torch.tensor(values, dtype=torch.float64).reshape(RINGS, 2 * RINGS)
+        if not table.any():
+            raise ValueError
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"a tumour's outline must be {2 * RINGS**2} radii in base64, got {text[:20]!r}..."
