@@ -211,7 +211,13 @@ def test_ctrl_c_ends_quietly(scans, tmp_path, begun):
     """A terminal's Ctrl-C goes to the workers too: one line, no traceback of anybody's."""
     code = [sys.executable, "-m", "tumorsynth.cli", *words(scans, tmp_path / "out", "--workers", 2)]
     run = subprocess.Popen(
-        code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        code,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # of a shell's background job, which the tests may be, Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     if begun:
         wait_for(lambda: reports(tmp_path / "out"), run)
