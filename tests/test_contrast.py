@@ -18,6 +18,7 @@ from tumorsynth.contrast import (
     draw_contrast,
     grown,
     level_around,
+    own_level,
     shift,
 )
 
@@ -248,3 +249,16 @@ def test_an_asked_contrast_is_to_what_the_tumour_replaces():
     crop = (hu + 175) / 425
     made = tiny_generator().change(crop, mask, 0, contrast_hu=-30.0) * 425
     assert float(made[core(mask)].mean()) == pytest.approx(-30, abs=1)
+
+
+@pytest.mark.parametrize("tissue", [60.0, 110.0, 230.0])
+def test_an_asked_contrast_is_to_tissue_like_what_is_replaced(tissue):
+    """Also in a bright kidney beside fat: not the darker half of it, and not the fat."""
+    torch.manual_seed(0)
+    hu = torch.full((1, 1, 40, 40, 40), tissue) + 20 * torch.randn(1, 1, 40, 40, 40)
+    mask = torch.zeros(1, 1, 40, 40, 40, dtype=torch.bool)
+    mask[..., 14:26, 14:26, 14:26] = True
+    hu[..., 28:, :, :] = -90.0
+    assert float(own_level(hu, mask)) == pytest.approx(tissue, abs=3)
+    lonely = torch.where(mask, hu, torch.tensor(-1000.0))
+    assert float(own_level(lonely, mask)) == pytest.approx(tissue, abs=3)

@@ -167,7 +167,7 @@ def test_tensors_and_arrays_alike():
         ({"spacing": (1, 1)}, "three positive numbers of mm"),
         ({"spacing": (1, 1, 0)}, "three positive numbers of mm"),
         ({"prediction": np.ones((1, 24, 24, 24), int)}, r"prediction must be .*\(X, Y, Z\)"),
-        ({"least_iou": 2}, "least_iou must be 0 to 1"),
+        ({"least_iou": 2}, r"least_iou must lie in \[0, 1\]"),
     ],
 )
 def test_what_cannot_be_scored(changes, message):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 NEAR_MM, FAR_MM = 2, 6  # where the tissue around a tumour is measured
 ENOUGH = 50  # voxels of it
+ALIKE_HU = 50.0  # noise and all, of tissue that is like other tissue
 CORE = 20  # voxels that a tumour without its outermost layer needs, to be measured there
 FLOOR_HU = 10.0  # fluid: solid tissue does not become darker than this
 SCALES = 0.3, 1.5  # of the contrast with the tissue's own level
@@ -77,14 +78,16 @@ def level_around(hu: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]) ->
     return torch.where(fits, hu, torch.nan).flatten(1).nanmedian(1).values
 
 
-def own_level(
-    healthy: Tensor, tumor_mask: Tensor, level: Tensor, tissue: tuple[float, float]
-) -> Tensor:
-    """(B,): the level, or the median of what a tumour replaces where that is no such tissue (a
-    fatty pancreas, the renal sinus): an asked contrast is to what can be seen there."""
+def own_level(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
+    """(B,): median of the tissue around each tumour that is like what the tumour replaces, or of
+    that itself where there is too little: an asked contrast is to what can be seen there, in a
+    bright kidney, in a fatty pancreas or in the renal sinus."""
     inside = torch.where(tumor_mask, healthy, torch.nan).flatten(1).nanmedian(1).values
-    other = (inside < tissue[0]) | (inside > tissue[1])
-    return torch.where(other, inside, level)
+    mask = tumor_mask.to(healthy.dtype)
+    shell = (grown(mask, FAR_MM) > 0) & ~(grown(mask, NEAR_MM) > 0)
+    alike = shell & ((healthy - inside[:, None, None, None, None]).abs() < ALIKE_HU)
+    around = torch.where(alike, healthy, torch.nan).flatten(1).nanmedian(1).values
+    return torch.where(_count(alike).flatten() >= ENOUGH, around, inside)
 
 
 def core(tumor_mask: Tensor) -> Tensor:

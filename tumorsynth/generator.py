@@ -227,9 +227,8 @@ class Generator:
             return None
         _check_pair(crop, tumor_mask)
         hu = self._hu(crop)
-        level = level_around(hu, tumor_mask, (taught or ContrastConfig()).tissue)
         if contrast_hu is not None:
-            level = own_level(hu, tumor_mask, level, (taught or ContrastConfig()).tissue)
+            level = own_level(hu, tumor_mask)
             wanted = torch.as_tensor(contrast_hu, dtype=hu.dtype, device=hu.device)
             if wanted.ndim > 1 or wanted.numel() not in (1, len(crop)):
                 raise ValueError(
@@ -238,6 +237,7 @@ class Generator:
                 )
             return tumor_mask, level, wanted.expand(len(crop))
         assert taught is not None
+        level = level_around(hu, tumor_mask, taught.tissue)
         return tumor_mask, level, draw_contrast(taught, level, seeds)
 
     def _shift(self, painted: Tensor, mask: Tensor, level: Tensor, wanted: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ COLUMNS = ("whole slice", "before", "after", "difference", "outline")
 PLANES = (("axial", 0, 1, "RLAP"), ("coronal", 0, 2, "RLSI"), ("sagittal", 1, 2, "APSI"))
 INK, PAPER, OUTLINE = "#d8d8d8", "#101010", "#ffd23f"
 
+SOFT_TISSUE, LUNG = (-100.0, 200.0), (-1150.0, 150.0)  # HU shown as black and as white
+AIRY_HU = -300.0  # tissue below this is lung
+
 
 def _to_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     frame = frame_from_affine(affine)
@@ -52,7 +55,7 @@ def render(
     affine: np.ndarray,
     tumors: Sequence[Mapping[str, Any]],
     *,
-    window: tuple[float, float] = (-100.0, 200.0),
+    window: tuple[float, float] | None = None,
     zoom_mm: float = 90.0,
     title: str = "",
     max_tumors: int = 8,
@@ -62,14 +65,19 @@ def render(
     before, after: (X, Y, Z) HU. tumor: (X, Y, Z) bool, the new tumour voxels, for the outline.
     affine: (4, 4), voxel to mm (RAS). tumors: report records; those with ``applied`` False are
     left out, the others need ``centre_voxel`` and may have ``diameter_mm`` and ``hu_change``.
-    window: HU shown as black and as white. zoom_mm: side of the magnified square, more for a
-    tumour too large for it. Without a tumour the middle of the scan is shown. At most
+    window: HU shown as black and as white; by default a lung's where the tumours replace lung, else
+        soft tissue's. zoom_mm: side of the magnified square, more for a tumour too large for it.
+    Without a tumour the middle of the scan is shown. At most
     ``max_tumors`` are drawn; the title says so.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if window is None:
+        replaced = before[tumor]
+        airy = replaced.size > 0 and float(np.median(replaced)) < AIRY_HU
+        window = LUNG if airy else SOFT_TISSUE
     placed = [t for t in tumors if t.get("applied", True)]
     shown: list[Mapping[str, Any]] = list(placed[:max_tumors])
     if len(placed) > len(shown):

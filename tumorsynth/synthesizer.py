@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tumorsynth import masks
 from tumorsynth.blend import BLENDS, feather, reach
-from tumorsynth.contrast import ContrastConfig, check_contrast, level_around
+from tumorsynth.contrast import check_contrast, own_level
 from tumorsynth.contrast_priors import ContrastPrior, get_contrast_prior, structured
 from tumorsynth.devices import or_on_cpu, parse_device
 from tumorsynth.gate import REACH_MM, Gate, check_gate
@@ -485,7 +485,7 @@ class SynthesizeTumor(nn.Module):
         if isinstance(self.contrast_hu, ContrastPrior):
             low, high = generator.window
             hu = job.crop[None, None] * (high - low) + low
-            level = float(level_around(hu, job.crop_mask[None, None], ContrastConfig().tissue))
+            level = float(own_level(hu, job.crop_mask[None, None]))
             contrast_hu, structure = self.contrast_hu.draw(seed, params.diameter_mm, level)
             params = replace(params, contrast_hu=contrast_hu, structure_hu=structure)
         else:

@@ -67,8 +67,13 @@ def evaluate(
     code is 1. docs/evaluation.md defines every score.
     """
     from tumorsynth.evaluation.folders import find_comparisons, score
-    from tumorsynth.evaluation.metrics import summary
+    from tumorsynth.evaluation.metrics import check_settings, summary
 
+    check_settings(early_mm=early_mm, tolerance_mm=tolerance_mm, least_iou=least_iou)
+    if tumor_label in organ_label:
+        raise ValueError(
+            f"--tumor-label must not be an organ label, got {tumor_label} for both; name another"
+        )
     _check_new(out, overwrite)
     pairs, waiting = find_comparisons(predictions, labels)
     settings = {"early_mm": early_mm, "tolerance_mm": tolerance_mm, "least_iou": least_iou}
@@ -122,7 +127,7 @@ def healthy(
 
     if dataset is not None and cts is None:
         raise ValueError("--dataset lists CTs, so the folder of the CTs is needed as 2nd argument")
-    if organ_ml < 0 or tumor_ml < 0:
+    if not (organ_ml >= 0 and tumor_ml >= 0):
         raise ValueError(f"--organ-ml and --tumor-ml must be 0 or more, got {organ_ml}, {tumor_ml}")
     for path in (out, dataset):
         _check_new(path, overwrite)

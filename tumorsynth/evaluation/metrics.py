@@ -85,10 +85,7 @@ def scores(
     mm = np.asarray(spacing, float)
     if mm.shape != (3,) or not np.isfinite(mm).all() or (mm <= 0).any():
         raise ValueError(f"spacing must be three positive numbers of mm, got {spacing!r}")
-    if not 0 <= least_iou <= 1 or not tolerance_mm >= 0:
-        raise ValueError(
-            f"least_iou must be 0 to 1 and tolerance_mm at least 0, got {least_iou}, {tolerance_mm}"
-        )
+    check_settings(early_mm=early_mm, tolerance_mm=tolerance_mm, least_iou=least_iou)
     organ = [organ_labels] if isinstance(organ_labels, int) else list(organ_labels)
     predicted, real = guess == tumor_label, truth == tumor_label
     numbered = None
@@ -213,6 +210,16 @@ def _boxed(*maps: np.ndarray) -> tuple[np.ndarray, ...]:
     box = ndimage.find_objects(whole.astype(np.uint8))
     where = box[0] if box else (slice(0, 0),) * 3
     return tuple(np.pad(m[where], 1) for m in maps)
+
+
+def check_settings(*, early_mm: float, tolerance_mm: float, least_iou: float) -> None:
+    """ValueError for settings that no case can be scored with."""
+    if not 0 <= least_iou <= 1:
+        raise ValueError(f"least_iou must lie in [0, 1], got {least_iou}; 0.5 is the strict rule")
+    if not 0 <= tolerance_mm < float("inf"):
+        raise ValueError(f"tolerance_mm must be at least 0, got {tolerance_mm}; 2 is usual")
+    if not 0 <= early_mm < float("inf"):
+        raise ValueError(f"early_mm must be at least 0, got {early_mm}; the paper's is 20")
 
 
 def _lesions(
