@@ -23,6 +23,7 @@ EXTRAS = [
     "nibabel",
     "nnunetv2",
     "omegaconf",
+    "ray",
     "rich",
     "scipy",
     "starlette",

@@ -191,10 +191,18 @@ def synthesize(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes that share the scans. [default: one per device]", show_default=False
+            help="Processes that share the scans. [default: one per device; ray: all that fit]",
+            show_default=False,
         ),
     ] = None,
     threads: Threads = 1,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="Whose processes: processes, of this machine; ray, of the Ray cluster at "
+            "RAY_ADDRESS, or of one started here."
+        ),
+    ] = "processes",
     overwrite: Overwrite = False,
 ) -> None:
     """Put tumours into a scan or a folder of them.
@@ -216,6 +224,10 @@ def synthesize(
     are the same for any number of --workers. A scan that fails is reported and passed over, and the
     exit code is 1. The same command again goes on where a stopped or killed one left off.
     """
+    if engine not in ("processes", "ray"):
+        raise ValueError(f"--engine must be processes or ray, got {engine!r}")
+    if engine == "ray":
+        from tumorsynth.ray import on_ray  # a missing package is said now
     cases = find_pairs(ct, label)
     scale = _intensity(intensity)
     if size_mm is not None and size_prior is not None:
@@ -269,14 +281,16 @@ def synthesize(
                 else:
                     yield outcome(synth, task, out, progress.step)
 
-        several = count_of_workers > 1 and len(tasks) > 1 and not debug
-        results = (
-            in_processes(
+        if len(tasks) < 2 or debug:
+            results = one_by_one()
+        elif engine == "ray":
+            results = on_ray(synth, tasks, out, workers=workers, devices=devices, threads=threads)
+        elif count_of_workers > 1:
+            results = in_processes(
                 synth, tasks, out, workers=count_of_workers, devices=devices, threads=threads
             )
-            if several
-            else one_by_one()
-        )
+        else:
+            results = one_by_one()
         placed = 0
         for result in results:
             placed += sum(bool(r.get("applied", True)) for r in result.records or ())

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from tumorsynth import nifti
 from tumorsynth.cases import Pair, synthesize_scan
@@ -107,20 +107,58 @@ def in_processes(
     devices: Sequence[str] = ("cpu",),
     threads: int = 1,
 ) -> Iterator[Outcome]:
-    """The outcomes of all tasks, as they come; ``workers`` processes share out the devices.
+    """The outcomes of all tasks, as they come; ``workers`` processes share out the devices."""
 
-    A scan whose worker dies (out of memory, killed) is tried once more in a new one, then failed.
+    def start(k: int) -> _Worker:
+        return _Worker(synth, out, devices[k % len(devices)], threads)
+
+    def ready(busy: list[_Worker]) -> list[_Worker]:
+        pipes = wait([worker.pipe for worker in busy])
+        return [worker for worker in busy if worker.pipe in pipes]
+
+    return shared_out(tasks, workers, start, ready)
+
+
+class Worker(Protocol):
+    """Another process, which does one scan after another."""
+
+    task: Task | None  # at hand
+
+    def start(self) -> None:
+        """Anew, after its end."""
+
+    def give(self, task: Task) -> None: ...
+
+    def take(self) -> Outcome | None:
+        """Its outcome; None when it died over the task."""
+
+    def end(self) -> str:
+        """At once, and in the middle of a scan; says how it ended. More than once is no harm."""
+
+
+W = TypeVar("W", bound=Worker)
+
+
+def shared_out(
+    tasks: Sequence[Task],
+    workers: int,
+    start: Callable[[int], W],
+    ready: Callable[[list[W]], list[W]],
+) -> Iterator[Outcome]:
+    """The outcomes of all tasks, as they come, from ``start(0)`` to ``start(workers - 1)``.
+
+    ``ready`` waits until some of the workers have an outcome, or died. A scan whose worker dies
+    (out of memory, killed) is tried once more in a new one, then failed.
     """
     waiting = deque(tasks)
     died: set[str] = set()
-    pool: list[_Worker] = []
+    pool: list[W] = []
     try:
         for k in range(min(workers, len(tasks))):
-            pool.append(_Worker(synth, out, devices[k % len(devices)], threads))
+            pool.append(start(k))
             pool[-1].give(waiting.popleft())
         while busy := [worker for worker in pool if worker.task is not None]:
-            ready = wait([worker.pipe for worker in busy])
-            for worker in (w for w in busy if w.pipe in ready):
+            for worker in ready(busy):
                 task = worker.task
                 assert task is not None
                 result = worker.take()
@@ -141,6 +179,8 @@ def in_processes(
                     yield result
                 if waiting:
                     worker.give(waiting.popleft())
+                else:
+                    worker.end()  # another may be waiting for its place
     finally:
         for worker in pool:
             worker.end()
