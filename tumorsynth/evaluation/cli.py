@@ -70,10 +70,7 @@ def evaluate(
     from tumorsynth.evaluation.metrics import check_settings, summary
 
     check_settings(early_mm=early_mm, tolerance_mm=tolerance_mm, least_iou=least_iou)
-    if tumor_label in organ_label:
-        raise ValueError(
-            f"--tumor-label must not be an organ label, got {tumor_label} for both; name another"
-        )
+    _check_labels(tumor_label, organ_label)
     _check_new(out, overwrite)
     pairs, waiting = find_comparisons(predictions, labels)
     settings = {"early_mm": early_mm, "tolerance_mm": tolerance_mm, "least_iou": least_iou}
@@ -97,6 +94,14 @@ def evaluate(
         }
         _write(out, document)
     _end(failed, len(pairs))
+
+
+def _check_labels(tumor_label: int, organ_label: list[int]) -> None:
+    if tumor_label in organ_label or 0 in (tumor_label, *organ_label):
+        raise ValueError(
+            "--tumor-label and --organ-label must differ, and 0 is the background, got "
+            f"{tumor_label} and {', '.join(map(str, organ_label))}; name the values in your maps"
+        )
 
 
 def healthy(
@@ -127,6 +132,7 @@ def healthy(
 
     if dataset is not None and cts is None:
         raise ValueError("--dataset lists CTs, so the folder of the CTs is needed as 2nd argument")
+    _check_labels(tumor_label, organ_label)
     if not (organ_ml >= 0 and tumor_ml >= 0):
         raise ValueError(f"--organ-ml and --tumor-ml must be 0 or more, got {organ_ml}, {tumor_ml}")
     for path in (out, dataset):

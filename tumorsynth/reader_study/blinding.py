@@ -122,7 +122,11 @@ def find_scans(folder: Path, truth: str, labels: Path | None = None) -> list[Sca
         for path in files
     ):
         return [Scan(truth, path, None) for path in files]
-    pairs = find_pairs(folder, labels)
+    pairs = [
+        pair
+        for pair in find_pairs(folder, labels)
+        if not pair.ct.name.endswith(("_label.nii", "_label.nii.gz"))
+    ]
     without = [pair for pair in pairs if not pair.label.is_file()]
     if without and (labels is not None or len(without) < len(pairs)):
         raise ValueError(
@@ -143,8 +147,8 @@ def blind(
     """
     if lesions not in LESIONS:
         raise ValueError(f"--lesions must be {' or '.join(LESIONS)}, got {lesions!r}")
-    if field_mm is not None and not field_mm > 0:
-        raise ValueError(f"--field-mm must be more than 0 mm, got {field_mm:g}")
+    if field_mm is not None and not 0 < field_mm < float("inf"):
+        raise ValueError(f"--field-mm must be more than 0 mm and finite, got {field_mm:g}; try 120")
     orientations = nifti.require_nibabel().orientations
     if scan.label is None:
         volume, label = nifti.read_volume(scan.ct), None

@@ -117,6 +117,13 @@ def _prepare(
                 identities.append((scan.truth, case.source, digest))
                 traits.append(case.traits)
                 served.append(Served(vault.put(volume), case.mark))
+    sides: dict[str, str] = {}
+    for truth, source, digest in identities:
+        if sides.setdefault(digest, truth) != truth:
+            raise ValueError(
+                f"no scan may be on both sides, but {source} is; give --real and --synthetic "
+                "folders of different scans"
+            )
     for words in differences(traits):
         typer.echo(f"tumorsynth: warning: {words}", err=True)
     return dict(zip(store.set_up(identities), served, strict=True))

@@ -83,6 +83,8 @@ class Store:
                 uri, uri=True, timeout=10, isolation_level=None, check_same_thread=False
             )
             if write:
+                if self.db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+                    self._get("format")  # another program's file is left as it is
                 self.db.execute("PRAGMA journal_mode = WAL")
                 self.db.execute("PRAGMA synchronous = FULL")
                 self.db.execute("PRAGMA foreign_keys = ON")
