@@ -47,15 +47,21 @@ def find_comparisons(predictions: Path, labels: Path) -> tuple[list[Comparison],
             f"{labels}"
         )
     guesses, truths = (_named(folder) for folder in (predictions, labels))
-    lost = [name for name in guesses if name not in truths]
+    _check_none_lost(guesses, truths, "label", labels, "rename or remove those predictions")
+    pairs = [Comparison(name, path, truths[name]) for name, path in sorted(guesses.items())]
+    return pairs, sorted(set(truths) - set(guesses))
+
+
+def _check_none_lost(
+    guesses: dict[str, Path], others: dict[str, Path], what: str, folder: Path, fix: str
+) -> None:
+    lost = [name for name in guesses if name not in others]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise ValueError(
-            f"every prediction needs a label of its name, but {labels} holds none for "
-            f"{guesses[lost[0]].name}{more}; rename or remove those predictions"
+            f"every prediction needs a {what} of its name, but {folder} holds none for "
+            f"{guesses[lost[0]].name}{more}; {fix}"
         )
-    pairs = [Comparison(name, path, truths[name]) for name, path in sorted(guesses.items())]
-    return pairs, sorted(set(truths) - set(guesses))
 
 
 def score(pair: Comparison, **options: Any) -> CaseScores:
@@ -92,13 +98,7 @@ def find_scans(predictions: Path, cts: Path | None = None) -> list[Scan]:
     if cts is None:
         return [Scan(name, path) for name, path in sorted(guesses.items())]
     images = {name.removesuffix("_0000"): path for name, path in by_name(cts, "_ct").items()}
-    lost = [name for name in guesses if name not in images]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise ValueError(
-            f"every prediction needs a CT of its name, but {cts} holds none for "
-            f"{guesses[lost[0]].name}{more}; rename, or give the folder of those CTs"
-        )
+    _check_none_lost(guesses, images, "CT", cts, "rename, or give the folder of those CTs")
     return [Scan(name, path, images[name]) for name, path in sorted(guesses.items())]
 
 
