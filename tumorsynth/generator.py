@@ -174,9 +174,14 @@ class Generator:
         contrast_hu: HU between the tumour's core and the tissue around it, one number or one per
             sample; by default as the network has it, or drawn from ``sampler.contrast``.
         Returns (B, 1, X, Y, Z) in [0, 1]; every voxel went through the autoencoder, so blend it.
+        The scan's detail (`Autoencoder.detail`), where the autoencoder has it, is in all of it.
         """
-        latent, _, aim = self._paint(crop, tumor_mask, seed, noise, contrast_hu)
-        painted = _to_xyz(self.decode(latent))
+        latent, volume, aim = self._paint(crop, tumor_mask, seed, noise, contrast_hu)
+        decoded = self.decode(latent)
+        if self.autoencoder.config.detail_channels:  # the scan's own, in the tumour too
+            missed = (volume + 1) / 2 - self._decode(self._encode(volume))
+            decoded = (decoded + self.autoencoder.detail(missed)).clamp(0, 1)
+        painted = _to_xyz(decoded)
         return painted if aim is None else (painted + self._shift(painted, *aim)).clamp(0, 1)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ class AutoencoderConfig:
     ``patch`` 2 folds 2x2x2 voxels into channels first, so that no layer runs at full resolution:
     most of the published decoder's time is spent there. ``codes`` 0 leaves the latent continuous.
     Each encoder width after the first, and each decoder width after the first, is one factor of 2.
+    ``detail_channels`` numbers more per latent voxel carry what the decoder leaves out of a scan,
+    above all its noise, past the denoiser, which never sees them: see `Autoencoder.detail`.
     """
 
     patch: int = 1
@@ -30,6 +33,7 @@ class AutoencoderConfig:
     decoder_blocks: int = 2
     inner_blocks: int = 0  # at the first encoder width and at the first decoder width
     latent_channels: int = 8
+    detail_channels: int = 0
     codes: int = 16384
     groups: int = 32
     padding: str = "replicate"  # or "zeros": faster, different only next to the crop's faces
@@ -44,6 +48,11 @@ class AutoencoderConfig:
             raise ValueError(f"window must be (low, high) in HU with low < high, got {self.window}")
         if self.padding not in ("replicate", "zeros"):
             raise ValueError(f'padding must be "replicate" or "zeros", got {self.padding!r}')
+        if not 0 <= self.detail_channels <= self.factor**3:
+            raise ValueError(
+                f"detail_channels must be 0 to {self.factor**3}, the voxels of a latent voxel, got "
+                f"{self.detail_channels}"
+            )
         if len(self.encoder_widths) != len(self.decoder_widths):
             raise ValueError(
                 "encoder and decoder need the same number of widths, got "
@@ -169,6 +178,11 @@ class Decoder(nn.Module):
         return x
 
 
+def _blocks_of(volume: Tensor, side: int) -> Tensor:
+    """(B, 1, D, H, W) -> (blocks, side^3)."""
+    return rearrange(volume, "b 1 (d p) (h q) (w r) -> (b d h w) (p q r)", p=side, q=side, r=side)
+
+
 def _blocks(count: int, width: int, config: AutoencoderConfig) -> nn.Sequential:
     return nn.Sequential(
         *(ResidualBlock(width, config.groups, config.padding) for _ in range(count))
@@ -183,6 +197,7 @@ class Autoencoder(nn.Module):
 
     latent_low: Tensor
     latent_high: Tensor
+    detail_basis: Tensor
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):  # noqa: B008 (frozen)
         super().__init__()
@@ -193,6 +208,9 @@ class Autoencoder(nn.Module):
         # range of a continuous latent, measured at the end of its training; a codebook has its own
         self.register_buffer("latent_low", torch.tensor(-1.0), persistent=not config.codes)
         self.register_buffer("latent_high", torch.tensor(1.0), persistent=not config.codes)
+        # orthonormal rows, found after the training by `fit_detail`; until then there is no detail
+        basis = torch.zeros(config.detail_channels, config.factor**3)
+        self.register_buffer("detail_basis", basis, persistent=config.detail_channels > 0)
 
     def encode(self, x: Tensor) -> Tensor:
         """(B, 1, D, H, W) in [-1, 1] -> (B, 8, D/4, H/4, W/4), raw: not quantised."""
@@ -221,8 +239,41 @@ class Autoencoder(nn.Module):
         return self.decoder(self.quantize(latent))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of x."""
-        return self.decode(self.encode(x))
+        """The reconstruction of x: decoded, with its detail."""
+        decoded = self.decode(self.encode(x))
+        return decoded + self.detail(x - decoded)
+
+    def detail(self, missed: Tensor) -> Tensor:
+        """What ``detail_channels`` numbers per latent voxel keep of a volume (B, 1, D, H, W).
+
+        missed: a scan minus its decoded latent. The numbers are its projections, block of
+        ``factor``^3 voxels by block, on the directions in which most of it lies (principal
+        components). 0 where there are no such channels.
+        """
+        if not self.config.detail_channels:
+            return torch.zeros_like(missed)
+        f, basis = self.config.factor, self.detail_basis
+        d, h, w = (n // f for n in missed.shape[2:])
+        blocks = _blocks_of(missed.float(), f)
+        with torch.autocast(missed.device.type, enabled=False):
+            kept = (blocks @ basis.T) @ basis
+        return rearrange(
+            kept, "(b d h w) (p q r) -> b 1 (d p) (h q) (w r)", d=d, h=h, w=w, p=f, q=f, r=f
+        ).to(missed.dtype)
+
+    @torch.no_grad()
+    def fit_detail(self, crops: Iterable[Tensor]) -> None:
+        """Find the directions of :meth:`detail` from crops (B, 1, D, H, W) in [-1, 1], in closed
+        form: the largest eigenvectors of the covariance of what the decoder leaves out of them."""
+        f, channels = self.config.factor, self.config.detail_channels
+        if not channels:
+            return
+        covariance = torch.zeros(f**3, f**3, dtype=torch.float64)
+        for crop in crops:
+            blocks = _blocks_of(crop - self.decode(self.encode(crop)).float(), f).double().cpu()
+            covariance += blocks.T @ blocks
+        _, vectors = torch.linalg.eigh(covariance)  # the largest come last
+        self.detail_basis.copy_(vectors.T.flip(0)[:channels])
 
     def reconstruct(
         self, x: Tensor, generator: torch.Generator | None = None

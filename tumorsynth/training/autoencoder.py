@@ -110,6 +110,7 @@ def train(
     if fabric.is_global_zero:
         result.to(fabric.device).eval().requires_grad_(False)
         stage.measure_range(result)
+        stage.fit_detail(result)
         training = {
             **asdict(config),
             "scans": [c.name for c in cases],
@@ -286,6 +287,16 @@ class AutoencoderStage:
         model.latent_low.fill_(float(low))
         model.latent_high.fill_(float(high))
 
+    def fit_detail(self, model: Autoencoder) -> None:
+        """The directions of the detail, from 64 crops with nothing put in."""
+        plain = replace(self.config, hollow=0.0)
+        model.fit_detail(
+            sample_crop(self.cases, self.shares, plain, random_of(self.config.seed, RANGE, index))[
+                None
+            ].to(self.fabric.device)
+            for index in range(64)
+        )
+
     @torch.no_grad()
     def picture(self) -> Tensor:
         """Four cubes in three planes, above their reconstructions."""
@@ -370,7 +381,11 @@ def case_shares(cases: list[Case]) -> np.ndarray:
 
 def starting_network(config: AutoencoderTraining, init: str | None) -> Autoencoder:
     """The network of a config, untrained or as in ``init``, which may have fewer channels."""
-    sizes = replace(NETWORKS[config.network], window=(config.window_low, config.window_high))
+    sizes = replace(
+        NETWORKS[config.network],
+        window=(config.window_low, config.window_high),
+        detail_channels=config.detail_channels,
+    )
     if config.codes is not None:
         sizes = replace(sizes, codes=config.codes)
     if config.latent_channels is not None:
@@ -383,22 +398,24 @@ def starting_network(config: AutoencoderTraining, init: str | None) -> Autoencod
     trained, _ = read_autoencoder(init)
     asked = config.latent_channels is not None and not sizes.codes
     wider = asked and trained.config.latent_channels < sizes.latent_channels
-    if wider and replace(trained.config, latent_channels=sizes.latent_channels) == sizes:
-        return _widened(trained, model)
-    if trained.config != sizes:
+    given = replace(trained.config, detail_channels=sizes.detail_channels)  # it is found anew
+    if wider:
+        given = replace(given, latent_channels=sizes.latent_channels)
+    if given != sizes:
         raise ValueError(
             f"--init {init} has another size or window than --network {config.network} with "
             f"{sizes.codes} codes, {sizes.latent_channels} latent channels and {sizes.window} HU: "
             f"{trained.config}"
         )
-    return trained.train().requires_grad_(True)
+    return _continued(trained, model)
 
 
 @torch.no_grad()
-def _widened(trained: Autoencoder, model: Autoencoder) -> Autoencoder:
+def _continued(trained: Autoencoder, model: Autoencoder) -> Autoencoder:
     """The trained network with the untrained one's further latent channels, which the decoder
-    hardly listens to at first."""
+    hardly listens to at first, and its detail, which is found after the training."""
     old, new = trained.state_dict(), model.state_dict()
+    old.pop("detail_basis", None)
     new["decoder.stem.weight"] *= 0.1
     for name, value in old.items():
         new[name][tuple(slice(n) for n in value.shape)] = value

@@ -57,6 +57,10 @@ class AutoencoderTraining(Training):
     commitment_weight: float = option(0.25, "Of the encoder's distance to its codes.")
     dead_code_every: int = option(100, "Steps between restarts of unused codes.")
     latent_weight: float = option(1e-4, "Of the mean square of a continuous latent.")
+    detail_channels: int = option(
+        24,
+        "Numbers per latent voxel that carry a scan's noise past the denoiser, found at the end.",
+    )
     window_low: float = option(-175.0, "HU that the network sees as -1; all below is the same.")
     window_high: float = option(250.0, "HU that the network sees as 1; all above is the same.")
     tissue_low: float = option(-50.0, "Most voxels of a cube lie from these HU ...")
@@ -156,6 +160,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "lung": LUNG,
         "base": {
             "network": "base",
+            "detail_channels": 0,
             "steps": 200_000,
             "patch_size": 96,
             "batch_size": 4,

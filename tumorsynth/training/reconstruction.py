@@ -101,10 +101,10 @@ def reconstructed(
     for axis, n in enumerate(scan.shape):
         scan = scan.narrow(axis, 0, n - n % autoencoder.config.factor)
     x = (to_unit(scan, (low, high)) * 2 - 1)[None, None].permute(0, 1, 4, 2, 3).contiguous()
-    latent = autoencoder.encode(x.to(next(autoencoder.parameters()).device))
+    x = x.to(next(autoencoder.parameters()).device)
     if codes is not None and autoencoder.codebook is not None:
-        codes.append(autoencoder.codes(latent).flatten().cpu())
-    out = autoencoder.decode(latent).permute(0, 1, 3, 4, 2)[0, 0].clamp(-1, 1).cpu()
+        codes.append(autoencoder.codes(autoencoder.encode(x)).flatten().cpu())
+    out = autoencoder(x).permute(0, 1, 3, 4, 2)[0, 0].clamp(-1, 1).cpu()
     return scan, (out + 1) / 2 * (high - low) + low
 
 
