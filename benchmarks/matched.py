@@ -32,7 +32,7 @@ from scipy import ndimage
 from tumor_quality import real_lesions, synthetic_lesions
 
 import tumorsynth as ts
-from tumorsynth import synthesizer
+from tumorsynth import _painting
 from tumorsynth.contrast_priors import ContrastPrior, structured
 from tumorsynth.handcrafted import HandcraftedConfig, HandcraftedGenerator
 from tumorsynth.training.data import Case, load_pack
@@ -59,8 +59,8 @@ def changed(case: Case, scan: str) -> np.ndarray:
 def unmatched() -> Iterator[None]:
     """As it was before changes were matched to the scan."""
     with (
-        mock.patch.object(synthesizer, "match", lambda crop, change, *_: change),
-        mock.patch.object(synthesizer, "grain", lambda *_: (0.0, 0.0, 0.0)),
+        mock.patch.object(_painting, "match", lambda crop, change, *_: change),
+        mock.patch.object(_painting, "grain", lambda *_: (0.0, 0.0, 0.0)),
     ):
         yield
 
@@ -167,9 +167,9 @@ def cost(name: str, calls: int = 9) -> dict[str, Any]:
     image, label = 110 + 12 * noise, torch.ones(noise.shape, dtype=torch.uint8)
     prior = ContrastPrior(rim_share=1.0, core_share=1.0, core_from_mm=10.0)
     with (
-        mock.patch.object(synthesizer, "grain", timed("grain", synthesizer.grain)),
-        mock.patch.object(synthesizer, "match", timed("match", synthesizer.match)),
-        mock.patch.object(synthesizer, "structured", timed("rim and core", structured)),
+        mock.patch.object(_painting, "grain", timed("grain", _painting.grain)),
+        mock.patch.object(_painting, "match", timed("match", _painting.match)),
+        mock.patch.object(_painting, "structured", timed("rim and core", structured)),
     ):
         synth = ts.SynthesizeTumor(name, 1, 2, count=1, size_mm=(15, 20), contrast_hu=prior)
         for seed in range(calls):

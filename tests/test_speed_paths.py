@@ -13,12 +13,13 @@ from tiny import tiny_crop, tiny_generator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tumorsynth._painting import GPU_BATCH
 from tumorsynth.generator import Generator
 from tumorsynth.models import conv, unet
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.codebook import Codebook
 from tumorsynth.models.conv import Conv3d, cpu_layout, pad_replicate
-from tumorsynth.synthesizer import GPU_BATCH, SynthesizeTumor
+from tumorsynth.synthesizer import SynthesizeTumor
 
 needs_mkldnn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN"

@@ -1,0 +1,166 @@
+"""Finishing, the last stage of `SynthesizeTumor`: blend, judge, write and report a tumour."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tumorsynth import masks
+from tumorsynth._jobs import NOTHING, Draft, Job, left_alone
+from tumorsynth._painting import Painting
+from tumorsynth.blend import feather, reach
+from tumorsynth.gate import REACH_MM, Gate
+from tumorsynth.generator import Generator
+from tumorsynth.handcrafted import HandcraftedGenerator
+
+
+class Finishing(Painting):
+    """From what a generator made to image, label and report; painted again where the gate asks."""
+
+    def _finish(
+        self,
+        job: Job,
+        made: Tensor,
+        image: Tensor,
+        label: Tensor,
+        generator: Generator | HandcraftedGenerator,
+        drawn: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Write one tumour into image and label (X, Y, Z), in place, or leave it; its record.
+
+        drawn: the sample's params, where what the gate decides is noted; None on a replay, when
+        it is decided already.
+        """
+        draft = self._draft(job, made, image, generator)
+        if draft.empty:
+            return left_alone(job.sample, job.index, NOTHING)
+        if self.gate is None:
+            return self._write(job, draft, image, label, generator)
+        scores = self._scores(self.gate, job, draft, image, label)
+        objection = self.gate.objection(scores) if drawn is not None else None
+        for _ in range(self.gate.tries - 1):
+            if objection is None:
+                break
+            job = self._coloured(job, generator, job.tumor.params.seed + 1)
+            ((job, made),) = self._generate([job], generator)
+            draft = self._draft(job, made, image, generator)
+            scores = self._scores(self.gate, job, draft, image, label)
+            objection = NOTHING if draft.empty else self.gate.objection(scores)
+        if drawn is not None:
+            drawn["tumors"][job.number] = job.tumor.params.to_dict()
+        if objection is not None and drawn is not None:
+            reason = f"the gate: {objection}"
+            drawn.setdefault("rejected", []).append([job.number, reason])
+            return {**left_alone(job.sample, job.index, reason), "scores": scores}
+        return {**self._write(job, draft, image, label, generator), "scores": scores}
+
+    def _scores(
+        self, gate: Gate, job: Job, draft: Draft, image: Tensor, label: Tensor
+    ) -> dict[str, float | None]:
+        """The gate's scores of a tumour that is not written yet."""
+        spacing = job.grid.frame.spacing
+        wider = [
+            slice(max(0, w.start - math.ceil(REACH_MM / s)), w.stop + math.ceil(REACH_MM / s))
+            for w, s in zip(draft.where, spacing, strict=True)
+        ]
+        around = (wider[0], wider[1], wider[2])
+        here = tuple(
+            slice(w.start - a.start, w.stop - a.start)
+            for w, a in zip(draft.where, around, strict=True)
+        )
+        values = image[around].clone()
+        values[here] = draft.after
+        inside = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+        inside[here] = draft.inside
+        organ = masks.is_organ(label[around], self.organ_labels)
+        hu, asked_hu = self.intensity.to_hu(values.float()), job.tumor.params.contrast_hu
+        return gate.scores(hu, inside, organ, spacing, asked_hu)
+
+    def _draft(
+        self, job: Job, made: Tensor, image: Tensor, generator: Generator | HandcraftedGenerator
+    ) -> Draft:
+        """The tumour blended into its part of the image (X, Y, Z), which is left as it is."""
+        frame, tumor = job.grid.frame, job.tumor
+        margin = reach(job.sigma_mm, frame.spacing, self.blend)
+        region = [
+            slice(max(0, s - m), min(n, s + size + m))
+            for s, size, m, n in zip(
+                tumor.start, tumor.mask.shape, margin, image.shape, strict=True
+            )
+        ]
+        where = (region[0], region[1], region[2])
+        inside = torch.zeros(image[where].shape, dtype=torch.bool, device=image.device)
+        inside[
+            tuple(
+                slice(s - r.start, s - r.start + n)
+                for s, r, n in zip(tumor.start, region, tumor.mask.shape, strict=True)
+            )
+        ] = tumor.mask
+        weight = feather(inside, job.sigma_mm, frame.spacing, self.blend, generator.own_edge)
+        made = job.grid.carry_back(made, where)
+        before = image[where].clone()
+        if self.blend == "change":
+            change = weight * made / self.intensity.hu_per_unit
+        else:
+            hu = self.intensity.to_hu(before.float())
+            change = weight * (made - hu) / self.intensity.hu_per_unit
+        # at least float32; float64 stays, or it would lose digits and range
+        after = before.to(torch.promote_types(before.dtype, torch.float32)) + change
+        if self.intensity.limits is not None:
+            after = after.clamp(*self.intensity.limits)
+        after = after.to(image.dtype)
+        keep = (weight > 0) & before.isfinite() & after.isfinite()  # a dtype's end may be near
+        after = torch.where(keep, after, before)
+        # no label on what cannot be seen: fat or air under an organ's label, a scale that clips
+        changed = (after != before).logical_and_(inside).sum()
+        peak = (weight * inside).amax()
+        seen, peak_weight = torch.stack([changed.to(peak), peak]).tolist()  # one wait for a GPU
+        empty = seen < 0.5 * tumor.voxels
+        return Draft(where, before, after, inside, peak_weight, empty)
+
+    def _write(
+        self,
+        job: Job,
+        draft: Draft,
+        image: Tensor,
+        label: Tensor,
+        generator: Generator | HandcraftedGenerator,
+    ) -> dict[str, Any]:
+        """Write one tumour into image and label (X, Y, Z), in place; returns its record."""
+        frame, tumor = job.grid.frame, job.tumor
+        where, inside = draft.where, draft.inside
+        image[where] = draft.after
+        label[where] = torch.where(
+            inside,
+            torch.tensor(self.tumor_label, dtype=label.dtype, device=label.device),
+            label[where],
+        )
+        # the middle one of the voxels made; params.centre may lie beside them
+        voxels = tumor.mask.nonzero().float()
+        far = (voxels - voxels.mean(0)) * voxels.new_tensor(frame.spacing)
+        middle = voxels[far.square().sum(1).argmin()].long().tolist()
+        centre = [s + m for s, m in zip(tumor.start, middle, strict=True)]
+        change = (draft.after.float() - draft.before.float())[inside]
+        hu_change = change.mean() * self.intensity.hu_per_unit
+        return {
+            "sample": job.sample,
+            "index": job.index,
+            "applied": True,
+            "centre_voxel": centre,
+            "centre_mm": list(frame.to_mm(centre)),
+            "diameter_mm": tumor.diameter_mm,
+            "requested_diameter_mm": tumor.params.drawn_mm,
+            "volume_mm3": tumor.voxels * math.prod(frame.spacing),
+            "label_voxels": tumor.voxels,
+            "hu_change": float(hu_change),
+            "peak_weight": draft.peak_weight,
+            "sigma_mm": max(job.sigma_mm),
+            "grain_mm": list(job.grain_mm),
+            "contrast_hu": tumor.params.contrast_hu,
+            "displaced_mm": 0.0,
+            "generator": generator.name,
+            "seed": tumor.params.seed,
+        }

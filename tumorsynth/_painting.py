@@ -1,0 +1,196 @@
+"""Painting, the second stage of `SynthesizeTumor`: a tumour's crop through a generator."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tumorsynth import masks
+from tumorsynth._jobs import Job, Settings
+from tumorsynth.blend import reach
+from tumorsynth.contrast import own_level
+from tumorsynth.contrast_priors import ContrastPrior, structured
+from tumorsynth.devices import or_on_cpu
+from tumorsynth.generator import Generator
+from tumorsynth.geometry import Frame, plan_crop
+from tumorsynth.handcrafted import HandcraftedGenerator
+from tumorsynth.inputs import check_hu
+from tumorsynth.intensity import HU
+from tumorsynth.masks import LocalMask
+from tumorsynth.texture import grain, match, neighbourhood
+
+CONTEXT_MM = 16.0  # at least this much of the scan on each side of a tumour goes into its crop
+GPU_BATCH = 8  # crops in one pass of the networks; halved where memory does not suffice
+
+
+class Painting(Settings):
+    """From a tumour's voxels to what the generator makes of the crop around them."""
+
+    def _crop(
+        self,
+        place: tuple[int, int, int],
+        image: Tensor,
+        label: Tensor,
+        tumor: LocalMask,
+        frame: Frame,
+        generator: Generator | HandcraftedGenerator,
+    ) -> Job:
+        """The crop around a tumour on the generator's grid, in [0, 1], and the mask on it."""
+        stop = [s + n for s, n in zip(tumor.start, tumor.mask.shape, strict=True)]
+        grain_mm = (0.0, 0.0, 0.0)
+        if self.blend == "change":
+            grain_mm = self._grain(image, label, tumor, frame)
+        sigma_mm = [max(tumor.params.sigma_mm, g) for g in grain_mm]
+        feathered = reach(sigma_mm, frame.spacing, self.blend)
+        margin = max(n * s for n, s in zip(feathered, frame.spacing, strict=True)) + 2
+        grid = plan_crop(
+            frame,
+            (image.shape[0], image.shape[1], image.shape[2]),
+            tumor.start,
+            stop,
+            min_side=generator.crop_size,
+            multiple=generator.crop_multiple,
+            margin_mm=max(CONTEXT_MM, margin),
+        )
+        hu = self.intensity.to_hu(image[grid.source].float())
+        if isinstance(self.intensity, HU):
+            check_hu(hu)
+        low, high = generator.window
+        hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
+        crop = grid.cut((hu - low) / (high - low))
+        inside = torch.zeros_like(hu)
+        box = [
+            slice(s - part.start, e - part.start)
+            for s, e, part in zip(tumor.start, stop, grid.source, strict=True)
+        ]
+        inside[tuple(box)] = tumor.mask.to(inside.dtype)
+        share = grid.cut(inside)
+        # half a voxel's share, or less where a tumour is smaller than the generator's voxels
+        crop_mask = share >= (0.5 * share.max()).clamp(max=0.5)
+        return Job(*place, tumor, grid, crop, crop_mask, grain_mm)
+
+    def _drawn(
+        self, job: Job, record: dict[str, Any], generator: Generator | HandcraftedGenerator
+    ) -> Job:
+        """The job with what a contrast prior draws for it, noted in the sample's params."""
+        if isinstance(self.contrast_hu, ContrastPrior):
+            job = self._coloured(job, generator, job.tumor.params.seed)
+            record["tumors"][job.number] = job.tumor.params.to_dict()
+        return job
+
+    def _coloured(self, job: Job, generator: Generator | HandcraftedGenerator, seed: int) -> Job:
+        """The job with this noise seed, and the contrast that goes with it."""
+        params = replace(job.tumor.params, seed=seed)
+        if isinstance(self.contrast_hu, ContrastPrior):
+            low, high = generator.window
+            hu = job.crop[None, None] * (high - low) + low
+            level = float(own_level(hu, job.crop_mask[None, None]))
+            contrast_hu, structure = self.contrast_hu.draw(seed, params.diameter_mm, level)
+            params = replace(params, contrast_hu=contrast_hu, structure_hu=structure)
+        else:
+            contrast = masks.draw_contrast_hu(self.contrast_hu, seed)
+            params = replace(params, contrast_hu=contrast)
+        return replace(job, tumor=replace(job.tumor, params=params))
+
+    def _grain(
+        self, image: Tensor, label: Tensor, tumor: LocalMask, frame: Frame
+    ) -> tuple[float, float, float]:
+        """How sharp the sample (X, Y, Z) is around a tumour, in mm along its axes."""
+        x, y, z = neighbourhood(tumor.start, tumor.mask.shape, frame.spacing)
+        hu = self.intensity.to_hu(image[x, y, z].float())
+        organ = masks.is_organ(label[x, y, z], self.organ_labels)
+        return grain(hu, organ, frame.spacing)
+
+    def _generate(
+        self, jobs: list[Job], generator: Generator | HandcraftedGenerator
+    ) -> Iterable[tuple[Job, Tensor]]:
+        """Each job with what the generator makes of it, (side, side, side) in HU.
+
+        Crops go through the networks together on a GPU and one by one on a CPU, where together is
+        no faster and the last bit of a convolution depends on the batch.
+        """
+        device = self.compute_device or (jobs[0].crop.device if jobs else torch.device("cpu"))
+        for side in sorted({job.grid.side for job in jobs}):
+            left = [job for job in jobs if job.grid.side == side]
+            while left:
+                part = left[: self._batch(device)]
+                paint = partial(self._paint, part, generator)
+                made = or_on_cpu("the generator", device, paint)
+                if made is None:  # outside of the exception, which holds on to what did not fit
+                    self._halve(len(part))
+                    continue
+                left = left[len(part) :]
+                yield from zip(part, self._matched(part, made, generator), strict=True)
+
+    def _matched(
+        self, part: list[Job], made: Tensor, generator: Generator | HandcraftedGenerator
+    ) -> list[Tensor]:
+        """What was made of some jobs: changes no sharper and no lumpier than their scan, with the
+        rims and cores that were drawn."""
+        if self.blend != "change":
+            return list(made)
+        low, high = generator.window
+        matched = []
+        for job, change in zip(part, made, strict=True):
+            crop = job.crop.to(change.device) * (high - low) + low
+            grain_mm = [job.grain_mm[axis] for axis in job.grid.frame.axes]  # along the crop's axes
+            change = match(crop, change, job.crop_mask, grain_mm, generator.even)
+            tumor = job.tumor.params
+            matched.append(structured(change, job.crop_mask, tumor.structure_hu, tumor.seed))
+        return matched
+
+    def _batch(self, device: torch.device) -> int:
+        return 1 if device.type == "cpu" else self._together
+
+    def _paint(
+        self,
+        part: list[Job],
+        generator: Generator | HandcraftedGenerator,
+        device: torch.device,
+    ) -> Tensor | None:
+        """What the generator makes of some jobs, (jobs, side, side, side) in HU; None where the
+        GPU's memory does not hold them together."""
+        if device.type == "cpu" != generator.device.type:  # in place of its own
+            generator = self.handle.get(device)
+        run = generator.change if self.blend == "change" else generator.inpaint
+        drawn = [job.tumor.params for job in part]
+        try:
+            crops = torch.stack([job.crop for job in part])[:, None].to(device)
+            inside = torch.stack([job.crop_mask for job in part])[:, None].to(device)
+            with torch.autocast(device.type, enabled=False):
+                made = run(
+                    crops,
+                    inside,
+                    seed=[params.seed for params in drawn],
+                    contrast_hu=_asked([params.contrast_hu for params in drawn]),
+                )
+        except torch.cuda.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            return None
+        low, high = generator.window
+        made = made[:, 0].to(part[0].crop.device) * (high - low)
+        return made if self.blend == "change" else made + low
+
+    def _halve(self, tried: int) -> None:
+        """Fewer crops in one pass from now on; says so the first time."""
+        if self._together == GPU_BATCH:
+            warnings.warn(
+                f"the GPU's memory does not hold {tried} crops at once: going on with "
+                f"{tried // 2}, and fewer if need be",
+                stacklevel=2,
+            )
+        self._together = tried // 2
+        torch.cuda.empty_cache()
+
+
+def _asked(contrasts: list[float | None]) -> list[float] | None:
+    """The contrasts that tumours were drawn with; one call draws them for all or for none."""
+    asked = [contrast for contrast in contrasts if contrast is not None]
+    return asked or None

@@ -1,0 +1,104 @@
+"""Placing, the first stage of `SynthesizeTumor`: which tumours a sample gets, and their voxels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tumorsynth import masks
+from tumorsynth._jobs import Settings
+from tumorsynth.contrast_priors import ContrastPrior
+from tumorsynth.geometry import Frame
+from tumorsynth.masks import LocalMask, Skip, TumorParams
+
+
+class Placing(Settings):
+    """From a sample's seed, or its params, to the voxels of its tumours."""
+
+    def _masks(
+        self,
+        image: Tensor,
+        label: Tensor,
+        frame: Frame,
+        seed: int,
+        replay: dict[str, Any] | None,
+        device: torch.device,
+    ) -> tuple[dict[str, Any], list[LocalMask | Skip]]:
+        """Which tumours one sample (X, Y, Z) gets: drawn from the seed, or again from params."""
+        image, label = image.to(device), label.to(device)
+        if replay is not None:
+            return dict(replay), self._redraw(image, label, frame, replay)
+        rng = torch.Generator().manual_seed(seed)
+        record: dict[str, Any] = {"seed": seed, "applied": True, "tumors": []}
+        if float(torch.rand((), generator=rng, dtype=torch.float64)) >= self.p:
+            record.update(applied=False, reason=f"left alone (p = {self.p:g})")
+            return record, []
+        box = masks.organ_box(label, self.organ_labels)
+        if box is None:
+            record.update(
+                applied=False, reason=f"no organ: no voxel has a label of {self.organ_labels}"
+            )
+            return record, []
+        results = masks.place(
+            label,
+            self.organ_labels,
+            box,
+            frame.spacing,
+            size_mm=self.size_mm,
+            count=self.count,
+            rng=rng,
+            sigma_mm=self.sigma_mm,
+            contrast_hu=None if isinstance(self.contrast_hu, ContrastPrior) else self.contrast_hu,
+            gap_mm=self.gap_mm,
+            merge=self.merge,
+            forbid=self._forbidden(image, label, frame),
+            outlines=self.outlines,
+        )
+        results = [r if isinstance(r, Skip) else self._with_room(r) for r in results]
+        record["tumors"] = [r.params.to_dict() for r in results if isinstance(r, LocalMask)]
+        return record, results
+
+    def _with_room(self, tumor: LocalMask) -> LocalMask:
+        """The tumour, with how much tissue it pushes aside in its params."""
+        share = self.mass_effect.share_at(tumor.params.diameter_mm)
+        if share == 0:
+            return tumor
+        fixed = self.mass_effect.capsule == "fixed"
+        return replace(tumor, params=replace(tumor.params, displaced=share, fixed_capsule=fixed))
+
+    def _redraw(
+        self, image: Tensor, label: Tensor, frame: Frame, replay: dict[str, Any]
+    ) -> list[LocalMask | Skip]:
+        results: list[LocalMask | Skip] = []
+        forbid = self._forbidden(image, label, frame) if replay["tumors"] else None
+        for values in replay["tumors"]:
+            earlier = [] if self.merge else [r for r in results if isinstance(r, LocalMask)]
+            results.append(
+                masks.draw(
+                    TumorParams.from_dict(values),
+                    label,
+                    self.organ_labels,
+                    frame.spacing,
+                    others=earlier,
+                    gap_mm=self.gap_mm,
+                    forbid=forbid,
+                )
+            )
+        return results
+
+    def _forbidden(self, image: Tensor, label: Tensor, frame: Frame) -> Tensor | None:
+        """Voxels that no tumour may take: not finite, or next to a tumour that is there already."""
+        forbid = None
+        if not bool(image.sum(dtype=torch.float32).isfinite()):
+            forbid = ~image.isfinite()
+        if not self.merge:
+            box = masks.organ_box(label, self.tumor_label)
+            if box is not None:
+                region = box.grown(self.gap_mm, frame.spacing)
+                present = label[region] == self.tumor_label
+                forbid = torch.zeros_like(label, dtype=torch.bool) if forbid is None else forbid
+                forbid[region] |= masks.dilate(present, self.gap_mm, frame.spacing)
+        return forbid
