@@ -167,7 +167,7 @@ def test_files_of_somebody_else_are_not_replaced(scans, tmp_path, capsys):
 
 def test_overwriting_can_be_gone_on_with(scans, whole, tmp_path, monkeypatch):
     """Stopped in the middle of --overwrite: what is old is made anew, and what is new is kept."""
-    from tumorsynth import cli
+    from tumorsynth.commands import synthesize as command
 
     out = tmp_path / "out"
     assert main(words(scans, out, "--seed", 5)) == 0
@@ -180,7 +180,7 @@ def test_overwriting_can_be_gone_on_with(scans, whole, tmp_path, monkeypatch):
         return outcome(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "outcome", stop_at_the_third)
+        patch.setattr(command, "outcome", stop_at_the_third)
         assert main(words(scans, out, "--overwrite")) == 130
     new = reports(out)
     assert {path.name[0] for path in new} == {"a", "b"}

@@ -1,0 +1,59 @@
+"""``tumorsynth demo``: tumours in a phantom, with pictures; no data needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tumorsynth import nifti
+from tumorsynth.cases import output_paths, synthesize_scan
+from tumorsynth.commands.progress import progress_bar, summary
+from tumorsynth.commands.shared import (
+    Device,
+    GeneratorName,
+    Out,
+    Seed,
+    SizeMm,
+    count_range,
+    synthesizer,
+)
+
+
+def demo(
+    out: Out = Path("tumorsynth-demo"),
+    generator: GeneratorName = None,
+    count: Annotated[str, typer.Option(help="Tumours: N, or LOW-HIGH to draw from.")] = "3",
+    size_mm: SizeMm = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Put tumours into a phantom: no data needed.
+
+    Makes an abdominal CT, synthesises tumours in its liver, writes what `synthesize` writes and
+    says where the pictures are. Results of an earlier demo in OUT are replaced.
+    """
+    from tumorsynth.phantom import LABELS, make_phantom
+
+    synth = synthesizer(
+        generator=generator,
+        organ_labels=(LABELS["liver"],),
+        tumor_label=max(LABELS.values()) + 1,
+        count=count_range(count),
+        size_mm=size_mm or (12.0, 20.0),
+        device=device,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar(1) as progress:
+        progress.begin("phantom")
+        phantom = make_phantom(spacing=(1.0, 1.0, 1.5), seed=seed)
+        stored = phantom.image[0].round().short().numpy()
+        image = nifti.new_volume("phantom_ct.nii.gz", stored, phantom.affine)
+        mask = nifti.new_volume("phantom_label.nii.gz", phantom.label[0].numpy(), phantom.affine)
+        made = synthesize_scan(synth, image, mask, out, "phantom", seed, progress.step)
+        print(summary("phantom", made["tumors"]))
+        progress.end()
+    print(f"generator: {synth.handle.get(device).name}")
+    for path in output_paths(out, "phantom").values():
+        print(path)

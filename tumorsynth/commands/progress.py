@@ -1,0 +1,63 @@
+"""What a run says of itself: how far it is, on stderr, and each scan in a line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+STEPS = ("reading", "synthesising", "writing", "drawing")
+
+
+def number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def summary(name: str, records: list[dict[str, Any]]) -> str:
+    placed = [r for r in records if r.get("applied", True)]
+    sizes = ", ".join(f"{r['diameter_mm']:.1f} mm" for r in placed[:10])
+    sizes += ", ..." if len(placed) > 10 else ""
+    words = f"{name}: {number(len(placed), 'tumour')}" + (f" ({sizes})" if sizes else "")
+    reasons = [str(r.get("reason")) for r in records if not r.get("applied", True)]
+    return "; ".join([words, *dict.fromkeys(reasons)])
+
+
+class Steps:
+    """Scans done, and the step of the scan at hand, on stderr; silent off a terminal."""
+
+    def __init__(self, bar: Progress, total: int):
+        self.bar = bar
+        self.scans = bar.add_task("scans", total=total, visible=total > 1)
+        self.task = bar.add_task("", total=len(STEPS))
+        self.name, self.done = "", 0
+
+    def begin(self, name: str) -> None:
+        self.name, self.done = name, -1
+        self.step()
+
+    def step(self) -> None:
+        self.done += 1
+        words = f"{self.name}: {STEPS[self.done]}" if self.done < len(STEPS) else self.name
+        self.bar.update(self.task, description=words, completed=self.done)
+
+    def end(self) -> None:
+        self.bar.advance(self.scans)
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Steps]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+        disable=not console.is_terminal,
+    ) as bar:
+        yield Steps(bar, total)
