@@ -183,3 +183,16 @@ def test_every_field_of_a_card_is_json(folder):
     for stage in ("ae", "gen"):
         card = json.loads((folder / stage / "card.json").read_text())
         assert card["training"]["steps"] == 20 and card["training"]["scans"]
+
+
+def test_a_wrong_autoencoder_is_said_before_the_scans_are_read(tmp_path, capsys):
+    scans = tmp_path / "no-such-folder"  # which would be said first
+    out = tmp_path / "out"
+    for words, name in (
+        (["denoiser", scans, "-o", out, "--autoencoder", "nosuch"], "nosuch"),
+        (["denoiser", scans, "-o", out, "--autoencoder", "liver-early", "--init", "none"], "none"),
+        (["autoencoder", scans, "-o", out, "--init", "neither"], "neither"),
+    ):
+        assert main(["train", *map(str, words)]) == 2
+        said = capsys.readouterr().err
+        assert name in said and "no-such-folder" not in said and said.count("\n") == 1

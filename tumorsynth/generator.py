@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tumorsynth._config_check import check_bounds, check_fit, finite, whole
 from tumorsynth.contrast import (
     ContrastConfig,
     draw_contrast,
@@ -31,6 +32,9 @@ DENOISERS: dict[str, tuple[type[Any], type[Any]]] = {
     "conv": (ConvUNet, ConvUNetConfig),
 }
 PRECISIONS = ("auto", "float32", "bfloat16")
+# What a sampler may ask for, so that no card takes the machine's memory or does not end
+MAX_STEPS = 1000
+MAX_CROP = 512
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,14 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if isinstance(self.contrast, dict):  # from JSON
             object.__setattr__(self, "contrast", ContrastConfig(**self.contrast))
+        counts = (self.timesteps, self.steps, self.crop_size, self.crop_multiple)
         rules = {
+            f"timesteps and steps must be whole numbers, at most {MAX_STEPS}, crop_size and "
+            f"crop_multiple at most {MAX_CROP}": whole(*counts)
+            and max(counts[:2]) <= MAX_STEPS
+            and max(counts[2:]) <= MAX_CROP,
+            "clamp must be positive, or None": self.clamp is None
+            or (finite(self.clamp) and self.clamp > 0),
             'zero_terminal_snr needs prediction "x0" or "v"': not (
                 self.zero_terminal_snr and self.prediction == "noise"
             ),
@@ -409,7 +420,8 @@ def per_sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
 def build(config: dict[str, Any]) -> tuple[Autoencoder, nn.Module, SamplerConfig]:
     """Untrained networks and sampler from the ``config`` of a card.
 
-    Raises ValueError for an unknown denoiser or field.
+    Raises ValueError for an unknown denoiser or field, for sizes beyond reason, and for parts that
+    do not fit together.
     """
     if isinstance(config, dict) and "autoencoder" in config and "denoiser" not in config:
         raise ValueError(
@@ -417,13 +429,16 @@ def build(config: dict[str, Any]) -> tuple[Autoencoder, nn.Module, SamplerConfig
             "one: tumorsynth train denoiser DATA -o OUT --autoencoder FOLDER"
         )
     try:
+        check_bounds(config)
         denoiser_config = dict(config["denoiser"])
         kind = denoiser_config.pop("type")
         network, network_config = DENOISERS[kind]
+        sizes = network_config(**denoiser_config)
         autoencoder = Autoencoder(AutoencoderConfig(**config["autoencoder"]))
-        denoiser = network(network_config(**denoiser_config))
-        return autoencoder, denoiser, SamplerConfig(**config["sampler"])
-    except (KeyError, TypeError) as error:
+        sampler = SamplerConfig(**config["sampler"])
+        check_fit(autoencoder.config, {"type": kind, **asdict(sizes)}, sampler)
+        return autoencoder, network(sizes), sampler
+    except Exception as error:  # of many kinds: torch's own where a size is absurd
         raise ValueError(
             f"the card's config does not describe a generator of this version: {error}; "
             f"it needs autoencoder, denoiser (type {' or '.join(DENOISERS)}) and sampler"

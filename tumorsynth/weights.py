@@ -147,9 +147,10 @@ def find_folder(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a bundled name, a path or a hub id."""
     text = os.fspath(name_or_path)
     for folder in (bundled_folder() / text if Path(text).name == text else None, Path(text)):
-        if folder is not None and (folder / CARD).is_file():
+        # os.path's: a name that no file can have (too long) is not there, either
+        if folder is not None and os.path.isfile(folder / CARD):
             return folder
-    if Path(text).is_dir():
+    if os.path.isdir(text):
         raise FileNotFoundError(
             f"a generator folder must hold {CARD} and {MODEL}, but {text} has no {CARD}; "
             "pass the folder that generator.save() or a training command wrote"
@@ -219,23 +220,29 @@ def read_folder(folder: Path) -> Generator:
         tensors = load(raw)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}; restore it") from error
-    autoencoder, denoiser, sampler = build(card["config"])
+    with torch.device("meta"):  # without memory: what a config asks for, the tensors have to hold
+        planned = build(card["config"])
     if card.get("config_sha256", own := config_digest(card["config"])) != own:
         raise ValueError(
             f"the config in {folder / CARD} must have its config_sha256, "
             f"{card['config_sha256']}, but has {own}; it was changed or damaged: restore it"
         )
-    for prefix, module in (("autoencoder.", autoencoder), ("denoiser.", denoiser)):
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        load_exactly(module, state, str(path))
+    parts = ("autoencoder.", "denoiser.")
+    states = [{k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in parts]
+    for module, state in zip(planned[:2], states, strict=True):
+        check_state(module, state, str(path))
+    autoencoder, denoiser, sampler = build(card["config"])
+    autoencoder.load_state_dict(states[0])
+    denoiser.load_state_dict(states[1])
     stray = [k for k in tensors if not k.startswith(("autoencoder.", "denoiser."))]
     if stray:
         raise ValueError(f"{path} holds tensors that are no part of a generator: {stray[:5]}")
     return Generator(autoencoder, denoiser, sampler, card)
 
 
-def load_exactly(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """load_state_dict that names what is missing, extra, or of another shape, as a ValueError."""
+def check_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """ValueError that names what in a state is missing, extra, of another shape or kind of number,
+    or not finite."""
     own = module.state_dict()
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
@@ -254,7 +261,17 @@ def load_exactly(module: torch.nn.Module, state: dict[str, torch.Tensor], source
             f"{source} does not fit {type(module).__name__} ({'; '.join(problems)}); "
             "use the files that belong together"
         )
-    module.load_state_dict(state)
+    for k, tensor in state.items():
+        if tensor.is_floating_point() != own[k].is_floating_point() or tensor.is_complex():
+            raise ValueError(
+                f"{k} in {source} must hold numbers like {own[k].dtype}, got {tensor.dtype}; "
+                "restore the file"
+            )
+        if not bool(tensor.float().isfinite().all()):
+            raise ValueError(
+                f"{k} in {source} must be finite, but holds NaN or infinite numbers; "
+                "restore the file, or train it anew"
+            )
 
 
 def save_generator(generator: Generator, folder: Path) -> Path:

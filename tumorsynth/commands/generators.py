@@ -50,7 +50,8 @@ def info(
         card = {k: v for k, v in generator.card.items() if k not in ("format", "config")}
         if name is None:
             default = "  (default)" if each == weights.default_generator() else ""
-            print(f"{each}{default}: {card.get('description') or card.get('source', '')}")
+            words = card.get("description") or card.get("source", "")
+            print(f"{each}{default}: {_plain(words)}")
             continue
         if each != weights.HANDCRAFTED:
             parts = {k: getattr(generator, k) for k in ("autoencoder", "denoiser")}
@@ -64,13 +65,18 @@ def info(
 
 def _print_card(value: dict[str, Any], indent: str = "") -> None:
     for key, entry in value.items():
-        title = indent + str(key).replace("_", " ")
+        title = indent + _plain(key).replace("_", " ")
         if isinstance(entry, dict):
             print(f"{title}:")
             _print_card(entry, indent + "  ")
         elif isinstance(entry, (list, tuple)) and any(isinstance(e, (dict, str)) for e in entry):
             print(f"{title}:")
             for item in entry:
-                print(f"{indent}  - {item}")
+                print(f"{indent}  - {_plain(item)}")
         else:
-            print(f"{title}: {entry}")
+            print(f"{title}: {_plain(entry)}")
+
+
+def _plain(value: Any) -> str:
+    """A card may come from anybody: nothing in it reaches the terminal as a command."""
+    return "".join(c if c.isprintable() else " " for c in str(value))

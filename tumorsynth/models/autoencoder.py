@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class AutoencoderConfig:
         object.__setattr__(self, "encoder_widths", tuple(self.encoder_widths))
         object.__setattr__(self, "decoder_widths", tuple(self.decoder_widths))
         object.__setattr__(self, "window", tuple(float(hu) for hu in self.window))
-        if not (len(self.window) == 2 and self.window[0] < self.window[1]):
+        if not (len(self.window) == 2 and -math.inf < self.window[0] < self.window[1] < math.inf):
             raise ValueError(f"window must be (low, high) in HU with low < high, got {self.window}")
         if self.padding not in ("replicate", "zeros"):
             raise ValueError(f'padding must be "replicate" or "zeros", got {self.padding!r}')

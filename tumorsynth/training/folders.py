@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from tumorsynth._config_check import check_bounds
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.weights import (
     CARD,
@@ -20,7 +21,7 @@ from tumorsynth.weights import (
     _staged_card,
     bundled_folder,
     bundled_names,
-    load_exactly,
+    check_state,
     read_card,
     read_folder,
     write_folder,
@@ -51,7 +52,7 @@ def read_autoencoder(name_or_folder: str) -> tuple[Autoencoder, dict[str, Any]]:
     From an autoencoder folder, a generator folder, or a bundled generator's name. Raises
     FileNotFoundError for what is not there, ValueError for files that do not belong together.
     """
-    folder = _find(name_or_folder)
+    folder = find_autoencoder(name_or_folder)
     card = read_card(folder)
     if card.get("kind") != KIND:
         return read_folder(folder).autoencoder, card
@@ -64,13 +65,18 @@ def read_autoencoder(name_or_folder: str) -> tuple[Autoencoder, dict[str, Any]]:
             f"{folder / MODEL} is missing or not the file its card describes (sha256); restore it"
         )
     try:
-        autoencoder = Autoencoder(AutoencoderConfig(**card["config"]["autoencoder"]))
         tensors = load(raw)
-    except (KeyError, TypeError, SafetensorError) as error:
+        check_bounds(card["config"])
+        config = AutoencoderConfig(**card["config"]["autoencoder"])
+        with torch.device("meta"):  # without memory: what a config asks for, the tensors must hold
+            planned = Autoencoder(config)
+    except Exception as error:  # of many kinds: torch's own where a size is absurd
         raise ValueError(
             f"{folder} does not hold an autoencoder of this version: {error}; train it anew"
         ) from error
-    load_exactly(autoencoder, tensors, str(folder / MODEL))
+    check_state(planned, tensors, str(folder / MODEL))
+    autoencoder = Autoencoder(config)
+    autoencoder.load_state_dict(tensors)
     return autoencoder.eval().requires_grad_(False), card
 
 
@@ -81,13 +87,14 @@ def hardware_of(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, threads: {torch.get_num_threads()})"
 
 
-def _find(name_or_folder: str) -> Path:
+def find_autoencoder(name_or_folder: str) -> Path:
+    """The folder of `read_autoencoder`'s argument; FileNotFoundError where there is none."""
     text = str(name_or_folder)
     bundled = bundled_folder() / text if Path(text).name == text else None
     for folder in (bundled, Path(text)):
-        if folder is not None and (folder / CARD).is_file():
+        if folder is not None and os.path.isfile(folder / CARD):
             return folder
-    why = "has no card.json: is its training finished?" if Path(text).is_dir() else "is not there"
+    why = "has no card.json: is its training finished?" if os.path.isdir(text) else "is not there"
     names = [n for n in bundled_names() if (bundled_folder() / n).is_dir()]
     raise FileNotFoundError(
         f"--autoencoder must be a folder written by `tumorsynth train`, or a bundled generator "
