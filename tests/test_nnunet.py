@@ -22,10 +22,12 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import (
     DownsampleSegForDSTransform,
 )
 from batchgeneratorsv2.transforms.utils.random import OneOfTransform, RandomTransform
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import (
     nnUNetTrainerNoDA,
 )
+from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam
 
 from tumorsynth import _nnunet_shim
 from tumorsynth.intensity import HU, ZScore
@@ -280,6 +282,37 @@ def test_numpys_seed_reproduces_a_step_and_torchs_stream_goes_on_as_it_would(mak
         trainer.train_step(batch)
         made.append(trainer.batch["data"])
     assert torch.equal(*made)
+
+
+def test_the_learning_rate_follows_nnunets_schedule(make):
+    """Also with 2.5, whose own schedule today's torch cannot build."""
+    trainer = make(trainer={"num_epochs": 10})
+    trainer.initialize()
+    assert isinstance(trainer.lr_scheduler, PolyLRScheduler)
+    assert trainer.optimizer.param_groups[0]["momentum"] == 0.99
+    for epoch in (0, 5, 9):
+        trainer.lr_scheduler.step(epoch)
+        rate = trainer.initial_lr * (1 - epoch / 10) ** 0.9
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_another_trainers_optimizer_is_kept(make):
+    class Adam(TumorSynthMixin, nnUNetTrainerAdam):
+        pass
+
+    trainer = make(Adam)
+    trainer.initialize()
+    assert type(trainer.optimizer) is torch.optim.AdamW
+    assert isinstance(trainer.lr_scheduler, PolyLRScheduler)
+
+
+def test_an_optimizers_own_error_comes_through(make):
+    class Broken(TumorSynthMixin, nnUNetTrainer):
+        def configure_optimizers(self):
+            return super().configure_optimizers("warmup")
+
+    with pytest.raises(TypeError, match="positional argument"):
+        make(Broken).initialize()
 
 
 def test_an_epoch_says_what_it_did(make):

@@ -20,12 +20,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import _LRScheduler
 
 try:
+    from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 except ImportError as error:
     raise ImportError(
@@ -98,6 +101,18 @@ class TumorSynthMixin:
         pipeline.transforms = first
         return pipeline
 
+    def configure_optimizers(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """nnU-Net's own; in 2.5, under a torch that it was not written for, with its schedule
+        mended."""
+        of_nnunet = super().configure_optimizers  # type: ignore[misc]
+        try:
+            return of_nnunet(*args, **kwargs)
+        except TypeError as error:
+            if "positional argument" not in str(error):
+                raise
+        with mock.patch.dict(of_nnunet.__globals__, PolyLRScheduler=_PolyLRScheduler):
+            return of_nnunet(*args, **kwargs)
+
     def train_step(self: Any, batch: dict[str, Any]) -> dict[str, Any]:
         image = batch["data"].to(self.device, non_blocking=True)
         label = batch["target"].to(self.device, non_blocking=True)
@@ -147,6 +162,17 @@ class TumorSynthMixin:
 
 class nnUNetTrainerTumorSynth(TumorSynthMixin, nnUNetTrainer):
     """nnU-Net's default trainer with synthetic tumours: ``-tr nnUNetTrainerTumorSynth``."""
+
+
+class _TakesVerbose(_LRScheduler):
+    """torch's base of a schedule as it was: newer ones no longer take ``verbose``."""
+
+    def __init__(self, optimizer: Any, last_epoch: int = -1, verbose: bool = False) -> None:
+        super().__init__(optimizer, last_epoch)
+
+
+class _PolyLRScheduler(PolyLRScheduler, _TakesVerbose):
+    """nnU-Net's schedule, whose call of its base's constructor ends up above."""
 
 
 def read_settings(dataset_json: dict[str, Any], ignore_label: int | None = None) -> dict[str, Any]:
