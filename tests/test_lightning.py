@@ -190,10 +190,37 @@ def test_batches_that_cannot_be_changed_are_refused_with_the_fix():
         fit(as_dicts(scans()), TumorSynthCallback(label="seg", **SETTINGS))
 
 
+@pytest.mark.parametrize("argument", ["image", "label", "organ", "spacing"])
+@pytest.mark.parametrize("kind", [dict, list])
+def test_an_entry_that_the_batch_lacks_is_asked_for_by_its_argument(argument, kind):
+    where, data = ("mm", as_dicts(scans(2))) if kind is dict else (7, scans(2))
+    with pytest.raises(ValueError, match=f"has no {where!r}, .* with {argument}=... of Tumor"):
+        fit(data, TumorSynthCallback(**SETTINGS, **{argument: where}))
+
+
+def test_a_batch_on_two_grids_is_refused_by_its_keys():
+    data = pytest.importorskip("monai.data", reason="needs MONAI's MetaTensor")
+    batch = {
+        "ct": data.MetaTensor(torch.zeros(1, 1, 8, 8, 8), affine=np.eye(4)),
+        "seg": data.MetaTensor(torch.zeros(1, 1, 8, 8, 8), affine=2 * np.eye(4)),
+    }
+    callback = TumorSynthCallback("ct", "seg", **SETTINGS)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="'ct' and 'seg' must share one grid"):
+        callback.on_train_batch_start(trainer, None, batch, 0)
+
+
+def test_a_batch_without_channels_is_told_where_they_go():
+    data = [(image[0], label[0]) for image, label in scans()]
+    with pytest.raises(ValueError, match=r"if these are 2 scans, .* image\[:, None\]"):
+        fit(data, TumorSynthCallback(**SETTINGS))
+
+
 def test_bad_arguments_and_repr():
-    with pytest.raises(ValueError, match="p must be a probability"):
-        TumorSynthCallback(p=2)
-    with pytest.raises(TypeError, match="unknown keyword argument sise_mm"):
+    for p in (2, True):
+        with pytest.raises(ValueError, match="p must be a probability .* pass p=1"):
+            TumorSynthCallback(p=p)
+    with pytest.raises(TypeError, match="unknown keyword argument sise_mm of TumorSynthCallback: "):
         TumorSynthCallback(sise_mm=3)
     assert repr(TumorSynthCallback(p=0.5, **SETTINGS)) == (
         "TumorSynthCallback(p=0.5, generator='hu2023', count=1, size_mm=(8, 10))"

@@ -332,9 +332,15 @@ def test_the_bundle_runs(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"prob": 1.5}, ValueError, "prob must be a probability"),
-        ({"p": 0.5}, TypeError, "unknown keyword argument p;"),
-        ({"sise_mm": 3}, TypeError, "unknown keyword argument sise_mm"),
+        ({"prob": 1.5}, ValueError, "prob must be a probability .* pass prob=1"),
+        ({"prob": True}, ValueError, "prob must be a probability"),
+        ({"count": True}, ValueError, "count must be a whole number"),
+        (
+            {"p": 0.5},
+            TypeError,
+            "unknown keyword argument p of RandSynthesizeTumord: did you mean prob",
+        ),
+        ({"sise_mm": 3}, TypeError, "unknown keyword argument sise_mm of .* did you mean size_mm"),
         ({"keys": ["image", "label"]}, ValueError, "label_key"),
         ({"tumor_label": 1}, ValueError, "tumor_label must differ"),
         ({"organ_key": "organ", "tumor_label": 1.5}, ValueError, "whole number"),
@@ -369,6 +375,31 @@ def test_flips_after_the_synthesis_still_invert():
 def test_samples_that_cannot_work_are_refused_with_the_fix(change, error, message):
     with pytest.raises(error, match=message):
         transform()(change(sample("tensor")))
+
+
+def test_image_and_label_on_different_grids_are_refused_by_their_keys():
+    data = sample("meta", LPS, shape=(40, 40, 24))
+    elsewhere = MetaTensor(data["label"].as_tensor(), affine=np.diag([0.8, 0.8, 2.5, 1.0]))
+    named = {"ct": data["image"], "seg": data["label"], "organs": data["label"]}
+    synthesis = RandSynthesizeTumord("ct", "seg", organ_key="organs", **SETTINGS)
+    with pytest.raises(ValueError, match="'ct' and 'seg' must share one grid.*give both one"):
+        synthesis({**named, "seg": elsewhere})
+    with pytest.raises(ValueError, match="'ct' and 'organs' must share one grid"):
+        synthesis({**named, "organs": elsewhere})
+    with pytest.raises(ValueError, match="'img' and 'label' must share one grid"):
+        RandSynthesizeTumor(**SETTINGS)(data["image"], elsewhere)
+    with pytest.raises(ValueError, match="'image' and 'label' must share one grid"):
+        ts.SynthesizeTumor(**SETTINGS)(data["image"], elsewhere)
+    # the fixes that the message and the docs name
+    assert tumor(transform(spacing=(0.8, 0.8, 2.5))({**data, "label": elsewhere})).any()
+    elsewhere.affine = data["image"].affine
+    assert tumor(transform()({**data, "label": elsewhere})).any()
+
+
+def test_affines_that_files_rounded_are_one_grid():
+    data = sample("meta", LPS, shape=(40, 40, 24))
+    data["label"].affine = LPS.astype(np.float32) * (1 + 1e-6)
+    assert tumor(transform().set_random_state(0)(data)).any()
 
 
 def test_an_image_without_geometry_lies_on_the_labels_grid():

@@ -267,12 +267,43 @@ def test_names_the_subject_lacks(kwargs, message):
 def test_images_of_different_geometry():
     given = subject()
     given.add_image(tio.LabelMap(tensor=given["label"].data, affine=OBLIQUE), "label")
-    with pytest.raises(ValueError, match="must share one grid"):
+    with pytest.raises(ValueError, match="'image' and 'label' must share one grid.*ToReference"):
         transform()(given)
 
 
+def test_one_image_is_no_subject():
+    given = subject()
+    for alone in (given["image"], given["image"].data, given["image"].data.numpy()):
+        for synthesis in (transform(), tio.Compose([transform()])):
+            with pytest.raises(TypeError, match="got one image alone; pass a subject: tio.Subject"):
+                synthesis(alone)
+
+
+@pytest.mark.parametrize(
+    ("params", "found"),
+    [("a.json", "'a.json'"), (None, "None"), ([], "a list of 0"), ([{}, {}], "a list of 2")],
+)
+def test_params_of_a_wrong_type_are_named(params, found):
+    with pytest.raises(ValueError, match=f"the record of one sample, .*, got {found}; pass"):
+        SynthesizeTumor(params=params)
+
+
+def test_the_cores_params_are_taken_as_they_are():
+    given = subject()
+    synth = ts.SynthesizeTumor(**SETTINGS)
+    image, label = synth(given["image"].data, given["label"].data, affine=np.eye(4), seed=3)
+    for params in (synth.params, synth.params[0]):
+        out = SynthesizeTumor(params=params, generator="hu2023")(given)
+        assert torch.equal(out["image"].data, image) and torch.equal(out["label"].data, label)
+
+
 def test_bad_arguments():
-    with pytest.raises(TypeError, match="sise_mm"):
-        RandomSynthesizeTumor(generator="hu2023", sise_mm=3)
+    for kind in (RandomSynthesizeTumor, lambda **kwargs: SynthesizeTumor(params={}, **kwargs)):
+        with pytest.raises(TypeError, match="argument sise_mm of .*SynthesizeTumor: .*size_mm"):
+            kind(generator="hu2023", sise_mm=3)
+    with pytest.raises(TypeError, match="argument exclud of RandomSynthesizeTumor: .*exclude"):
+        transform(exclud=["label"])
+    with pytest.raises(ValueError, match="count must be"):
+        transform(count=True)
     with pytest.raises(ValueError, match="size_mm"):
         transform(size_mm=(5, 2))

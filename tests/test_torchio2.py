@@ -154,6 +154,12 @@ class Listed(torch.utils.data.Dataset):
 def test_errors_and_repr():
     with pytest.raises(ValueError, match="needs the image seg, but the subject has image, label"):
         transform(label="seg")(subject())
+    with pytest.raises(TypeError, match="got one image alone; pass a subject: tio.Subject"):
+        transform()(subject()["image"].data)
+    with pytest.raises(TypeError, match="argument sise_mm of RandomSynthesizeTumor: .*size_mm"):
+        transform(sise_mm=3)
+    with pytest.raises(ValueError, match="the record of one sample, .*, got 'a.json'; pass"):
+        SynthesizeTumor(params="a.json")
     given = subject()
     moved = tio.LabelMap(given["label"].data, affine=OBLIQUE)
     with pytest.raises(ValueError, match="must share one grid"):

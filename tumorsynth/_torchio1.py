@@ -10,15 +10,18 @@ from torchio import Subject
 from torchio.transforms import Transform
 from torchio.transforms.augmentation import RandomTransform
 
+from tumorsynth._arguments import check_keywords
 from tumorsynth._torchio_shared import (
     DRAWN,
-    check_grid,
+    RESAMPLE,
     check_names,
+    check_record,
     nameable,
     random_repr,
     spared,
 )
 from tumorsynth.adapter import SETTINGS, Adapter
+from tumorsynth.inputs import check_grid
 
 # TorchIO's own arguments, which a transform and what it leaves in the history have in common
 _BASE = ("copy", "include", "exclude", "keep", "parse_input", "label_keys")
@@ -35,6 +38,7 @@ class _Synthesis(Transform):
         healthy_only: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_keywords(self, kwargs, SETTINGS)
         self.settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         super().__init__(**kwargs)
         self.adapter = Adapter(organ is not None, healthy_only, **self.settings)
@@ -56,7 +60,7 @@ class _Synthesis(Transform):
         if spared(names[:2], self.include, self.exclude):
             return False
         image, label, *organ = (images[name] for name in names)
-        check_grid(names, [part.affine for part in (image, label, *organ)])
+        check_grid(names, [part.affine for part in (image, label, *organ)], RESAMPLE)
         new_image, new_label = self.adapter(
             image.data, label.data, *(part.data for part in organ), affine=image.affine, **call
         )
@@ -114,7 +118,7 @@ class SynthesizeTumor(_Synthesis):
 
     def __init__(self, params: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.params = copy.deepcopy(params)
+        self.params = copy.deepcopy(check_record(params))
         self.args_names = ["params", "image", "label", "organ", *self.settings]
         for name, value in self.settings.items():  # TorchIO looks the arguments up by name
             setattr(self, name, value)

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torchio import SubjectsBatch, Transform
 
+from tumorsynth._arguments import check_keywords
 from tumorsynth._torchio_shared import (
     DRAWN,
-    check_grid,
+    RESAMPLE,
     check_names,
+    check_record,
     nameable,
     random_repr,
     spared,
 )
 from tumorsynth.adapter import SETTINGS, Adapter
+from tumorsynth.inputs import check_grid
 
 
 class _Synthesis(Transform):
@@ -35,6 +38,7 @@ class _Synthesis(Transform):
         healthy_only: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_keywords(self, kwargs, SETTINGS)
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         super().__init__(**kwargs)
         self.adapter = Adapter(organ is not None, healthy_only, **settings)
@@ -64,7 +68,7 @@ class _Synthesis(Transform):
         names = self._names()
         parts = [batch.images[name] for name in names]
         affines = [torch.stack([affine.data.cpu() for affine in part.affines]) for part in parts]
-        check_grid(names, [affine.numpy() for affine in affines])
+        check_grid(names, affines, RESAMPLE)
         image, label = parts[:2]
         organ = parts[2].data if self.organ is not None else None
         image.data, label.data = self.adapter(
@@ -127,7 +131,9 @@ class SynthesizeTumor(_Synthesis):
 
     def __init__(self, params: dict[str, Any] | Sequence[dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.params = copy.deepcopy(params)
+        batch = isinstance(params, list | tuple) and len(params) > 1
+        records = [check_record(one) for one in (params if batch else [params])]
+        self.params = copy.deepcopy(records if batch else records[0])
 
     def __repr__(self) -> str:
         given = self.adapter.described()

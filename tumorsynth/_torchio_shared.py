@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from tumorsynth.adapter import Adapter
 from tumorsynth.handcrafted import HandcraftedGenerator
+from tumorsynth.inputs import is_record
 
-AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
+RESAMPLE = "put tio.ToReferenceSpace or tio.Resample in front"
+# the name that TorchIO gives to a tensor, an array or an image which is no subject
+_UNNAMED = ("default_image_name", "tio_default_image")
+
 # what they led to is in params
 DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu", "mass_effect", "shapes")
 
@@ -32,11 +34,29 @@ def check_names(transform: str, names: Sequence[str], there: Iterable[str]) -> N
         raise ValueError(f"image, label and organ must be different names, got {list(names)}")
     there = list(there)
     missing = [name for name in names if name not in there]
+    if missing and set(there) <= set(_UNNAMED):
+        raise TypeError(
+            f"{transform} needs an image and its label, but got one image alone; pass a subject: "
+            "tio.Subject(image=tio.ScalarImage(...), label=tio.LabelMap(...))"
+        )
     if missing:
         raise ValueError(
             f"{transform} needs the image {', '.join(missing)}, but the subject has "
             f"{', '.join(there)}; pass image=..., label=... with the names it has"
         )
+
+
+def check_record(params: Any) -> dict[str, Any]:
+    """One record of ``SynthesizeTumor.params``, also in the list in which the core has it."""
+    record = params[0] if isinstance(params, list | tuple) and len(params) == 1 else params
+    if not is_record(record):
+        several = isinstance(params, list | tuple)
+        found = f"a list of {len(params)}" if several else f"{params!r:.60}"
+        raise ValueError(
+            "params must be the record of one sample, a dict with applied and tumors, got "
+            f"{found}; pass synth.params[0] of an earlier call, or what the history holds"
+        )
+    return record
 
 
 def spared(names: Iterable[str], include: Any, exclude: Any) -> bool:
@@ -45,15 +65,6 @@ def spared(names: Iterable[str], include: Any, exclude: Any) -> bool:
         (exclude is not None and name in exclude) or (include is not None and name not in include)
         for name in names
     )
-
-
-def check_grid(names: Sequence[str], affines: Sequence[np.ndarray]) -> None:
-    """The images of a subject have one affine."""
-    if any(np.abs(other - affines[0]).max() > AFFINE_TOLERANCE for other in affines[1:]):
-        raise ValueError(
-            f"the images {', '.join(names)} must share one grid, but their affines "
-            "differ; put tio.Resample or tio.ToReferenceSpace in front"
-        )
 
 
 def random_repr(transform: Any, p: float) -> str:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth._arguments import is_bool
+
 MAX_LEVEL = 1.2  # a tumour cut by the organ's surface grows elsewhere by this factor at most
 RINGS = 16  # of an outline's directions from pole to pole, twice as many around
 WAVES = 16  # terms of the random surface function
@@ -63,7 +65,7 @@ class TumorParams:
             several = isinstance(value, list | tuple)
             parts: list[Any] = [*value] if isinstance(value, list | tuple) else [value]
             kind: Any = int if isinstance(low, int) else Real
-            fine = all(isinstance(v, kind) and low <= v <= high for v in parts)
+            fine = all(isinstance(v, kind) and not is_bool(v) and low <= v <= high for v in parts)
             if not fine or len(parts) != number or several != (number > 1):
                 raise ValueError(
                     f"a tumour's {name} must be {number} number(s) from {low:g} to {high:g}, "

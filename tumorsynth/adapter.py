@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tumorsynth import masks
-from tumorsynth.inputs import check_input, check_tumor_label, plain
+from tumorsynth._arguments import check_keywords
+from tumorsynth.inputs import check_grid, check_input, check_tumor_label, plain
 from tumorsynth.synthesizer import SynthesizeTumor
 
 # The core's keyword arguments with their defaults, but for p: a framework has its own word for it.
@@ -43,12 +44,7 @@ class Adapter:
     def __init__(
         self, separate_organ: bool = False, healthy_only: bool = False, **settings: Any
     ) -> None:
-        unknown = sorted(settings.keys() - SETTINGS.keys())
-        if unknown:
-            raise TypeError(
-                f"unknown keyword argument {', '.join(unknown)}; "
-                f"the synthesis takes {', '.join(SETTINGS)}"
-            )
+        check_keywords(self, settings, SETTINGS)
         self.given = {**settings, **({"healthy_only": True} if healthy_only else {})}
         self.separate_organ = separate_organ
         self.healthy_only = bool(healthy_only)
@@ -88,18 +84,22 @@ class Adapter:
         label: Tensor,
         organ: Tensor | None = None,
         leave: Sequence[bool] | None = None,
+        names: Sequence[Any] = ("image", "label", "organ"),
         **call: Any,
     ) -> tuple[Tensor, Tensor]:
         """A new (image, label), of the types, dtypes and metadata of the old.
 
         image, label, organ: (B, 1, X, Y, Z) or (1, X, Y, Z). leave: for each sample, whether the
-        framework wants it left alone. call: what the core's forward takes (spacing, affine, seed,
-        params). Errors are the core's; RuntimeError on CUDA in a forked worker process.
+        framework wants it left alone. names: what the user calls the three. call: what the core's
+        forward takes (spacing, affine, seed, params). Errors are the core's; RuntimeError on CUDA
+        in a forked worker process.
         """
         if organ is None and self.separate_organ:
             raise ValueError(
                 "organ must be given: this synthesis was made for a separate organ map"
             )
+        if call.get("spacing") is None:  # else the affines do not matter
+            check_grid(names, [getattr(x, "affine", None) for x in (image, label, organ)])
         work_image = image.float() if _holds_integers(image) else image
         if organ is not None or self.healthy_only or _is_wide(label):
             check_input(work_image, label, self.tumor_label)

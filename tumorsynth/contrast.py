@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth._arguments import any_bool
+
 NEAR_MM, FAR_MM = 2, 6  # where the tissue around a tumour is measured
 ENOUGH = 50  # voxels of it
 ALIKE_HU = 50.0  # noise and all, of tissue that is like other tissue
@@ -54,11 +56,13 @@ def check_contrast(contrast_hu: float | Sequence[float] | None) -> tuple[float, 
     if contrast_hu is None:
         return None
     try:
+        if isinstance(contrast_hu, str):
+            raise TypeError("letters")
         values = [float(contrast_hu)] * 2 if isinstance(contrast_hu, Real) else list(contrast_hu)  # type: ignore[arg-type]
         low, high = sorted(float(v) for v in values)
     except (TypeError, ValueError):
         low = high = math.nan
-    if not (-1500 <= low <= 1500 and -1500 <= high <= 1500) or isinstance(contrast_hu, str | bool):
+    if not (-1500 <= low <= 1500 and -1500 <= high <= 1500) or any_bool(contrast_hu):
         raise ValueError(
             "contrast_hu must be HU above (or, negative, below) the tissue around the tumour, a "
             f"number or (low, high) from -1500 to 1500, got {contrast_hu!r}; pass for example "

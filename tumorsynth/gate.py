@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from tumorsynth._arguments import any_bool, is_bool
 from tumorsynth.masks import flatness
 
 Scorer = Callable[[Tensor, Tensor, tuple[float, float, float]], float]
@@ -55,7 +56,7 @@ class Gate:
     least: float = 0.5
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.tries, int) and not isinstance(self.tries, bool)
+        whole = isinstance(self.tries, int) and not is_bool(self.tries)
         if not whole or not 1 <= self.tries <= 100:
             raise ValueError(f"tries must be a whole number from 1 to 100, got {self.tries!r}")
         for name in LIMITS:
@@ -66,7 +67,7 @@ class Gate:
                 low, high = (float(v) for v in pair)
             except (TypeError, ValueError):
                 low = high = math.nan
-            if not low <= high:
+            if any_bool(pair) or not low <= high:
                 raise ValueError(f"{name} must be (low, high) or None, got {pair!r}")
             object.__setattr__(self, name, (low, high))
         if self.scorer is not None and not callable(self.scorer):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tumorsynth._arguments import any_bool
 from tumorsynth._config_check import check_bounds, check_fit, finite, whole
 from tumorsynth.contrast import (
     ContrastConfig,
@@ -409,7 +410,7 @@ def per_sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
             seeds = [index(seed) + i for i in range(batch)]  # type: ignore[arg-type]
         except TypeError:
             seeds = []
-    if len(seeds) != batch or any(s < 0 or s >= 2**63 for s in seeds):
+    if any_bool(seed) or len(seeds) != batch or any(s < 0 or s >= 2**63 for s in seeds):
         raise ValueError(
             f"seed must be one non-negative int below 2**63, or one for each of the {batch} "
             f"samples, got {seed!r}; pass seed=0, or a list of {batch} ints"

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tumorsynth._arguments import any_bool
+
 Ints3 = tuple[int, int, int]
 Floats3 = tuple[float, float, float]
 
@@ -49,6 +51,7 @@ def frame_from_spacing(spacing: Sequence[float] | float) -> Frame:
     """A frame from mm per voxel alone; one number stands for all three axes."""
     try:
         values = [float(v) for v in np.atleast_1d(np.asarray(spacing, dtype=float))]
+        values = [] if any_bool(spacing) else values
     except (TypeError, ValueError, OverflowError):
         values = []
     if len(values) == 1:

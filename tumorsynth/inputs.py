@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tumorsynth._arguments import any_bool, is_bool
 from tumorsynth._room import holds
 from tumorsynth._tumor_shape import TumorParams
 from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
 from tumorsynth.masks import MAX_COUNT
 
+AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that torch computes in
 
 
@@ -25,7 +28,7 @@ def plain(x: Tensor) -> Tensor:
 def check_tumor_label(tumor_label: int, organ_labels: tuple[int, ...]) -> int:
     """A whole number that is none of the organ's."""
     try:
-        whole = not isinstance(tumor_label, bool) and int(tumor_label) == tumor_label
+        whole = not is_bool(tumor_label) and int(tumor_label) == tumor_label
     except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole or not -(2**63) <= tumor_label < 2**63:
@@ -44,9 +47,8 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
     """Image and label that :class:`tumorsynth.SynthesizeTumor` can work on."""
     for name, value in (("image", image), ("label", label)):
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a torch tensor, got {type(value).__name__}; use torch.as_tensor"
-            )
+            fix = _to_tensor(name, value)
+            raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}; {fix}")
         if value.is_nested or value.layout != torch.strided or value.is_quantized:
             raise TypeError(
                 f"{name} must be a plain dense tensor, got a nested, sparse or quantised one; "
@@ -55,7 +57,7 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
     if image.ndim not in (4, 5) or image.shape[-4] != 1 or 0 in image.shape:
         raise ValueError(
             "image must be (B, 1, X, Y, Z) or (1, X, Y, Z) with at least one voxel, got "
-            f"{tuple(image.shape)}; add or select the channel with image[None]"
+            f"{tuple(image.shape)}; {_to_shape(tuple(image.shape))}"
         )
     if label.shape != image.shape:
         fix = "resample it onto the image's grid"
@@ -90,6 +92,62 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         )
 
 
+def _to_tensor(name: str, value: object) -> str:
+    """What to do about an image or a label that is no tensor."""
+    if isinstance(value, str | os.PathLike):
+        return f"load the file first, with nibabel or the framework's reader, and pass its {name}"
+    if isinstance(value, np.ndarray):
+        return f"convert it with torch.as_tensor({name})"
+    if isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
+        return f"make a batch of it with torch.stack({name}), or pass one at a time"
+    if isinstance(value, list | tuple):
+        return f"convert it with torch.as_tensor(np.asarray({name}))"
+    if isinstance(value, Mapping):
+        return f"pass its entry of the {name}"
+    return "pass a tensor of its voxels"
+
+
+def _to_shape(shape: tuple[int, ...]) -> str:
+    """What to do about an image of another shape."""
+    if 0 in shape:
+        return "an axis has no voxel: look at the crop in front"
+    if len(shape) < 3 or (len(shape) in (3, 4) and shape[-3] == 1):
+        return "a tumour is three-dimensional: pass the volume that the slice is of"
+    if len(shape) == 3:
+        return "add the channel with image[None]"
+    if len(shape) == 4:
+        return (
+            f"if these are {shape[0]} scans, add the channel with image[:, None]; if they are "
+            "channels of one, pass the CT's alone, image[:1]"
+        )
+    if len(shape) == 5:
+        return "pass the CT's channel alone, image[:, :1]"
+    return "reshape it"
+
+
+def check_grid(
+    names: Sequence[Any],
+    affines: Sequence[Any],
+    fix: str = "resample one onto the other, or, where voxel lies on voxel, give both one affine",
+) -> None:
+    """Image, label and organ map must have one affine, those that have any.
+
+    names: what the user calls them. affines: 4x4, or (B, 4, 4) for a batch, or None.
+    """
+    given = zip(names, affines, strict=False)
+    had = [(name, np.asarray(a, dtype=float)) for name, a in given if a is not None]
+    for name, affine in had[1:]:
+        first, one = had[0]
+        if one.ndim == affine.ndim and len(one) != len(affine):
+            continue  # batches of different sizes, which are refused as such
+        apart = float(np.abs(affine - one).max())
+        if apart > AFFINE_TOLERANCE:
+            raise ValueError(
+                f"{first!r} and {name!r} must share one grid, but their affines differ by up to "
+                f"{apart:.3g} mm; {fix}"
+            )
+
+
 def check_hu(hu: Tensor) -> None:
     """No 3 cm of a patient has all its HU within 3 of water: such an image was scaled already."""
     highest = float(hu.nan_to_num(nan=0.0).abs().max())
@@ -101,17 +159,20 @@ def check_hu(hu: Tensor) -> None:
         )
 
 
+def is_record(record: Any) -> bool:
+    """Whether this is one sample's record of ``SynthesizeTumor.params``."""
+    return isinstance(record, dict) and {"applied", "tumors"} <= record.keys()
+
+
 def check_params(params: Any, batch: int) -> None:
     """``SynthesizeTumor.params`` of an earlier call, one record per sample."""
-    needed = {"applied", "tumors"}
-    if (
-        not isinstance(params, Sequence)
-        or len(params) != batch
-        or not all(isinstance(record, dict) and needed <= record.keys() for record in params)
-    ):
+    several = isinstance(params, Sequence) and not isinstance(params, str)
+    wrong = [record for record in params if not is_record(record)] if several else []
+    if not several or len(params) != batch or wrong:
+        found = type(params).__name__ if not several else f"{len(params)}"
+        found = f"{wrong[0]!r:.60} among them" if wrong else found
         raise ValueError(
-            f"params must hold one record for each of the {batch} samples, got "
-            f"{type(params).__name__} of {len(params) if isinstance(params, Sequence) else 1}; "
+            f"params must hold one record for each of the {batch} samples, got {found}; "
             "pass synth.params of an earlier call with the same batch"
         )
     for record in params:
@@ -156,6 +217,8 @@ def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
     try:
         if value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value):
             raise TypeError("complex numbers")
+        if any_bool(value):
+            raise TypeError("True and False")
         tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
         tensor = plain(tensor)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from tumorsynth._arguments import is_bool
+
 # the window of the published generators and of those for abdominal organs (paper E.2), mapped to
 # [0, 1]; a generator's own is ``generator.window``
 HU_LOW, HU_HIGH = -175.0, 250.0
@@ -100,7 +102,9 @@ class ZScore:
         ends = [end for end in (self.low, self.high) if end is not None]
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
-        if not all(isinstance(end, Real) for end in ends) or not low < high:  # NaN included
+        if (
+            not all(isinstance(end, Real) and not is_bool(end) for end in ends) or not low < high
+        ):  # NaN included
             raise ValueError(
                 f"ZScore needs low < high in HU, got low={self.low}, high={self.high}; "
                 "pass the values the image was clipped to, or None where it was not"
@@ -125,7 +129,7 @@ class ZScore:
 def _numbers(*values: Any) -> bool:
     """Numbers of a size that a HU or an image's value can have."""
     real: Any = Real
-    return all(isinstance(v, real) and -1e9 <= v <= 1e9 for v in values)
+    return all(isinstance(v, real) and not is_bool(v) and -1e9 <= v <= 1e9 for v in values)
 
 
 def _check_unit(kind: str, hu_per_unit: float) -> None:

@@ -25,7 +25,8 @@ except ImportError:
             'tumorsynth.lightning needs Lightning: pip install "tumorsynth[lightning]"'
         ) from error
 
-from tumorsynth.adapter import Adapter
+from tumorsynth._arguments import check_keywords, check_probability
+from tumorsynth.adapter import SETTINGS, Adapter
 
 __all__ = ["TumorSynthCallback"]
 
@@ -65,10 +66,9 @@ class TumorSynthCallback(Callback):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
-            raise ValueError(f"p must be a probability between 0 and 1, got {p!r}")
+        check_keywords(self, settings, SETTINGS)
         self.adapter = Adapter(organ is not None, **settings)
-        self.adapter.synth.p = float(p)
+        self.adapter.synth.p = check_probability("p", p)
         self.image, self.label, self.organ = image, label, organ
         self.spacing = spacing
         self.seed = seed
@@ -94,12 +94,17 @@ class TumorSynthCallback(Callback):
     ) -> None:
         image_at, label_at = self._where(batch)
         image, label = batch[image_at], batch[label_at]
-        organ = None if self.organ is None else self._entry(batch, self.organ)
+        organ = None if self.organ is None else self._entry(batch, self.organ, "organ")
         seeds = _seeds(
             [self.seed or 0, trainer.current_epoch, batch_idx, trainer.global_rank], len(image)
         )
         batch[image_at], batch[label_at] = self.adapter(
-            image, label, organ, spacing=self._spacing_of(batch), seed=seeds
+            image,
+            label,
+            organ,
+            names=(image_at, label_at, self.organ),
+            spacing=self._spacing_of(batch),
+            seed=seeds,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,24 +128,24 @@ class TumorSynthCallback(Callback):
             )
         image = default[0] if self.image is None else self.image
         label = default[1] if self.label is None else self.label
-        self._entry(batch, image), self._entry(batch, label)
+        self._entry(batch, image, "image"), self._entry(batch, label, "label")
         return image, label
 
-    def _entry(self, batch: Any, where: Any) -> Any:
+    def _entry(self, batch: Any, where: Any, argument: str) -> Any:
         try:
             return batch[where]
         except (KeyError, IndexError, TypeError) as error:
             there = list(batch) if isinstance(batch, MutableMapping) else f"{len(batch)} entries"
             raise ValueError(
-                f"the batch has no {where!r}, it has {there}; say image=..., label=... of "
-                "TumorSynthCallback"
+                f"the batch has no {where!r}, it has {there}; say where it is with {argument}=... "
+                "of TumorSynthCallback"
             ) from error
 
     def _spacing_of(self, batch: Any) -> Any:
         by_place = isinstance(self.spacing, str) or (
             isinstance(self.spacing, int) and isinstance(batch, MutableSequence)
         )
-        return self._entry(batch, self.spacing) if by_place else self.spacing
+        return self._entry(batch, self.spacing, "spacing") if by_place else self.spacing
 
 
 def _seeds(parts: Sequence[int], batch: int) -> list[int]:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth._arguments import any_bool, is_bool
 from tumorsynth._room import Field, is_organ, largest_part, lowest_connected
 from tumorsynth._room import dilate as dilate
 from tumorsynth._tumor_shape import BALL, BALL_LEVEL, MAX_LEVEL, RIM, SPHERE, Shape
@@ -42,6 +44,10 @@ MAX_COUNT = 100
 SIZES_MM = (0.1, 200.0)
 MAX_SIGMA_MM = 20.0
 MAX_GAP_MM = 100.0
+ADVICE = {
+    "size_mm": 'pass for example size_mm=(5, 20), in mm, or a named prior: size_mm="liver"',
+    "sigma_mm": "pass for example sigma_mm=(0.5, 1.5), in mm, or None",
+}
 
 
 @dataclass(frozen=True)
@@ -389,7 +395,7 @@ def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
         given = [labels]
     try:
         if not isinstance(labels, str) and all(
-            int(v) == v and -(2**63) <= int(v) < 2**63 for v in given
+            not is_bool(v) and int(v) == v and -(2**63) <= int(v) < 2**63 for v in given
         ):
             found = tuple(int(v) for v in given)
     except (TypeError, ValueError, OverflowError):
@@ -421,10 +427,10 @@ def check_range(
         pair = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * 2
     except (TypeError, ValueError, OverflowError):
         pair = []
-    if len(pair) != 2 or not least <= pair[0] <= pair[1] <= most:  # NaN included
+    if len(pair) != 2 or any_bool(value) or not least <= pair[0] <= pair[1] <= most:  # NaN included
         raise ValueError(
             f"{name} must be a number or (lo, hi) with {least:g} <= lo <= hi <= {most:g}, "
-            f"got {value!r}"
+            f"got {value!r}; {ADVICE.get(name, f'pass {name}=1')}"
         )
     return pair[0], pair[1]
 
@@ -452,13 +458,14 @@ def _count(count: int | Sequence[int] | None, prior: SizePrior, rng: torch.Gener
     if count is None:
         return prior.draw_count(rng)
     pair = tuple(count) if isinstance(count, Sequence) else (count, count)
-    whole = len(pair) == 2 and all(isinstance(c, int) for c in pair)
+    whole = len(pair) == 2 and all(isinstance(c, Integral) and not is_bool(c) for c in pair)
     if not whole or not 0 <= pair[0] <= pair[1] <= MAX_COUNT:
         raise ValueError(
             f"count must be a whole number or (lo, hi) with 0 <= lo <= hi <= {MAX_COUNT}, "
-            f"got {count!r}"
+            f"got {count!r}; pass count=1, count=(1, 3), or None for as many as the prior's cases "
+            "have"
         )
-    return int(torch.randint(pair[0], pair[1] + 1, (), generator=rng))
+    return int(torch.randint(int(pair[0]), int(pair[1]) + 1, (), generator=rng))
 
 
 def check_size(size_mm: float | Sequence[float] | str | SizePrior) -> None:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth._arguments import is_bool
 from tumorsynth._room import is_organ
 from tumorsynth._tumor_shape import Shape, TumorParams, fibonacci
 from tumorsynth.intensity import Intensity
@@ -57,7 +58,7 @@ class MassEffect:
     def __post_init__(self) -> None:
         if self.share != "auto" and not (
             isinstance(self.share, Real)
-            and not isinstance(self.share, bool)
+            and not is_bool(self.share)
             and 0 <= self.share <= MAX_SHARE
         ):
             raise ValueError(

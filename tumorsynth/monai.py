@@ -33,7 +33,8 @@ try:
 except ImportError as error:
     raise ImportError('tumorsynth.monai needs MONAI: pip install "tumorsynth[monai]"') from error
 
-from tumorsynth.adapter import Adapter
+from tumorsynth._arguments import check_keywords, check_probability
+from tumorsynth.adapter import SETTINGS, Adapter
 
 __all__ = [
     "BatchSynthesizeTumorD",
@@ -77,9 +78,8 @@ class RandSynthesizeTumor(RandomizableTransform):
         separate_organ: bool = False,
         **settings: Any,
     ) -> None:
-        if not isinstance(prob, int | float) or not 0 <= prob <= 1:
-            raise ValueError(f"prob must be a probability between 0 and 1, got {prob!r}")
-        RandomizableTransform.__init__(self, prob)
+        RandomizableTransform.__init__(self, check_probability("prob", prob))
+        check_keywords(self, settings, SETTINGS)
         self.adapter = Adapter(separate_organ, **settings)
         self.spacing = spacing
         self._seed = 0
@@ -129,7 +129,7 @@ class RandSynthesizeTumor(RandomizableTransform):
         self.randomize()
         if not self._do_transform:
             return img, label
-        return self._apply(img, label, organ, self._seed)
+        return self._apply(img, label, organ, self._seed, names=("img", "label", "organ"))
 
     def __repr__(self) -> str:
         return _called(self, f"prob={self.prob:g}", self.adapter.described())
@@ -141,6 +141,7 @@ class RandSynthesizeTumor(RandomizableTransform):
         organ: Any,
         seed: int | list[int],
         leave: Sequence[bool] | None = None,
+        names: Sequence[Hashable] = (),
     ) -> tuple[Any, Any]:
         image, old_label = _tensor(img), _tensor(label)
         # an image without geometry of its own lies on the label's grid, as it must
@@ -151,6 +152,7 @@ class RandSynthesizeTumor(RandomizableTransform):
             old_label,
             _tensor(organ),
             leave,
+            names,
             spacing=self.spacing,
             affine=affine,
             seed=seed,
@@ -230,7 +232,7 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         if not missing:
             image, label, *organ = (out[key] for key in wanted)
             leave = None if self.when is None else self._leave(out, image)
-            made = self._apply(image, label, organ[0] if organ else None, seed, leave)
+            made = self._apply(image, label, organ[0] if organ else None, seed, leave, wanted)
             out[self.keys[0]], out[self.label_key] = made
 
     def _leave(self, data: Mapping[Hashable, Any], image: Any) -> list[bool]:

@@ -35,6 +35,7 @@ except ImportError as error:
         "tumorsynth.nnunet needs nnU-Net v2, 2.5 or later: pip install nnunetv2"
     ) from error
 
+from tumorsynth._arguments import check_probability
 from tumorsynth.adapter import SETTINGS, Adapter
 from tumorsynth.intensity import HU, Intensity, ZScore
 
@@ -233,14 +234,11 @@ def read_settings(dataset_json: dict[str, Any], ignore_label: int | None = None)
             f"organ_labels must hold a label beside the tumour's ({tumor_label}) and none that is "
             f"ignored ({ignore_label}), got {organ!r}; the dataset has {labels}"
         )
-    p = settings.get("p", 0.5)
-    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
-        raise ValueError(f"p must be a probability between 0 and 1, got {p!r}")
     return {
         **settings,
         "organ_labels": organ_labels,
         "tumor_label": tumor_label,
-        "p": float(p),
+        "p": check_probability("p", settings.get("p", 0.5)),
         "trainer": _trainer_attributes(settings.get("trainer", {})),
     }
 

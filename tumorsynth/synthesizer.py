@@ -6,13 +6,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tumorsynth import masks
+from tumorsynth._arguments import check_probability
 from tumorsynth._finishing import Finishing
 from tumorsynth._jobs import Job, left_alone
 from tumorsynth._painting import GPU_BATCH
@@ -25,7 +25,14 @@ from tumorsynth.gate import Gate, check_gate
 from tumorsynth.generator import Generator, per_sample_seeds
 from tumorsynth.geometry import Frame
 from tumorsynth.handcrafted import HandcraftedGenerator
-from tumorsynth.inputs import check_input, check_params, check_tumor_label, frames_of, plain
+from tumorsynth.inputs import (
+    check_grid,
+    check_input,
+    check_params,
+    check_tumor_label,
+    frames_of,
+    plain,
+)
 from tumorsynth.intensity import HU, Intensity
 from tumorsynth.mask_shapes import read_shapes
 from tumorsynth.masks import LocalMask, Skip
@@ -96,9 +103,7 @@ class SynthesizeTumor(Placing, Finishing):
         self.handle = Handle(generator)
         self.organ_labels = masks.check_organ_labels(organ_labels)
         self.tumor_label = check_tumor_label(tumor_label, self.organ_labels)
-        if not isinstance(p, int | float | Real) or not 0 <= p <= 1:
-            raise ValueError(f"p must be a probability between 0 and 1, got {p!r}")
-        self.p = float(p)
+        self.p = check_probability("p", p)
         masks.check_count(count)
         masks.check_size(size_mm)
         self.count, self.size_mm = count, size_mm
@@ -176,6 +181,8 @@ class SynthesizeTumor(Placing, Finishing):
         with one transform, whose ``report`` is of the call that ended last."""
         check_input(image, label, self.tumor_label)
         batched = image.ndim == 5
+        if spacing is None and affine is None:
+            check_grid(("image", "label"), [getattr(x, "affine", None) for x in (image, label)])
         frames = frames_of(image, spacing, affine)
         if params is not None:
             check_params(params, len(frames))
