@@ -192,9 +192,10 @@ def test_the_same_patient_in_another_orientation(tmp_path, axes):
     assert (new == 2).any()
 
 
-def test_no_organ_is_no_error(pair, tmp_path, capsys):
+def test_a_scan_without_the_organ_is_written_as_it_was(pair, tmp_path, capsys):
+    """In a folder: of a single scan it is an error, see below."""
     out = tmp_path / "out"
-    assert synthesize(*pair, "-o", out, "--organ-label", 5) == 0
+    assert synthesize(pair[0].parent, "-o", out, "--organ-label", 5) == 1
     said = capsys.readouterr().out
     assert "case: 0 tumours; " in said
     for name, source in zip(("ct", "label"), pair, strict=True):
@@ -424,3 +425,66 @@ def test_a_missing_package_is_named_with_its_extra(module, extra, tmp_path):
     assert done.returncode != 0 and done.stderr.count("\n") == 1
     assert module in done.stderr and f"tumorsynth[{extra}]" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+# -- exit codes ------------------------------------------------------------------------------------
+
+
+def test_a_wrong_organ_label_is_an_error_and_writes_nothing(pair, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ("synthesize", *pair, "-o", out, "--generator", "hu2023", "--tumor-label", 20)
+    err = refused(capsys, *words, "--organ-label", 5, "--organ-label", 6)
+    assert (
+        "--organ-label 5 6 must be in the label map, but case_label.nii.gz holds 0, 1, 3, 7" in err
+    )
+    assert list(out.iterdir()) == []
+
+
+def test_no_tumour_anywhere_is_said_and_exits_with_one(tmp_path, capsys):
+    ct, label = scan()
+    for name, organ in (("a", 1), ("b", 5)):
+        write(tmp_path / "in", name, ct, np.where(label == 1, organ, 0).astype(np.uint8))
+    words = ("synthesize", tmp_path / "in", "--generator", "hu2023", "--tumor-label", 20)
+    assert run(*words, "-o", tmp_path / "both", "--count", 1) == 0  # b has none, and a has
+    said = capsys.readouterr()
+    assert "b: 0 tumours; no organ: no voxel has a label of (1,)" in said.out and not said.err
+    assert len(list((tmp_path / "both").iterdir())) == 8  # the scan without is written as it was
+    assert run(*words, "-o", tmp_path / "none", "--organ-label", 9) == 1
+    assert "no scan got a tumour; the reasons stand above" in capsys.readouterr().err
+    huge = ("--size-mm", 150, 200, "--count", 1)
+    assert run(*words, "-o", tmp_path / "huge", *huge) == 1
+    # chance is no failure
+    assert run(*words, "-o", tmp_path / "chance", "--p", 0) == 0
+    assert run(*words, "-o", tmp_path / "zero", "--count", 0) == 0
+
+
+def test_scans_with_nan(tmp_path, capsys):
+    ct, label = scan()
+    full = ct.astype(np.float32)
+    around, half, organ = full.copy(), full.copy(), full.copy()
+    around[:3] = np.nan  # outside of the body
+    half[: len(half) // 4] = np.nan
+    organ[label == 1] = np.inf
+    words = ("--generator", "hu2023", "--count", 1, "--tumor-label", 20)
+    codes, said = {}, {}
+    for name, image in (
+        ("around", around),
+        ("half", half),
+        ("organ", organ),
+        ("all", full * np.nan),
+    ):
+        pair = write(tmp_path / name, "x", image, label)
+        codes[name] = run("synthesize", *pair, "-o", tmp_path / f"{name}-out", *words)
+        said[name] = capsys.readouterr()
+    assert codes == {"around": 0, "half": 0, "organ": 1, "all": 2}
+    assert "x: 1 tumour" in said["around"].out and not said["around"].err
+    assert "x: 1 tumour" in said["half"].out
+    assert (
+        "of the organ's voxels in x_ct.nii.gz are NaN or infinite; no tumour goes"
+        in said["half"].err
+    )
+    assert "100% of the organ's voxels in the image are NaN or infinite" in said["organ"].out
+    assert "every voxel of x_ct.nii.gz is NaN or infinite; export it again" in said["all"].err
+    for name, image in (("around", around), ("half", half)):
+        new = np.asarray(nib.load(tmp_path / f"{name}-out" / "x_ct.nii.gz").dataobj)
+        assert (np.isfinite(new) == np.isfinite(image)).all()

@@ -228,6 +228,7 @@ def test_all_problems_of_all_files_are_said_at_once(cases, tmp_path):
         add("shape", hu, label[:-2]),
         add("moved", hu, label, moved),
         add("halves", hu, label * 0.5),
+        add("organs", (label - 1) * 3),
         add("four", np.stack([hu, hu], -1)),
         {"image": "broken.nii.gz"},
         {"image": "missing.nii.gz"},
@@ -236,13 +237,14 @@ def test_all_problems_of_all_files_are_said_at_once(cases, tmp_path):
     with pytest.raises(ValueError) as caught:
         reading.load_data(dataset)
     said = str(caught.value)
-    assert said.startswith("8 problems")
+    assert said.startswith("9 problems")
     for name, words in (
         ("scaled", "no HU but scaled"),
         ("offset", "1024 added"),
         ("shape", r"its image's shape (48, 48, 48), got (46, 48, 48)"),
         ("moved", "elsewhere in space"),
         ("halves", "integers from 0 to 255"),
+        ("organs", "whole numbers from 0 to 3 are a label map's and no HU"),
         ("four", "one 3-D volume"),
         ("broken", "cannot be read"),
         ("missing", "no such file"),
@@ -281,10 +283,17 @@ def test_all_problems_of_the_cases_are_said_at_once(cases, tmp_path):
 
 
 def test_a_dataset_that_is_none(tmp_path):
-    for text in ("{", "[]", '{"training": [{"label": "a"}]}', '{"training": [3]}'):
+    for text in (
+        *("{", "[]", "[" * 100_000, "{}", '{"training": {}}', '{"training": {"a": 1}}'),
+        *('{"training": [{"label": "a"}]}', '{"training": [3]}', '{"training": [{"image": 5}]}'),
+        '{"training": [{"image": "a", "label": ["b"]}]}',
+    ):
         (tmp_path / "dataset.json").write_text(text)
-        with pytest.raises(ValueError, match="must be like"):
+        with pytest.raises(ValueError) as caught:
             reading.load_data(tmp_path / "dataset.json")
+        said = str(caught.value)
+        assert "dataset.json" in said and "Error" not in said
+        assert 'write {"training": [{"image": ' in said or "lists no cases" in said
     (tmp_path / "dataset.json").write_text('{"training": []}')
     with pytest.raises(ValueError, match="lists no cases"):
         reading.load_data(tmp_path / "dataset.json")

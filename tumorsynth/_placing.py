@@ -14,6 +14,8 @@ from tumorsynth.contrast_priors import ContrastPrior
 from tumorsynth.geometry import Frame
 from tumorsynth.masks import LocalMask, Skip, TumorParams
 
+NOT_FINITE = "{:.0%} of the organ's voxels in the image are NaN or infinite; export the scan again"
+
 
 class Placing(Settings):
     """From a sample's seed, or its params, to the voxels of its tumours."""
@@ -57,9 +59,18 @@ class Placing(Settings):
             forbid=self._forbidden(image, label, frame),
             outlines=self.outlines,
         )
+        if results and all(isinstance(r, Skip) for r in results):
+            share = self._not_finite(image, label)
+            if share > 0.5:
+                results = [Skip(NOT_FINITE.format(share))] * len(results)
         results = [r if isinstance(r, Skip) else self._with_room(r) for r in results]
         record["tumors"] = [r.params.to_dict() for r in results if isinstance(r, LocalMask)]
         return record, results
+
+    def _not_finite(self, image: Tensor, label: Tensor) -> float:
+        """The share of the organ (X, Y, Z) in which the image is NaN or infinite."""
+        organ = masks.is_organ(label, self.organ_labels)
+        return float((organ & ~image.isfinite()).sum()) / max(1, int(organ.sum()))
 
     def _with_room(self, tumor: LocalMask) -> LocalMask:
         """The tumour, with how much tissue it pushes aside in its params."""

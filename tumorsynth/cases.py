@@ -161,6 +161,17 @@ def synthesize_scan(
     return document
 
 
+def check_organ(label: Volume, organ_labels: tuple[int, ...]) -> None:
+    """ValueError where a label map has none of the values: nothing can be made of such a scan."""
+    held = np.unique(label.integers())
+    if not np.isin(held, organ_labels).any():
+        there = ", ".join(map(str, held[:20])) + (", ..." if len(held) > 20 else "")
+        raise ValueError(
+            f"--organ-label {' '.join(map(str, organ_labels))} must be in the label map, but "
+            f"{label.name} holds {there}; name the value that the organ has there"
+        )
+
+
 def settings(synth: SynthesizeTumor, *, name: str, label: str, seed: int) -> dict[str, Any]:
     """What decides a scan's result, as its report names it, in JSON's own types."""
     import torch
@@ -294,13 +305,18 @@ def made_otherwise(report: Path, expected: dict[str, Any]) -> str | None:
 
 
 def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> None:
-    """ValueError for the clear case: values in [0, 1] or [-1, 1] taken for HU."""
+    """ValueError for the clear cases: no values at all, or [0, 1] or [-1, 1] taken for HU."""
     from tumorsynth.intensity import HU
 
     finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError(
+            f"a CT must hold finite numbers, but every voxel of {name} is NaN or infinite; "
+            "export it again"
+        )
     if not isinstance(synth.intensity, HU):
         return
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    low, high = float(finite.min()), float(finite.max())
     if high - low <= 2:
         raise ValueError(
             f"a CT must be in HU, but {name} holds values from {low:g} to {high:g}; give the CT "

@@ -1,8 +1,9 @@
 """The command line: puts the commands together, and turns errors into one line and an exit code.
 
-Exit codes: 0 all done; 1 some cases of a folder failed, or something unexpected happened; 2 bad
-input. Errors are one line on stderr; ``--debug`` shows the traceback instead. torch is imported
-by the commands that need it, so that ``--help`` is quick.
+Exit codes: 0 all done; 1 a scan of several failed, none got a tumour, the machine failed, or
+something unexpected happened; 2 a wrong command or input; 130 Ctrl-C. Errors are one line on
+stderr; ``--debug`` shows the traceback instead. torch is imported by the commands that need it, so
+that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ except ModuleNotFoundError as error:
 
 import tumorsynth
 from tumorsynth.bench import bench
-from tumorsynth.collection import expected, one_line
+from tumorsynth.collection import exit_code, one_line
 from tumorsynth.commands.demo import demo
 from tumorsynth.commands.generators import convert, info
 from tumorsynth.commands.replay import replay
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(error, "format_message"):  # typer's own: unknown option, missing argument
             place = getattr(getattr(error, "ctx", None), "command_path", "tumorsynth")
             return fail(f"{error.format_message().rstrip('.')}; see {place} --help", 2)
-        return fail(one_line(error), 2 if expected(error) else 1)
+        return fail(one_line(error), exit_code(error))
     if code == 130:  # typer's own way of saying so
         return fail("stopped", 130)
     return code if isinstance(code, int) else 0

@@ -20,8 +20,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
+
 from tumorsynth import nifti
-from tumorsynth.cases import Pair, synthesize_scan
+from tumorsynth.cases import Pair, check_organ, synthesize_scan
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -57,6 +59,12 @@ def expected(error: BaseException) -> bool:
     return isinstance(error, (ValueError, TypeError, OSError, ImportError))
 
 
+def exit_code(error: BaseException) -> int:
+    """2: the command or its input is at fault; 1: the machine, or this code."""
+    hopeless = isinstance(error, OSError) and error.errno in HOPELESS
+    return 2 if expected(error) and not hopeless else 1
+
+
 def one_line(error: BaseException) -> str:
     words = " ".join(str(error).split())
     if expected(error) and words:
@@ -65,11 +73,21 @@ def one_line(error: BaseException) -> str:
 
 
 def run_one(
-    synth: SynthesizeTumor, task: Task, out: Path, step: Callable[[], None] = lambda: None
+    synth: SynthesizeTumor,
+    task: Task,
+    out: Path,
+    step: Callable[[], None] = lambda: None,
+    *,
+    organ_needed: bool = False,
 ) -> list[dict[str, Any]]:
-    """Read, synthesise and write one scan; returns the report's records, or raises."""
+    """Read, synthesise and write one scan; returns the report's records, or raises.
+
+    organ_needed: ValueError, and nothing written, where the label map holds no such organ.
+    """
     image, mask = nifti.read_pair(task.pair.ct, task.pair.label)
     mask.check_label_fits(synth.tumor_label)
+    if organ_needed:
+        check_organ(mask, synth.organ_labels)
     there = int((mask.values() == synth.tumor_label).sum())
     if there:  # a patient's own tumours, or an organ that happens to have the number
         print(
@@ -77,6 +95,14 @@ def run_one(
             f"({there} voxels); --tumor-label N gives the synthetic tumours another",
             file=sys.stderr,
         )
+    if image.stored.dtype.kind == "f":
+        in_organ = image.stored[np.isin(mask.values(), synth.organ_labels)]
+        if (wrong := np.count_nonzero(~np.isfinite(in_organ))) > 0.01 * in_organ.size:
+            print(
+                f"tumorsynth: {task.pair.name}: {wrong / in_organ.size:.0%} of the organ's voxels "
+                f"in {image.name} are NaN or infinite; no tumour goes there",
+                file=sys.stderr,
+            )
     return synthesize_scan(synth, image, mask, out, task.pair.name, task.seed, step)["tumors"]
 
 

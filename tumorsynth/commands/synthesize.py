@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -168,7 +167,8 @@ def synthesize(
             for task in tasks:
                 progress.begin(task.pair.name)
                 if len(cases) == 1 or debug:  # fails as a whole
-                    yield Outcome(task.pair.name, run_one(synth, task, out, progress.step))
+                    made = run_one(synth, task, out, progress.step, organ_needed=not folder)
+                    yield Outcome(task.pair.name, made)
                 else:
                     yield outcome(synth, task, out, progress.step)
 
@@ -182,9 +182,9 @@ def synthesize(
             )
         else:
             results = one_by_one()
-        placed = 0
+        fruitless = True  # as long as every scan has reasons for no tumour, and none is chance
         for result in results:
-            placed += sum(bool(r.get("applied", True)) for r in result.records or ())
+            fruitless &= _fruitless(result)
             progress.end()
             pace = clock.tick()
             where = f" [{pace}]" if len(tasks) > 1 else ""
@@ -197,10 +197,16 @@ def synthesize(
                     stopped = result.fatal
                     break
     print(f"wrote {number(clock.done - failed, 'scan')} to {out}")
-    if clock.done > failed and not placed:
-        print("tumorsynth: no scan got a tumour; the reasons stand above", file=sys.stderr)
     if stopped:
         words = f"stopped, {number(clock.total - clock.done, 'scan')} not tried"
         raise typer.Exit(fail(f"{words}; {stopped}, and give the same command to go on", 1))
     if failed:
         raise typer.Exit(fail(f"{failed} of {len(cases)} scans failed", 1))
+    if tasks and fruitless:
+        raise typer.Exit(fail("no scan got a tumour; the reasons stand above", 1))
+
+
+def _fruitless(result: Outcome) -> bool:
+    """Whether a scan was to get tumours and got none: not where p or count left it alone."""
+    asked = [r for r in result.records if not str(r.get("reason")).startswith("left alone")]
+    return bool(asked) and not any(r.get("applied", True) for r in asked)

@@ -128,6 +128,9 @@ def hu_problem(hu: Tensor) -> str | None:
     low, high = float(values.min()), float(values.max())
     if low >= -1 and high <= 1:
         return f"values from {low:g} to {high:g} are no HU but scaled; give the CT in HU"
+    if low == 0 and high <= 255 and not bool((values % 1).any()):
+        if float((values == 0).float().mean()) > 0.2:  # and no air, no fat
+            return f"whole numbers from 0 to {high:g} are a label map's and no HU; give the CT"
     # no body has a tenth of its voxels at 900 to 1300 HU, but soft tissue stored with 1024 added
     if float(((values > 900) & (values < 1300)).float().mean()) > 0.1:
         return "the values look like HU with 1024 added; subtract 1024"

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tumorsynth.training.data import PACKED_HU, Case, complain, hu_problem, load_pack
 
+LIKE_THIS = 'write {"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}'
+
 
 @dataclass(frozen=True)
 class Source:
@@ -46,22 +48,31 @@ def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
         raise FileNotFoundError(f"no such file: {data}; pass a dataset.json, a pack or a folder")
     try:
         listed = json.loads(data.read_text(encoding="utf-8"))
-        sources = [
-            *(_source(data.parent, entry, False) for entry in listed["training"]),
-            *(_source(data.parent, entry, True) for entry in listed.get("validation") or []),
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{data} must be like {{"training": [{{"image": "a.nii.gz", "label": "b.nii.gz"}}]}}; '
-            f"reading it gave {type(error).__name__}: {error}"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{data} must be JSON: {error}; {LIKE_THIS}") from error
+    if not isinstance(listed, dict) or "training" not in listed:
+        raise ValueError(f'{data} has no list "training"; {LIKE_THIS}')
+    sources = []
+    for key in ("training", "validation"):
+        entries = listed.get(key) or []
+        if not isinstance(entries, list):
+            raise ValueError(
+                f'"{key}" in {data} must be a list, got {str(entries)[:80]}; {LIKE_THIS}'
+            )
+        sources += [_source(data, entry, key == "validation") for entry in entries]
     if all(source.held_out for source in sources):
         raise ValueError(f"{data} lists no cases under training; add some")
     return sources
 
 
-def _source(folder: Path, entry: Any, held_out: bool) -> Source:
-    image, label = entry["image"], entry.get("label")
+def _source(dataset: Path, entry: Any, held_out: bool) -> Source:
+    image, label = (entry.get(k) for k in ("image", "label")) if isinstance(entry, dict) else (0, 0)
+    if not isinstance(image, str) or not isinstance(label, str | None):
+        raise ValueError(
+            f"every case in {dataset} must have the path of its image, and of its label if it has "
+            f"one, got {str(entry)[:80]}; {LIKE_THIS}"
+        )
+    folder = dataset.parent
     return Source(_stem(image), folder / image, folder / label if label else None, held_out)
 
 
