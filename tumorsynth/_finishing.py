@@ -141,7 +141,8 @@ class Finishing(Painting):
         # the middle one of the voxels made; params.centre may lie beside them
         voxels = tumor.mask.nonzero().float()
         far = (voxels - voxels.mean(0)) * voxels.new_tensor(frame.spacing)
-        middle = voxels[far.square().sum(1).argmin()].long().tolist()
+        nearest = far.square().sum(1).argmin(0, keepdim=True)
+        middle = voxels.index_select(0, nearest)[0].long().tolist()
         centre = [s + m for s, m in zip(tumor.start, middle, strict=True)]
         change = (draft.after.float() - draft.before.float())[inside]
         hu_change = change.mean() * self.intensity.hu_per_unit

@@ -102,8 +102,8 @@ def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
     organ = organ.permute(order)
     plane = organ.amax(0)
     start, stop = [0, 0, 0], [0, 0, 0]
-    lines = organ.amax((1, 2)), plane.amax(1), plane.amax(0)
-    for axis, line in zip(order, lines, strict=True):
+    lines = torch.cat([organ.amax((1, 2)), plane.amax(1), plane.amax(0)]).cpu()  # one wait
+    for axis, line in zip(order, lines.split(organ.shape), strict=True):
         hits = line.nonzero()
         if len(hits) == 0:
             return None
@@ -307,7 +307,8 @@ def _ranked(
     inside = free[:, :n][:, core].float().mean(1)
     clear = free[:, n:].float().mean(1)
     cut = ~open_.all(1)  # by the volume's border or another tumour, which are no capsule
-    reach, inside, clear, cut = (t.cpu() for t in (reach, inside, clear, cut))
+    reach, inside, clear, beyond = torch.stack([reach, inside, clear, cut.float()]).cpu()
+    cut = beyond > 0
     alone = (inside == 1) & (clear == 1)
     at_capsule = (inside >= 0.75) & (inside <= 0.97) & ~cut
     liked = at_capsule if touch else alone

@@ -133,11 +133,10 @@ def _unlike(hu: Tensor, fits: Tensor, axis: int, step: int) -> float:
     if n < 1:
         return 0.0
     both = fits.narrow(axis, 0, n) & fits.narrow(axis, step, n)
-    pairs = int(both.sum())
-    if pairs < PAIRS:
-        return 0.0
     apart = hu.narrow(axis, step, n) - hu.narrow(axis, 0, n)
-    return float((apart.square() * both).sum()) / pairs
+    total = (apart.square() * both).sum()
+    squares, pairs = torch.stack([total.double(), both.sum().double()]).tolist()  # one wait
+    return squares / pairs if pairs >= PAIRS else 0.0
 
 
 def _width(ratio: float) -> float:
@@ -156,9 +155,10 @@ def _width(ratio: float) -> float:
 def box_around(mask: Tensor) -> tuple[slice, slice, slice] | None:
     """The mask's bounding box and a margin; None for an empty mask."""
     found = []
-    for axis in range(3):
-        others = [a for a in range(3) if a != axis]
-        hits = mask.any(others[1]).any(others[0]).nonzero()
+    plane = mask.any(2)
+    lines = torch.cat([plane.any(1), plane.any(0), mask.any(0).any(0)]).cpu()  # one wait of a GPU
+    for line in lines.split(mask.shape):
+        hits = line.nonzero()
         if not len(hits):
             return None
         found.append(slice(max(0, int(hits[0]) - MARGIN), int(hits[-1]) + MARGIN + 1))
