@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -112,3 +112,35 @@ def test_what_counts_as_lost():
     assert not devices.is_lost(ValueError("CUDA error"))
     assert not devices.is_lost(RuntimeError("shapes differ"))
     assert devices.is_lost(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+@contextmanager
+def other_defaults(kind):
+    """A program that told torch other defaults; the meta device stands for a GPU."""
+    if kind == "device":
+        torch.set_default_device("meta")
+    else:
+        torch.set_default_dtype(kind)
+    try:
+        yield
+        assert torch.get_default_dtype() == kind or torch.empty(()).device.type == "meta"
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, "device"], ids=str)
+@pytest.mark.parametrize("generator", ["hu2023", tiny_generator()], ids=["hu2023", "diffusion"])
+def test_a_programs_defaults_change_nothing(generator, kind):
+    image, label = SCANS[2]
+    settings = {"size_mm": (3, 7), "count": 1, "contrast_hu": "kidney-arterial", "mass_effect": 0.5}
+    plain = ts.SynthesizeTumor(generator, **settings)(image, label, seed=1)
+    phantom = ts.make_phantom((6, 6, 6), (40, 30, 20), seed=3)
+    with other_defaults(kind):
+        synth = ts.SynthesizeTumor(generator, **settings)
+        again = synth(image, label, seed=1)
+        drawn = synth(image, label)
+        same = ts.make_phantom((6, 6, 6), (40, 30, 20), seed=3)
+    assert torch.equal(plain[0], again[0]) and torch.equal(plain[1], again[1])
+    assert torch.equal(phantom.image, same.image)
+    assert not torch.equal(again[0], image) and drawn[0].dtype == image.dtype

@@ -54,13 +54,14 @@ def test_the_fix_of_a_shape_is_one(shape):
     [
         ("ct.nii.gz", "load the file first"),
         (Path("ct.nii.gz"), "load the file first"),
+        (("a.nii.gz", "b.nii.gz"), "load the file first"),
         (np.zeros((1, 24, 24, 24), np.float32), r"torch.as_tensor\(image\)"),
         ([[[[1.0]]]], r"torch.as_tensor\(np.asarray\(image\)\)"),
         ([torch.zeros(1, 24, 24, 24)] * 2, r"torch.stack\(image\)"),
         ({"image": 1}, "pass its entry of the image"),
         (None, "pass a tensor"),
     ],
-    ids=["str", "Path", "array", "list", "list of tensors", "dict", "None"],
+    ids=["str", "Path", "paths", "array", "list", "list of tensors", "dict", "None"],
 )
 def test_what_is_no_tensor_is_told_how_to_become_one(image, fix):
     with pytest.raises(TypeError, match=f"image must be a torch tensor, got .*; .*{fix}"):

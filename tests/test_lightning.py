@@ -61,12 +61,15 @@ def loader(data, batch_size=2):
     return torch.utils.data.DataLoader(data, batch_size=batch_size)
 
 
-def fit(data, callback, epochs=1, module=None, folder=None, resume=None, validate=False):
+def fit(
+    data, callback, epochs=1, module=None, folder=None, resume=None, validate=False, precision=None
+):
     module = Segmenter() if module is None else module
     trainer = L.Trainer(
         accelerator="cpu",
+        precision=precision,
         max_epochs=epochs,
-        callbacks=[callback],
+        callbacks=callback if isinstance(callback, list) else [callback],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -142,6 +145,36 @@ def test_no_weight_of_the_generator_enters_the_checkpoint(tmp_path):
     assert (tmp_path / "end.ckpt").stat().st_size < 20_000
     fresh = TumorSynthCallback(generator="liver-early")
     assert len(pickle.dumps(fresh)) < 20_000
+
+
+def test_two_callbacks_of_a_trainer_keep_their_own_seeds(tmp_path):
+    """One for each organ, say; Lightning wants to tell their states apart."""
+
+    class Four(Segmenter):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Conv3d(1, 4, 1)
+
+    data = as_dicts(scans(2))
+    two = [TumorSynthCallback(**SETTINGS, tumor_label=label) for label in (2, 3)]
+    module, trainer = fit(data, two, module=Four())
+    (label,) = labels(module)
+    assert all((one == value).any() for one in label for value in (2, 3))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    again = [TumorSynthCallback(**SETTINGS, tumor_label=label) for label in (2, 3)]
+    fit(data, again[::-1], epochs=2, module=Four(), resume=tmp_path / "end.ckpt")
+    assert [one.seed for one in again] == [one.seed for one in two] and two[0].seed != two[1].seed
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_every_precision_of_the_trainer(precision):
+    callback = TumorSynthCallback(**SETTINGS)
+    module, _ = fit(scans(2), callback, precision=precision)
+    ((image, label),) = module.seen["training"]
+    wanted = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
+    assert image.dtype == wanted.get(precision, torch.float32) and image.isfinite().all()
+    for record, one in zip(callback.report, label, strict=True):
+        assert int((one == 2).sum()) == record["label_voxels"] and record["hu_change"] < -8
 
 
 def test_p_and_healthy_only():

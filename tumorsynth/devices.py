@@ -1,9 +1,10 @@
-"""Devices that are none, devices that lack an operator, and devices that are lost."""
+"""Devices that are none, lack an operator or are lost, and a program's own defaults."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +37,23 @@ def check_device(device: torch.device) -> None:
             f"device must be one that torch can compute on here, got {str(device)!r} ({reason}); "
             "pass 'cpu', or install the torch that goes with it"
         ) from error
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """float32 and the CPU where a tensor is made without saying which, as the code here expects.
+
+    A program may have said otherwise with ``torch.set_default_dtype`` or ``set_default_device``;
+    a seed shall mean the same tumours there, and CPU generators draw on the CPU alone.
+    """
+    found, dtype = torch.empty(()).device, torch.get_default_dtype()
+    with ExitStack() as stack:
+        if found.type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
 
 
 def or_on_cpu(step: str, device: torch.device, work: Callable[[torch.device], T]) -> T:

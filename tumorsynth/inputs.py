@@ -94,7 +94,8 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
 
 def _to_tensor(name: str, value: object) -> str:
     """What to do about an image or a label that is no tensor."""
-    if isinstance(value, str | os.PathLike):
+    several = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(one, str | os.PathLike) for one in several):
         return f"load the file first, with nibabel or the framework's reader, and pass its {name}"
     if isinstance(value, np.ndarray):
         return f"convert it with torch.as_tensor({name})"

@@ -107,6 +107,13 @@ class TumorSynthCallback(Callback):
             seed=seeds,
         )
 
+    @property
+    def state_key(self) -> str:
+        """Tells several callbacks of one trainer apart in the checkpoint, say one per organ."""
+        synth = self.adapter.synth
+        parts = (self.image, self.label, self.organ, synth.organ_labels, self.adapter.tumor_label)
+        return f"{type(self).__qualname__}{parts}"
+
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}
 
@@ -152,7 +159,7 @@ def _seeds(parts: Sequence[int], batch: int) -> list[int]:
     """One seed per sample, from what tells this step from all others."""
     rng = torch.Generator()
     rng.manual_seed(_mixed(parts))
-    return torch.randint(_SEEDS, (batch,), generator=rng).tolist()
+    return torch.randint(_SEEDS, (batch,), generator=rng, device="cpu").tolist()
 
 
 def _mixed(parts: Sequence[int]) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._phantom_anatomy import LABELS, Patient, paint_patient
 from ._phantom_shapes import Box, Lattice, resample
+from .devices import plain_defaults
 
 __all__ = ["LABELS", "Phantom", "make_phantom"]
 
@@ -42,6 +43,7 @@ class Phantom:
     affine: np.ndarray
 
 
+@plain_defaults()
 def make_phantom(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     shape: Sequence[int] | None = None,

@@ -20,7 +20,7 @@ from tumorsynth._placing import Placing
 from tumorsynth.blend import BLENDS
 from tumorsynth.contrast import check_contrast
 from tumorsynth.contrast_priors import ContrastPrior, get_contrast_prior
-from tumorsynth.devices import or_on_cpu, parse_device
+from tumorsynth.devices import or_on_cpu, parse_device, plain_defaults
 from tumorsynth.gate import Gate, check_gate
 from tumorsynth.generator import Generator, per_sample_seeds
 from tumorsynth.geometry import Frame
@@ -80,6 +80,7 @@ class SynthesizeTumor(Placing, Finishing):
     the call.
     """
 
+    @plain_defaults()
     def __init__(
         self,
         generator: str | os.PathLike[str] | Generator | HandcraftedGenerator = "liver-early",
@@ -167,6 +168,7 @@ class SynthesizeTumor(Placing, Finishing):
         return image, label
 
     @torch.no_grad()
+    @plain_defaults()
     def made(
         self,
         image: Tensor,
