@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from common import environment, write
+from common import write
 
 
 def main() -> None:
@@ -48,7 +48,6 @@ def main() -> None:
             {
                 "calls": {k: dict(sorted(v.items())) for k, v in made.items()},
                 "cpu_minutes": round((time.process_time() - started) / 60, 1),
-                "environment": environment(),
             },
         )
 

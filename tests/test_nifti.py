@@ -250,3 +250,16 @@ def test_real_scan_round_trip(shared, tmp_path):
     volume = read_volume(source)
     write_volume(tmp_path / "out.nii.gz", volume, volume.stored)
     assert gzip.open(tmp_path / "out.nii.gz").read() == gzip.open(source).read()
+
+
+@pytest.mark.parametrize("length", [0.0, np.nan, np.inf])
+def test_a_voxel_size_that_is_none_is_refused(tmp_path, length, capfd):
+    """Where the header has no affine of its own the size is all there is; 1 mm would be a guess."""
+    path = patch(tmp_path / "a.nii", 84, np.float32([length]))
+    data = bytearray(path.read_bytes())
+    assert read_volume(path).stored.shape == (4, 4, 4)  # with its affine, the size is not needed
+    data[252:256] = bytes(4)  # neither qform nor sform
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="no usable voxel size.*repair its header"):
+        read_volume(path)
+    assert not capfd.readouterr().err

@@ -253,8 +253,8 @@ def transforms(draw, odd, generator=None):
         "size_mm": draw(
             st.one_of(
                 *[st.sampled_from([(2, 5), (1.5, 8), 4.0])] * 3,
-                pair,
-                st.sampled_from(["liver", "kidney", 200.0, 0.1, (1, 200)]),
+                *[pair] * costly,
+                st.sampled_from(wide),
             )
         ),
         "intensity": draw(odd_scales if odd == "intensity" else scales),
@@ -459,9 +459,11 @@ def test_numpy_arrays_of_any_kind_in_monai(shape, image_dtype, label_dtype, layo
         new = transform(*arrays)
     except (ValueError, TypeError) as error:
         assert label_dtype == "?" and "does not fit" in str(error)
+        COUNTS["refused"] += 1
         return
     assert [x.tobytes() for x in arrays] == before
     for x, y in zip(arrays, new, strict=True):
         assert (type(x), x.dtype, x.shape) == (type(y), y.dtype, y.shape)
     changed = new[1] != arrays[1]
     assert (new[1][changed] == 2).all() and np.isfinite(new[0]).all()
+    COUNTS["sound, with tumours" if changed.any() else "sound, without"] += 1

@@ -154,7 +154,8 @@ def read_volume(path: Path) -> Volume:
         raise ValueError(f"a NIfTI file is wanted, but {path} is a folder")
     name = path.name
     try:
-        with _opened(path) as file:
+        # nibabel would mend small faults of a header, and say so on stderr
+        with _opened(path) as file, nibabel.imageglobals.LoggingOutputSuppressor():
             size = file.read(4)
             kinds = {348: nibabel.Nifti1Image, 540: nibabel.Nifti2Image}
             little, big = int.from_bytes(size, "little"), int.from_bytes(size, "big")
@@ -200,6 +201,12 @@ def read_volume(path: Path) -> Volume:
         raise ValueError(
             f"{name} must be one 3-D image, got shape {_times(stored.shape)}; "
             "split a series into one file per image"
+        )
+    lengths = [float(v) for v in scale["pixdim"][1:4]]
+    if scale["sform_code"] <= 0 and not all(0 < abs(v) < math.inf for v in lengths):
+        raise ValueError(  # nibabel would take 1 mm
+            f"{name} has no usable voxel size: its header must give one in mm, but holds "
+            f"{_times(lengths)}; repair its header"
         )
     affine = np.asarray(image.affine, np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:

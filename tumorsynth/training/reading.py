@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tumorsynth.training.data import PACKED_HU, Case, complain, hu_problem, load_pack
 
+MOST_MM3 = 1.5e9  # a whole body in its field of view is 0.5e9
 LIKE_THIS = 'write {"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}'
 
 
@@ -142,6 +143,8 @@ def _read(source: Source, load: Any, grid: Any) -> Case:
     wrong = [hu_problem(image.as_tensor())]
     if image.ndim != 4 or image.shape[0] != 1:
         wrong = [f"a CT must be one 3-D volume, got the shape {tuple(image.shape)}"]
+    else:
+        wrong.append(_size_problem(image))
     if "label" in raw:
         wrong.append(_label_problem(image, raw["label"]))
     if any(wrong):
@@ -154,6 +157,19 @@ def _read(source: Source, load: Any, grid: Any) -> Case:
     label = done["label"].as_tensor()[0][box].round().byte().clone() if "label" in done else None
     hu = hu[box].round().clamp(*PACKED_HU).short().clone()
     return Case(source.name, hu, label, source.held_out)
+
+
+def _size_problem(image: Any) -> str | None:
+    """Before it is resampled to 1 mm: a wrong header would take all memory."""
+    spacing = np.linalg.norm(np.asarray(image.affine, dtype=float)[:3, :3], axis=0)
+    sides = spacing * image.shape[1:]
+    if np.isfinite(sides).all() and 0 < sides.prod() <= MOST_MM3:
+        return None
+    size = " x ".join(f"{side:.4g}" for side in sides)
+    return (
+        f"a CT must be some body's size, at most {MOST_MM3:.2g} mm3, but by its header it is "
+        f"{size} mm; repair the header"
+    )
 
 
 def _label_problem(image: Any, label: Any) -> str | None:
