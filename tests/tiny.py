@@ -20,7 +20,7 @@ def tiny_generator(
 ) -> Generator:
     """crop_size 32, crop_multiple 8 unless given; the global random state is left alone."""
     sampler = {"crop_size": 32, "crop_multiple": 8, **sampler}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         autoencoder = Autoencoder(
             AutoencoderConfig(

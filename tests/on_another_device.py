@@ -1,0 +1,127 @@
+"""Tumours on a pretended GPU. Run by `test_other_device.py`, in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pretended_gpu import DEVICE, Pretending, waited
+from tiny import tiny_crop, tiny_generator
+
+import tumorsynth as ts
+from tumorsynth.monai import BatchSynthesizeTumord
+
+LIMIT = 60  # waits for one tumour; 57 at this writing
+PHANTOM = ts.make_phantom(spacing=(3.0, 3.0, 4.0), seed=0)
+
+
+@pytest.fixture(autouse=True)
+def pretending():
+    with Pretending():
+        waited.clear()
+        yield
+
+
+def test_the_device_is_told_apart_from_the_cpu():
+    there = torch.ones(3, device=DEVICE)
+    assert (there + 1).sum().item() == 6 and there.cpu().device.type == "cpu"
+    with pytest.raises(RuntimeError, match="same device"):
+        there + torch.ones(3)
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(3, device=DEVICE, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("codes", [0, 32])
+@pytest.mark.parametrize("contrast_hu", [None, -30.0])
+def test_a_generator_paints_the_cpus_tumour(codes, contrast_hu):
+    generator = tiny_generator(codes=codes)
+    crop, mask = tiny_crop(2)
+    expected = [
+        paint(crop, mask, seed=1, contrast_hu=contrast_hu)
+        for paint in (generator.change, generator.inpaint)
+    ]
+    generator.to(DEVICE)
+    waited.clear()
+    for paint, want in zip((generator.change, generator.inpaint), expected, strict=True):
+        made = paint(crop.to(DEVICE), mask.to(DEVICE), seed=1, contrast_hu=contrast_hu)
+        assert made.device == DEVICE
+        assert not waited
+        torch.testing.assert_close(made.cpu(), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("generator", "settings"),
+    [
+        ("tiny", {"gate": True}),
+        ("hu2023", {"mass_effect": 0.5, "size_mm": 25}),
+        ("hu2023", {"intensity": ts.Scaled(-175, 250, 0, 1)}),
+        *(
+            pytest.param(generator, settings, marks=pytest.mark.slow)
+            for generator in ("tiny", "hu2023")
+            for settings in (
+                {"blend": "difftumor"},
+                {"contrast_hu": "liver-portal", "size_mm": 30},
+                {"size_mm": "kidney", "organ_labels": (3, 4)},
+                {"merge": True, "count": 4},
+            )
+        ),
+    ],
+)
+def test_a_whole_call_is_the_cpus(generator, settings):
+    settings = {"organ_labels": 1, "tumor_label": 20, "count": 2, "size_mm": 12, **settings}
+    image, label = PHANTOM.image, PHANTOM.label
+    if "intensity" in settings:
+        image = ((image + 175) / 425).clamp(0, 1)
+    generator = tiny_generator() if generator == "tiny" else generator
+    want = ts.SynthesizeTumor(generator, **settings)(image, label, spacing=PHANTOM.spacing, seed=3)
+    if not isinstance(generator, str):
+        generator.to(DEVICE)
+    synth = ts.SynthesizeTumor(generator, **settings)
+    image, label = image.to(DEVICE), label.to(DEVICE)
+    made = synth(image, label, spacing=PHANTOM.spacing, seed=3)
+    assert made[0].device == made[1].device == DEVICE
+    assert torch.equal(made[1].cpu(), want[1])
+    torch.testing.assert_close(made[0].cpu(), want[0], atol=0.05, rtol=0)
+    assert any(record["applied"] for record in synth.report)
+    replayed = synth(image, label, spacing=PHANTOM.spacing, params=synth.params)
+    assert torch.equal(replayed[0].cpu(), made[0].cpu())
+
+
+def test_the_generator_may_be_elsewhere_than_the_image():
+    image, label = PHANTOM.image, PHANTOM.label
+    synth = ts.SynthesizeTumor("hu2023", organ_labels=1, tumor_label=20, device=DEVICE)
+    made, _ = synth(image, label, spacing=PHANTOM.spacing, seed=1)
+    assert made.device.type == "cpu" and not torch.equal(made, image)
+    synth = ts.SynthesizeTumor("hu2023", organ_labels=1, tumor_label=20, device="cpu")
+    back, _ = synth(image.to(DEVICE), label.to(DEVICE), spacing=PHANTOM.spacing, seed=1)
+    assert back.device == DEVICE and torch.equal(back.cpu(), made)
+
+
+def test_a_batch_of_monais():
+    batch = {
+        "image": torch.stack([PHANTOM.image] * 2).to(DEVICE),
+        "label": torch.stack([PHANTOM.label] * 2).to(DEVICE),
+    }
+    transform = BatchSynthesizeTumord(
+        "image", "label", generator="hu2023", organ_labels=1, tumor_label=20, spacing=(3, 3, 4)
+    )
+    transform.set_random_state(0)
+    made = transform(batch)
+    assert made["image"].device == DEVICE
+    assert not torch.equal(made["image"].cpu(), batch["image"].cpu())
+
+
+def test_how_often_a_tumour_is_waited_for():
+    """Each wait costs a GPU some ten microseconds and the chance to work ahead."""
+    image, label = PHANTOM.image.to(DEVICE), PHANTOM.label.to(DEVICE)
+    waits = []
+    for count in (1, 3):
+        synth = ts.SynthesizeTumor("hu2023", organ_labels=1, tumor_label=20, count=count, size_mm=9)
+        waited.clear()
+        synth(image, label, spacing=PHANTOM.spacing, seed=3)
+        assert all(record["applied"] for record in synth.report)
+        waits.append(sum(waited.values()))
+    per_tumour = (waits[1] - waits[0]) / 2
+    assert per_tumour <= LIMIT, waited.most_common()
+    assert waits[0] - per_tumour <= 10, waited.most_common()

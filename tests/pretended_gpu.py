@@ -1,0 +1,151 @@
+"""A pretended GPU: tensors in the CPU's memory that behave as if they were on another device.
+
+An operator that gets tensors of both devices fails as on a GPU, and so do numpy and a CPU's
+random generator; the CPU does the work. Importing this module registers the device with PyTorch
+for the whole process, so tests that use it run in one of their own (`test_other_device.py`).
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "pretended"
+MOVES = ("aten._to_copy.", "aten.copy_.", "aten._copy_from.")
+# what a program waits for: values, or sizes that depend on values
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique")
+waited: Counter[str] = Counter()  # for what, and where
+
+
+class _Module:
+    """What PyTorch asks of a device's module, as torch.cuda is for CUDA."""
+
+    is_available = is_initialized = staticmethod(lambda: True)
+    _is_in_bad_fork = staticmethod(lambda: False)
+    device_count = staticmethod(lambda: 1)
+    current_device = staticmethod(lambda: 0)
+    manual_seed_all = staticmethod(lambda seed: None)
+    get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
+
+
+_setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+DEVICE = torch.device(NAME, 0)
+
+
+class Pretended(torch.Tensor):
+    """A tensor that says it is on the pretended device."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Pretended:
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+        )
+        tensor.inner = inner
+        return tensor
+
+    def tolist(self) -> Any:
+        _wait("tolist")
+        return self.inner.tolist()
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"can't convert {DEVICE} device type tensor to numpy")
+
+    __array__ = numpy
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+class Pretending(TorchDispatchMode):
+    """The context in which the device is there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, Pretended):
+        return value.inner
+    if isinstance(value, torch.device) and value.type == NAME:
+        return torch.device("cpu")
+    return value
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = str(func)
+    given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+    here = [t for t in given if isinstance(t, Pretended)]
+    away = [t for t in given if not isinstance(t, Pretended) and t.ndim > 0]
+    moves = name.startswith(MOVES)
+    indexing = name.startswith(("aten.index.", "aten.index_put"))
+    indices = indexing and isinstance(args[0], Pretended)  # may be the CPU's
+    if here and away and not moves and not indices:
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+    device = kwargs.get("device")
+    result_here = bool(here) if device is None else torch.device(device).type == NAME
+    if kwargs.get("generator") is not None and result_here:
+        raise RuntimeError(f"{name}: expected a {NAME!r} device type for generator, found 'cpu'")
+    if here and any(kind in name for kind in WAITS):
+        _wait(name)
+    if indexing and here:
+        by_mask = [i for i in args[1] if i is not None and i.dtype is torch.bool]
+        for _ in by_mask:
+            _wait("index by a mask")
+    if moves and name.startswith("aten._to_copy.") and here and not result_here:
+        _wait("to the CPU")
+    a, k = tree_map(_inner, (args, kwargs))
+    k.pop("pin_memory", None)
+    out = func(*a, **k)
+    # what works in place returns what it was given
+    same = {id(_inner(t)): t for t in given} if func._schema.is_mutable else {}
+    if moves and same:
+        result_here = isinstance(args[0], Pretended)
+    return tree_map(
+        lambda t: (
+            same.get(id(t), Pretended(t) if result_here else t)
+            if isinstance(t, torch.Tensor)
+            else t
+        ),
+        out,
+    )
+
+
+def _wait(kind: str) -> None:
+    frames = [f for f in traceback.extract_stack() if "/tumorsynth/" in f.filename]
+    if frames:
+        waited[f"{kind}: {frames[-1].filename.rsplit('/', 1)[-1]}: {frames[-1].line}"] += 1
+
+
+def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
+    return Pretended(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
+
+
+def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+    kept = memory_format or torch.contiguous_format
+    return Pretended(torch.empty(size, dtype=dtype, device="cpu", memory_format=kept))
+
+
+def _copy_from(source, target, non_blocking=False):
+    _inner(target).copy_(_inner(source))
+    return target
+
+
+# what torch.tensor and friends call below the dispatch mode
+_library = torch.library.Library("aten", "IMPL")
+_library.impl("empty_strided", _empty_strided, "PrivateUse1")
+_library.impl("empty.memory_format", _empty, "PrivateUse1")
+_library.impl("_copy_from", _copy_from, "PrivateUse1")
