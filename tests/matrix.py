@@ -71,6 +71,7 @@ ROWS = (
     Row("lightning 2.2", "lightning", ("lightning==2.2.5", "setuptools==75.8.0"), LIGHTNING),
     Row("lightning newest", "lightning", ("lightning",), LIGHTNING),
     _nnunet("2.5.2", dynamic_network_architectures="0.3.1"),
+    _nnunet("2.6.4"),
     _nnunet("2.7.0"),
     _nnunet("2.8.1"),
 )

@@ -173,3 +173,27 @@ def test_many_processes_at_once_with_nothing_cached(tmp_path):
     said = [process.communicate(timeout=280) for process in started]
     assert {errors for _, errors in said} == {""}
     assert len({out for out, _ in said}) == 1 and len(said[0][0].strip()) == 64
+
+
+class Seeded(torch.utils.data.Dataset):
+    """Scans with tumours, each item by its own number."""
+
+    def __init__(self, synth):
+        self.synth = synth
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.synth(*SCANS[index], seed=index)
+
+
+def test_spawned_workers_of_a_plain_loader():
+    """They get the transform pickled, by its generator's name, and load the weights themselves."""
+    data = Seeded(ts.SynthesizeTumor(count=1, size_mm=(4, 7)))
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, num_workers=1, multiprocessing_context="spawn"
+    )
+    for found, (image, label) in zip(loader, map(data.__getitem__, range(2)), strict=True):
+        assert torch.equal(found[0], image) and torch.equal(found[1], label)
+        assert (label == 2).any()

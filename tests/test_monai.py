@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 pytest.importorskip("monai")
 
-from monai.data import MetaTensor
+from monai.data import MetaTensor, set_track_meta
 from monai.transforms import (
     Compose,
     EnsureTyped,
@@ -80,6 +81,64 @@ def test_odd_numpy_arrays(dtype):
         {"image": data["image"].copy(), "label": data["label"].astype(np.int32)}
     )
     assert equal(out, plain) and tumor(out).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_images(dtype):
+    data = sample("meta", LPS, shape=(40, 40, 24))
+    synthesis = transform().set_random_state(0)
+    out = synthesis({**data, "image": data["image"].to(dtype)})
+    exact = transform().set_random_state(0)(data)
+    assert out["image"].dtype == dtype and same(out["label"], exact["label"])
+    apart = (out["image"].as_tensor().float() - exact["image"].as_tensor()).abs()
+    assert apart.max() <= 256 * torch.finfo(dtype).eps  # HU as the dtype rounds them
+
+
+def test_memory_of_any_layout():
+    data = sample("tensor")
+    exact = transform().set_random_state(0)(data)
+    turned = {k: data[k].mT.contiguous().mT for k in ("image", "label")}
+    assert not turned["image"].is_contiguous()
+    assert equal(transform().set_random_state(0)(turned), exact)
+    one = {**data, "label": torch.ones((), dtype=torch.uint8).expand(data["image"].shape)}
+    out = transform().set_random_state(0)(one)  # all voxels of that label are one byte
+    assert 50 < tumor(out).sum() < 2000 and (one["label"] == 1).all()
+
+
+def test_without_tracking_plain_tensors_come_back():
+    exact = transform().set_random_state(0)(sample("tensor"))
+    chain = Compose([EnsureTyped(["image", "label"]), transform()])
+    chain.transforms[1].set_random_state(0)
+    set_track_meta(False)
+    try:
+        out = chain(sample("meta"))
+    finally:
+        set_track_meta(True)
+    assert type(out["label"]) is torch.Tensor and equal(out, exact)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_a_callers_mode_does_not_get_in(mode):
+    exact = transform().set_random_state(0)(sample("tensor"))
+    with mode():
+        given = sample("tensor")
+        out = transform().set_random_state(0)(given)
+    assert equal(out, exact)
+    again = transform()(given)  # also where its input is an inference tensor
+    assert not again["image"].is_inference()
+
+
+def test_lists_of_samples():
+    """Compose takes lists apart; with map_items as deep as it is told to."""
+    out = Compose([transform()])([sample("meta")] * 2)
+    assert [tumor(x).any() for x in out] == [True] * 2 and not equal(*out)
+    deep = inspect.signature(Compose.__init__).parameters["map_items"].annotation
+    if "int" in str(deep):  # MONAI 1.5 and later
+        out = Compose([transform()], map_items=2)([[sample("meta")] * 2])
+        assert [tumor(x).any() for x in out[0]] == [True] * 2
+    with pytest.raises(RuntimeError) as error:
+        Compose([transform()], map_items=False)([sample("meta")])
+    assert "data must be a dictionary, got list" in str(error.value.__cause__)
 
 
 def test_tumor_label_has_to_fit_the_label():

@@ -95,6 +95,30 @@ def test_workers_and_epochs_do_not_repeat_each_other(loader, persistent):
     assert all(torch.equal(a, b) for a, b in zip(first, epochs(), strict=True))
 
 
+@pytest.mark.slow  # each imports torch and MONAI anew; tests/test_concurrency.py has the core's
+def test_spawned_workers_make_what_forked_ones_make():
+    data = Dataset([sample("tensor")], transform().set_random_state(0))
+
+    def labels(context):
+        torch.manual_seed(0)
+        made = torch.utils.data.DataLoader(
+            data, batch_size=None, num_workers=1, multiprocessing_context=context
+        )
+        return [item["label"] for item in made]
+
+    spawned = labels("spawn")
+    assert all((label == 2).any() for label in spawned)
+    assert all(torch.equal(a, b) for a, b in zip(spawned, labels("fork"), strict=True))
+
+
+def test_threads_of_one_loader_do_not_repeat_each_other():
+    data = Dataset([sample("tensor")] * 6, Compose([transform()]).set_random_state(0))
+    loader = ThreadDataLoader(data, batch_size=1, num_workers=3, use_thread_workers=True)
+    labels = [batch["label"] for batch in loader]
+    assert all((label == 2).any() for label in labels)
+    assert len({label.numpy().tobytes() for label in labels}) == 6
+
+
 class SeededByIndex(torch.utils.data.Dataset):
     def __init__(self, data, synthesis):
         self.data, self.synthesis = data, synthesis
@@ -136,6 +160,25 @@ def test_cached_datasets_synthesise_anew(tmp_path):
         assert file.stat().st_size < size + 20_000
     batch = next(iter(ThreadDataLoader(cached, batch_size=1)))
     assert tumor(batch).any()
+
+
+@pytest.mark.parametrize("options", [{"copy_cache": False}, {"runtime_cache": "threads"}])
+def test_a_cache_that_is_handed_out_as_it_is_stays_as_it_was(options):
+    chain = Compose([EnsureTyped(["image", "label"], track_meta=False), transform()])
+    dataset = CacheDataset([sample("tensor")], chain, progress=False, **options)
+    one, two = dataset[0], dataset[0]
+    assert tumor(one).any() and tumor(two).any() and not equal(one, two)
+    assert not tumor(dataset._cache[0]).any()
+
+
+def test_a_dataset_that_goes_to_a_worker_holds_the_scan_and_no_generator():
+    chain = Compose([EnsureTyped(["image", "label"], track_meta=False)])
+    synthesis = transform(generator="liver-early")
+    synthesis.adapter.synth.handle.get("cpu")  # loaded before the workers start
+    chain.transforms = (*chain.transforms, synthesis)
+    dataset = CacheDataset([sample("tensor")], chain, progress=False)
+    size = sum(sample("tensor")[key].nbytes for key in ("image", "label"))
+    assert len(pickle.dumps(dataset)) < 2 * size + 20_000  # the scan, and the scan in the cache
 
 
 def test_a_cached_metatensor_synthesises_anew():

@@ -415,6 +415,18 @@ def test_the_loaders_may_come_before_the_network_as_in_nnunet_2_5(make):
     assert trainer._after_synthesis == waiting and len(waiting) > 8
 
 
+def test_what_the_workers_get_is_small_and_without_the_generator(make):
+    """Spawned workers get it pickled."""
+    trainer = make(Augmented, generator="liver-early")
+    trainer.initialize()
+    trainer.synthesis.synth.handle.get("cpu")
+    arguments = (PATCH, (-0.5, 0.5), [[1, 1, 1]], (0, 1, 2), False)
+    raw = pickle.dumps(trainer.get_training_transforms(*arguments))
+    assert len(raw) < 10_000 and b"tumorsynth" not in raw
+    sample = {"image": torch.zeros(1, *PATCH), "segmentation": torch.zeros(1, *PATCH)}
+    assert pickle.loads(raw)(**sample)["image"].shape == (1, *PATCH)
+
+
 def test_affine_follows_the_readers_axes_and_the_plans_permutation(make):
     trainer = make()
     configuration = trainer.configuration_manager

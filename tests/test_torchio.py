@@ -125,6 +125,46 @@ def test_history_of_a_chain_replays():
     assert int(tumor(back).sum()) == int(tumor(out).sum())
 
 
+def test_scans_that_are_read_from_files_when_needed(tmp_path):
+    """As TorchIO has them: lazily, oblique, HU as int16; saved, and replayed after a pickle."""
+    given = subject(OBLIQUE, image_dtype=torch.int16, label_dtype=torch.uint8)
+    for name in ("image", "label"):
+        given[name].save(tmp_path / f"{name}.nii.gz")
+
+    def read():
+        label = tio.LabelMap(tmp_path / "label.nii.gz")
+        return tio.Subject(image=tio.ScalarImage(tmp_path / "image.nii.gz"), label=label)
+
+    data = tio.SubjectsDataset([read()] * 2, transform=transform(), load_getitem=False)
+    torch.manual_seed(0)
+    one, two = data[0], data[0]
+    assert tumor(one).any() and tumor(two).any() and not equal(one, two)
+    assert not tumor(data._subjects[0]).any()
+    again = pickle.loads(pickle.dumps(one)).get_composed_history()(read())
+    assert equal(again, one)
+    one["label"].save(tmp_path / "made.nii.gz")
+    assert torch.equal(tio.LabelMap(tmp_path / "made.nii.gz").data, one["label"].data)
+
+
+def test_a_map_of_another_grid_is_brought_onto_the_images():
+    given = subject(shape=(40, 40, 40))
+    coarse = tio.Resample(1.7)(given["label"])
+    given.add_image(tio.LabelMap(tensor=coarse.data, affine=coarse.affine), "label")
+    with pytest.raises(ValueError, match="must have the image's shape|must share one grid"):
+        transform()(given)
+    out = tio.Compose([tio.Resample("image"), transform(size_mm=6)])(given)  # what the error says
+    assert tumor(out).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_of_every_float_dtype(dtype):
+    given = subject()
+    given["image"].set_data(given["image"].data.to(dtype))
+    out = transform()(given)
+    assert out["image"].data.dtype == dtype and tumor(out).any()
+    assert equal(out.get_composed_history()(given), out)
+
+
 def test_manual_seed_reproduces_and_p_holds():
     given = subject()
     synthesis = transform()
