@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,14 @@ def test_whole_scan_keeps_what_it_does_not_change(tmp_path):
     changed = after.get_fdata() != before.get_fdata()
     assert changed[label == 20].mean() > 0.8
     assert changed.mean() < 3 * (label == 20).mean()
+
+
+@pytest.mark.slow
+def test_gallery_command_makes_the_pages_pictures(tmp_path):
+    page = (EXAMPLES.parent / "docs" / "gallery.md").read_text()
+    named = set(re.findall(r"\(pictures/(\S+)\)", page)) - {"lidc0314_lower_preview.png"}  # --scan
+    run(EXAMPLES / "pictures" / "make.py", tmp_path, "-o", ".")
+    assert len(named) > 4 and named <= {path.name for path in tmp_path.glob("*.png")}
 
 
 def test_gallery_command_knows_its_options(tmp_path):

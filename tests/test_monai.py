@@ -392,12 +392,13 @@ def test_the_bundle_runs(tmp_path):
     ("kwargs", "error", "message"),
     [
         ({"prob": 1.5}, ValueError, "prob must be a probability .* pass prob=1"),
+        ({"do_transform": True}, TypeError, "unknown keyword argument do_transform of RandSynth"),
         ({"prob": True}, ValueError, "prob must be a probability"),
         ({"count": True}, ValueError, "count must be a whole number"),
         (
             {"p": 0.5},
             TypeError,
-            "unknown keyword argument p of RandSynthesizeTumord: did you mean prob",
+            "unknown keyword argument p of RandSynthesizeTumord; did you mean prob",
         ),
         ({"sise_mm": 3}, TypeError, "unknown keyword argument sise_mm of .* did you mean size_mm"),
         ({"keys": ["image", "label"]}, ValueError, "label_key"),

@@ -156,7 +156,7 @@ def test_errors_and_repr():
         transform(label="seg")(subject())
     with pytest.raises(TypeError, match="got one image alone; pass a subject: tio.Subject"):
         transform()(subject()["image"].data)
-    with pytest.raises(TypeError, match="argument sise_mm of RandomSynthesizeTumor: .*size_mm"):
+    with pytest.raises(TypeError, match="argument sise_mm of RandomSynthesizeTumor; did .*size_mm"):
         transform(sise_mm=3)
     with pytest.raises(ValueError, match="the record of one sample, .*, got 'a.json'; pass"):
         SynthesizeTumor(params="a.json")

@@ -32,29 +32,42 @@ def check_probability(name: str, p: Any) -> float:
     return float(p)
 
 
-def check_keywords(transform: object, given: Iterable[str], core: Iterable[str]) -> None:
-    """TypeError for a keyword that neither the transform's classes nor the core (``core``) know."""
-    known = {*core, "healthy_only"}
-    for cls in type(transform).__mro__:
-        if "__init__" in vars(cls):
-            known |= {
-                name
-                for name, one in inspect.signature(vars(cls)["__init__"]).parameters.items()
-                if name != "self" and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-            }
-    unknown = sorted(set(given) - known)
+def check_keywords(
+    transform: object, given: Iterable[str], core: Iterable[str], base: type | None = None
+) -> None:
+    """TypeError for a keyword that nobody takes, before somebody else is blamed for it.
+
+    given: what the transform's own constructor has no name for. core: the names of the synthesis's
+    settings. base: the framework's class whose constructor gets the rest.
+    """
+    accepted = {*core, "healthy_only", *(_names(base) if base else ())}
+    unknown = sorted(set(given) - accepted)
     if unknown:
+        for cls in type(transform).__mro__:
+            if cls.__module__.startswith("tumorsynth."):
+                accepted |= _names(cls)
         raise TypeError(
-            f"unknown keyword argument {', '.join(unknown)} of {type(transform).__name__}"
-            f"{_meant(unknown, known)}; it takes {', '.join(sorted(known))}"
+            f"unknown keyword argument {', '.join(unknown)} of {type(transform).__name__}; "
+            f"{_meant(unknown, accepted)}it takes {', '.join(sorted(accepted))}"
         )
 
 
+def _names(cls: type) -> set[str]:
+    """What a class's own constructor names, which may pass on more."""
+    if "__init__" not in vars(cls):
+        return set()
+    parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+    named = {
+        one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+    }
+    return named - {"self"}
+
+
 def _meant(unknown: Iterable[str], known: Iterable[str]) -> str:
-    found = []
+    found: list[str] = []
     for name in unknown:
         close = difflib.get_close_matches(name, known) or difflib.get_close_matches(
             name, known, n=1, cutoff=0.4
         )
         found += [one for one in close if one not in found]
-    return f": did you mean {' or '.join(found)}?" if found else ""
+    return f"did you mean {' or '.join(found)}? " if found else ""

@@ -38,7 +38,7 @@ class _Synthesis(Transform):
         healthy_only: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_keywords(self, kwargs, SETTINGS)
+        check_keywords(self, kwargs, SETTINGS, Transform)
         self.settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         super().__init__(**kwargs)
         self.adapter = Adapter(organ is not None, healthy_only, **self.settings)
