@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_crop, tiny_generator
 
 import tumorsynth as ts
 from tumorsynth.gate import Gate
+from tumorsynth.handcrafted import HandcraftedConfig
 from tumorsynth.inputs import check_grid, check_params
 from tumorsynth.mass_effect import MassEffect
 
@@ -110,6 +112,17 @@ def test_true_is_no_seed_no_spacing_and_no_intensity(yes):
         MassEffect(yes)
     with pytest.raises(ValueError, match="flatness must be"):
         Gate(flatness=(yes, yes))
+    with pytest.raises(ValueError, match="seed must be"):
+        ts.make_phantom(seed=yes)
+    with pytest.raises(ValueError, match="spacing must be"):
+        ts.make_phantom(spacing=(yes, yes, yes))
+    with pytest.raises(ValueError, match="capsule_probability must be"):
+        HandcraftedConfig(capsule_probability=yes)
+    crop, mask = tiny_crop()
+    for generator in (ts.load_generator("hu2023"), tiny_generator()):
+        for contrast in (yes, [yes]):
+            with pytest.raises(ValueError, match="contrast_hu must be"):
+                generator.change(crop, mask, seed=0, contrast_hu=contrast)
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,9 @@ def test_bad_arguments_and_repr():
     for p in (2, True):
         with pytest.raises(ValueError, match="p must be a probability .* pass p=1"):
             TumorSynthCallback(p=p)
+    for seed in (True, "a", -1, 1.5):
+        with pytest.raises(ValueError, match="seed must be one non-negative int"):
+            TumorSynthCallback(seed=seed)
     with pytest.raises(
         TypeError, match="unknown keyword argument sise_mm of TumorSynthCallback; did"
     ):

@@ -113,7 +113,7 @@ def test_spawned_workers_make_what_forked_ones_make():
 
 def test_threads_of_one_loader_do_not_repeat_each_other():
     data = Dataset([sample("tensor")] * 6, Compose([transform()]).set_random_state(0))
-    loader = ThreadDataLoader(data, batch_size=1, num_workers=3, use_thread_workers=True)
+    loader = ThreadDataLoader(data, batch_size=1, num_workers=2, use_thread_workers=True)
     labels = [batch["label"] for batch in loader]
     assert all((label == 2).any() for label in labels)
     assert len({label.numpy().tobytes() for label in labels}) == 6

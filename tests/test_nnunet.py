@@ -469,6 +469,7 @@ def test_labels_by_name_by_value_and_by_themselves():
             "tumor_label must be one value",
         ),
         (LABELS, {"p": 2}, "p must be a probability"),
+        (LABELS, {"p": True}, "p must be a probability"),
         (LABELS, {"trainer": {"num_epochs": 0}}, "whole numbers of at least 1"),
         (LABELS, {"trainer": {"num_epoch": 5}}, "trainer may set num_epochs"),
     ],

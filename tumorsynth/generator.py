@@ -247,7 +247,7 @@ class Generator:
         if contrast_hu is not None:
             level = own_level(hu, tumor_mask)
             wanted = torch.as_tensor(contrast_hu, dtype=hu.dtype, device=hu.device)
-            if wanted.ndim > 1 or wanted.numel() not in (1, len(crop)):
+            if any_bool(contrast_hu) or wanted.ndim > 1 or wanted.numel() not in (1, len(crop)):
                 raise ValueError(
                     f"contrast_hu must be one number, or one for each of the {len(crop)} samples, "
                     f"got {contrast_hu!r}; pass for example -35.0"

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tumorsynth._arguments import any_bool
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 
 HU_SPAN = HU_HIGH - HU_LOW  # of a crop's values, 0 to 1
@@ -67,6 +68,11 @@ class HandcraftedConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if any_bool(value):
+                raise ValueError(
+                    f"{field.name} must be a number or (low, high), got {value}; the default is "
+                    f"{field.default}."
+                )
             if isinstance(value, tuple) and not (len(value) == 2 and 0 <= value[0] <= value[1]):
                 raise ValueError(
                     f"{field.name} must be (low, high) with 0 <= low <= high, got {value}; "
@@ -378,6 +384,8 @@ def _check(crop: Tensor, mask: Tensor, seed: int | Sequence[int]) -> list[int]:
 
 def _contrasts(contrast_hu: float | Sequence[float] | None, count: int) -> list[float | None]:
     """One contrast per sample; None leaves it to the config."""
+    if any_bool(contrast_hu):
+        raise ValueError(f"contrast_hu must be HU, got {contrast_hu!r}; pass for example -35.0")
     if contrast_hu is None or isinstance(contrast_hu, int | float | Real):
         return [None if contrast_hu is None else float(contrast_hu)] * count
     if len(contrast_hu) != count:

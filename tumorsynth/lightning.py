@@ -27,6 +27,7 @@ except ImportError:
 
 from tumorsynth._arguments import check_keywords, check_probability
 from tumorsynth.adapter import SETTINGS, Adapter
+from tumorsynth.generator import per_sample_seeds
 
 __all__ = ["TumorSynthCallback"]
 
@@ -67,6 +68,8 @@ class TumorSynthCallback(Callback):
     ) -> None:
         super().__init__()
         check_keywords(self, settings, SETTINGS)
+        if seed is not None:
+            (seed,) = per_sample_seeds(seed, 1)
         self.adapter = Adapter(organ is not None, **settings)
         self.adapter.synth.p = check_probability("p", p)
         self.image, self.label, self.organ = image, label, organ

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._arguments import any_bool, is_bool
 from ._phantom_anatomy import LABELS, Patient, paint_patient
 from ._phantom_shapes import Box, Lattice, resample
 from .devices import plain_defaults
@@ -60,7 +61,7 @@ def make_phantom(
     if shape is None:
         shape = [max(1, round(f / s)) for f, s in zip(_FIELD_MM, spacing, strict=True)]
     shape = _three(shape, int, "shape", "positive whole numbers of voxels")
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+    if is_bool(seed) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}.")
 
     affine = np.diag([dx, dy, dz, 1.0])
@@ -80,8 +81,12 @@ def make_phantom(
 def _three(values: Sequence, kind: type, name: str, rule: str) -> tuple:
     try:
         found = tuple(kind(v) for v in values)
-        good = len(found) == 3 and all(
-            math.isfinite(f) and f > 0 and f == v for f, v in zip(found, values, strict=True)
+        good = (
+            len(found) == 3
+            and not any_bool(list(values))
+            and all(
+                math.isfinite(f) and f > 0 and f == v for f, v in zip(found, values, strict=True)
+            )
         )
     except (TypeError, ValueError, OverflowError):
         good = False
