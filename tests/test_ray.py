@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,7 +35,7 @@ def words(folder, out, *more):
     return [str(word) for word in every]
 
 
-def start(*arguments, **environment):
+def start(*arguments, own_group=False, **environment):
     code = [sys.executable, "-m", "tumorsynth.cli", *words(*arguments, "--engine", "ray")]
     return subprocess.Popen(
         code,
@@ -40,6 +43,7 @@ def start(*arguments, **environment):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "RAY_ADDRESS": "", **environment},
+        start_new_session=own_group,
     )
 
 
@@ -66,6 +70,67 @@ def at_work(pid):
         for each, name in names.items()
         if name.startswith(b"ray::_Scans.do") and pid == parents.get(parents[each])
     ]
+
+
+def ancestors(pid):
+    """The command lines above a process."""
+    while pid > 1:
+        folder = Path(f"/proc/{pid}")
+        yield (folder / "cmdline").read_bytes()
+        pid = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(params=["", "disabled"])
+def cluster(request):
+    """A Ray cluster of one node that was there before: its address, and who is at work in it.
+
+    With a token where the user has one, as is Ray's own way, and without.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ray"))  # a socket's path must be short
+    address = f"127.0.0.1:{free_port()}"
+    words = [
+        *("start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2"),
+        *(f"--port={address.partition(':')[2]}", "--include-dashboard=false"),
+        *(f"--temp-dir={folder}", "--object-store-memory=80000000", "--disable-usage-stats"),
+    ]
+    # --block: this process ends the others with it, and `ray stop` would end everybody's
+    head = subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **({"RAY_AUTH_MODE": request.param} if request.param else {})},
+    )
+
+    def workers():
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if path.read_bytes().startswith(b"ray::_Scans.do"):
+                    pid = int(path.parent.name)
+                    if any(str(folder).encode() in line for line in ancestors(pid)):
+                        found.append(pid)
+            except OSError:
+                continue
+        return found
+
+    try:
+        for line in head.stdout:
+            if "--block" in line:  # it says so when all is up
+                break
+        yield address, workers
+    finally:
+        head.terminate()
+        head.stdout.close()
+        head.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for(condition, process, seconds=300):
@@ -149,6 +214,50 @@ def test_a_killed_run_is_gone_on_with_and_a_bad_scan_passed_over(scans, whole, t
     assert f"{len(before)} of {SCANS} scans are there already" in said
     assert contents(out) == {k: v for k, v in whole.items() if "phantom4" not in k}
     assert before.items() <= reports(out).items()  # nothing redone
+
+
+@with_marks
+def test_a_cluster_that_is_there_with_a_worker_killed(scans, whole, tmp_path, cluster):
+    address, workers = cluster
+    out = tmp_path / "out"
+    run = start(scans, out, RAY_ADDRESS=address)
+    wait_for(lambda: len(reports(out)) >= 2, run)
+    os.kill(wait_for(workers, run)[0], signal.SIGKILL)
+    said, errors = run.communicate(timeout=600)
+    assert (run.returncode, errors) == (0, "")
+    assert f"wrote {SCANS} scans" in said
+    assert contents(out) == whole
+    again = start(scans, out, RAY_ADDRESS=address)  # the cluster is still there
+    said, errors = again.communicate(timeout=600)
+    assert (again.returncode, errors) == (0, "") and f"{SCANS} of {SCANS} scans are there" in said
+
+
+@with_marks
+@pytest.mark.parametrize("everybody", [False, True])
+def test_ctrl_c_is_quiet_and_can_be_gone_on_with(scans, whole, tmp_path, everybody):
+    """Sent to the command alone, and, as by a terminal, to all of its process group."""
+    out = tmp_path / "out"
+    run = start(scans, out, "--workers", 2, own_group=True)
+    wait_for(lambda: len(reports(out)) >= 2, run)
+    wait_for(lambda: at_work(run.pid), run)
+    (os.killpg if everybody else os.kill)(run.pid, signal.SIGINT)
+    said, errors = run.communicate(timeout=120)
+    assert (run.returncode, errors) == (130, "tumorsynth: stopped\n")
+    before = reports(out)
+    assert 2 <= len(before) < SCANS
+    again = start(scans, out, "--workers", 2)
+    said, errors = again.communicate(timeout=600)
+    assert (again.returncode, errors) == (0, "")
+    assert contents(out) == whole
+    assert before.items() <= reports(out).items()
+
+
+@with_marks
+def test_a_cluster_that_is_not_there(scans, tmp_path):
+    run = start(scans, tmp_path / "out", RAY_ADDRESS=f"127.0.0.1:{free_port()}")
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 2 and errors.count("\n") == 1, errors
+    assert "RAY_ADDRESS must name a Ray cluster that answers" in errors
 
 
 def test_missing_ray_is_named_with_its_extra(monkeypatch, tmp_path, capsys):

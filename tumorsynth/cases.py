@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,6 +241,20 @@ def check_outputs(
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file; choose another name")
+    folders = {path.parent.resolve() for case in cases for path in (case.ct, case.label)}
+    if finished is not None and out.resolve() in folders:
+        raise ValueError(
+            f"--out must not be the folder of the scans, got {out}: the next run would take the "
+            "results for scans; choose another"
+        )
+    same: dict[str, str] = {}
+    for case in cases:
+        first = same.setdefault(unicodedata.normalize("NFC", case.name).casefold(), case.name)
+        if first != case.name:
+            raise ValueError(
+                f"names of scans must differ by more than case, which not every disk tells apart, "
+                f"got {first!r} and {case.name!r}; rename one"
+            )
     inputs = {path.resolve() for case in cases for path in (case.ct, case.label)}
     there: list[Path] = []
     todo: list[int] = []
@@ -265,6 +282,31 @@ def check_outputs(
     return todo
 
 
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """ValueError while another run writes into this folder. A kill ends the claim."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(
+            f"only one run may write into a folder, but another one writes into {out}; wait for "
+            "its end, or choose another --out"
+        ) from None
+    except OSError:  # a disk without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def forget(cases: list[Pair], out: Path) -> None:
     """Earlier results count as unfinished from here on: a killed run can then be gone on with."""
     for case in cases:
@@ -287,7 +329,7 @@ def made_otherwise(report: Path, expected: dict[str, Any]) -> str | None:
     """Why a report is not the one of these `settings`, or None where it is."""
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "cannot be read"
     if not isinstance(found, dict):
         return "is no report"

@@ -8,6 +8,7 @@ that ``--help`` is quick.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -42,12 +43,18 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     if debug:  # wherever it stands: the commands see it in front
         arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what no text may
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = typer.main.get_command(app).main(
             arguments, prog_name="tumorsynth", standalone_mode=False
         )
     except (typer.Abort, KeyboardInterrupt):
         return fail("stopped", 130)
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if debug:
             raise

@@ -294,8 +294,9 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)  # of a dead process of this number
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:  # never through a link that somebody put there
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ true shape. Nothing here touches pyplot: it is safe in threads and leaves the ca
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def render(
     span = float(max(20, 10 * np.ceil(np.nanpercentile(change, 99) / 10)))
 
     def text(x: float, y: float, words: str, **style: Any) -> None:
-        figure.text(x / width, 1 - y / height, words, color=INK, **style)
+        # a file's name may hold what no font has, or what stands for a formula
+        words = "".join(c if c.isprintable() else "?" for c in words)
+        figure.text(x / width, 1 - y / height, words, color=INK, parse_math=False, **style)
 
     text(MARGIN, 0.6 * HEADER, title, fontsize=10, va="center", weight="bold")
     for column, name in enumerate(COLUMNS):
@@ -157,7 +160,9 @@ def save_preview(path: Path, *args: Any, **kwargs: Any) -> None:
     """``render`` the picture and write it as PNG; the file appears whole or not at all."""
     figure = render(*args, **kwargs)
     style = {"facecolor": figure.get_facecolor(), "metadata": {"Software": None}}
-    write_atomic(path, lambda file: figure.savefig(file, format="png", **style))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        write_atomic(path, lambda file: figure.savefig(file, format="png", **style))
 
 
 def _caption(index: int, record: Mapping[str, Any]) -> str:

@@ -18,7 +18,13 @@ try:
     # the loopback interface alone, as where it supports no clusters (elsewhere it listens to all);
     # and its workers as urgent as the command itself (Ray's own default is 15 nicer).
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not os.environ.get("RAY_ADDRESS"):
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what it says, it raises as well
+    if os.environ.get("RAY_ADDRESS"):
+        # A cluster asks for a token as soon as there is one (a local Ray leaves one behind), but
+        # who joins it shows none unless told to.
+        if Path("~/.ray/auth_token").expanduser().is_file():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+    else:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
@@ -46,7 +52,7 @@ def on_ray(
 
     On the cluster that RAY_ADDRESS names, else on a local one that ends with the run. Each of the
     ``workers`` (None: as many as there is room for) takes ``threads`` CPUs, and with "cuda" a GPU
-    of Ray's choice. ValueError where there is no room for one.
+    of Ray's choice. ValueError where there is no room for one, or no cluster answers.
     """
     if len(devices) > 1 or ":" in devices[0]:
         raise ValueError(f"Ray hands out the GPUs: give --device cuda, got {','.join(devices)}")
@@ -72,8 +78,14 @@ def _join_or_start(cpus: int | None, gpus: bool) -> None:
     # what Ray is going to do anyway: GPUs stay visible; without it Ray says so
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(**quiet)
+        except (ConnectionError, RuntimeError) as error:
+            raise ValueError(
+                f"RAY_ADDRESS must name a Ray cluster that answers, but {address} does not "
+                f"({' '.join(str(error).split())[:200]}); see that it is up, or unset it"
+            ) from error
         return
     quiet |= {"include_dashboard": False} | ({} if gpus else {"num_gpus": 0})
     ray.init(address="local", num_cpus=cpus, object_store_memory=STORE, **quiet)

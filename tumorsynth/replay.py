@@ -29,6 +29,17 @@ def read_report(path: Path) -> dict[str, Any]:
             )
     if not isinstance(told["generator"].get("name"), str):
         raise ValueError(f"a report must name its generator, but {path.name} does not")
+    hashes, threads = told.get("voxels_sha256", {}), told.get("threads", 1)
+    if not isinstance(hashes, dict) or not isinstance(told.get("device", ""), str):
+        raise ValueError(
+            f"a report's voxels_sha256 must be an object and its device a name, but {path.name} "
+            f"holds {str(hashes)[:40]} and {str(told.get('device'))[:40]}; restore it"
+        )
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise ValueError(
+            f"a report's threads must be 1 to 1024, but {path.name} holds {str(threads)[:40]}; "
+            "restore it"
+        )
     return told
 
 
@@ -76,12 +87,19 @@ def synthesizer_options(told: dict[str, Any]) -> dict[str, Any]:
     known = {kind.__name__: kind for kind in (HU, Scaled, ZScore)}
     names = {"organ_labels", "tumor_label", "p", "count", "size_mm", "blend", "contrast_hu"}
     stray = options.keys() - names - {"sigma_mm", "gap_mm", "merge", "mass_effect"}
-    if stray or not isinstance(scale, dict) or scale.get("kind") not in known:
+    if stray or not isinstance(scale, dict) or str(scale.get("kind")) not in known:
         raise ValueError(
             f"the report's options must be those of this version, got {sorted(stray) or scale}; "
             f"install tumorsynth {told['tumorsynth']}"
         )
-    if isinstance(options.get("mass_effect"), dict):
-        options["mass_effect"] = MassEffect(**options["mass_effect"])
-    intensity = known[scale["kind"]](**{k: v for k, v in scale.items() if k != "kind"})
+    try:
+        if isinstance(options.get("mass_effect"), dict):
+            options["mass_effect"] = MassEffect(**options["mass_effect"])
+        intensity = known[scale["kind"]](**{k: v for k, v in scale.items() if k != "kind"})
+    except TypeError as error:  # other fields than this version's
+        raise ValueError(
+            f"the report's mass_effect and intensity must be those of this version, got "
+            f"{str(options.get('mass_effect'))[:80]} and {str(scale)[:80]}; install tumorsynth "
+            f"{told['tumorsynth']}"
+        ) from error
     return {**options, "intensity": intensity}

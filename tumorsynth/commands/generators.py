@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tumorsynth.commands.shared import Overwrite
+from tumorsynth.commands.shared import Overwrite, plain
 
 
 def convert(
@@ -51,7 +51,7 @@ def info(
         if name is None:
             default = "  (default)" if each == weights.default_generator() else ""
             words = card.get("description") or card.get("source", "")
-            print(f"{each}{default}: {_plain(words)}")
+            print(f"{each}{default}: {plain(words)}")
             continue
         if each != weights.HANDCRAFTED:
             parts = {k: getattr(generator, k) for k in ("autoencoder", "denoiser")}
@@ -65,18 +65,13 @@ def info(
 
 def _print_card(value: dict[str, Any], indent: str = "") -> None:
     for key, entry in value.items():
-        title = indent + _plain(key).replace("_", " ")
+        title = indent + plain(key).replace("_", " ")
         if isinstance(entry, dict):
             print(f"{title}:")
             _print_card(entry, indent + "  ")
         elif isinstance(entry, (list, tuple)) and any(isinstance(e, (dict, str)) for e in entry):
             print(f"{title}:")
             for item in entry:
-                print(f"{indent}  - {_plain(item)}")
+                print(f"{indent}  - {plain(item)}")
         else:
-            print(f"{title}: {_plain(entry)}")
-
-
-def _plain(value: Any) -> str:
-    """A card may come from anybody: nothing in it reaches the terminal as a command."""
-    return "".join(c if c.isprintable() else " " for c in str(value))
+            print(f"{title}: {plain(entry)}")

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tumorsynth.commands.shared import plain
+
 STEPS = ("reading", "synthesising", "writing", "drawing")
 
 
@@ -21,7 +23,7 @@ def summary(name: str, records: list[dict[str, Any]]) -> str:
     placed = [r for r in records if r.get("applied", True)]
     sizes = ", ".join(f"{r['diameter_mm']:.1f} mm" for r in placed[:10])
     sizes += ", ..." if len(placed) > 10 else ""
-    words = f"{name}: {number(len(placed), 'tumour')}" + (f" ({sizes})" if sizes else "")
+    words = f"{plain(name)}: {number(len(placed), 'tumour')}" + (f" ({sizes})" if sizes else "")
     reasons = [str(r.get("reason")) for r in records if not r.get("applied", True)]
     return "; ".join([words, *dict.fromkeys(reasons)])
 

@@ -50,8 +50,14 @@ Threads = Annotated[
 
 
 def fail(words: str, code: int) -> int:
-    print(f"tumorsynth: {words}", file=sys.stderr)
+    """Say what is wrong in one line on stderr; returns the exit code."""
+    print(f"tumorsynth: {plain(words)}", file=sys.stderr)
     return code
+
+
+def plain(value: object) -> str:
+    """On one line, and no command to the terminal: names and cards may be anybody's."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
 def check_device(device: str) -> None:

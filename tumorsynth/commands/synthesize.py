@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from tumorsynth.cases import check_outputs, find_pairs, forget, made_otherwise, settings, sweep
+from tumorsynth.cases import (
+    check_outputs,
+    find_pairs,
+    forget,
+    made_otherwise,
+    only_run,
+    settings,
+    sweep,
+)
 from tumorsynth.collection import Clock, Outcome, Task, in_processes, outcome, run_one
 from tumorsynth.commands.progress import number, progress_bar, summary
 from tumorsynth.commands.shared import (
@@ -149,7 +157,12 @@ def synthesize(
         names = {"name": cases[k].ct.name, "label": cases[k].label.name}
         return made_otherwise(report, settings(synth, **names, seed=seed + k))
 
+    if folder and out.is_dir():
+        context.with_resource(only_run(out))
     todo = check_outputs(cases, out, overwrite, finished) if folder else [0]
+    if folder and not out.is_dir():
+        out.mkdir(parents=True, exist_ok=True)
+        context.with_resource(only_run(out))
     out.mkdir(parents=True, exist_ok=True)
     sweep(cases, out)
     if folder and overwrite:
