@@ -296,19 +296,6 @@ def patch() -> tuple[Tensor, Tensor]:
     return image, torch.ones(image.shape, dtype=torch.uint8)
 
 
-def test_blending_a_tumour_waits_for_its_volume_alone(monkeypatch):
-    """And for the two numbers at its end, which come together by tolist."""
-    seen, inner = Waits(), SynthesizeTumor._draft
-
-    def watched(*args):
-        with seen:
-            return inner(*args)
-
-    monkeypatch.setattr(SynthesizeTumor, "_draft", watched)
-    SynthesizeTumor(tiny_generator(), count=1, size_mm=10.0)(*patch(), spacing=1.0, seed=0)
-    assert seen.names == ["aten._local_scalar_dense.default"]
-
-
 def test_where_a_gpus_memory_ends_fewer_crops_go_together_and_that_is_said_once(monkeypatch):
     monkeypatch.setattr(SynthesizeTumor, "_batch", lambda self, device: self._together)
     generator, batches = tiny_generator(), []

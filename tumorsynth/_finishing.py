@@ -99,7 +99,9 @@ class Finishing(Painting):
                 for s, r, n in zip(tumor.start, region, tumor.mask.shape, strict=True)
             )
         ] = tumor.mask
-        weight = feather(inside, job.sigma_mm, frame.spacing, self.blend, generator.own_edge)
+        weight = feather(
+            inside, job.sigma_mm, frame.spacing, self.blend, generator.own_edge, tumor.voxels
+        )
         made = job.grid.carry_back(made, where)
         before = image[where].clone()
         if self.blend == "change":
@@ -117,9 +119,15 @@ class Finishing(Painting):
         # no label on what cannot be seen: fat or air under an organ's label, a scale that clips
         changed = (after != before).logical_and_(inside).sum()
         peak = (weight * inside).amax()
-        seen, peak_weight = torch.stack([changed.to(peak), peak]).tolist()  # one wait for a GPU
+        voxels = tuple(  # as indices: a mask's number of voxels is waited for
+            (i + s - r.start).to(image.device, non_blocking=True)
+            for i, s, r in zip(tumor.mask.nonzero().unbind(1), tumor.start, region, strict=True)
+        )
+        hu_change = (after.float() - before.float())[voxels].mean() * self.intensity.hu_per_unit
+        told = torch.stack([changed.to(peak), peak, hu_change.to(peak)])
+        seen, peak_weight, mean_hu = told.tolist()  # one wait for a GPU
         empty = seen < 0.5 * tumor.voxels
-        return Draft(where, before, after, inside, peak_weight, empty)
+        return Draft(where, before, after, inside, peak_weight, mean_hu, empty)
 
     def _write(
         self,
@@ -133,19 +141,12 @@ class Finishing(Painting):
         frame, tumor = job.grid.frame, job.tumor
         where, inside = draft.where, draft.inside
         image[where] = draft.after
-        label[where] = torch.where(
-            inside,
-            torch.tensor(self.tumor_label, dtype=label.dtype, device=label.device),
-            label[where],
-        )
+        label[where] = torch.where(inside, label.new_full((), self.tumor_label), label[where])
         # the middle one of the voxels made; params.centre may lie beside them
-        voxels = tumor.mask.nonzero().float()
+        voxels = tumor.mask.nonzero().float()  # on the CPU, whatever the image is on
         far = (voxels - voxels.mean(0)) * voxels.new_tensor(frame.spacing)
-        nearest = far.square().sum(1).argmin(0, keepdim=True)
-        middle = voxels.index_select(0, nearest)[0].long().tolist()
+        middle = voxels[far.square().sum(1).argmin()].long().tolist()
         centre = [s + m for s, m in zip(tumor.start, middle, strict=True)]
-        change = (draft.after.float() - draft.before.float())[inside]
-        hu_change = change.mean() * self.intensity.hu_per_unit
         return {
             "sample": job.sample,
             "index": job.index,
@@ -156,7 +157,7 @@ class Finishing(Painting):
             "requested_diameter_mm": tumor.params.drawn_mm,
             "volume_mm3": tumor.voxels * math.prod(frame.spacing),
             "label_voxels": tumor.voxels,
-            "hu_change": float(hu_change),
+            "hu_change": draft.hu_change,
             "peak_weight": draft.peak_weight,
             "sigma_mm": max(job.sigma_mm),
             "grain_mm": list(job.grain_mm),

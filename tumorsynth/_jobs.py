@@ -70,6 +70,7 @@ class Draft:
     after: Tensor
     inside: Tensor  # bool, the tumour
     peak_weight: float
+    hu_change: float  # mean in the tumour
     empty: bool  # nothing to be seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from tumorsynth import masks
 from tumorsynth._jobs import Settings
+from tumorsynth._room import Ground
 from tumorsynth.contrast_priors import ContrastPrior
+from tumorsynth.devices import on_cpu
 from tumorsynth.geometry import Frame
-from tumorsynth.masks import LocalMask, Skip, TumorParams
+from tumorsynth.masks import Box, LocalMask, Skip, TumorParams
 
 NOT_FINITE = "{:.0%} of the organ's voxels in the image are NaN or infinite; export the scan again"
 
@@ -45,7 +48,7 @@ class Placing(Settings):
             )
             return record, []
         results = masks.place(
-            label,
+            self._ground(image, label, frame, box),
             self.organ_labels,
             box,
             frame.spacing,
@@ -56,7 +59,6 @@ class Placing(Settings):
             contrast_hu=None if isinstance(self.contrast_hu, ContrastPrior) else self.contrast_hu,
             gap_mm=self.gap_mm,
             merge=self.merge,
-            forbid=self._forbidden(image, label, frame),
             outlines=self.outlines,
         )
         if results and all(isinstance(r, Skip) for r in results):
@@ -84,32 +86,58 @@ class Placing(Settings):
         self, image: Tensor, label: Tensor, frame: Frame, replay: dict[str, Any]
     ) -> list[LocalMask | Skip]:
         results: list[LocalMask | Skip] = []
-        forbid = self._forbidden(image, label, frame) if replay["tumors"] else None
+        if not replay["tumors"]:
+            return results
+        ground = self._ground(image, label, frame)
         for values in replay["tumors"]:
             earlier = [] if self.merge else [r for r in results if isinstance(r, LocalMask)]
             results.append(
                 masks.draw(
                     TumorParams.from_dict(values),
-                    label,
+                    ground,
                     self.organ_labels,
                     frame.spacing,
                     others=earlier,
                     gap_mm=self.gap_mm,
-                    forbid=forbid,
                 )
             )
         return results
 
-    def _forbidden(self, image: Tensor, label: Tensor, frame: Frame) -> Tensor | None:
-        """Voxels that no tumour may take: not finite, or next to a tumour that is there already."""
-        forbid = None
-        if not bool(image.sum(dtype=torch.float32).isfinite()):
-            forbid = ~image.isfinite()
-        if not self.merge:
-            box = masks.organ_box(label, self.tumor_label)
-            if box is not None:
-                region = box.grown(self.gap_mm, frame.spacing)
-                present = label[region] == self.tumor_label
-                forbid = torch.zeros_like(label, dtype=torch.bool) if forbid is None else forbid
-                forbid[region] |= masks.dilate(present, self.gap_mm, frame.spacing)
-        return forbid
+    def _ground(self, image: Tensor, label: Tensor, frame: Frame, box: Box | None = None) -> Ground:
+        """What tumours are placed on in a sample (X, Y, Z): the organ, and the voxels that no
+        tumour may take, as they are not finite or next to a tumour that is there already.
+
+        Always on the CPU: placing is many small decisions, each of which a GPU would be waited for.
+        box: the organ's, if known.
+        """
+        box = box or masks.organ_box(label, self.organ_labels)
+        present = None if self.merge else masks.organ_box(label, self.tumor_label)
+        finite = bool(image.sum(dtype=torch.float32).isfinite())
+        parts: list[tuple[slice, ...]] = [] if box is None else [box.grown(0, frame.spacing)]
+        around = None if present is None else present.grown(self.gap_mm, frame.spacing)
+        parts += [] if around is None else [around]
+        parts += [] if finite else [tuple(slice(0, n) for n in label.shape)]
+        part = _hull(parts, label.shape)
+        forbid = None if finite else ~image[part].isfinite()
+        if around is not None:
+            if forbid is None:
+                forbid = torch.zeros_like(label[part], dtype=torch.bool)
+            near = masks.dilate(label[around] == self.tumor_label, self.gap_mm, frame.spacing)
+            there = [
+                slice(a.start - p.start, a.stop - p.start)
+                for a, p in zip(around, part, strict=True)
+            ]
+            forbid[tuple(there)] |= near
+        x, y, z = part
+        start, shape = (x.start, y.start, z.start), (label.shape[0], label.shape[1], label.shape[2])
+        ground = Ground(label[part], self.organ_labels, forbid, start, shape)
+        return ground if on_cpu(label) else ground.on_cpu()
+
+
+def _hull(parts: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, slice, slice]:
+    """The box around some boxes, within the shape; of no use, but a box, around none."""
+    x, y, z = (
+        slice(min(s.start for s in along), min(n, max(s.stop for s in along)))
+        for n, *along in zip(shape, *(parts or [(slice(0, 1),) * 3]), strict=True)
+    )
+    return x, y, z

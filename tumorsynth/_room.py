@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +14,48 @@ if TYPE_CHECKING:
     from tumorsynth.masks import LocalMask
 
 
+class Ground(NamedTuple):
+    """What tumours are placed on: a sample's label and forbidden voxels, or the part of both that
+    has every voxel of the organ and every forbidden one.
+
+    label: (X, Y, Z), of which ``labels`` are the organ. forbid: bool, the same shape. start: where
+    they lie in the sample, of ``shape`` voxels.
+    """
+
+    label: Tensor
+    labels: tuple[int, ...]
+    forbid: Tensor | None
+    start: tuple[int, int, int]
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def whole(cls, label: Tensor, labels: tuple[int, ...], forbid: Tensor | None) -> Ground:
+        x, y, z = label.shape
+        return cls(label, labels, forbid, (0, 0, 0), (x, y, z))
+
+    def on_cpu(self) -> Ground:
+        """The same on the CPU: one wait for a GPU."""
+        code = is_organ(self.label, self.labels).to(torch.uint8)
+        code = (code if self.forbid is None else code + 2 * self.forbid).cpu()
+        forbid = None if self.forbid is None else code > 1
+        return Ground(code & 1, (1,), forbid, self.start, self.shape)
+
+
 class Field:
-    """Where a tumour may be: organ, less forbidden voxels, less other tumours and their gap."""
+    """Where a tumour may be: organ, less forbidden voxels, less other tumours and their gap.
+
+    Voxels are counted from the sample's first, also where the ground is a part of it.
+    """
 
     def __init__(
         self,
-        label: Tensor,
-        labels: tuple[int, ...],
+        ground: Ground,
         spacing: tuple[float, float, float],
-        forbid: Tensor | None,
         others: Sequence[LocalMask],
         gap_mm: float,
     ) -> None:
-        self.label, self.labels, self.spacing, self.forbid = label, labels, spacing, forbid
+        self.ground, self.spacing = ground, spacing
+        self.shape, self.device = ground.shape, ground.label.device
         self.voxel_mm3 = math.prod(spacing)
         # A box-shaped dilation by ceil(gap / spacing): whatever is left is more than gap away.
         gap = [max(1, math.ceil(gap_mm / s - 1e-6)) for s in spacing]
@@ -36,7 +65,7 @@ class Field:
             below = [min(g, s) for g, s in zip(gap, other.start, strict=True)]
             above = [
                 max(0, min(g, n - s - m))
-                for g, n, s, m in zip(gap, label.shape, other.start, other.mask.shape, strict=True)
+                for g, n, s, m in zip(gap, self.shape, other.start, other.mask.shape, strict=True)
             ]
             (x, y, z), (x1, y1, z1) = below, above
             padded = F.pad(other.mask, (z, z1, y, y1, x, x1))
@@ -49,34 +78,53 @@ class Field:
         Both bool. The second is False beyond the volume, and where a voxel is forbidden or taken: a
         tumour cut there ends in a straight line, which the organ's own surface does not make.
         """
-        clamped = torch.stack(
-            [i.clamp(0, n - 1) for i, n in zip(index, self.label.shape, strict=True)]
-        )
-        x, y, z = clamped
+        clamped = torch.stack([i.clamp(0, n - 1) for i, n in zip(index, self.shape, strict=True)])
         open_ = (clamped == index).all(0)
-        if self.forbid is not None:
-            open_ &= ~self.forbid[x, y, z]
+        label, forbid = self.ground.label, self.ground.forbid
+        (x, y, z), known = _within(index, self.ground.start, label.shape)
+        if forbid is not None:
+            open_ &= ~(known & forbid[x, y, z])
         for start, mask in self.others:
-            local = [i - s for i, s in zip(index, start, strict=True)]
-            i, j, k = (t.clamp(0, n - 1) for t, n in zip(local, mask.shape, strict=True))
-            near = (i == local[0]) & (j == local[1]) & (k == local[2])
+            (i, j, k), near = _within(index, start, mask.shape)
             open_ &= ~(near & mask[i, j, k])
-        return is_organ(self.label[x, y, z], self.labels).logical_and_(open_), open_
+        organ = is_organ(label[x, y, z], self.ground.labels).logical_and_(known)
+        return organ.logical_and_(open_), open_
 
     def local(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
         """The same for a whole box, which must lie in the volume."""
-        where = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        free = is_organ(self.label[where], self.labels)
-        if self.forbid is not None:
-            free &= ~self.forbid[where]
+        label, forbid = self.ground.label, self.ground.forbid
+        here, there = _common(start, stop, self.ground.start, label.shape)
+        sides = [b - a for a, b in zip(start, stop, strict=True)]
+        free = torch.zeros(sides, dtype=torch.bool, device=self.device)
+        free[here] = is_organ(label[there], self.ground.labels)
+        if forbid is not None:
+            free[here] &= ~forbid[there]
         for other_start, mask in self.others:
-            here, there = [], []
-            for a, b, s, n in zip(start, stop, other_start, mask.shape, strict=True):
-                first, last = max(a, s), min(b, s + n)
-                here.append(slice(first - a, max(last, first) - a))
-                there.append(slice(first - s, max(last, first) - s))
-            free[tuple(here)] &= ~mask[tuple(there)]
+            here, there = _common(start, stop, other_start, mask.shape)
+            free[here] &= ~mask[there]
         return free
+
+
+def _within(
+    index: Tensor, start: Sequence[int], shape: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """Indices (3, ...) counted from ``start`` and kept in the shape; which of them are in it."""
+    local = [i - s for i, s in zip(index, start, strict=True)]
+    kept = [t.clamp(0, n - 1) for t, n in zip(local, shape, strict=True)]
+    a, b, c = (t == k for t, k in zip(local, kept, strict=True))
+    return kept, a & b & c
+
+
+def _common(
+    start: Sequence[int], stop: Sequence[int], there: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """What a box shares with a volume that starts ``there``: its slices in either."""
+    box, volume = [], []
+    for a, b, s, n in zip(start, stop, there, shape, strict=True):
+        first, last = max(a, s), min(b, s + n)
+        box.append(slice(first - a, max(last, first) - a))
+        volume.append(slice(first - s, max(last, first) - s))
+    return tuple(box), tuple(volume)
 
 
 def lowest_connected(level: Tensor, where: Tensor, n: int) -> Tensor | int:
@@ -126,14 +174,17 @@ def flood(mask: Tensor, seed: int) -> Tensor:
     return part[0, 0] > 0
 
 
-def largest_part(label: Tensor, labels: tuple[int, ...], where: tuple[slice, ...]) -> int:
+def largest_part(ground: Ground, where: tuple[slice, ...]) -> int:
     """Voxels of the largest connected part of an organ (one kidney of two), to a few per cent.
 
     where: the organ's box. It is looked at on a grid of at most 24 points along each axis.
     """
     steps = [max(1, math.ceil((s.stop - s.start) / 24)) for s in where]
-    coarse = [slice(s.start + n // 2, s.stop, n) for s, n in zip(where, steps, strict=True)]
-    left = is_organ(label[tuple(coarse)], labels)
+    coarse = [
+        slice(s.start + n // 2 - first, s.stop - first, n)
+        for s, n, first in zip(where, steps, ground.start, strict=True)
+    ]
+    left = is_organ(ground.label[tuple(coarse)], ground.labels)
     largest = 0
     for _ in range(8):  # what is smaller than so many parts is no organ
         if not bool(left.any()):
@@ -167,6 +218,19 @@ def is_organ(label: Tensor, labels: tuple[int, ...]) -> Tensor:
             here = label == value
             organ = here if organ is None else organ.logical_or_(here)
     return torch.zeros_like(label, dtype=torch.bool) if organ is None else organ
+
+
+def marked(label: Tensor, labels: tuple[int, ...]) -> Tensor:
+    """As `is_organ`, with numbers that are not 0 where it is True: on a CPU torch compares into the
+    label's own number format up to eight times as fast as into bool."""
+    if label.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32):
+        return is_organ(label, labels).view(torch.uint8)
+    found = None
+    for value in labels:
+        if holds(label.dtype, value):
+            here = label.clone().eq_(value)
+            found = here if found is None else torch.maximum(found, here)
+    return torch.zeros_like(label) if found is None else found
 
 
 def holds(dtype: torch.dtype, value: int) -> bool:

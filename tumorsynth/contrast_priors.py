@@ -108,8 +108,10 @@ def structured(
     change: (X, Y, Z) in HU, 1 mm voxels. tumor_mask: bool. structure: HU of rim and core. The rim
     is 2 to 3 mm wide inside the outline; the core has an uneven border, drawn from the seed.
     """
+    if structure == (0.0, 0.0):
+        return change
     box = box_around(tumor_mask)
-    if structure == (0.0, 0.0) or box is None:
+    if box is None:
         return change
     change = change.clone()
     change[box] += _structure(tumor_mask[box], structure, seed)

@@ -56,6 +56,11 @@ def plain_defaults() -> Iterator[None]:
         yield
 
 
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether asking a tensor for its values costs no waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def or_on_cpu(step: str, device: torch.device, work: Callable[[torch.device], T]) -> T:
     """work(device), or work(CPU) where the device lacks an operator, which is said once."""
     try:

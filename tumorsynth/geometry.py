@@ -211,5 +211,5 @@ def _along(volume: Tensor, axis: int, weights: Tensor) -> Tensor:
     rows, count = weights.shape
     if rows == count and torch.equal(weights, torch.eye(count, dtype=weights.dtype)):
         return volume
-    weights = weights.to(volume.device, volume.dtype)
+    weights = weights.to(volume.dtype).to(volume.device, non_blocking=True)
     return torch.movedim(torch.tensordot(weights, volume, dims=([1], [axis])), 0, axis)

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth._arguments import any_bool, is_bool
-from tumorsynth._room import Field, is_organ, largest_part, lowest_connected
+from tumorsynth._room import Field, Ground, largest_part, lowest_connected, marked
 from tumorsynth._room import dilate as dilate
+from tumorsynth._room import is_organ as is_organ
 from tumorsynth._tumor_shape import BALL, BALL_LEVEL, MAX_LEVEL, RIM, SPHERE, Shape
 from tumorsynth._tumor_shape import TumorParams as TumorParams
 from tumorsynth.priors import SizePrior, get_prior
@@ -39,6 +40,7 @@ MIN_FLATNESS = (
 OUTLINE_BEND = 0.06  # relative amplitude by which a real outline is bent, standard deviation
 MAX_ORGAN_SHARE = 0.25  # of the organ, that a tumour of a prior's size may take
 MARGIN_MM = 2.0  # a tumour that is not to touch the capsule stays this far from it
+SLAB = 2**20  # voxels of a label that are looked at together on a CPU
 # What may be asked for, so that no call takes the machine's memory or does not end
 MAX_COUNT = 100
 SIZES_MM = (0.1, 200.0)
@@ -95,16 +97,23 @@ def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
     """The tight box around all voxels (X, Y, Z) carrying one of the labels; None if none does."""
     if label.ndim != 3:
         raise ValueError(f"label must be (X, Y, Z), got shape {tuple(label.shape)}")
-    # bytes, and in the order of memory (a NIfTI's is the reverse): torch reduces them many times
-    # faster
-    organ = is_organ(label, check_organ_labels(organ_labels)).view(torch.uint8)
-    order = sorted(range(3), key=organ.stride, reverse=True)
-    organ = organ.permute(order)
-    plane = organ.amax(0)
+    labels = check_organ_labels(organ_labels)
+    # In the order of memory (a NIfTI's is the reverse), and on a CPU by slabs that fit a cache:
+    # fresh memory as large as the label would cost more than the looking.
+    order = sorted(range(3), key=label.stride, reverse=True)
+    label = label.permute(order)
+    length, wide, deep = label.shape
+    slab = max(1, SLAB // max(1, wide * deep)) if label.device.type == "cpu" else max(1, length)
+    line, planes = [], []
+    for part in label.split(slab):
+        organ = marked(part, labels)
+        line.append(organ.amax((1, 2)))
+        planes.append(organ.amax(0))
+    plane = torch.stack(planes).amax(0)
+    lines = torch.cat([*line, plane.amax(1), plane.amax(0)]).cpu()  # one wait for a GPU
     start, stop = [0, 0, 0], [0, 0, 0]
-    lines = torch.cat([organ.amax((1, 2)), plane.amax(1), plane.amax(0)]).cpu()  # one wait
-    for axis, line in zip(order, lines.split(organ.shape), strict=True):
-        hits = line.nonzero()
+    for axis, line_of in zip(order, lines.split([length, wide, deep]), strict=True):
+        hits = line_of.nonzero()
         if len(hits) == 0:
             return None
         start[axis] = int(hits[0])
@@ -114,7 +123,7 @@ def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
 
 @torch.no_grad()
 def place(
-    label: Tensor,
+    label: Tensor | Ground,
     organ_labels: int | Iterable[int],
     box: Box | None,
     spacing: Sequence[float],
@@ -132,7 +141,8 @@ def place(
 ) -> list[LocalMask | Skip]:
     """Draw `count` tumours inside the organ.
 
-    label: (X, Y, Z), whole numbers of any dtype, any device. box: from `organ_box`. spacing: mm.
+    label: (X, Y, Z), whole numbers of any dtype, any device; or a `Ground`, which has organ_labels
+        and forbid in it. box: from `organ_box`. spacing: mm.
     size_mm: equivalent diameter: a number, (lo, hi) drawn log-uniformly, or a named prior, whose
         tumours take at most a quarter of the organ's largest connected part, or are its smallest.
     count: a number, (lo, hi) inclusive, or None for the prior's own counts per case.
@@ -150,25 +160,18 @@ def place(
     attempts is bounded (TRIES_PER_SIZE x SIZE_STEPS).
     """
     spacing = check_spacing(spacing)
-    labels = check_organ_labels(organ_labels)
+    ground = _ground(label, organ_labels, forbid)
     lo, hi, size_prior, shape_prior = _size(size_mm, prior)
     sigma = check_range("sigma_mm", sigma_mm, 0.0, MAX_SIGMA_MM)
     gap = check_range("gap_mm", gap_mm, 0.0, MAX_GAP_MM)[0]
-    if label.ndim != 3:
-        raise ValueError(f"label must be (X, Y, Z), got shape {tuple(label.shape)}")
-    if forbid is not None and (forbid.shape != label.shape or forbid.dtype != torch.bool):
-        raise ValueError(
-            f"forbid must be bool and shaped like label {tuple(label.shape)}, "
-            f"got {forbid.dtype} {tuple(forbid.shape)}"
-        )
     wanted = _count(count, shape_prior, rng)
     seeds = torch.randint(1 << 48, (wanted,), generator=rng).tolist()
     if box is None:
-        return [Skip(f"no organ: the label has no voxel of {list(labels)}")] * wanted
+        return [Skip(f"no organ: the label has no voxel of {list(ground.labels)}")] * wanted
 
     if size_prior is not None:
         # priors know nothing of how small an organ, or the part of it in a patch, may be
-        organ_mm3 = largest_part(label, labels, box.grown(0, spacing)) * math.prod(spacing)
+        organ_mm3 = largest_part(ground, box.grown(0, spacing)) * math.prod(spacing)
         hi = min(hi, max(lo, equivalent_diameter(MAX_ORGAN_SHARE * organ_mm3)))
     placed: list[LocalMask] = []
     results: list[LocalMask | Skip] = []
@@ -201,7 +204,7 @@ def place(
                 params, axes=(1.0, 1.0, 1.0), roughness=OUTLINE_BEND, outline=outlines[chosen]
             )
         touch = u_touch < shape_prior.touch_probability(drawn)
-        field = Field(label, labels, spacing, forbid, [] if merge else placed, gap)
+        field = Field(ground, spacing, [] if merge else placed, gap)
         result = _fit(params, field, box, lo, hi, touch, child)
         if isinstance(result, LocalMask):
             placed.append(result)
@@ -212,7 +215,7 @@ def place(
 @torch.no_grad()
 def draw(
     params: TumorParams,
-    label: Tensor,
+    label: Tensor | Ground,
     organ_labels: int | Iterable[int],
     spacing: Sequence[float],
     *,
@@ -222,20 +225,36 @@ def draw(
 ) -> LocalMask | Skip:
     """The voxels of one tumour, from its params alone: what `place` drew, drawn again.
 
-    others: the tumours placed before it, in order (none if merging was allowed); gap_mm and
+    others: the tumours placed before it, in order (none if merging was allowed); label, gap_mm and
     forbid as given to `place`.
     """
-    if not all(0 <= c < n for c, n in zip(params.centre, label.shape, strict=True)):
+    ground = _ground(label, organ_labels, forbid)
+    if not all(0 <= c < n for c, n in zip(params.centre, ground.shape, strict=True)):
         raise ValueError(
-            f"the tumour's centre {params.centre} lies outside the label {tuple(label.shape)}; "
+            f"the tumour's centre {params.centre} lies outside the label {ground.shape}; "
             "params replay only on a label of the shape they were drawn for"
         )
-    labels = check_organ_labels(organ_labels)
-    field = Field(label, labels, check_spacing(spacing), forbid, others, gap_mm)
+    field = Field(ground, check_spacing(spacing), others, gap_mm)
     result = _voxels(params, Shape(params), field)
     if isinstance(result, LocalMask):
         return result
     return Skip(f"the organ leaves no room for the tumour of {params.diameter_mm:.1f} mm here")
+
+
+def _ground(
+    label: Tensor | Ground, organ_labels: int | Iterable[int], forbid: Tensor | None
+) -> Ground:
+    labels = check_organ_labels(organ_labels)
+    if isinstance(label, Ground):
+        return label
+    if label.ndim != 3:
+        raise ValueError(f"label must be (X, Y, Z), got shape {tuple(label.shape)}")
+    if forbid is not None and (forbid.shape != label.shape or forbid.dtype != torch.bool):
+        raise ValueError(
+            f"forbid must be bool and shaped like label {tuple(label.shape)}, "
+            f"got {forbid.dtype} {tuple(forbid.shape)}"
+        )
+    return Ground.whole(label, labels, forbid)
 
 
 def _fit(
@@ -279,7 +298,7 @@ def _candidates(field: Field, box: Box, rng: torch.Generator) -> Tensor:
     """Up to MAX_CANDIDATES random voxels (M, 3) where a tumour may be, uniform in the organ."""
     start, stop = torch.tensor(box.start), torch.tensor(box.stop)
     u = torch.rand(CENTRE_DRAWS, 3, generator=rng, dtype=torch.float64)
-    index = (start + (u * (stop - start)).long()).to(field.label.device)
+    index = (start + (u * (stop - start)).long()).to(field.device)
     hits = index[field.at(index.T)[0]]
     if len(hits) < MAX_CANDIDATES // 8:  # the organ is a sliver of its box: look at every voxel
         free = field.local(box.start, box.stop).nonzero()
@@ -307,8 +326,7 @@ def _ranked(
     inside = free[:, :n][:, core].float().mean(1)
     clear = free[:, n:].float().mean(1)
     cut = ~open_.all(1)  # by the volume's border or another tumour, which are no capsule
-    reach, inside, clear, beyond = torch.stack([reach, inside, clear, cut.float()]).cpu()
-    cut = beyond > 0
+    reach, inside, clear, cut = (t.cpu() for t in (reach, inside, clear, cut))
     alone = (inside == 1) & (clear == 1)
     at_capsule = (inside >= 0.75) & (inside <= 0.97) & ~cut
     liked = at_capsule if touch else alone
@@ -328,11 +346,11 @@ def _voxels(params: TumorParams, shape: Shape, field: Field) -> LocalMask | int:
     voxel = torch.tensor(field.spacing, dtype=torch.float64)
     reach = shape.points(SPHERE, MAX_LEVEL * 1.05) / voxel + shape.offset
     low, high = reach.min(0).values.floor().tolist(), reach.max(0).values.ceil().tolist()
-    size = field.label.shape
+    size = field.shape
     centre = params.centre
     start = [max(0, c + min(int(v), -1)) for c, v in zip(centre, low, strict=True)]
     stop = [min(m, c + max(int(v), 1) + 1) for c, v, m in zip(centre, high, size, strict=True)]
-    device = field.label.device
+    device = field.device
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     millimetres = [
         ((torch.arange(a, b, dtype=torch.float64) - c - o) * s).to(device, dtype)

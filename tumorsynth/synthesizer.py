@@ -288,12 +288,11 @@ class SynthesizeTumor(Placing, Finishing):
             image[part], label[part] = moved, moved_label
         again = masks.draw(
             tumor.params,
-            label,
+            self._ground(image, label, frame),
             self.organ_labels,
             frame.spacing,
             others=later,
             gap_mm=self.gap_mm,
-            forbid=self._forbidden(image, label, frame),
         )
         if isinstance(again, Skip):
             record = left_alone(place[0], place[1], again.reason)

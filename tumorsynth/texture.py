@@ -52,17 +52,23 @@ def grain(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> tuple[float, f
     """
     hu = hu.float()
     organ = organ & hu.isfinite()
-    least = [SAMPLED * s for s in spacing]
-    values = hu[organ]
-    if len(values) < PAIRS:
-        return least[0], least[1], least[2]
-    middle = values.median()
-    spread = 1.4826 * (values - middle).abs().median()
+    middle, enough = _median(hu, organ), organ.sum()
+    spread = 1.4826 * _median((hu - middle).abs(), organ)
     fits = organ & ((hu - middle).abs() <= 3 * spread)  # no vessels
     hu = torch.where(fits, hu - middle, 0.0)
+    sums = [_unlike(hu, fits, axis, step) for axis in range(3) for step in (1, 2)]
+    told = torch.stack([number.to(hu.dtype) for number in (*sum(sums, ()), enough)])
+    *numbers, enough_voxels = told.tolist()  # one wait for a GPU
+    unlike = [
+        total / pairs if pairs >= PAIRS else 0.0
+        for total, pairs in zip(numbers[::2], numbers[1::2], strict=True)
+    ]
+    least = [SAMPLED * s for s in spacing]
+    if enough_voxels < PAIRS:
+        return least[0], least[1], least[2]
     found = []
     for axis, s in enumerate(spacing):
-        one, two = (_unlike(hu, fits, axis, step) for step in (1, 2))
+        one, two = unlike[2 * axis : 2 * axis + 2]
         sigma = WIDER * s * _width(two / one) if one > 0 else 0.0
         found.append(min(max(sigma, least[axis]), max(MOST_MM, least[axis])))
     return found[0], found[1], found[2]
@@ -84,28 +90,30 @@ def match(
     if box is None:
         return change
     mask, old = tumor_mask[box], change[box]
-    new = old
-    if even and int(mask.sum()) >= LEAST_VOXELS:
-        new = new + _evening(crop[box], old, mask)
-    radius = (3 * float(mask.sum()) / (4 * math.pi)) ** (1 / 3)
+    new, where = old, mask.nonzero().unbind(1)  # indices: a GPU is waited for once, not at each use
+    if even and len(where[0]) >= LEAST_VOXELS:
+        new = new + _evening(crop[box], old, mask, where)
+    radius = (3 * len(where[0]) / (4 * math.pi)) ** (1 / 3)
     missing = [min(math.sqrt(max(g**2 - OWN_MM**2, 0.0)), radius / 3) for g in grain_mm]
     missing = [m if m >= 0.2 else 0.0 for m in missing]
     new = gaussian_filter(new, missing)
     if new is old:
         return change
-    inside = core(mask[None, None])[0, 0]
-    before, after = float(old[inside].mean()), float(new[inside].mean())
-    if before * after > 0 and abs(before) > 1.0:  # a small tumour's edge reaches its middle
-        new = new * min(max(before / after, 0.5), 2.0)
+    inside = core(mask[None, None])[0, 0].nonzero().unbind(1)
+    before, after = old[inside].mean(), new[inside].mean()
+    small = (before * after <= 0) | (before.abs() <= 1.0)  # its edge reaches its middle
     change = change.clone()
-    change[box] = new
+    change[box] = new * torch.where(small, 1.0, (before / after).clamp(0.5, 2.0))
     return change
 
 
-def _evening(hu: Tensor, change: Tensor, mask: Tensor) -> Tensor:
-    """What to add to a change so that the tumour is as even as the tissue was."""
+def _evening(hu: Tensor, change: Tensor, mask: Tensor, where: tuple[Tensor, ...]) -> Tensor:
+    """What to add to a change so that the tumour is as even as the tissue was.
+
+    where: the mask's voxels, as indices along each axis.
+    """
     inside = mask.to(torch.float32)
-    depth = gaussian_filter(inside, [PROFILE_MM] * 3)[mask].double()
+    depth = gaussian_filter(inside, [PROFILE_MM] * 3)[where].double()
     depth = (depth - depth.mean()) / depth.std().clamp(min=1e-6)
     powers = torch.stack([depth**k for k in range(4)], dim=1)
     square = powers.T @ powers + 1e-3 * torch.eye(4, dtype=depth.dtype, device=depth.device)
@@ -113,30 +121,33 @@ def _evening(hu: Tensor, change: Tensor, mask: Tensor) -> Tensor:
 
     def slow(values: Tensor) -> Tensor:
         """How far values are, over some mm, from their profile from outline to middle."""
-        here = values[mask].double()
-        rest = here - powers @ torch.linalg.solve(square, powers.T @ here)
+        here = values[where].double()
+        fitted, _ = torch.linalg.solve_ex(square, powers.T @ here)  # solve would wait for its check
+        rest = here - powers @ fitted
         field = torch.zeros_like(inside)
-        field[mask] = rest.float()
+        field[where] = rest.float()
         return gaussian_filter(field, [SLOW_MM] * 3) / share
 
     painted, was = slow(hu + change), slow(hu)
-    most = LUMPS * 1.4826 * was[mask].abs().median()
+    most = LUMPS * 1.4826 * was[where].abs().median()
     was = was.clamp(-most, most)
     # nothing at the outline, where the filter sees the mask end; all of it 1.5 mm further in
     weight = (2 * gaussian_filter(inside, [1.0] * 3) - 1).clamp(min=0) * inside
     return weight * (was - painted)
 
 
-def _unlike(hu: Tensor, fits: Tensor, axis: int, step: int) -> float:
-    """Mean squared difference of voxels ``step`` apart; 0 where there are too few pairs."""
-    n = hu.shape[axis] - step
-    if n < 1:
-        return 0.0
-    both = fits.narrow(axis, 0, n) & fits.narrow(axis, step, n)
-    apart = hu.narrow(axis, step, n) - hu.narrow(axis, 0, n)
-    total = (apart.square() * both).sum()
-    squares, pairs = torch.stack([total.double(), both.sum().double()]).tolist()  # one wait
-    return squares / pairs if pairs >= PAIRS else 0.0
+def _median(values: Tensor, where: Tensor) -> Tensor:
+    """Of the voxels of a mask, without waiting for their number; NaN where there are none."""
+    return torch.where(where, values, torch.nan).nanmedian()
+
+
+def _unlike(hu: Tensor, fits: Tensor, axis: int, step: int) -> tuple[Tensor, Tensor]:
+    """Sum of the squared differences of voxels ``step`` apart, and the number of pairs."""
+    n = max(0, hu.shape[axis] - step)
+    last = hu.shape[axis] - n
+    both = fits.narrow(axis, 0, n) & fits.narrow(axis, last, n)
+    apart = hu.narrow(axis, last, n) - hu.narrow(axis, 0, n)
+    return (apart.square() * both).sum(), both.sum()
 
 
 def _width(ratio: float) -> float:
@@ -154,10 +165,10 @@ def _width(ratio: float) -> float:
 
 def box_around(mask: Tensor) -> tuple[slice, slice, slice] | None:
     """The mask's bounding box and a margin; None for an empty mask."""
+    plane = mask.any(0)
+    lines = torch.cat([mask.any(2).any(1), plane.any(1), plane.any(0)]).cpu()  # one wait for a GPU
     found = []
-    plane = mask.any(2)
-    lines = torch.cat([plane.any(1), plane.any(0), mask.any(0).any(0)]).cpu()  # one wait of a GPU
-    for line in lines.split(mask.shape):
+    for line in lines.split(list(mask.shape)):
         hits = line.nonzero()
         if not len(hits):
             return None
