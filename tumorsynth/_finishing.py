@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from tumorsynth import masks
-from tumorsynth._jobs import NOTHING, Draft, Job, left_alone
+from tumorsynth._jobs import NOTHING, Draft, Job, left_alone, region
 from tumorsynth._painting import Painting
 from tumorsynth.blend import feather, reach
 from tumorsynth.gate import REACH_MM, Gate
 from tumorsynth.generator import Generator
 from tumorsynth.handcrafted import HandcraftedGenerator
+from tumorsynth.texture import softening
 
 
 class Finishing(Painting):
@@ -84,44 +85,42 @@ class Finishing(Painting):
     ) -> Draft:
         """The tumour blended into its part of the image (X, Y, Z), which is left as it is."""
         frame, tumor = job.grid.frame, job.tumor
-        margin = reach(job.sigma_mm, frame.spacing, self.blend)
-        region = [
-            slice(max(0, s - m), min(n, s + size + m))
-            for s, size, m, n in zip(
-                tumor.start, tumor.mask.shape, margin, image.shape, strict=True
-            )
-        ]
-        where = (region[0], region[1], region[2])
-        inside = torch.zeros(image[where].shape, dtype=torch.bool, device=image.device)
-        inside[
-            tuple(
-                slice(s - r.start, s - r.start + n)
-                for s, r, n in zip(tumor.start, region, tumor.mask.shape, strict=True)
-            )
-        ] = tumor.mask
+        softened = softening(job.grain_mm)
+        margin = reach(job.sigma_mm, frame.spacing, self.blend, softened)
+        where, inside = region(tumor, margin, image.shape, image.device)
         weight = feather(
-            inside, job.sigma_mm, frame.spacing, self.blend, generator.own_edge, tumor.voxels
+            inside,
+            job.sigma_mm,
+            frame.spacing,
+            self.blend,
+            generator.own_edge,
+            tumor.voxels,
+            softened,
         )
         made = job.grid.carry_back(made, where)
         before = image[where].clone()
+        # at least float32; float64 stays, or it would lose digits and range
+        healthy = before.to(torch.promote_types(before.dtype, torch.float32))
+        if job.fill is not None:
+            healthy = healthy + job.fill.change_hu / self.intensity.hu_per_unit
+            weight = weight * job.fill.solid  # or the fat around would become darker
         if self.blend == "change":
             change = weight * made / self.intensity.hu_per_unit
         else:
-            hu = self.intensity.to_hu(before.float())
+            hu = self.intensity.to_hu(healthy.float())
             change = weight * (made - hu) / self.intensity.hu_per_unit
-        # at least float32; float64 stays, or it would lose digits and range
-        after = before.to(torch.promote_types(before.dtype, torch.float32)) + change
+        after = healthy + change
         if self.intensity.limits is not None:
             after = after.clamp(*self.intensity.limits)
         after = after.to(image.dtype)
         keep = (weight > 0) & before.isfinite() & after.isfinite()  # a dtype's end may be near
         after = torch.where(keep, after, before)
         # no label on what cannot be seen: fat or air under an organ's label, a scale that clips
-        changed = (after != before).logical_and_(inside).sum()
+        changed = (after != healthy.to(image.dtype)).logical_and_(inside).sum()
         peak = (weight * inside).amax()
         voxels = tuple(  # as indices: a mask's number of voxels is waited for
             (i + s - r.start).to(image.device, non_blocking=True)
-            for i, s, r in zip(tumor.mask.nonzero().unbind(1), tumor.start, region, strict=True)
+            for i, s, r in zip(tumor.mask.nonzero().unbind(1), tumor.start, where, strict=True)
         )
         hu_change = (after.float() - before.float())[voxels].mean() * self.intensity.hu_per_unit
         told = torch.stack([changed.to(peak), peak, hu_change.to(peak)])
@@ -163,6 +162,7 @@ class Finishing(Painting):
             "grain_mm": list(job.grain_mm),
             "contrast_hu": tumor.params.contrast_hu,
             "displaced_mm": 0.0,
+            "outside_share": 0.0 if job.fill is None else job.fill.outside_share,
             "generator": generator.name,
             "seed": tumor.params.seed,
         }

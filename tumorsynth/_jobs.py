@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tumorsynth.bulge import Fill
 from tumorsynth.contrast_priors import ContrastPrior
 from tumorsynth.gate import Gate
 from tumorsynth.geometry import CropGrid
 from tumorsynth.intensity import Intensity
 from tumorsynth.masks import LocalMask
 from tumorsynth.mass_effect import MassEffect
+from tumorsynth.texture import softening
 from tumorsynth.weights import Handle
 
 NOTHING = "the generator leaves this tissue as it is"
@@ -38,6 +42,7 @@ class Settings(nn.Module):
     gate: Gate | None
     mass_effect: MassEffect
     outlines: Any
+    bulge: Any
     _together: int  # crops in one pass of the networks on a GPU
 
 
@@ -53,12 +58,12 @@ class Job:
     crop: Tensor  # (side, side, side) in [0, 1]
     crop_mask: Tensor  # bool, the same shape
     grain_mm: tuple[float, float, float]  # how sharp the scan is there, along the tensor's axes
+    fill: Fill | None = None  # organ where the tumour bulges to
 
     @property
     def sigma_mm(self) -> tuple[float, float, float]:
-        """The feather along the tensor's axes: as drawn, and no sharper than the scan."""
-        a, b, c = (max(self.tumor.params.sigma_mm, g) for g in self.grain_mm)
-        return a, b, c
+        """The feather along the tensor's axes: as drawn, and seen as softly as the scan sees."""
+        return feather_mm(self.tumor.params.sigma_mm, self.grain_mm)
 
 
 @dataclass
@@ -72,6 +77,34 @@ class Draft:
     peak_weight: float
     hu_change: float  # mean in the tumour
     empty: bool  # nothing to be seen
+
+
+def feather_mm(drawn_mm: float, grain_mm: Sequence[float]) -> tuple[float, float, float]:
+    a, b, c = (
+        max(math.hypot(drawn_mm, softer), g)
+        for softer, g in zip(softening(grain_mm), grain_mm, strict=True)
+    )
+    return a, b, c
+
+
+def region(
+    tumor: LocalMask, margin: Sequence[int], size: Sequence[int], device: torch.device
+) -> tuple[tuple[slice, slice, slice], Tensor]:
+    """The tumour's box and a margin within the sample (X, Y, Z), and the tumour in it, bool."""
+    x, y, z = (
+        slice(max(0, s - m), min(n, s + length + m))
+        for s, length, m, n in zip(tumor.start, tumor.mask.shape, margin, size, strict=True)
+    )
+    inside = torch.zeros(
+        [part.stop - part.start for part in (x, y, z)], dtype=torch.bool, device=device
+    )
+    inside[
+        tuple(
+            slice(s - part.start, s - part.start + n)
+            for s, part, n in zip(tumor.start, (x, y, z), tumor.mask.shape, strict=True)
+        )
+    ] = tumor.mask.to(device, non_blocking=True)
+    return (x, y, z), inside
 
 
 def left_alone(sample: int, index: int, reason: str) -> dict[str, Any]:

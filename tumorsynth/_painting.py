@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tumorsynth import masks
-from tumorsynth._jobs import Job, Settings
+from tumorsynth._jobs import Job, Settings, feather_mm, region
 from tumorsynth.blend import reach
+from tumorsynth.bulge import fill
 from tumorsynth.contrast import own_level
 from tumorsynth.contrast_priors import ContrastPrior, structured
 from tumorsynth.devices import or_on_cpu
@@ -23,7 +24,7 @@ from tumorsynth.handcrafted import HandcraftedGenerator
 from tumorsynth.inputs import check_hu
 from tumorsynth.intensity import HU
 from tumorsynth.masks import LocalMask
-from tumorsynth.texture import grain, match, neighbourhood
+from tumorsynth.texture import grain, match, neighbourhood, softening
 
 CONTEXT_MM = 16.0  # at least this much of the scan on each side of a tumour goes into its crop
 GPU_BATCH = 8  # crops in one pass of the networks; halved where memory does not suffice
@@ -46,8 +47,8 @@ class Painting(Settings):
         grain_mm = (0.0, 0.0, 0.0)
         if self.blend == "change":
             grain_mm = self._grain(image, label, tumor, frame)
-        sigma_mm = [max(tumor.params.sigma_mm, g) for g in grain_mm]
-        feathered = reach(sigma_mm, frame.spacing, self.blend)
+        sigma_mm = feather_mm(tumor.params.sigma_mm, grain_mm)
+        feathered = reach(sigma_mm, frame.spacing, self.blend, softening(grain_mm))
         margin = max(n * s for n, s in zip(feathered, frame.spacing, strict=True)) + 2
         grid = plan_crop(
             frame,
@@ -61,6 +62,24 @@ class Painting(Settings):
         hu = self.intensity.to_hu(image[grid.source].float())
         if isinstance(self.intensity, HU):
             check_hu(hu)
+        filled = None
+        if tumor.params.bulge > 0:
+            where, outline = region(tumor, feathered, image.shape, image.device)
+            filled = fill(
+                self.intensity.to_hu(image[where].float()),
+                label[where],
+                self.organ_labels,
+                outline,
+                frame.spacing,
+                grain_mm,
+                tumor.params.shape_seed,
+            )
+            here = [
+                slice(w.start - g.start, w.stop - g.start)
+                for w, g in zip(where, grid.source, strict=True)
+            ]
+            hu = hu.clone()  # the sample itself, where its scale is HU
+            hu[tuple(here)] += filled.change_hu
         low, high = generator.window
         hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
         crop = grid.cut((hu - low) / (high - low))
@@ -73,7 +92,7 @@ class Painting(Settings):
         share = grid.cut(inside)
         # half a voxel's share, or less where a tumour is smaller than the generator's voxels
         crop_mask = share >= (0.5 * share.max()).clamp(max=0.5)
-        return Job(*place, tumor, grid, crop, crop_mask, grain_mm)
+        return Job(*place, tumor, grid, crop, crop_mask, grain_mm, filled)
 
     def _drawn(
         self, job: Job, record: dict[str, Any], generator: Generator | HandcraftedGenerator

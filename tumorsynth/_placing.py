@@ -12,6 +12,7 @@ from torch import Tensor
 from tumorsynth import masks
 from tumorsynth._jobs import Settings
 from tumorsynth._room import Ground
+from tumorsynth.bulge import Surroundings, check_bulge
 from tumorsynth.contrast_priors import ContrastPrior
 from tumorsynth.devices import on_cpu
 from tumorsynth.geometry import Frame
@@ -47,6 +48,7 @@ class Placing(Settings):
                 applied=False, reason=f"no organ: no voxel has a label of {self.organ_labels}"
             )
             return record, []
+        bulge = check_bulge(self.bulge, self.size_mm)
         results = masks.place(
             self._ground(image, label, frame, box),
             self.organ_labels,
@@ -60,6 +62,8 @@ class Placing(Settings):
             gap_mm=self.gap_mm,
             merge=self.merge,
             outlines=self.outlines,
+            bulge=bulge,
+            around=None if bulge is None else self._around(image, label, frame),
         )
         if results and all(isinstance(r, Skip) for r in results):
             share = self._not_finite(image, label)
@@ -89,6 +93,8 @@ class Placing(Settings):
         if not replay["tumors"]:
             return results
         ground = self._ground(image, label, frame)
+        bulging = any(values.get("bulge", 0) for values in replay["tumors"])
+        around = self._around(image, label, frame) if bulging else None
         for values in replay["tumors"]:
             earlier = [] if self.merge else [r for r in results if isinstance(r, LocalMask)]
             results.append(
@@ -99,9 +105,16 @@ class Placing(Settings):
                     frame.spacing,
                     others=earlier,
                     gap_mm=self.gap_mm,
+                    around=around,
                 )
             )
         return results
+
+    def _around(self, image: Tensor, label: Tensor, frame: Frame) -> Surroundings:
+        """Where the tumours of a sample (X, Y, Z) may bulge to; on the CPU, as the ground."""
+        return Surroundings(
+            image.cpu(), label.cpu(), self.organ_labels, frame.spacing, self.intensity
+        )
 
     def _ground(self, image: Tensor, label: Tensor, frame: Frame, box: Box | None = None) -> Ground:
         """What tumours are placed on in a sample (X, Y, Z): the organ, and the voxels that no

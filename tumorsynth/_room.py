@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from tumorsynth.bulge import Surroundings
     from tumorsynth.masks import LocalMask
 
 
@@ -45,6 +47,8 @@ class Field:
     """Where a tumour may be: organ, less forbidden voxels, less other tumours and their gap.
 
     Voxels are counted from the sample's first, also where the ground is a part of it.
+
+    around: for a tumour that bulges, where it may be beyond the organ.
     """
 
     def __init__(
@@ -53,9 +57,11 @@ class Field:
         spacing: tuple[float, float, float],
         others: Sequence[LocalMask],
         gap_mm: float,
+        around: Surroundings | None = None,
     ) -> None:
         self.ground, self.spacing = ground, spacing
         self.shape, self.device = ground.shape, ground.label.device
+        self.around = around
         self.voxel_mm3 = math.prod(spacing)
         # A box-shaped dilation by ceil(gap / spacing): whatever is left is more than gap away.
         gap = [max(1, math.ceil(gap_mm / s - 1e-6)) for s in spacing]
@@ -88,7 +94,21 @@ class Field:
             (i, j, k), near = _within(index, start, mask.shape)
             open_ &= ~(near & mask[i, j, k])
         organ = is_organ(label[x, y, z], self.ground.labels).logical_and_(known)
+        if self.around is not None:
+            organ |= self.around.near(index)
         return organ.logical_and_(open_), open_
+
+    def of_organ(self) -> Field:
+        """The same without what lies beyond the organ."""
+        inner = copy(self)
+        inner.around = None
+        return inner
+
+    def organ_at(self, index: Tensor) -> Tensor:
+        """Which voxels (3, ...) are the organ's, of indices that may lie beyond the volume."""
+        label = self.ground.label
+        (x, y, z), known = _within(index, self.ground.start, label.shape)
+        return is_organ(label[x, y, z], self.ground.labels).logical_and_(known)
 
     def local(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
         """The same for a whole box, which must lie in the volume."""
@@ -97,6 +117,8 @@ class Field:
         sides = [b - a for a, b in zip(start, stop, strict=True)]
         free = torch.zeros(sides, dtype=torch.bool, device=self.device)
         free[here] = is_organ(label[there], self.ground.labels)
+        if self.around is not None:
+            free |= self.around.local(start, stop)
         if forbid is not None:
             free[here] &= ~forbid[there]
         for other_start, mask in self.others:

@@ -78,8 +78,8 @@ class RandomSynthesizeTumor(_Synthesis, RandomTransform):
     healthy_only: leave subjects alone whose label holds a tumour already.
     kwargs: keyword arguments of :class:`tumorsynth.SynthesizeTumor` (generator, organ_labels,
         tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge, device,
-        gate, mass_effect, shapes) and of :class:`torchio.Transform` (p, copy, include, exclude,
-        keep, ...).
+        gate, mass_effect, shapes, bulge) and of :class:`torchio.Transform` (p, copy, include,
+        exclude, keep, ...).
 
     Integer images and labels keep their dtype; values are rounded. A generator must be named, in a
     folder or hand-crafted: the history holds its name and can be replayed elsewhere.
@@ -113,7 +113,7 @@ class SynthesizeTumor(_Synthesis):
 
     params: one record of ``tumorsynth.SynthesizeTumor.params``. The others: as for
         :class:`RandomSynthesizeTumor`; those that say what to draw (count, size_mm, sigma_mm,
-        contrast_hu, mass_effect, shapes, healthy_only) do nothing here.
+        contrast_hu, mass_effect, shapes, bulge, healthy_only) do nothing here.
     """
 
     def __init__(self, params: dict[str, Any], **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ RESAMPLE = "put tio.ToReferenceSpace or tio.Resample in front"
 _UNNAMED = ("default_image_name", "tio_default_image")
 
 # what they led to is in params
-DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu", "mass_effect", "shapes")
+DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu", "mass_effect", "shapes", "bulge")
 
 
 def nameable(generator: Any, adapter: Adapter) -> Any:

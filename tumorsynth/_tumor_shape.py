@@ -41,6 +41,7 @@ class TumorParams:
     fixed_capsule: bool = False  # of the organ, when tissue is pushed aside
     outline: str = ""  # of a real mask (`mask_shapes`), "": an ellipsoid's
     structure_hu: tuple[float, float] = (0.0, 0.0)  # of a rim and of a necrotic core
+    bulge: float = 0.0  # share of its volume that is to lie beyond the organ
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of numbers and tuples of numbers, ready for JSON."""
@@ -99,6 +100,7 @@ BOUNDS: dict[str, tuple[int, float, float]] = {
     "contrast_hu": (1, -1500.0, 1500.0),
     "structure_hu": (2, -1500.0, 1500.0),
     "displaced": (1, 0.0, 0.9),
+    "bulge": (1, 0.0, 0.9),
 }
 
 

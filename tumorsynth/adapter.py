@@ -50,6 +50,11 @@ class Adapter:
         self.healthy_only = bool(healthy_only)
         self.tumor_label: int = settings.get("tumor_label", SETTINGS["tumor_label"])
         if separate_organ:
+            if settings.get("bulge"):
+                raise ValueError(
+                    "bulge must be off where the organ is in a map of its own, which does not tell "
+                    f"what lies around it, got {settings['bulge']!r}; put the organ into the label"
+                )
             if settings.get("mass_effect"):
                 raise ValueError(
                     "mass_effect must be 0 where the organ is in a map of its own, which would not "

@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 
 BLENDS = ("change", "difftumor")
+ONE_SIGMA = 0.159  # of a filtered edge: what is left of it one standard deviation outside
 MIN_SIGMA_VOXELS = 0.4  # an edge of the scan is never sharper than its sampling
 
 
 def reach(
-    sigma_mm: float | Sequence[float], spacing: Sequence[float], blend: str
+    sigma_mm: float | Sequence[float],
+    spacing: Sequence[float],
+    blend: str,
+    softened_mm: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> tuple[int, int, int]:
     """Voxels by which the feather reaches beyond the tumour along each axis."""
-    a, b, c = (_radius(sigma, _cut(blend)) for sigma in _sigmas(sigma_mm, spacing, blend))
+    sigmas = _sigmas(sigma_mm, spacing, blend)
+    a, b, c = (
+        _radius(sigma, _cut(blend)) + math.ceil(further / s)
+        for sigma, further, s in zip(sigmas, softened_mm, spacing, strict=True)
+    )
     return a, b, c
 
 
@@ -29,6 +37,7 @@ def feather(
     blend: str,
     own_edge: bool = False,
     voxels: int | None = None,
+    softened_mm: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> Tensor:
     """Blend weights in [0, 1], float32, of the same shape as the local ``tumor_mask`` (X, Y, Z).
 
@@ -43,7 +52,9 @@ def feather(
     "change": the same filter, cut off at 3 sigma, sigma limited to a third of the tumour's radius,
     and scaled so that the weight reaches 1 inside every tumour. own_edge: what is weighted has a
     soft edge already, as decoded crops do; then the weight is 1 up to the outline and falls off
-    outside, or the edge would be softened twice and a small tumour be faint.
+    outside, or the edge would be softened twice and a small tumour be faint. Where such a change
+    was softened further (softened_mm, for each axis), it falls off that much further out, or the
+    outer half of the soft edge would be cut off.
     """
     weight = tumor_mask.to(torch.float32)
     if blend == "change":
@@ -51,6 +62,10 @@ def feather(
         volume = voxels * math.prod(spacing)
         radius = (3 * volume / (4 * math.pi)) ** (1 / 3)
         sigma_mm = [min(sigma, radius / 3) for sigma in _each(sigma_mm)]
+        if own_edge and any(softened_mm):
+            further = [min(m, radius / 3) / s for m, s in zip(softened_mm, spacing, strict=True)]
+            outline = gaussian_filter(weight, further) > ONE_SIGMA
+            weight = outline.logical_or_(tumor_mask).to(torch.float32)
     weight = gaussian_filter(weight, _sigmas(sigma_mm, spacing, blend), _cut(blend))
     if blend == "change":
         # the division makes the peak 1 even when the filter is as wide as the tumour; 2 % less

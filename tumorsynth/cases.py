@@ -181,7 +181,7 @@ def settings(synth: SynthesizeTumor, *, name: str, label: str, seed: int) -> dic
 
     card = synth.handle.get(synth.compute_device or "cpu").card
     options = ("organ_labels", "tumor_label", "p", "count", "size_mm", "blend", "contrast_hu")
-    own = ("sigma_mm", "gap_mm", "merge", "mass_effect")
+    own = ("sigma_mm", "gap_mm", "merge", "mass_effect", "bulge")
     known = {
         "tumorsynth": tumorsynth.__version__,
         "ct": name,

@@ -60,7 +60,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if hasattr(error, "format_message"):  # typer's own: unknown option, missing argument
             place = getattr(getattr(error, "ctx", None), "command_path", "tumorsynth")
-            return fail(f"{error.format_message().rstrip('.')}; see {place} --help", 2)
+            words = error.format_message().rstrip(".")
+            if "--contrast-hu" in words:  # a name, as contrast_hu= takes, is no number
+                words += "; it takes LOW HIGH in HU, --contrast-prior takes names as liver-portal"
+            return fail(f"{words}; see {place} --help", 2)
         return fail(one_line(error), exit_code(error))
     if code == 130:  # typer's own way of saying so
         return fail("stopped", 130)

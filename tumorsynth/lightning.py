@@ -48,7 +48,7 @@ class TumorSynthCallback(Callback):
         in the checkpoint: a resumed run goes on as it would have.
     settings: keyword arguments of :class:`tumorsynth.SynthesizeTumor` (generator, organ_labels,
         tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge,
-        device, gate, mass_effect, shapes); and healthy_only=True, which spares samples that
+        device, gate, mass_effect, shapes, bulge); and healthy_only=True, which spares samples that
         hold a tumour already.
 
     The batch is changed by replacing its entries, never its tensors; a tuple, which cannot be

@@ -27,6 +27,7 @@ from tumorsynth._room import dilate as dilate
 from tumorsynth._room import is_organ as is_organ
 from tumorsynth._tumor_shape import BALL, BALL_LEVEL, MAX_LEVEL, RIM, SPHERE, Shape
 from tumorsynth._tumor_shape import TumorParams as TumorParams
+from tumorsynth.bulge import Surroundings, draw_bulge, places
 from tumorsynth.priors import SizePrior, get_prior
 
 CENTRE_DRAWS = 1024  # random points in the organ's box; those in the organ are candidates
@@ -138,8 +139,10 @@ def place(
     prior: str | SizePrior | None = None,
     forbid: Tensor | None = None,
     outlines: Sequence[str] = (),
+    bulge: SizePrior | tuple[float, float] | None = None,
+    around: Surroundings | None = None,
 ) -> list[LocalMask | Skip]:
-    """Draw `count` tumours inside the organ.
+    """Draw `count` tumours inside the organ, or, with `bulge`, partly beyond it.
 
     label: (X, Y, Z), whole numbers of any dtype, any device; or a `Ground`, which has organ_labels
         and forbid in it. box: from `organ_box`. spacing: mm.
@@ -154,6 +157,8 @@ def place(
     forbid: bool (X, Y, Z), voxels no tumour may take.
     outlines: of real masks (`mask_shapes`), one of which each tumour has, turned, mirrored or not,
         slightly bent and brought to its size, instead of the prior's shapes.
+    bulge: what the share beyond the organ is drawn from (`bulge.check_bulge`); no other draw
+        depends on it. around: where that may be, needed with it.
 
     Returns one LocalMask (with its params) or Skip (with a reason) per tumour asked for. A tumour
     for which there is no room is made smaller, down to lo, before it is given up; the number of
@@ -197,6 +202,7 @@ def place(
             sigma_mm=sigma[0] + (sigma[1] - sigma[0]) * u_sigma,
             drawn_mm=drawn,
             contrast_hu=draw_contrast_hu(contrast_hu, noise_seed),
+            bulge=draw_bulge(bulge, drawn, noise_seed) if around is not None else 0.0,
         )
         if outlines:
             chosen = int(torch.randint(len(outlines), (), generator=child))
@@ -204,7 +210,8 @@ def place(
                 params, axes=(1.0, 1.0, 1.0), roughness=OUTLINE_BEND, outline=outlines[chosen]
             )
         touch = u_touch < shape_prior.touch_probability(drawn)
-        field = Field(ground, spacing, [] if merge else placed, gap)
+        beyond = around if params.bulge > 0 else None
+        field = Field(ground, spacing, [] if merge else placed, gap, beyond)
         result = _fit(params, field, box, lo, hi, touch, child)
         if isinstance(result, LocalMask):
             placed.append(result)
@@ -222,11 +229,12 @@ def draw(
     others: Sequence[LocalMask] = (),
     gap_mm: float = 2.0,
     forbid: Tensor | None = None,
+    around: Surroundings | None = None,
 ) -> LocalMask | Skip:
     """The voxels of one tumour, from its params alone: what `place` drew, drawn again.
 
-    others: the tumours placed before it, in order (none if merging was allowed); label, gap_mm and
-    forbid as given to `place`.
+    others: the tumours placed before it, in order (none if merging was allowed); label, gap_mm,
+    forbid and around as given to `place`.
     """
     ground = _ground(label, organ_labels, forbid)
     if not all(0 <= c < n for c, n in zip(params.centre, ground.shape, strict=True)):
@@ -234,7 +242,8 @@ def draw(
             f"the tumour's centre {params.centre} lies outside the label {ground.shape}; "
             "params replay only on a label of the shape they were drawn for"
         )
-    field = Field(ground, check_spacing(spacing), others, gap_mm)
+    beyond = around if params.bulge > 0 else None
+    field = Field(ground, check_spacing(spacing), others, gap_mm, beyond)
     result = _voxels(params, Shape(params), field)
     if isinstance(result, LocalMask):
         return result
@@ -267,7 +276,7 @@ def _fit(
     rng: torch.Generator,
 ) -> LocalMask | Skip:
     """Find a centre for the shape, making it smaller if need be."""
-    centres = _candidates(field, box, rng)
+    centres = _candidates(field.of_organ(), box, rng)
     if len(centres) == 0:
         return Skip("no room: other tumours or forbidden voxels fill the organ", params.drawn_mm)
     best = 0
@@ -280,7 +289,10 @@ def _fit(
         diameter = _on_grid(wanted, lo, hi, field.voxel_mm3)
         params = replace(params, diameter_mm=diameter)
         shape = Shape(params)
-        ranked = _ranked(shape, field, centres, touch, keep=step == steps - 1)
+        if field.around is None:
+            ranked = _ranked(shape, field, centres, touch, keep=step == steps - 1)
+        else:
+            ranked = places(shape, field, centres, params.bulge, rng)
         for x, y, z in ranked[:TRIES_PER_SIZE]:
             result = _voxels(replace(params, centre=(x, y, z)), shape, field)
             if isinstance(result, int):

@@ -125,7 +125,8 @@ def push_aside(
     grid = moved.nonzero().T
     at = grid + shift[:, moved]
     values = before.float()
-    tissue = _tissue(values, is_organ(there, organ_labels), spacing)
+    mean, gain = evenness(values, is_organ(there, organ_labels), spacing)
+    tissue = mean + gain * (values - mean)  # the rest is noise, and stays where it is
     after = before.clone()
     new = _between(tissue, at) + (values - tissue)[moved]
     if intensity.limits is not None:
@@ -217,10 +218,11 @@ def _ends(
     return end, (SQUEEZE * (end - 1)).clamp(0, params.displaced)
 
 
-def _tissue(values: Tensor, organ: Tensor, spacing: Sequence[float]) -> Tensor:
-    """The values (X, Y, Z) without their noise: local means where nothing but noise is seen.
+def evenness(values: Tensor, organ: Tensor, spacing: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Local means of the values (X, Y, Z), and how much of what differs from them is no noise:
+    0 where nothing but noise is seen, towards 1 at edges.
 
-    The noise stays where it is: interpolated it would be smoother where voxels come from between
+    Noise is best left where it is: interpolated it would be smoother where voxels come from between
     others and as it was where they do not, a pattern that real tissue does not have. After Wiener
     (Lee 1980), with the noise's variance from where the organ is most even.
     """
@@ -229,8 +231,7 @@ def _tissue(values: Tensor, organ: Tensor, spacing: Sequence[float]) -> Tensor:
     variance = (_mean((values - mean).square(), size)).clamp_min(1e-12)
     even = variance[organ] if bool(organ.any()) else variance.flatten()
     even = even[:: 1 + len(even) // 50_000].nanquantile(EVEN)  # vessels and edges have more
-    gain = (1 - (SIGNAL * even / variance).square()).clamp_min(0)
-    return mean + gain * (values - mean)
+    return mean, (1 - (SIGNAL * even / variance).square()).clamp_min(0)
 
 
 def _mean(values: Tensor, size: Sequence[int]) -> Tensor:

@@ -62,7 +62,7 @@ class RandSynthesizeTumor(RandomizableTransform):
     separate_organ: ``transform(img, label, organ)``; ``organ_labels`` are then values of organ.
     settings: keyword arguments of :class:`tumorsynth.SynthesizeTumor`: generator, organ_labels,
         tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge, device,
-        gate, mass_effect, shapes; and healthy_only=True, which spares samples whose
+        gate, mass_effect, shapes, bulge; and healthy_only=True, which spares samples whose
         label holds a tumour already.
 
     ``transform.report`` says what the last call in this process did.

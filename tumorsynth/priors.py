@@ -39,6 +39,8 @@ class SizePrior:
     capsule: tuple[float, float]  # P(touches the capsule) = logistic(a + b ln d)
     count: tuple[float, ...]  # relative frequency of 1, 2, 3, ... tumours in a case that has any
     source: str
+    bulge: tuple[float, float] | None = None  # logit of the share beyond the organ at d = 15 mm
+    bulge_slope: float = 0.0  # added to the bulge mean per unit of ln(d / 15 mm)
 
     def draw_diameter(self, lo: float, hi: float, rng: torch.Generator) -> float:
         """One equivalent diameter in mm within [lo, hi], from the truncated log-normal."""
@@ -70,6 +72,14 @@ class SizePrior:
         """Probability that a tumour of this size reaches the organ's surface."""
         a, b = self.capsule
         return _logistic(a + b * math.log(diameter_mm))
+
+    def draw_bulge(self, diameter_mm: float, rng: torch.Generator) -> float:
+        """Share of a tumour's volume beyond the organ; 0 for organs whose tumours stay inside."""
+        if self.bulge is None:
+            return 0.0
+        z = float(torch.randn((), generator=rng, dtype=torch.float64))
+        mean, sd = self.bulge
+        return _logistic(mean + self.bulge_slope * math.log(diameter_mm / 15.0) + sd * z)
 
     def draw_count(self, rng: torch.Generator) -> int:
         """Number of tumours in one case, at least 1."""
@@ -121,6 +131,8 @@ _KIDNEY = SizePrior(
     capsule=(-2.094, 1.928),
     count=(439, 37, 12),
     source="558 tumours of KiTS23",
+    bulge=(-0.6, 1.3),
+    bulge_slope=0.4,
 )
 
 _CYST = SizePrior(
@@ -135,6 +147,8 @@ _CYST = SizePrior(
     capsule=(-3.798, 2.048),
     count=(87, 60, 27, 15, 21, 10, 3, 11, 1, 5),
     source="805 kidney cysts of KiTS23",
+    bulge=(-0.6, 1.5),
+    bulge_slope=0.4,
 )
 
 # No masks behind these two: early liver tumours' shapes, a little rounder (round to oval). Sizes

@@ -79,6 +79,7 @@ def same_generator(told: dict[str, Any], card: dict[str, Any]) -> None:
 
 def synthesizer_options(told: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `SynthesizeTumor`, from the report's JSON."""
+    from tumorsynth.contrast_priors import ContrastPrior
     from tumorsynth.intensity import HU, Scaled, ZScore
     from tumorsynth.mass_effect import MassEffect
 
@@ -86,7 +87,7 @@ def synthesizer_options(told: dict[str, Any]) -> dict[str, Any]:
     scale = options.pop("intensity", {"kind": "HU"})
     known = {kind.__name__: kind for kind in (HU, Scaled, ZScore)}
     names = {"organ_labels", "tumor_label", "p", "count", "size_mm", "blend", "contrast_hu"}
-    stray = options.keys() - names - {"sigma_mm", "gap_mm", "merge", "mass_effect"}
+    stray = options.keys() - names - {"sigma_mm", "gap_mm", "merge", "mass_effect", "bulge"}
     if stray or not isinstance(scale, dict) or str(scale.get("kind")) not in known:
         raise ValueError(
             f"the report's options must be those of this version, got {sorted(stray) or scale}; "
@@ -95,10 +96,12 @@ def synthesizer_options(told: dict[str, Any]) -> dict[str, Any]:
     try:
         if isinstance(options.get("mass_effect"), dict):
             options["mass_effect"] = MassEffect(**options["mass_effect"])
+        if isinstance(options.get("contrast_hu"), dict):
+            options["contrast_hu"] = ContrastPrior(**options["contrast_hu"])
         intensity = known[scale["kind"]](**{k: v for k, v in scale.items() if k != "kind"})
     except TypeError as error:  # other fields than this version's
         raise ValueError(
-            f"the report's mass_effect and intensity must be those of this version, got "
+            "the report's mass_effect, contrast_hu and intensity must be this version's, got "
             f"{str(options.get('mass_effect'))[:80]} and {str(scale)[:80]}; install tumorsynth "
             f"{told['tumorsynth']}"
         ) from error

@@ -18,6 +18,7 @@ from tumorsynth._jobs import Job, left_alone
 from tumorsynth._painting import GPU_BATCH
 from tumorsynth._placing import Placing
 from tumorsynth.blend import BLENDS
+from tumorsynth.bulge import check_bulge
 from tumorsynth.contrast import check_contrast
 from tumorsynth.contrast_priors import ContrastPrior, get_contrast_prior
 from tumorsynth.devices import or_on_cpu, parse_device, plain_defaults
@@ -70,6 +71,10 @@ class SynthesizeTumor(Placing, Finishing):
         around it aside, in image and label; the rest takes the place of tissue. "auto": none below
         20 mm, growing to 0.6 at 50 mm; or a :class:`tumorsynth.mass_effect.MassEffect`. Off by
         default: then nothing but the tumours changes.
+    bulge: whether tumours stick out of the organ, into unlabelled fat around it: True as often and
+        as far as in the masks of size_mm="kidney" or "cyst", or the share of a tumour's volume
+        beyond the organ's label, 0 to 0.9, a number or (lo, hi) drawn per tumour. Off by default:
+        then labels change within the organ alone.
     device: where the generator runs; by default the image's device. Images come back to their own.
 
     shapes: real tumour masks whose shapes the tumours have, turned, mirrored, slightly bent and
@@ -99,6 +104,7 @@ class SynthesizeTumor(Placing, Finishing):
         gate: bool | Gate | None = None,
         mass_effect: float | str | MassEffect = 0.0,
         shapes: Any = None,
+        bulge: bool | float | Sequence[float] = False,
     ):
         super().__init__()
         self.handle = Handle(generator)
@@ -131,6 +137,8 @@ class SynthesizeTumor(Placing, Finishing):
         self.gate = check_gate(gate)
         self.mass_effect = check_mass_effect(mass_effect)
         self.outlines = read_shapes(shapes)
+        check_bulge(bulge, size_mm)
+        self.bulge = bulge
         self.report: list[dict[str, Any]] = []
         self.params: list[dict[str, Any]] = []
         self._together = GPU_BATCH
@@ -293,6 +301,7 @@ class SynthesizeTumor(Placing, Finishing):
             frame.spacing,
             others=later,
             gap_mm=self.gap_mm,
+            around=self._around(image, label, frame) if tumor.params.bulge > 0 else None,
         )
         if isinstance(again, Skip):
             record = left_alone(place[0], place[1], again.reason)

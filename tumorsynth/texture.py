@@ -15,7 +15,9 @@ from tumorsynth.contrast import core
 WIDER = 1.4
 OWN_MM = 0.7  # the sharpness of thin slices (0.45 mm of grain), which generators' changes have
 SAMPLED = 0.29  # standard deviation of a box one voxel wide: no scan is sharper along an axis
-MOST_MM = 2.0  # a gradient without noise looks like endless grain
+MOST_MM = 2.5  # a gradient without noise looks like endless grain
+
+LEAST_MM = 0.2  # softer by less than this is not softer
 
 REGION_MM, REGION_VOXELS = 14.0, 24  # on each side of a tumour's centre, where grain is measured
 PAIRS = 300  # of neighbouring voxels of the organ that it takes
@@ -47,8 +49,8 @@ def grain(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> tuple[float, f
 
     hu: (X, Y, Z), organ: bool, the tissue to measure in. 1.4 times the standard deviation of the
     Gaussian that makes white noise as alike from voxel to voxel as this scan's; at least a voxel's
-    own width (0.29 of it) and at most 2 mm. Where there is too little organ or no noise: the least.
-    Smooth kernels, thick slices and interpolation all widen it.
+    own width (0.29 of it) and at most 2.5 mm. Where there is too little organ or no noise: the
+    least. Smooth kernels, thick slices and interpolation all widen it.
     """
     hu = hu.float()
     organ = organ & hu.isfinite()
@@ -56,7 +58,7 @@ def grain(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> tuple[float, f
     spread = 1.4826 * _median((hu - middle).abs(), organ)
     fits = organ & ((hu - middle).abs() <= 3 * spread)  # no vessels
     hu = torch.where(fits, hu - middle, 0.0)
-    sums = [_unlike(hu, fits, axis, step) for axis in range(3) for step in (1, 2)]
+    sums = [_unlike(hu, fits, axis, step) for axis in range(3) for step in (1, 2, 4)]
     told = torch.stack([number.to(hu.dtype) for number in (*sum(sums, ()), enough)])
     *numbers, enough_voxels = told.tolist()  # one wait for a GPU
     unlike = [
@@ -68,10 +70,19 @@ def grain(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> tuple[float, f
         return least[0], least[1], least[2]
     found = []
     for axis, s in enumerate(spacing):
-        one, two = unlike[2 * axis : 2 * axis + 2]
-        sigma = WIDER * s * _width(two / one) if one > 0 else 0.0
+        one, two, four = unlike[3 * axis : 3 * axis + 3]
+        sigma = WIDER * s * _width(two / one, 2) if one > 0 else 0.0
+        if sigma > s and four > 0:  # between interpolated slices noise is alike over more voxels
+            sigma = WIDER * s * _width(four / one, 4)
         found.append(min(max(sigma, least[axis]), max(MOST_MM, least[axis])))
     return found[0], found[1], found[2]
+
+
+def softening(grain_mm: Sequence[float]) -> tuple[float, float, float]:
+    """What a scan of this grain is softer by than a generator's changes, in mm along each axis."""
+    found = (math.sqrt(max(g**2 - OWN_MM**2, 0.0)) for g in grain_mm)
+    a, b, c = (sigma if sigma >= LEAST_MM else 0.0 for sigma in found)
+    return a, b, c
 
 
 def match(
@@ -94,9 +105,7 @@ def match(
     if even and len(where[0]) >= LEAST_VOXELS:
         new = new + _evening(crop[box], old, mask, where)
     radius = (3 * len(where[0]) / (4 * math.pi)) ** (1 / 3)
-    missing = [min(math.sqrt(max(g**2 - OWN_MM**2, 0.0)), radius / 3) for g in grain_mm]
-    missing = [m if m >= 0.2 else 0.0 for m in missing]
-    new = gaussian_filter(new, missing)
+    new = gaussian_filter(new, [min(sigma, radius / 3) for sigma in softening(grain_mm)])
     if new is old:
         return change
     inside = core(mask[None, None])[0, 0].nonzero().unbind(1)
@@ -150,16 +159,16 @@ def _unlike(hu: Tensor, fits: Tensor, axis: int, step: int) -> tuple[Tensor, Ten
     return (apart.square() * both).sum(), both.sum()
 
 
-def _width(ratio: float) -> float:
+def _width(ratio: float, far: int) -> float:
     """Standard deviation, in voxels, of the Gaussian that filtered white noise.
 
-    ratio: of the mean squared differences two voxels and one voxel apart. Such noise is alike by
-    p, p^4 at these distances, so that the ratio is (1 - p^4) / (1 - p) = 1 + p + p^2 + p^3.
+    ratio: of the mean squared differences ``far`` voxels and one voxel apart. Such noise is alike
+    by p^(far^2) and p at these distances, so that the ratio is (1 - p^(far^2)) / (1 - p).
     """
     low, high = 0.0, 1.0
     for _ in range(30):
         p = (low + high) / 2
-        low, high = (p, high) if 1 + p + p**2 + p**3 < ratio else (low, p)
+        low, high = (p, high) if (1 - p**far**2) / (1 - p) < ratio else (low, p)
     return 0.0 if p < 1e-6 else 0.5 / math.sqrt(-math.log(min(p, 1 - 1e-6)))
 
 

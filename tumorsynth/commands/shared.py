@@ -106,6 +106,18 @@ def share(text: str) -> float | str:
         ) from None
 
 
+def bulge_range(text: str) -> bool | tuple[float, float]:
+    if text in ("no", "prior"):
+        return text == "prior"
+    low, _, high = text.partition("-")
+    try:
+        return float(low), float(high or low)
+    except ValueError:
+        raise ValueError(
+            f"--bulge must be prior, no, a share from 0 to 0.9, or LOW-HIGH, got {text!r}"
+        ) from None
+
+
 def count_range(text: str) -> tuple[int, int]:
     low, _, high = text.partition("-")
     try:

@@ -27,6 +27,7 @@ from tumorsynth.commands.shared import (
     Seed,
     SizeMm,
     Threads,
+    bulge_range,
     check_device,
     count_range,
     fail,
@@ -72,6 +73,21 @@ def synthesize(
             show_default=False,
         ),
     ] = None,
+    contrast_prior: Annotated[
+        str | None,
+        typer.Option(
+            help="Contrast as of an organ and a phase, with rims and necrotic cores: liver-portal, "
+            "kidney-arterial, pancreas-unenhanced, ...",
+            show_default=False,
+        ),
+    ] = None,
+    bulge: Annotated[
+        str,
+        typer.Option(
+            help="Tumours that stick out of the organ into unlabelled fat: prior, as in real "
+            "masks (kidney, cyst), or the share of their volume, 0.3 or 0-0.5; no for none."
+        ),
+    ] = "no",
     mass_effect: Annotated[
         str,
         typer.Option(
@@ -130,6 +146,8 @@ def synthesize(
     scale = scale_of(intensity)
     if size_mm is not None and size_prior is not None:
         raise ValueError("--size-mm and --size-prior exclude each other; give one of them")
+    if contrast_hu is not None and contrast_prior is not None:
+        raise ValueError("--contrast-hu and --contrast-prior exclude each other; give one of them")
     devices = [name.strip() for name in device.split(",")]
     for each in devices:
         check_device(each)
@@ -146,7 +164,8 @@ def synthesize(
         size_mm=size_prior or size_mm or (8.0, 20.0),
         p=p,
         blend=blend,
-        contrast_hu=contrast_hu,
+        contrast_hu=contrast_prior or contrast_hu,
+        bulge=bulge_range(bulge),
         mass_effect=share(mass_effect),
         intensity=scale,
         device=devices[0],

@@ -1,0 +1,231 @@
+"""Tumours that bulge out of their organ: where they may go, and the tissue that is put there first.
+
+A bulging tumour takes an uncut shape, of which a drawn share lies beyond the organ's label, in the
+fat around it. Before it is painted the organ is made to reach that far: what is inside the tumour's
+outline becomes even tissue of the organ's level, with the scan's noise. From there on the tumour is
+painted as one within the organ, by any generator; its edge to the fat is as sharp as the scan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tumorsynth._room import Field, dilate, is_organ
+from tumorsynth._tumor_shape import MAX_LEVEL, SPHERE, Shape
+from tumorsynth.blend import feather, gaussian_filter
+from tumorsynth.intensity import Intensity
+from tumorsynth.mass_effect import BONE_HU, evenness
+from tumorsynth.priors import SizePrior, get_prior
+from tumorsynth.texture import WIDER
+
+MAX_BULGE = 0.9  # of a tumour's volume: the rest holds it to its organ
+LEAST = 0.02  # a smaller share than this is none
+FAT_HU = (-150.0, -20.0)  # mean of 3 mm; below is air or lung, above is muscle, gut, an organ
+MEAN_MM = 1.5  # to each side, where that mean is taken
+CLOSE_MM = 2.0  # strands in the fat and the blurred border of the organ are no obstacles
+AWAY_MM = 2.0  # from air and bone: the gut's wall and marrow can look like fat
+OFFSETS = 2  # places tried around each voxel of the organ
+NEAR = 0.08  # how far the share of a place may be from the one drawn
+EVEN_GAIN = 0.1  # less of a voxel's difference from its surroundings than this is no noise
+# Levels of SPHERE's directions, uniform in volume: the bits of their numbers reversed, since the
+# golden ratio is in the directions already
+CORE_LEVEL = torch.tensor([int(f"{k:08b}"[::-1], 2) + 0.5 for k in range(256)]) / 256
+CORE_LEVEL = MAX_LEVEL * CORE_LEVEL.double() ** (1 / 3)
+
+
+def check_bulge(
+    bulge: bool | float | Sequence[float], size_mm: object
+) -> SizePrior | tuple[float, float] | None:
+    """What a ``bulge=`` argument draws from: a prior, (low, high), or None for no bulging.
+
+    Raises ValueError for other values, and for True without a prior that knows of bulging.
+    """
+    if bulge is False or bulge is None:
+        return None
+    if bulge is True:
+        prior = get_prior(size_mm) if isinstance(size_mm, str | SizePrior) else None
+        if prior is None or prior.bulge is None:
+            raise ValueError(
+                'bulge=True needs size_mm="kidney" or "cyst", whose real masks tell how far they '
+                f"bulge, got size_mm={size_mm!r}; pass a share of the volume instead, bulge=0.3 or "
+                "bulge=(0, 0.5)"
+            )
+        return prior
+    try:
+        given = [bulge] * 2 if isinstance(bulge, int | float) else list(bulge)
+        low, high = (float(share) for share in given)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if isinstance(bulge, str) or not 0 <= low <= high <= MAX_BULGE:
+        raise ValueError(
+            "bulge must be the share of a tumour's volume beyond its organ, a number or (low, "
+            f"high) from 0 to {MAX_BULGE}, or True for the prior's, got {bulge!r}; try (0, 0.5)"
+        )
+    return None if high < LEAST else (low, high)
+
+
+def draw_bulge(
+    source: SizePrior | tuple[float, float] | None, diameter_mm: float, seed: int
+) -> float:
+    """The share beyond the organ of the tumour of this noise seed; 0 for one that stays inside."""
+    if source is None:
+        return 0.0
+    rng = torch.Generator().manual_seed(seed ^ 0x62756C67)  # a stream apart from the noise
+    if isinstance(source, SizePrior):
+        share = source.draw_bulge(diameter_mm, rng)
+    else:
+        low, high = source
+        share = low + (high - low) * float(torch.rand((), generator=rng, dtype=torch.float64))
+    return 0.0 if share < LEAST else min(share, MAX_BULGE)
+
+
+class Surroundings:
+    """The fat around the organs of a sample (X, Y, Z): where its tumours may bulge to.
+
+    Never air, bone, a voxel that is not finite, or one that has any label but 0.
+    """
+
+    def __init__(
+        self,
+        image: Tensor,
+        label: Tensor,
+        organ_labels: tuple[int, ...],
+        spacing: tuple[float, float, float],
+        intensity: Intensity,
+    ) -> None:
+        self.image, self.label, self.spacing, self.intensity = image, label, spacing, intensity
+        self.organ_labels = organ_labels
+        self.bone, self.air = BONE_HU, FAT_HU[0]
+        if intensity.limits is not None:  # a scale that ends shows bone and air as its ends
+            low, high = (
+                float(intensity.to_hu(torch.tensor(end, dtype=torch.float32)))
+                for end in intensity.limits
+            )
+            self.bone, self.air = min(self.bone, high - 1), max(self.air, low + 1)
+
+    def near(self, index: Tensor) -> Tensor:
+        """Which of these voxels (3, ...) are likely to do: a cheap look at their own values."""
+        x, y, z = (i.clamp(0, n - 1) for i, n in zip(index, self.label.shape, strict=True))
+        hu = self.intensity.to_hu(self.image[x, y, z].float())
+        return self._unlabelled(self.label[x, y, z]) & (hu > self.air) & (hu < FAT_HU[1])
+
+    def local(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
+        """Which voxels of a box, which must lie in the volume, do: bool.
+
+        What is said of a voxel does not depend on the box: it is looked at with what is around.
+        """
+        by = [math.ceil((MEAN_MM + CLOSE_MM + AWAY_MM) / s) + 3 for s in self.spacing]
+        wide = tuple(
+            slice(max(0, a - n), min(m, b + n))
+            for a, b, n, m in zip(start, stop, by, self.label.shape, strict=True)
+        )
+        # whole HU: their sums are exact on every device
+        hu = self.intensity.to_hu(self.image[wide].float())
+        finite = hu.isfinite()
+        hu = hu.nan_to_num(nan=-1000.0, posinf=1000.0, neginf=-1000.0).clamp(-1000, 1000).round()
+        total, count = _sums(hu, self.spacing), _sums(torch.ones_like(hu), self.spacing)
+        fat = (total > self.air * count) & (total < FAT_HU[1] * count)
+        bright = (hu >= self.bone) & ~is_organ(self.label[wide], self.organ_labels)
+        hard = (total <= self.air * count) | bright | ~finite
+        room = dilate(fat, CLOSE_MM, self.spacing) & ~dilate(hard, AWAY_MM, self.spacing)
+        room &= self._unlabelled(self.label[wide])
+        x, y, z = (
+            slice(a - w.start, b - w.start) for a, b, w in zip(start, stop, wide, strict=True)
+        )
+        return room[x, y, z]
+
+    def _unlabelled(self, label: Tensor) -> Tensor:
+        return (label == 0) & ~is_organ(label, self.organ_labels)
+
+
+def _sums(values: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Sums of (X, Y, Z) over MEAN_MM to each side, of what of it lies inside."""
+    out = values[None, None]
+    for axis, s in enumerate(spacing):
+        kernel, padding = [1, 1, 1], [0, 0, 0]
+        padding[axis] = round(MEAN_MM / s)
+        kernel[axis] = 2 * padding[axis] + 1
+        if padding[axis]:
+            out = F.avg_pool3d(out, kernel, 1, padding, divisor_override=1)
+    return out[0, 0]
+
+
+def places(
+    shape: Shape, field: Field, organ: Tensor, bulge: float, rng: torch.Generator
+) -> list[list[int]]:
+    """Centres for a tumour of which this share is to lie beyond the organ, best first.
+
+    organ: (M, 3), random voxels of it. Centres lie around them, also beyond the organ.
+    """
+    if len(organ) == 0:
+        return []
+    count = OFFSETS * len(organ)
+    direction = F.normalize(torch.randn(count, 3, generator=rng, dtype=torch.float64), dim=1)
+    radius = float(shape.half_axes.max()) * 1.3
+    away = direction * radius * torch.rand(count, 1, generator=rng, dtype=torch.float64)
+    voxel = torch.tensor(field.spacing, dtype=torch.float64)
+    centres = organ.cpu().repeat(OFFSETS, 1) + (away / voxel).round().long()
+    size = torch.tensor(field.shape)
+    centres = torch.cat([organ.cpu(), centres])
+    centres = centres[((centres >= 0) & (centres < size)).all(1)].to(organ.device)
+    offsets = (shape.points(SPHERE, CORE_LEVEL) / voxel + shape.offset).round().long()
+    index = centres.T[:, :, None] + offsets.to(centres.device).T[:, None]
+    free, _ = field.at(index)
+    inside = free & field.organ_at(index)
+    core = (CORE_LEVEL <= 1).to(free.device)
+    reach = (free.float().mean(1) * MAX_LEVEL**3).cpu()  # volume that could be had / asked for
+    blocked = 1 - free[:, core].float().mean(1).cpu()
+    off = (1 - blocked - inside[:, core].float().mean(1).cpu() - bulge).abs()
+    # in random order, and the sort is stable: the first near enough is a random one
+    score = off.clamp(min=NEAR) + blocked.clamp(min=0.05)
+    order = torch.argsort(score, stable=True)
+    order = order[reach[order] >= 0.9]
+    return centres[order.to(centres.device)].tolist()
+
+
+@dataclass(frozen=True)
+class Fill:
+    """The organ brought to where a tumour bulges to. Of a part of the sample (X, Y, Z)."""
+
+    change_hu: Tensor  # that makes even tissue of the organ's level within the tumour's outline
+    solid: Tensor  # 1 in the organ, 0 in the fat, between where one becomes the other
+    outside_share: float  # of the tumour's voxels
+
+
+def fill(
+    hu: Tensor,
+    label: Tensor,
+    organ_labels: tuple[int, ...],
+    inside: Tensor,
+    spacing: tuple[float, float, float],
+    grain_mm: Sequence[float],
+    seed: int,
+) -> Fill:
+    """What makes even tissue of the organ's level within a tumour's outline, as sharp as the scan.
+
+    hu, label, inside (bool, the tumour): (X, Y, Z), the tumour and some mm around it. grain_mm:
+    `texture.grain` along the axes. The scan keeps its noise; where that cannot be told from an edge
+    (the organ's old surface, strands in the fat) noise like it is drawn from the seed.
+    """
+    organ = is_organ(label, organ_labels)
+    finite = hu.isfinite()
+    hu = torch.where(finite, hu, 0.0)
+    healthy = organ & finite
+    level = hu[healthy].median() if bool(healthy.any()) else hu.new_tensor(0.0)
+    mean, gain = evenness(hu, organ, spacing)
+    noise = (1 - gain) * (hu - mean)
+    even = healthy & (gain < EVEN_GAIN)
+    sd = noise[even].std() if int(even.sum()) > 1 else hu.new_tensor(0.0)
+    drawn = torch.randn(hu.shape, generator=torch.Generator().manual_seed(seed ^ 0x66696C6C))
+    drawn = gaussian_filter(drawn, [g / WIDER / s for g, s in zip(grain_mm, spacing, strict=True)])
+    noise = noise + gain.sqrt() * sd * (drawn / drawn.std().clamp(min=1e-6)).to(hu.device)
+    border = feather(inside, grain_mm, spacing, "change")
+    change = torch.where(finite, border * (level + noise - hu), 0.0)
+    share = float((inside & ~organ).sum()) / max(1, int(inside.sum()))
+    return Fill(change, torch.where(organ, 1.0, border), share)
