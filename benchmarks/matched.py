@@ -6,14 +6,16 @@
 CASES and ANNOTATED are packs (`tumorsynth train pack`). The same masks are made four ways: "sham",
 the untouched scan; "as published", decoded voxels pasted with a blurred mask (blend="difftumor",
 the feather drawn from 0 to 4 mm); "before", the change added without being matched to the scan;
-"now". Besides the scan as it is: "thick", averaged over 5 mm and interpolated, and "soft",
-blurred in the plane by 1.2 mm, for the real tumours as well. Real tumours are larger than most
-synthetic ones, so edges and evenness are also given for those of 14 to 28 mm alone.
+"now". Besides the scan as it is: "thick", averaged over 5 mm and interpolated, and "soft", blurred
+in the plane by 1.2 mm, for the real tumours as well; "seen" are those of "now" made in the thin
+scan and then changed with it, which is what "now" should come to in the others. Real tumours are
+larger than most synthetic ones, so edges and evenness are also given for those of 14 to 28 mm.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -35,17 +37,22 @@ import tumorsynth as ts
 from tumorsynth import _painting
 from tumorsynth.contrast_priors import ContrastPrior, structured
 from tumorsynth.handcrafted import HandcraftedConfig, HandcraftedGenerator
-from tumorsynth.training.data import Case, load_pack
+from tumorsynth.training.data import load_pack
 
 ALIKE_MM = (14.0, 28.0)
 SCANS = ("thin", "thick", "soft")
-WAYS = ("real", "as published", "before", "now", "hu2023 before", "hu2023 now")
+WAYS = ("real", "as published", "before", "seen", "now") + (
+    "hu2023 before",
+    "hu2023 seen",
+    "hu2023 now",
+)
+NOT_IN = {"thin": ("seen", "hu2023 seen"), "thick": ("as published",), "soft": ("as published",)}
 COLUMNS = ("contrast_hu", "noise_ratio", "noise_mm", "noise_z_mm", "slow_ratio", "edge_mm")
 
 
-def changed(case: Case, scan: str) -> np.ndarray:
-    """The case's HU as another scanner's."""
-    hu = case.hu.numpy().astype(np.float32)
+def changed(hu: np.ndarray, scan: str) -> np.ndarray:
+    """HU (X, Y, Z) as another scanner's."""
+    hu = hu.astype(np.float32)
     if scan == "soft":
         return ndimage.gaussian_filter(hu, (1.2, 1.2, 0))
     if scan == "thick":
@@ -121,17 +128,18 @@ def one(args: argparse.Namespace, scan: str, way: str) -> dict[str, Any]:
     labels = args.organ_label, args.tumor_label
     if way == "real":
         annotated = [c for c in load_pack(args.real or args.cases) if c.label is not None]
-        cases = [replace(c, hu=torch.from_numpy(changed(c, scan))) for c in annotated]
+        cases = [replace(c, hu=torch.from_numpy(changed(c.hu.numpy(), scan))) for c in annotated]
         return {way: summary([row(each) for each in real_lesions(cases, *labels)])}
     case = next(c for c in load_pack(args.cases) if c.label is not None)
-    case = replace(case, hu=torch.from_numpy(changed(case, scan).round()).short())
+    if not way.endswith("seen"):
+        case = replace(case, hu=torch.from_numpy(changed(case.hu.numpy(), scan).round()).short())
     generator: Any = ts.load_generator(args.generator)
     if way == "hu2023 before":
         generator = HandcraftedGenerator(HandcraftedConfig(texture_hu=(5.0, 10.0)))
-    elif way == "hu2023 now":
+    elif way.startswith("hu2023"):
         generator = HandcraftedGenerator()
     start = time.process_time()
-    with nullcontext() if way.endswith("now") else unmatched():
+    with nullcontext() if way.endswith(("now", "seen")) else unmatched():
         made, sham, _ = synthetic_lesions(
             generator,
             [case],
@@ -142,6 +150,8 @@ def one(args: argparse.Namespace, scan: str, way: str) -> dict[str, Any]:
             blend="difftumor" if way == "as published" else "change",
         )
     seconds = time.process_time() - start
+    if way.endswith("seen"):
+        made = [replace(each, hu=changed(each.hu, scan)) for each in made]
     told = {way: summary([row(each) for each in made])}
     told[way]["cpu_ms_per_tumour"] = round(1e3 * seconds / max(1, len(made)))
     if way == "before":
@@ -179,7 +189,7 @@ def cost(name: str, calls: int = 9) -> dict[str, Any]:
 
 def main() -> None:
     args = parse()
-    scans = dict.fromkeys(SCANS, WAYS[:1] + WAYS[2:]) | {"thin": WAYS}
+    scans = {scan: [way for way in WAYS if way not in NOT_IN[scan]] for scan in SCANS}
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         waiting = {
             pool.submit(one, args, scan, way): scan for scan, ways in scans.items() for way in ways
@@ -189,9 +199,18 @@ def main() -> None:
             found[waiting[done]] |= done.result()
             print(waiting[done], done.result(), flush=True)
     order = (WAYS[0], "sham", *WAYS[1:])
+    card = ts.load_generator(args.generator).card
     results = {
         "question": str(__doc__).splitlines()[0],
-        "generator": ts.load_generator(args.generator).name,
+        "how": "CPU time; the machine may have been busy with other work",
+        "generator": {key: card[key] for key in ("name", "version", "sha256") if key in card},
+        "packs": {
+            kind: {
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "annotated": [c.name for c in load_pack(path) if c.label is not None],
+            }
+            for kind, path in (("made in", args.cases), ("real", args.real or args.cases))
+        },
         "size_mm": args.size_mm,
         "columns": "5, 50, 95 %",
         "cost_ms": {name: cost(name) for name in (args.generator, "hu2023")},

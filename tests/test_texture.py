@@ -9,9 +9,9 @@ import torch
 from tiny import tiny_generator
 
 import tumorsynth as ts
-from tumorsynth.blend import gaussian_filter
+from tumorsynth.blend import feather, gaussian_filter
 from tumorsynth.contrast import ContrastConfig, core
-from tumorsynth.texture import WIDER, grain, match
+from tumorsynth.texture import WIDER, grain, match, softening
 
 ISO = (1.0, 1.0, 1.0)
 SHARP = (0.3, 0.3, 0.3)
@@ -170,3 +170,28 @@ def test_a_published_generator_keeps_its_own_texture():
 def test_published_blending_is_left_as_it_is():
     _, _, record = call(noisy((1.2, 1.2, 0.0)), blend="difftumor", sigma_mm=2.0)
     assert record["sigma_mm"] == 2.0 and record["grain_mm"] == [0.0, 0.0, 0.0]
+
+
+def test_a_softened_change_is_the_sharp_one_seen_softly():
+    """Softened and feathered, its edge is that of the sharp change blurred as the scan is."""
+    mask = ball()
+    change = -40.0 * gaussian_filter(mask.float(), [0.8] * 3)
+    blurred = gaussian_filter(mask.float(), [0.8] * 3)
+    outline = (blurred > 0.3) & (blurred < 0.7)
+
+    def wide(values):
+        slope = torch.stack(torch.gradient(values)).square().sum(0).sqrt()
+        return abs(core_mean(values, mask)) / float(slope[outline].mean())
+
+    sharp = change * feather(mask, 0.8, ISO, "change", True)
+    for grain_mm in ((1.2, 1.2, 1.2), (0.5, 0.5, 2.0)):
+        softer = softening(grain_mm)
+        seen = gaussian_filter(sharp, softer)
+        sigma = [math.hypot(0.8, s) for s in softer]
+        weight = feather(mask, sigma, ISO, "change", True, softer)
+        made = match(noisy(), change, mask, grain_mm, even=False) * weight
+        assert wide(made) == pytest.approx(wide(seen), rel=0.12)
+        assert wide(made) > 1.1 * wide(sharp)
+        cut = match(noisy(), change, mask, grain_mm, even=False)
+        cut = cut * feather(mask, sigma, ISO, "change", True)
+        assert wide(cut) < 0.95 * wide(made)  # as it was when the feather stayed at the outline

@@ -131,8 +131,7 @@ _KIDNEY = SizePrior(
     capsule=(-2.094, 1.928),
     count=(439, 37, 12),
     source="558 tumours of KiTS23",
-    bulge=(-0.6, 1.3),
-    bulge_slope=0.4,
+    bulge=(-0.8, 1.5),
 )
 
 _CYST = SizePrior(
@@ -147,8 +146,8 @@ _CYST = SizePrior(
     capsule=(-3.798, 2.048),
     count=(87, 60, 27, 15, 21, 10, 3, 11, 1, 5),
     source="805 kidney cysts of KiTS23",
-    bulge=(-0.6, 1.5),
-    bulge_slope=0.4,
+    bulge=(-1.1, 2.3),
+    bulge_slope=0.6,
 )
 
 # No masks behind these two: early liver tumours' shapes, a little rounder (round to oval). Sizes
