@@ -1,16 +1,13 @@
 """How far are drawn tumour shapes from real ones?
 
     python benchmarks/shapes.py TUMOR_SHAPES_DIR ORGAN_MASK_DIR [--draws 2] [--picture shapes.png]
-        [--beside outlines.png]
 
 Kolmogorov-Smirnov distances of drawn tumours from real masks in diameter, elongation, flatness and
 sphericity. Real masks carry steps from slice to slice, which are the annotator's and not the
 tumour's; "smooth sphericity" is measured after a Gaussian of 1.5 mm and a threshold that keeps the
 volume has taken them off, on real and drawn masks alike. "slice convexity" is of the largest axial
 slice, in which annotators draw: stars and corners have less of it than ovals. The picture has drawn
-outlines alone; --beside draws 20 real liver tumours beside 20 drawn ones of the same diameters. The
-real ones' outlines are the Medical Segmentation Decathlon's (Antonelli et al. 2022, CC BY-SA 4.0),
-and so is a picture of them.
+outlines alone; outlines.py shows real ones beside them.
 """
 
 from __future__ import annotations
@@ -182,40 +179,6 @@ def outlines(names: list[str], path: Path, sizes: tuple[float, ...]) -> None:
     plt.close(fig)
 
 
-def beside(name: str, folder: Path, path: Path, seed: int = 0) -> None:
-    """20 real outlines, and below them 20 drawn with the same diameters, each at its own scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found, diameters = real_masks(folder / FILES[name])
-    fits = np.flatnonzero((diameters >= SMALLEST) & (diameters <= LARGEST[name]))
-    chosen = np.sort(np.random.default_rng(seed).choice(fits, 20, replace=False))
-    chosen = chosen[diameters[chosen].argsort()]
-    fig, axes = plt.subplots(4, 10, figsize=(10, 4.3))
-    for k, which in enumerate(chosen):
-        size = float(diameters[which])
-        row, column = divmod(k, 10)
-        for block, mask in ((0, found[which]), (2, drawn_mask(PRIORS[name], size, seed + k))):
-            axis = axes[block + row, column]
-            plane = np.pad(mask[:, :, mask.sum((0, 1)).argmax()], 2)
-            axis.contour(plane.T.astype(float), [0.5], colors="C3" if block else "C0")
-            at = np.argwhere(plane).mean(0)
-            axis.set_xlim(at[0] - size, at[0] + size)
-            axis.set_ylim(at[1] - size, at[1] + size)
-            axis.set_aspect("equal")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_title(f"{size:.0f} mm", fontsize=7, pad=2)
-    for block, kind in ((0, "real"), (2, "drawn")):
-        for row in (block, block + 1):
-            axes[row, 0].set_ylabel(kind, fontsize=9)
-    fig.tight_layout(pad=0.3)
-    fig.savefig(path, dpi=90, metadata={"Software": None})
-    plt.close(fig)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shapes", type=Path)
@@ -223,7 +186,6 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2, help="drawn tumours for each real one")
     parser.add_argument("--most", type=int, default=220, help="real masks measured per prior")
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--beside", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     results: dict = {"smallest_mm": SMALLEST, "largest_mm": LARGEST, "free": {}, "in_organs": {}}
@@ -234,8 +196,6 @@ def main() -> None:
         results["in_organs"][name] = placed(name, args.organs, 50)
         print(name, results["in_organs"][name], flush=True)
     write("shapes", results)
-    if args.beside:
-        beside("liver", args.shapes, args.beside)
     if args.picture:
         outlines(["liver", "kidney", "cyst", "pancreas"], args.picture, (9.0, 14.0, 28.0))
 
