@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_generator
 
 import tumorsynth as ts
-from tests.tiny import tiny_generator
+from tumorsynth._tumor_shape import TumorParams
 from tumorsynth.adapter import Adapter
-from tumorsynth.bulge import FAT_HU, MAX_BULGE, Surroundings, check_bulge, draw_bulge
+from tumorsynth.bulge import FAT_HU, MAX_BULGE, Surroundings, check_bulge, draw_bulge, fill
 from tumorsynth.contrast import ContrastConfig
 from tumorsynth.phantom import LABELS
 from tumorsynth.priors import PRIORS
@@ -249,3 +250,41 @@ def test_params_of_another_kind_are_refused(ct):
 def test_a_prior_of_ones_own_bulges_if_it_says_so():
     prior = replace(PRIORS["liver"], bulge=(0.0, 0.5))
     assert check_bulge(True, prior) is prior
+
+
+# -- lungs -----------------------------------------------------------------------------------------
+
+
+def lung():
+    """Lung of -850 HU with a vessel of 40 HU through it, and its label."""
+    hu = -850 + 30 * torch.randn(1, 48, 48, 48, generator=torch.Generator().manual_seed(0))
+    hu[:, :, 22:25, 22:25] = 40.0
+    return hu, torch.ones(hu.shape, dtype=torch.uint8)
+
+
+def test_vessels_do_not_shine_through_a_tumour_in_a_lung():
+    hu, label = lung()
+    synth = ts.SynthesizeTumor("lung", 1, 2, count=1, size_mm=18, gate=None)
+    for seed in range(20):
+        image, new = synth(hu, label, spacing=(1, 1, 1), seed=seed)
+        inner = ~torch.nn.functional.max_pool3d((new != 2).float(), 5, 1, 2).bool()
+        vessel = inner & (hu > 0)
+        if vessel.sum() > 30:
+            break
+    assert float(image[vessel].median() - image[inner & ~vessel].median()) < 80  # it was 890
+    assert float(image[vessel].max()) < 300
+
+
+def test_only_lungs_are_evened_and_only_by_generators_that_see_them():
+    hu, label = lung()
+    synth = ts.SynthesizeTumor("hu2023", 1, 2, count=1, size_mm=18)
+    synth(hu, label, spacing=(1, 1, 1), seed=0)
+    params = TumorParams.from_dict(synth.params[0]["tumors"][0])
+    inside = torch.zeros(hu.shape[1:], dtype=torch.bool)
+    inside[15:32, 15:32, 15:32] = True
+    rest = (1,), inside, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5), params
+    even = fill(hu[0], label[0], *rest, (-1000.0, 400.0))
+    assert float((hu[0] + even.change_hu)[17:30, 17:30, 17:30].max()) < -650
+    assert not even.change_hu[:8].any()
+    assert fill(hu[0], label[0], *rest, (-175.0, 250.0)) is None
+    assert fill(hu[0] + 950, label[0], *rest, (-1000.0, 400.0)) is None

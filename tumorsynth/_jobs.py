@@ -58,7 +58,7 @@ class Job:
     crop: Tensor  # (side, side, side) in [0, 1]
     crop_mask: Tensor  # bool, the same shape
     grain_mm: tuple[float, float, float]  # how sharp the scan is there, along the tensor's axes
-    fill: Fill | None = None  # organ where the tumour bulges to
+    fill: Fill | None = None  # even tissue in place of fat, or of a lung's vessels
 
     @property
     def sigma_mm(self) -> tuple[float, float, float]:

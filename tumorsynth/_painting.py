@@ -62,18 +62,18 @@ class Painting(Settings):
         hu = self.intensity.to_hu(image[grid.source].float())
         if isinstance(self.intensity, HU):
             check_hu(hu)
-        filled = None
-        if tumor.params.bulge > 0:
-            where, outline = region(tumor, feathered, image.shape, image.device)
-            filled = fill(
-                self.intensity.to_hu(image[where].float()),
-                label[where],
-                self.organ_labels,
-                outline,
-                frame.spacing,
-                grain_mm,
-                tumor.params.shape_seed,
-            )
+        where, outline = region(tumor, feathered, image.shape, image.device)
+        filled = fill(
+            self.intensity.to_hu(image[where].float()),
+            label[where],
+            self.organ_labels,
+            outline,
+            frame.spacing,
+            grain_mm,
+            tumor.params,
+            generator.window,
+        )
+        if filled is not None:
             here = [
                 slice(w.start - g.start, w.stop - g.start)
                 for w, g in zip(where, grid.source, strict=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth._room import Field, dilate, is_organ
-from tumorsynth._tumor_shape import MAX_LEVEL, SPHERE, Shape
+from tumorsynth._tumor_shape import MAX_LEVEL, SPHERE, Shape, TumorParams
 from tumorsynth.blend import feather, gaussian_filter
 from tumorsynth.intensity import Intensity
 from tumorsynth.mass_effect import BONE_HU, evenness
@@ -32,6 +32,7 @@ CLOSE_MM = 2.0  # strands in the fat and the blurred border of the organ are no 
 AWAY_MM = 2.0  # from air and bone: the gut's wall and marrow can look like fat
 OFFSETS = 2  # places tried around each voxel of the organ
 NEAR = 0.08  # how far the share of a place may be from the one drawn
+LUNG_HU = -400.0  # tissue below this is lung
 EVEN_GAIN = 0.1  # less of a voxel's difference from its surroundings than this is no noise
 # Levels of SPHERE's directions, uniform in volume: the bits of their numbers reversed, since the
 # golden ratio is in the directions already
@@ -191,7 +192,7 @@ def places(
 
 @dataclass(frozen=True)
 class Fill:
-    """The organ brought to where a tumour bulges to. Of a part of the sample (X, Y, Z)."""
+    """Even tissue where a tumour is to be. Of a part of the sample (X, Y, Z)."""
 
     change_hu: Tensor  # that makes even tissue of the organ's level within the tumour's outline
     solid: Tensor  # 1 in the organ, 0 in the fat, between where one becomes the other
@@ -205,24 +206,33 @@ def fill(
     inside: Tensor,
     spacing: tuple[float, float, float],
     grain_mm: Sequence[float],
-    seed: int,
-) -> Fill:
+    params: TumorParams,
+    window: tuple[float, float],
+) -> Fill | None:
     """What makes even tissue of the organ's level within a tumour's outline, as sharp as the scan.
+
+    For tumours that bulge, and in lungs, whose vessels would shine through the tumour; None for
+    others, and in lungs for a generator whose window (HU) does not reach them.
 
     hu, label, inside (bool, the tumour): (X, Y, Z), the tumour and some mm around it. grain_mm:
     `texture.grain` along the axes. The scan keeps its noise; where that cannot be told from an edge
     (the organ's old surface, strands in the fat) noise like it is drawn from the seed.
     """
+    if params.bulge == 0 and window[0] >= LUNG_HU:
+        return None
     organ = is_organ(label, organ_labels)
     finite = hu.isfinite()
     hu = torch.where(finite, hu, 0.0)
     healthy = organ & finite
     level = hu[healthy].median() if bool(healthy.any()) else hu.new_tensor(0.0)
+    if params.bulge == 0 and float(level) >= LUNG_HU:
+        return None
     mean, gain = evenness(hu, organ, spacing)
     noise = (1 - gain) * (hu - mean)
     even = healthy & (gain < EVEN_GAIN)
     sd = noise[even].std() if int(even.sum()) > 1 else hu.new_tensor(0.0)
-    drawn = torch.randn(hu.shape, generator=torch.Generator().manual_seed(seed ^ 0x66696C6C))
+    rng = torch.Generator().manual_seed(params.shape_seed ^ 0x66696C6C)
+    drawn = torch.randn(hu.shape, generator=rng)
     drawn = gaussian_filter(drawn, [g / WIDER / s for g, s in zip(grain_mm, spacing, strict=True)])
     noise = noise + gain.sqrt() * sd * (drawn / drawn.std().clamp(min=1e-6)).to(hu.device)
     border = feather(inside, grain_mm, spacing, "change")
