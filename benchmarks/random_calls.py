@@ -3,8 +3,8 @@
     python benchmarks/random_calls.py [--minutes 30] [--examples 200]
 
 The properties of tests/test_properties.py, in turn and from new seeds every time, --examples of
-each, until the minutes (of CPU time) are over. The first failure ends the run, with the smallest
-example that shows it. A call that is repeated or replayed for comparison is not counted.
+each, until the minutes (of CPU time) are over. The first failure ends the run, with the example
+that shows it. A call that is repeated or replayed for comparison is not counted.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> None:
             slowest = max(made[name]["slowest, CPU ms"], found.pop("slowest, CPU ms", 0))
             made[name] += found
             made[name]["slowest, CPU ms"] = slowest
+            print(name, dict(made[name]), flush=True)
         print(f"{spent / 60:.1f} min:", {k: dict(v) for k, v in made.items()}, flush=True)
         write(
             args.output,

@@ -20,7 +20,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_generator
 
@@ -50,6 +50,7 @@ def tries(quick: int):
         max_examples=LONG or quick,
         deadline=None,  # CPU time is asserted below: a clock has others' load in it
         derandomize=not LONG,
+        phases=[Phase.generate] if LONG else list(Phase),  # not hours to make an example smaller
         database=None,
         suppress_health_check=list(HealthCheck),
     )

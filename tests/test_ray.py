@@ -86,12 +86,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.fixture(params=["", "disabled"])
+@pytest.fixture(params=["token", "disabled"])
 def cluster(request):
-    """A Ray cluster of one node that was there before: its address, and who is at work in it.
-
-    With a token where the user has one, as is Ray's own way, and without.
-    """
+    """A Ray cluster of one node that was there before, with a token or without: the environment to
+    join it, and who is at work in it."""
+    environment = {"RAY_AUTH_MODE": request.param}
+    if request.param == "token":
+        environment["RAY_AUTH_TOKEN"] = "0123456789abcdef" * 4
     folder = Path(tempfile.mkdtemp(prefix="ray"))  # a socket's path must be short
     address = f"127.0.0.1:{free_port()}"
     words = [
@@ -106,7 +107,7 @@ def cluster(request):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, **({"RAY_AUTH_MODE": request.param} if request.param else {})},
+        env={**os.environ, **environment},
     )
 
     def workers():
@@ -125,7 +126,7 @@ def cluster(request):
         for line in head.stdout:
             if "--block" in line:  # it says so when all is up
                 break
-        yield address, workers
+        yield {"RAY_ADDRESS": address, **environment}, workers
     finally:
         head.terminate()
         head.stdout.close()
@@ -218,16 +219,16 @@ def test_a_killed_run_is_gone_on_with_and_a_bad_scan_passed_over(scans, whole, t
 
 @with_marks
 def test_a_cluster_that_is_there_with_a_worker_killed(scans, whole, tmp_path, cluster):
-    address, workers = cluster
+    there, workers = cluster
     out = tmp_path / "out"
-    run = start(scans, out, RAY_ADDRESS=address)
+    run = start(scans, out, **there)
     wait_for(lambda: len(reports(out)) >= 2, run)
     os.kill(wait_for(workers, run)[0], signal.SIGKILL)
     said, errors = run.communicate(timeout=600)
     assert (run.returncode, errors) == (0, "")
     assert f"wrote {SCANS} scans" in said
     assert contents(out) == whole
-    again = start(scans, out, RAY_ADDRESS=address)  # the cluster is still there
+    again = start(scans, out, **there)  # the cluster is still there
     said, errors = again.communicate(timeout=600)
     assert (again.returncode, errors) == (0, "") and f"{SCANS} of {SCANS} scans are there" in said
 

@@ -169,6 +169,8 @@ def lowest_connected(level: Tensor, where: Tensor, n: int) -> Tensor | int:
             return mask
         if parts == 0:
             return 0
+        if parts == 1:  # all that there is, and too little
+            return int(mask.sum())
         part = flood(mask, int(grid.argmin()))
         found = int(part.sum())
         if found == n:

@@ -33,6 +33,7 @@ from tumorsynth.priors import SizePrior, get_prior
 CENTRE_DRAWS = 1024  # random points in the organ's box; those in the organ are candidates
 MAX_CANDIDATES = 256  # of these, how many are scored
 TRIES_PER_SIZE = 4  # candidates drawn in full before the tumour is made smaller
+HOPELESS = 8  # tumours in a row without room, after which no more are tried
 SIZE_STEPS = 5  # sizes tried, from the one drawn down to the smallest allowed
 FEW = 8  # tumours of fewer voxels than this have no shape to keep to
 MIN_FLATNESS = (
@@ -180,7 +181,12 @@ def place(
         hi = min(hi, max(lo, equivalent_diameter(MAX_ORGAN_SHARE * organ_mm3)))
     placed: list[LocalMask] = []
     results: list[LocalMask | Skip] = []
+    in_vain = 0
     for seed in seeds:
+        if in_vain == HOPELESS:  # each try costs as much as the organ is large
+            reason = f"no room for a tumour of {lo:.3g} mm or more in the organ"
+            results.append(Skip(f"{reason}: none of the {HOPELESS} before it found any"))
+            continue
         child = torch.Generator().manual_seed(seed)
         if size_prior is None:
             drawn = lo * (hi / lo) ** float(torch.rand((), generator=child, dtype=torch.float64))
@@ -215,6 +221,7 @@ def place(
         result = _fit(params, field, box, lo, hi, touch, child)
         if isinstance(result, LocalMask):
             placed.append(result)
+        in_vain = 0 if isinstance(result, LocalMask) else in_vain + 1
         results.append(result)
     return results
 

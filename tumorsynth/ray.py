@@ -6,6 +6,7 @@ Every node needs tumorsynth, and the same folders under the same names.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, suppress
@@ -18,13 +19,7 @@ try:
     # the loopback interface alone, as where it supports no clusters (elsewhere it listens to all);
     # and its workers as urgent as the command itself (Ray's own default is 15 nicer).
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what it says, it raises as well
-    if os.environ.get("RAY_ADDRESS"):
-        # A cluster asks for a token as soon as there is one (a local Ray leaves one behind), but
-        # who joins it shows none unless told to.
-        if Path("~/.ray/auth_token").expanduser().is_file():
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
-    else:
+    if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
@@ -80,11 +75,15 @@ def _join_or_start(cpus: int | None, gpus: bool) -> None:
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if address := os.environ.get("RAY_ADDRESS"):
         try:
+            host, _, port = address.rpartition(":")
+            if port.isdigit() and "/" not in host:  # Ray itself would try for ten minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             ray.init(**quiet)
-        except (ConnectionError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"RAY_ADDRESS must name a Ray cluster that answers, but {address} does not "
-                f"({' '.join(str(error).split())[:200]}); see that it is up, or unset it"
+                f"({' '.join(str(error).split())[:200]}); see that it is up; one that asks for a "
+                "token needs RAY_AUTH_MODE=token here, too"
             ) from error
         return
     quiet |= {"include_dashboard": False} | ({} if gpus else {"num_gpus": 0})
