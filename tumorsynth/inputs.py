@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
 from tumorsynth.masks import MAX_COUNT
 
 AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
+WHOLE_SLICE = 400  # voxels of 1 mm along two axes: rather a slice as scanned, of finer ones
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that torch computes in
 
 
@@ -208,6 +210,13 @@ def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
         parts = _per_sample(affine, 2, batch, "affine must be 4x4 or (B, 4, 4)")
         return [frame_from_affine(part) for part in parts]
     if spacing is None:
+        shape = tuple(image.shape[-3:])
+        if sorted(shape)[1] >= WHOLE_SLICE:
+            warnings.warn(
+                f"spacing must be given where voxels are not of 1 mm, which are taken for an image "
+                f"of {shape} voxels; pass spacing=(dx, dy, dz) or affine=...",
+                stacklevel=2,
+            )
         return [frame_from_spacing(1.0)] * batch
     parts = _per_sample(spacing, 1, batch, "spacing must be (dx, dy, dz) in mm or (B, 3)")
     return [frame_from_spacing(part) for part in parts]
