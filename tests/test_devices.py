@@ -11,7 +11,7 @@ from test_concurrency import SCANS
 from tiny import tiny_generator
 
 import tumorsynth as ts
-from tumorsynth import devices
+from tumorsynth import devices, weights
 
 MPS = torch.device("mps")
 
@@ -144,3 +144,13 @@ def test_a_programs_defaults_change_nothing(generator, kind):
     assert torch.equal(plain[0], again[0]) and torch.equal(plain[1], again[1])
     assert torch.equal(phantom.image, same.image)
     assert not torch.equal(again[0], image) and drawn[0].dtype == image.dtype
+
+
+@pytest.mark.parametrize("kind", [torch.float64, "device"], ids=str)
+def test_a_programs_defaults_do_not_reach_the_weights(kind):
+    with other_defaults(kind):
+        read = weights.read_folder(weights.bundled_folder() / "liver-early")
+    for network in (read.autoencoder, read.denoiser):
+        held = [*network.parameters(), *network.buffers()]
+        assert {t.device.type for t in held} == {"cpu"}
+        assert torch.float64 not in {t.dtype for t in held}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tumorsynth.checkpoint import AGAIN, CheckpointError, LazyTensor, read_checkpoint
+from tumorsynth.devices import plain_defaults
 from tumorsynth.diffusion import cosine_schedule
 from tumorsynth.generator import Generator, SamplerConfig
 from tumorsynth.models.autoencoder import Autoencoder
@@ -111,6 +112,7 @@ def read_difftumor(
     return DiffTumorWeights(autoencoder, denoiser, timesteps)
 
 
+@plain_defaults()
 def read_generator(
     autoencoder_path: str | PathLike[str], denoiser_path: str | PathLike[str]
 ) -> Generator:

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from tumorsynth.devices import check_device
+from tumorsynth.devices import check_device, plain_defaults
 from tumorsynth.generator import Generator, build, config_of
 from tumorsynth.handcrafted import HandcraftedGenerator
 
@@ -200,6 +200,7 @@ def read_card(folder: Path, name: str = CARD) -> dict[str, Any]:
     return card
 
 
+@plain_defaults()
 def read_folder(folder: Path) -> Generator:
     """Load and check one generator folder, on the CPU."""
     card = read_card(folder)
