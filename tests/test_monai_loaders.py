@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -117,6 +119,21 @@ def test_threads_of_one_loader_do_not_repeat_each_other():
     labels = [batch["label"] for batch in loader]
     assert all((label == 2).any() for label in labels)
     assert len({label.numpy().tobytes() for label in labels}) == 6
+
+
+def test_threads_that_draw_at_the_same_moment_keep_each_its_own(monkeypatch):
+    synthesis, both = transform().set_random_state(0), threading.Barrier(2)
+    decide = synthesis._decide
+
+    def at_once():
+        drawn = decide()
+        both.wait(10)
+        return drawn
+
+    monkeypatch.setattr(synthesis, "_decide", at_once)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(synthesis, [sample("tensor")] * 2)
+    assert tumor(one).any() and tumor(two).any() and not equal(one, two)
 
 
 class SeededByIndex(torch.utils.data.Dataset):

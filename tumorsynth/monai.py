@@ -82,7 +82,6 @@ class RandSynthesizeTumor(RandomizableTransform):
         check_keywords(self, settings, SETTINGS)
         self.adapter = Adapter(separate_organ, **settings)
         self.spacing = spacing
-        self._seed = 0
         self._stream: int | None = None  # the worker whose own random state R is
 
     @property
@@ -100,10 +99,16 @@ class RandSynthesizeTumor(RandomizableTransform):
 
     def randomize(self, data: Any = None) -> None:
         """Whether to act, and the one seed that decides how."""
+        self._decide()
+
+    def _decide(self) -> tuple[bool, int]:
+        """Draw both; a call goes by what it got itself, since threads may share the transform."""
         self._leave_shared_stream()
-        super().randomize(None)
-        (self._seed,) = self._draw(1)
+        act = bool(self.R.rand() < self.prob)
+        (seed,) = self._draw(1)
+        self._do_transform = act  # where MONAI's users look
         self.adapter.synth.report = []  # what an earlier call did is no report of this one
+        return act, seed
 
     def _draw(self, n: int) -> list[int]:
         """n seeds from R, of which each rank of a distributed training makes its own."""
@@ -126,10 +131,10 @@ class RandSynthesizeTumor(RandomizableTransform):
             self.set_random_state(state=np.random.RandomState(own))
 
     def __call__(self, img: Any, label: Any, organ: Any = None) -> tuple[Any, Any]:
-        self.randomize()
-        if not self._do_transform:
+        act, seed = self._decide()
+        if not act:
             return img, label
-        return self._apply(img, label, organ, self._seed, names=("img", "label", "organ"))
+        return self._apply(img, label, organ, seed, names=("img", "label", "organ"))
 
     def __repr__(self) -> str:
         return _called(self, f"prob={self.prob:g}", self.adapter.described())
@@ -215,9 +220,9 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:  # type: ignore[override]
         out = _entries(data)
-        self.randomize()
-        if self._do_transform:
-            self._update(out, self._seed)
+        act, seed = self._decide()
+        if act:
+            self._update(out, seed)
         return out
 
     def _update(self, out: dict[Hashable, Any], seed: int | list[int]) -> None:
