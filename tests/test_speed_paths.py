@@ -5,6 +5,7 @@ Guarded by counting kernels, not by the clock.
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -148,6 +149,29 @@ def test_equal_codes_give_the_first_of_them():
     codebook.embeddings.zero_()
     codebook.embeddings[:100] = 5.0
     assert codebook.nearest(torch.zeros(1, 3, 2, 2, 2)).unique().tolist() == [100]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["factorized", "conv"])
+def test_each_network_is_one_graph_for_torch_compile(kind):
+    """Nothing of ours compiles; who does so gets no breaks and the same numbers."""
+    torch.manual_seed(0)
+    generator, (crop, mask) = tiny_generator(codes=32), tiny_crop()
+    if kind == "factorized":
+        unet_config = unet.UNetConfig(dim=8, heads=2, multipliers=(1, 2))
+        generator = Generator(generator.autoencoder, unet.FactorizedUNet(unet_config))
+    expected = generator.change(crop, mask, seed=0)
+    with torch.random.fork_rng():
+        torch._dynamo.reset()
+        for network in (generator.autoencoder.encoder, generator.autoencoder.decoder):
+            network.compile(backend="eager", fullgraph=True, dynamic=False)
+        generator.denoiser.compile(backend="eager", fullgraph=True, dynamic=False)
+        found = generator.change(crop, mask, seed=0)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        torch._dynamo.reset()
+    assert torch.allclose(found, expected, atol=1e-5) and graphs >= 3
+    again = copy.deepcopy(generator).change(crop, mask, seed=0)  # a copy is as it was before
+    assert torch.equal(again, expected)
 
 
 # -- precision ------------------------------------------------------------------------------------

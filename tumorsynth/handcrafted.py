@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tumorsynth._arguments import any_bool
 from tumorsynth.intensity import HU_HIGH, HU_LOW
+from tumorsynth.texture import box_around
 
 HU_SPAN = HU_HIGH - HU_LOW  # of a crop's values, 0 to 1
 _MARGIN = 12  # mm around the tumour where the change is computed; it fades out over the last 4
@@ -165,7 +166,7 @@ class HandcraftedGenerator:
         # computed for it cannot depend on its batch-mates.
         with torch.autocast(crop.device.type, enabled=False):
             for sample, own_seed in enumerate(seeds):
-                box = _box(mask[sample, 0])
+                box = box_around(mask[sample, 0], _MARGIN)
                 if box is None:
                     continue
                 hu = crop[sample, 0][box].float() * HU_SPAN + HU_LOW
@@ -344,19 +345,6 @@ def _ramp(x: Tensor, low: float, high: float) -> Tensor:
     """0 up to low, 1 from high, smooth between."""
     t = ((x - low) / (high - low)).clamp(0.0, 1.0)
     return t * t * (3 - 2 * t)
-
-
-def _box(mask: Tensor) -> tuple[slice, slice, slice] | None:
-    """The mask's bounding box and _MARGIN around it, within the grid; None for an empty mask."""
-    slices = []
-    for axis in range(3):
-        others = [other for other in range(3) if other != axis]
-        hits = mask.any(others[1]).any(others[0]).nonzero()
-        if len(hits) == 0:
-            return None
-        first, last = int(hits[0]), int(hits[-1])
-        slices.append(slice(max(first - _MARGIN, 0), last + _MARGIN + 1))
-    return slices[0], slices[1], slices[2]
 
 
 def _check(crop: Tensor, mask: Tensor, seed: int | Sequence[int]) -> list[int]:

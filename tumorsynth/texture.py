@@ -172,8 +172,8 @@ def _width(ratio: float, far: int) -> float:
     return 0.0 if p < 1e-6 else 0.5 / math.sqrt(-math.log(min(p, 1 - 1e-6)))
 
 
-def box_around(mask: Tensor) -> tuple[slice, slice, slice] | None:
-    """The mask's bounding box and a margin; None for an empty mask."""
+def box_around(mask: Tensor, margin: int = MARGIN) -> tuple[slice, slice, slice] | None:
+    """The mask's bounding box and a margin in voxels; None for an empty mask."""
     plane = mask.any(0)
     lines = torch.cat([mask.any(2).any(1), plane.any(1), plane.any(0)]).cpu()  # one wait for a GPU
     found = []
@@ -181,5 +181,5 @@ def box_around(mask: Tensor) -> tuple[slice, slice, slice] | None:
         hits = line.nonzero()
         if not len(hits):
             return None
-        found.append(slice(max(0, int(hits[0]) - MARGIN), int(hits[-1]) + MARGIN + 1))
+        found.append(slice(max(0, int(hits[0]) - margin), int(hits[-1]) + margin + 1))
     return found[0], found[1], found[2]
