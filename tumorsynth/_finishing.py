@@ -12,6 +12,7 @@ from tumorsynth import masks
 from tumorsynth._jobs import NOTHING, Draft, Job, left_alone, region
 from tumorsynth._painting import Painting
 from tumorsynth.blend import feather, reach
+from tumorsynth.devices import onto
 from tumorsynth.gate import REACH_MM, Gate
 from tumorsynth.generator import Generator
 from tumorsynth.handcrafted import HandcraftedGenerator
@@ -119,7 +120,7 @@ class Finishing(Painting):
         changed = (after != healthy.to(image.dtype)).logical_and_(inside).sum()
         peak = (weight * inside).amax()
         voxels = tuple(  # as indices: a mask's number of voxels is waited for
-            (i + s - r.start).to(image.device, non_blocking=True)
+            onto(i + s - r.start, image.device)
             for i, s, r in zip(tumor.mask.nonzero().unbind(1), tumor.start, where, strict=True)
         )
         hu_change = (after.float() - before.float())[voxels].mean() * self.intensity.hu_per_unit

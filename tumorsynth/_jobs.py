@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tumorsynth.bulge import Fill
 from tumorsynth.contrast_priors import ContrastPrior
+from tumorsynth.devices import onto
 from tumorsynth.gate import Gate
 from tumorsynth.geometry import CropGrid
 from tumorsynth.intensity import Intensity
@@ -103,7 +104,7 @@ def region(
             slice(s - part.start, s - part.start + n)
             for s, part, n in zip(tumor.start, (x, y, z), tumor.mask.shape, strict=True)
         )
-    ] = tumor.mask.to(device, non_blocking=True)
+    ] = onto(tumor.mask, device)
     return (x, y, z), inside
 
 

@@ -17,7 +17,7 @@ from tumorsynth.blend import reach
 from tumorsynth.bulge import fill
 from tumorsynth.contrast import own_level
 from tumorsynth.contrast_priors import ContrastPrior, structured
-from tumorsynth.devices import or_on_cpu
+from tumorsynth.devices import onto, or_on_cpu
 from tumorsynth.generator import Generator
 from tumorsynth.geometry import Frame, plan_crop
 from tumorsynth.handcrafted import HandcraftedGenerator
@@ -88,7 +88,7 @@ class Painting(Settings):
             slice(s - part.start, e - part.start)
             for s, e, part in zip(tumor.start, stop, grid.source, strict=True)
         ]
-        inside[tuple(box)] = tumor.mask.to(inside.dtype)
+        inside[tuple(box)] = onto(tumor.mask, inside.device).to(inside.dtype)
         share = grid.cut(inside)
         # half a voxel's share, or less where a tumour is smaller than the generator's voxels
         crop_mask = share >= (0.5 * share.max()).clamp(max=0.5)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tumorsynth.devices import onto
+
 BLENDS = ("change", "difftumor")
 ONE_SIGMA = 0.159  # of a filtered edge: what is left of it one standard deviation outside
 MIN_SIGMA_VOXELS = 0.4  # an edge of the scan is never sharper than its sampling
@@ -81,9 +83,7 @@ def gaussian_filter(volume: Tensor, sigmas: Sequence[float], cut: float = 3.0) -
     """(X, Y, Z) filtered along each axis; sigmas in voxels, cut off at ``cut`` sigmas, mirrored."""
     for axis, sigma in enumerate(sigmas):
         if sigma > 0:
-            matrix = _gaussian(volume.shape[axis], sigma, _radius(sigma, cut)).to(
-                volume.device, non_blocking=True
-            )
+            matrix = onto(_gaussian(volume.shape[axis], sigma, _radius(sigma, cut)), volume.device)
             volume = torch.movedim(torch.tensordot(matrix, volume, dims=([1], [axis])), 0, axis)
     return volume
 

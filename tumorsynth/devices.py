@@ -61,6 +61,12 @@ def on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device. From ordinary memory CUDA has read it when this returns, so that
+    neither waiting for the device's earlier work nor keeping the tensor is needed."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def or_on_cpu(step: str, device: torch.device, work: Callable[[torch.device], T]) -> T:
     """work(device), or work(CPU) where the device lacks an operator, which is said once."""
     try:

@@ -22,6 +22,7 @@ from tumorsynth.contrast import (
     own_level,
     shift,
 )
+from tumorsynth.devices import onto
 from tumorsynth.diffusion import Prediction, cosine_schedule, ddim_sample, ddpm_sample, draw_noise
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv import cpu_computes_bfloat16
@@ -314,7 +315,7 @@ class Generator:
         if isinstance(noise, torch.Generator):
             shape = (channels, *cond.shape[2:])
             noise = torch.cat([self._draw(shape, [noise]) for _ in range(len(cond))], dim=1)
-        noise = noise.to(cond.device)
+        noise = onto(noise, cond.device)
         if s.method == "ddpm":
             return ddpm_sample(
                 self._denoise, self.schedule, cond, noise, clamp=s.clamp, prediction=s.prediction

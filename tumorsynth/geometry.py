@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth._arguments import any_bool
+from tumorsynth.devices import onto
 
 Ints3 = tuple[int, int, int]
 Floats3 = tuple[float, float, float]
@@ -211,5 +212,5 @@ def _along(volume: Tensor, axis: int, weights: Tensor) -> Tensor:
     rows, count = weights.shape
     if rows == count and torch.equal(weights, torch.eye(count, dtype=weights.dtype)):
         return volume
-    weights = weights.to(volume.dtype).to(volume.device, non_blocking=True)
+    weights = onto(weights.to(volume.dtype), volume.device)
     return torch.movedim(torch.tensordot(weights, volume, dims=([1], [axis])), 0, axis)
