@@ -39,6 +39,7 @@ def voxels(out):
         ("--generator", "hu2023", "--contrast-hu", -60, -40, "--blend", "difftumor"),
         ("--generator", "folder", "--count", 1),
         ("--generator", "hu2023", "--p", 0),
+        ("--generator", "hu2023", "--contrast-prior", "kidney-arterial", "--bulge", "0.2-0.4"),
     ],
 )
 def test_the_same_tumours_again(pair, tmp_path, capsys, options):
