@@ -1,4 +1,4 @@
-"""That nothing depends on the CPU but what must: everything again on a pretended GPU."""
+"""That nothing depends on the CPU but what must: whole calls on a pretended device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_a_pretended_gpu(which):
+def test_on_a_pretended_device(which):
     options = ["-q", "-x", "-m", which, "-p", "no:cacheprovider", "-o", "addopts="]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "on_another_device.py"],

@@ -1,4 +1,4 @@
-"""A pretended GPU: tensors in the CPU's memory that behave as if they were on another device.
+"""A pretended device: tensors in the CPU's memory that behave as if they were elsewhere.
 
 An operator that gets tensors of both devices fails as on a GPU, and so do numpy and a CPU's
 random generator; the CPU does the work. Importing this module registers the device with PyTorch
@@ -7,8 +7,6 @@ for the whole process, so tests that use it run in one of their own (`test_other
 
 from __future__ import annotations
 
-import traceback
-from collections import Counter
 from typing import Any
 
 import torch
@@ -18,9 +16,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "pretended"
 MOVES = ("aten._to_copy.", "aten.copy_.", "aten._copy_from.")
-# what a program waits for: values, or sizes that depend on values
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique")
-waited: Counter[str] = Counter()  # for what, and where
 
 
 class _Module:
@@ -57,7 +52,6 @@ class Pretended(torch.Tensor):
         return tensor
 
     def tolist(self) -> Any:
-        _wait("tolist")
         return self.inner.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
@@ -92,21 +86,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     away = [t for t in given if not isinstance(t, Pretended) and t.ndim > 0]
     moves = name.startswith(MOVES)
     indexing = name.startswith(("aten.index.", "aten.index_put"))
-    indices = indexing and isinstance(args[0], Pretended)  # may be the CPU's
+    indices = indexing and isinstance(args[0], Pretended)  # indices may be the CPU's
     if here and away and not moves and not indices:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device")
     device = kwargs.get("device")
     result_here = bool(here) if device is None else torch.device(device).type == NAME
     if kwargs.get("generator") is not None and result_here:
         raise RuntimeError(f"{name}: expected a {NAME!r} device type for generator, found 'cpu'")
-    if here and any(kind in name for kind in WAITS):
-        _wait(name)
-    if indexing and here:
-        by_mask = [i for i in args[1] if i is not None and i.dtype is torch.bool]
-        for _ in by_mask:
-            _wait("index by a mask")
-    if moves and name.startswith("aten._to_copy.") and here and not result_here:
-        _wait("to the CPU")
     a, k = tree_map(_inner, (args, kwargs))
     k.pop("pin_memory", None)
     out = func(*a, **k)
@@ -122,12 +108,6 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         ),
         out,
     )
-
-
-def _wait(kind: str) -> None:
-    frames = [f for f in traceback.extract_stack() if "/tumorsynth/" in f.filename]
-    if frames:
-        waited[f"{kind}: {frames[-1].filename.rsplit('/', 1)[-1]}: {frames[-1].line}"] += 1
 
 
 def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
