@@ -84,15 +84,16 @@ class Field:
         Both bool. The second is False beyond the volume, and where a voxel is forbidden or taken: a
         tumour cut there ends in a straight line, which the organ's own surface does not make.
         """
-        clamped = torch.stack([i.clamp(0, n - 1) for i, n in zip(index, self.shape, strict=True)])
-        open_ = (clamped == index).all(0)
         label, forbid = self.ground.label, self.ground.forbid
         (x, y, z), known = _within(index, self.ground.start, label.shape)
+        open_ = known
+        if self.shape != label.shape:
+            _, open_ = _within(index, (0, 0, 0), self.shape)
         if forbid is not None:
-            open_ &= ~(known & forbid[x, y, z])
+            open_ = open_ & ~(known & forbid[x, y, z])
         for start, mask in self.others:
             (i, j, k), near = _within(index, start, mask.shape)
-            open_ &= ~(near & mask[i, j, k])
+            open_ = open_ & ~(near & mask[i, j, k])
         organ = is_organ(label[x, y, z], self.ground.labels).logical_and_(known)
         if self.around is not None:
             organ |= self.around.near(index)

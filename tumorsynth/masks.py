@@ -344,7 +344,8 @@ def _ranked(
     reach = free[:, :n].float().mean(1) * MAX_LEVEL**3  # volume that could be had / asked for
     inside = free[:, :n][:, core].float().mean(1)
     clear = free[:, n:].float().mean(1)
-    cut = ~open_.all(1)  # by the volume's border or another tumour, which are no capsule
+    # by the volume's border or another tumour, which are no capsule; as bytes: faster than all()
+    cut = open_.view(torch.uint8).amin(1) == 0
     reach, inside, clear, cut = (t.cpu() for t in (reach, inside, clear, cut))
     alone = (inside == 1) & (clear == 1)
     at_capsule = (inside >= 0.75) & (inside <= 0.97) & ~cut
