@@ -38,7 +38,9 @@ class Ground(NamedTuple):
     def on_cpu(self) -> Ground:
         """The same on the CPU: one wait for a GPU."""
         code = is_organ(self.label, self.labels).to(torch.uint8)
-        code = (code if self.forbid is None else code + 2 * self.forbid).cpu()
+        if self.forbid is not None:
+            code += 2 * self.forbid.to(torch.uint8)
+        code = code.cpu()
         forbid = None if self.forbid is None else code > 1
         return Ground(code & 1, (1,), forbid, self.start, self.shape)
 
