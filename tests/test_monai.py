@@ -479,3 +479,10 @@ def test_a_byte_image_of_a_window():
     made = change[tumor(out)].mean() * 425 / 255
     assert made == pytest.approx(synthesis.report[0]["hu_change"], abs=1)
     assert made < -8
+
+
+def test_a_flipped_array_with_an_axis_of_one_voxel():
+    """numpy calls it contiguous, whatever its strides."""
+    image, label = np.full((1, 1, 16, 16), 100, np.float32), np.ones((1, 1, 16, 16), np.uint8)
+    flipped = RandSynthesizeTumor(**SETTINGS)(image[:, ::-1], label[:, ::-1])
+    assert [x.shape for x in flipped] == [image.shape] * 2

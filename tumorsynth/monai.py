@@ -364,7 +364,10 @@ def _tensor(x: Any) -> Any:
     if not isinstance(x, np.ndarray):
         return x
     native = x.astype(x.dtype.newbyteorder("="), copy=False)
-    # torch takes neither negative strides nor memory that must not be written
+    # torch takes neither negative strides, which numpy lets pass along axes of one voxel, nor
+    # memory that must not be written
+    if min(native.strides, default=0) < 0:
+        native = native.copy()
     return torch.from_numpy(np.require(native, requirements=["C", "W"]))
 
 
