@@ -334,7 +334,10 @@ def test_batch():
     batch = next(iter(DataLoader(Dataset(items), batch_size=3)))
     before = copy.deepcopy(batch)
     synthesis = BatchSynthesizeTumord("image", label_key="label", **SETTINGS).set_random_state(0)
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     out = synthesis(batch)
+    assert random.getstate() == states[0] and same(np.random.get_state()[1], states[1])
+    assert torch.equal(torch.get_rng_state(), states[2])
     assert equal(batch, before)
     assert type(out["image"]) is MetaTensor and out["image"].is_batch
     parts = decollate_batch(out)
