@@ -106,12 +106,14 @@ def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
     label = label.permute(order)
     length, wide, deep = label.shape
     slab = max(1, SLAB // max(1, wide * deep)) if label.device.type == "cpu" else max(1, length)
-    line, planes = [], []
+    line: list[Tensor] = []
+    plane: Tensor | None = None
     for part in label.split(slab):
         organ = marked(part, labels)
         line.append(organ.amax((1, 2)))
-        planes.append(organ.amax(0))
-    plane = torch.stack(planes).amax(0)
+        seen = organ.amax(0)
+        plane = seen if plane is None else torch.maximum(plane, seen)
+    assert plane is not None
     lines = torch.cat([*line, plane.amax(1), plane.amax(0)]).cpu()  # one wait for a GPU
     start, stop = [0, 0, 0], [0, 0, 0]
     for axis, line_of in zip(order, lines.split([length, wide, deep]), strict=True):
