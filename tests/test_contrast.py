@@ -262,3 +262,23 @@ def test_an_asked_contrast_is_to_tissue_like_what_is_replaced(tissue):
     assert float(own_level(hu, mask)) == pytest.approx(tissue, abs=3)
     lonely = torch.where(mask, hu, torch.tensor(-1000.0))
     assert float(own_level(lonely, mask)) == pytest.approx(tissue, abs=3)
+
+
+def test_the_three_measures_of_contrast_agree_in_an_even_organ():
+    """As contrast.py says: that of a crop, the gate's and the training reports'."""
+    from tumorsynth.gate import measure
+    from tumorsynth.training.measures import tumor_statistics
+
+    rng = torch.Generator().manual_seed(0)
+    hu = 110 + 12 * torch.randn(40, 40, 40, generator=rng)
+    axes = torch.meshgrid(*[torch.arange(40) - 20.0] * 3, indexing="ij")
+    tumor = sum(a.square() for a in axes).sqrt() < 8
+    hu[tumor] -= 40
+    organ = torch.ones_like(tumor) & ~tumor
+    batch, mask = hu[None, None], tumor[None, None]
+    found = [
+        float(contrast_of(batch, mask, level_around(batch, mask, (20.0, 220.0)))),
+        measure(hu, tumor, organ, (1.0, 1.0, 1.0))["contrast_hu"],
+        tumor_statistics(hu, tumor, organ)[0],
+    ]
+    assert found == pytest.approx([-40.0] * 3, abs=1.5)

@@ -170,6 +170,17 @@ def make_all(folder: Path) -> None:
         ],
         "liver-early, learned in a liver, in four organs",
     )
+    draw(
+        folder / "bulge.png",
+        [
+            p
+            for share in (0, 0.2, 0.4, 0.6, 0.8)
+            for p in panels(
+                whole, f"bulge={share}", organ="left kidney", size_mm=26, bulge=share, **early
+            )
+        ],
+        "liver-early in a kidney, the share beyond it from 0 to 0.8",
+    )
     synth = ts.SynthesizeTumor(organ_labels=1, tumor_label=20, count=2, size_mm=(14, 20))
     image, label = synth(whole.image, whole.label, spacing=whole.spacing, seed=SEED)
     volumes = whole.image[0].numpy(), image[0].numpy(), (label != whole.label)[0].numpy()
