@@ -308,7 +308,7 @@ def draw(axes: Any, rows: dict[str, Any], device: torch.device) -> None:
     left = np.zeros(len(names))
     for key in ("encode", "denoise", "quantise", "decode", "blend and rest"):
         width = np.array([rows[n].get(key, {}).get(ms, {}).get("median", 0) for n in names])
-        axes.barh(names, width / 1e3, left=left, label=key)
+        axes.barh([n.replace(", ", ",\n") for n in names], width / 1e3, left=left, label=key)
         left += width / 1e3
     axes.invert_yaxis()
     axes.set_xlabel(f"s of {words} a tumour")
