@@ -468,3 +468,14 @@ def test_a_dilation_reaches_as_far_as_the_gap(gap):
 def test_a_grown_box_stays_in_the_volume_and_reaches_far_enough():
     box = masks.Box((1, 5, 1), (4, 9, 12))
     assert box.grown(2.0, (1.0, 4.0, 0.5)) == (slice(0, 7), slice(3, 11), slice(0, 17))
+
+
+def test_voxels_longer_than_the_tumour_by_far():
+    """No voxel's middle may lie near the shape: no room, or a tumour, and no error of torch's."""
+    label = torch.ones(1, 12, 9, dtype=torch.uint8)
+    for seed in range(40):
+        rng = torch.Generator().manual_seed(seed)
+        spacing = (0.01, 17.0, 0.01)
+        box = masks.organ_box(label, 1)
+        for made in masks.place(label, 1, box, spacing, size_mm=(2, 6), count=2, rng=rng):
+            assert isinstance(made, masks.Skip) or made.voxels >= 1

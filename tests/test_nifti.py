@@ -263,3 +263,10 @@ def test_a_voxel_size_that_is_none_is_refused(tmp_path, length, capfd):
     with pytest.raises(ValueError, match="no usable voxel size.*repair its header"):
         read_volume(path)
     assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("offset", [np.inf, -1e30, 1e30, 3e38])
+def test_voxels_that_begin_nowhere_are_refused(tmp_path, offset):
+    path = patch(tmp_path / "a.nii", 108, np.float32([offset]))
+    with pytest.raises(ValueError, match="a.nii"):
+        read_volume(path)

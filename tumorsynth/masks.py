@@ -381,6 +381,8 @@ def _voxels(params: TumorParams, shape: Shape, field: Field) -> LocalMask | int:
         )
     ]
     level, where = shape.level(millimetres, n)
+    if len(level) == 0:  # a centre between slices too far apart
+        return 0
     # On a coarse grid even the nearest n voxels may lie beyond MAX_LEVEL; a few count wherever.
     limit = math.inf
     if n >= FEW:

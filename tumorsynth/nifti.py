@@ -7,6 +7,7 @@ the header survive bit for bit.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import math
@@ -174,7 +175,7 @@ def read_volume(path: Path) -> Volume:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{name} is cut short or damaged ({error}); copy it again") from error
     except OSError as error:
-        if error.errno is not None:  # the disk's own errors: permission, input/output
+        if error.errno not in (None, errno.EINVAL):  # the disk's own errors, not an offset of none
             raise
         raise ValueError(f"{name} is cut short or damaged; copy it again") from error
     except (
