@@ -265,7 +265,7 @@ def test_a_voxel_size_that_is_none_is_refused(tmp_path, length, capfd):
     assert not capfd.readouterr().err
 
 
-@pytest.mark.parametrize("offset", [np.inf, -1e30, 1e30, 3e38])
+@pytest.mark.parametrize("offset", [np.inf, -1e30, 1.37e16, 3e38])
 def test_voxels_that_begin_nowhere_are_refused(tmp_path, offset):
     path = patch(tmp_path / "a.nii", 108, np.float32([offset]))
     with pytest.raises(ValueError, match="a.nii"):
