@@ -85,7 +85,7 @@ def test_names_that_differ_by_case_alone(tmp_path, capsys):
     assert "'Case1' and 'case1'; rename one" in said
 
 
-ODD_NAMES = [b"a\nb", b"caf\xe9", b"\x1b[2Jx", "日本".encode(), b"-x", b" ", b"x" * 200, b"a;$(id)"]
+ODD_NAMES = [b"a\nb", b"caf\xe9", b"\x1b[2Jx", "日本".encode(), b"-$(id)$ " + b"x" * 200]
 
 
 def test_names_that_are_no_words(tmp_path):
@@ -170,7 +170,7 @@ def test_a_report_of_another_kind_is_no_finished_scan(folder, tmp_path, capsys):
     assert "cannot be read" in refused(capsys, folder, "-o", out)
 
 
-@tries(25)
+@tries(15)
 @given(data=st.data())
 def test_reports_changed_anywhere(made, tmp_path_factory, capfd, data):
     """Replayed or refused in one line: never more than the tumours of a report."""

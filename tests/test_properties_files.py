@@ -64,7 +64,7 @@ def scan():
     return hu, organ.astype(np.uint8)
 
 
-@tries(80)
+@tries(50)
 @given(headers(), headers(), st.sampled_from(["i2", "f4", "f8", ">i2", "u2", "i4"]), st.booleans())
 def test_any_header(scan, tmp_path_factory, capfd, image_changes, label_changes, dtype, both):
     from tumorsynth import nifti
