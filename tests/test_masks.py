@@ -12,6 +12,7 @@ import torch
 from scipy import ndimage
 
 from tumorsynth import masks
+from tumorsynth._tumor_shape import BALL, BALL_LEVEL, MAX_LEVEL
 from tumorsynth.masks import Box, LocalMask, Skip, TumorParams, draw, organ_box, place
 
 ONE = (1.0, 1.0, 1.0)
@@ -479,3 +480,13 @@ def test_voxels_longer_than_the_tumour_by_far():
         box = masks.organ_box(label, 1)
         for made in masks.place(label, 1, box, spacing, size_mm=(2, 6), count=2, rng=rng):
             assert isinstance(made, masks.Skip) or made.voxels >= 1
+
+
+@pytest.mark.parametrize("level", [0.6, 1.0, 1.2, MAX_LEVEL])
+def test_places_are_judged_all_around(level):
+    inside = BALL_LEVEL <= level
+    points = (BALL * BALL_LEVEL[:, None])[inside] / level
+    assert float(points.mean(0).norm()) < 0.06
+    assert (points.square().mean(0) - 0.2).abs().max() < 0.03  # of a full ball: a fifth each
+    share = float(inside.double().mean()) * (MAX_LEVEL / level) ** 3
+    assert share == pytest.approx(1, abs=0.06)

@@ -242,5 +242,6 @@ def fibonacci(n: int) -> Tensor:
 SPHERE = fibonacci(256)
 RIM = fibonacci(64)
 BALL = fibonacci(160)
-# Radii in an order unrelated to the direction (golden ratio), uniform in volume.
-BALL_LEVEL = MAX_LEVEL * ((torch.arange(160, dtype=torch.float64) * 0.6180339887) % 1) ** (1 / 3)
+# Radii uniform in volume, in an order unrelated to the directions: those go by the golden ratio,
+# with which the points of low level would all lie on one side.
+BALL_LEVEL = MAX_LEVEL * ((torch.arange(160, dtype=torch.float64) * 3**0.5) % 1) ** (1 / 3)
