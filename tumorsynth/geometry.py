@@ -57,9 +57,9 @@ def frame_from_spacing(spacing: Sequence[float] | float) -> Frame:
         values = []
     if len(values) == 1:
         values *= 3
-    if len(values) != 3 or not all(math.isfinite(v) and 0.01 <= v <= 100 for v in values):
+    if len(values) != 3 or not all(math.isfinite(v) and 0.01 <= v <= 25 for v in values):
         raise ValueError(
-            f"spacing must be three numbers in mm between 0.01 and 100, got {spacing!r}; "
+            f"spacing must be three numbers in mm between 0.01 and 25, got {spacing!r}; "
             "pass spacing=(dx, dy, dz) along the tensor's axes, or affine=..."
         )
     return Frame((values[0], values[1], values[2]))
