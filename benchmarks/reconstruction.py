@@ -69,7 +69,10 @@ def variants(name: str, autoencoder: Autoencoder) -> list[tuple[str, Autoencoder
 def measured(autoencoder: Autoencoder, case: Case, tissues: dict[str, int]) -> dict[str, Any]:
     assert case.label is not None
     present = {n: value for n, value in tissues.items() if bool((case.label == value).any())}
-    return {name: reconstruction(autoencoder, case, [v]) for name, v in present.items()}
+    found = {name: reconstruction(autoencoder, case, [v]) for name, v in present.items()}
+    for figures in found.values():
+        figures.pop("without_detail", None)  # that is a row of its own
+    return found
 
 
 def centre(case: Case, side: int = 96) -> tuple[slice, slice, slice]:
@@ -81,7 +84,7 @@ def centre(case: Case, side: int = 96) -> tuple[slice, slice, slice]:
 
 @torch.no_grad()
 def middle(autoencoder: Autoencoder, case: Case) -> Tensor:
-    _, out = reconstructed(autoencoder, case.hu[centre(case)])
+    _, out, _ = reconstructed(autoencoder, case.hu[centre(case)])
     return out[:, :, out.shape[2] // 2]
 
 

@@ -66,7 +66,7 @@ def test_more_latent_channels_start_as_the_trained_network(tmp_path):
     trained = Autoencoder(NETWORKS["tiny"]).eval()
     save_autoencoder(trained, tmp_path / "ae", {"name": "ae"})
     config = replace(TINY, latent_channels=12)
-    wider = starting_network(config, str(tmp_path / "ae")).eval()
+    wider = starting_network(config, str(tmp_path / "ae"))[0].eval()
     x = torch.rand(1, 1, 16, 16, 16) * 2 - 1
     with torch.no_grad():
         assert wider.encode(x).shape[1] == 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -49,6 +50,9 @@ def test_from_dataset_json_to_synthesize(folder, tmp_path, capsys):
     assert (new == 3).sum() > 100
     assert run("info", folder / "gen") == 0
     assert "CC0" in capsys.readouterr().out
+    assert run("info", folder / "ae") == 0  # no generator, but checked and shown as well
+    said = capsys.readouterr().out
+    assert "kind: autoencoder" in said and "MB, sha256 agrees\n" in said
 
 
 def test_what_a_run_leaves(folder):
@@ -63,7 +67,8 @@ def test_what_a_run_leaves(folder):
         assert list((folder / stage / "tensorboard").iterdir())
     image = pytest.importorskip("PIL.Image").open(folder / "gen" / "pictures" / "step_0000020.png")
     pixels = np.asarray(image)
-    assert pixels.shape == (2 * 3 * 32, 4 * 32) and pixels.std() > 1
+    # a row for each of four crops, three planes of both volumes, five pixels a voxel, with gaps
+    assert pixels.shape == (5 * 4 * (32 + 2), 5 * 3 * (2 * 32 + 2 + 6)) and pixels.std() > 1
     generator = ts.load_generator(folder / "gen")
     card = generator.card
     assert generator.name == "gen" and card["training"]["tumours"] == 2
@@ -127,7 +132,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
             (*stage1, "--preset", "huge"),
             "--preset must be tiny or light or lung or base, got 'huge'",
         ),
-        ((*stage1, "--patch-size", 50), "smaller than the patch of 50 mm"),
+        ((*stage1, "--patch-size", 52), "smaller than the patch of 52 mm"),
         ((*stage1, "--patch-size", 30), "--patch-size must be a multiple of 4, got 30"),
         (
             (*stage1, "--patch-size", 16, "--init", tmp_path / "four"),
@@ -155,6 +160,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and said in lines[0], lines
         assert not out.exists()
+    # what a folder holds is said before the scans are read
+    short = (*TINY, "--steps", 20, "--patch-size")
+    for words, said in (
+        (("autoencoder", "nowhere", "-o", folder / "ae", *short, 16), "add --resume"),
+        (
+            ("autoencoder", "nowhere", "-o", folder / "gen", *short, 16, "--resume"),
+            "holds a run of `tumorsynth train denoiser`",
+        ),
+        (
+            ("autoencoder", "nowhere", "-o", folder / "ae", *TINY, "--patch-size", 16, "--resume"),
+            f"steps 20, now 200); it is finished: train it further with --init {folder / 'ae'}",
+        ),
+    ):
+        assert run("train", *words) == 2, words
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and said in lines[0], lines
+    shutil.copytree(folder / "ae", tmp_path / "made", ignore=lambda *_: ["checkpoint.pt"])
+    words = ("autoencoder", "nowhere", "-o", tmp_path / "made", *short, 16, "--resume")
+    assert run("train", *words) == 2
+    assert "no checkpoint.pt to go on from" in capsys.readouterr().err
     # a run over one autoencoder does not go on over another
     assert run(*stage2[:4], folder / "gen", *TINY, "--autoencoder", tmp_path / "four") == 2
     assert "add --resume" in capsys.readouterr().err
@@ -196,3 +221,19 @@ def test_a_wrong_autoencoder_is_said_before_the_scans_are_read(tmp_path, capsys)
         assert main(["train", *map(str, words)]) == 2
         said = capsys.readouterr().err
         assert name in said and "no-such-folder" not in said and said.count("\n") == 1
+
+
+def test_python_m_tumorsynth_and_folders_that_were_changed(folder, tmp_path, capsys):
+    words = [sys.executable, "-m", "tumorsynth", "info", str(folder / "nothing")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("tumorsynth: no generator")
+    shutil.copytree(folder / "ae", tmp_path / "ae")
+    card = json.loads((tmp_path / "ae" / "card.json").read_text())
+    del card["config_sha256"]  # as earlier versions wrote it
+    (tmp_path / "ae" / "card.json").write_text(json.dumps(card))
+    assert run("info", tmp_path / "ae") == 0
+    assert "no config_sha256, so that a changed config" in capsys.readouterr().out
+    card["config_sha256"] = "0"
+    (tmp_path / "ae" / "card.json").write_text(json.dumps(card))
+    assert run("info", tmp_path / "ae") == 2
+    assert "must have its config_sha256" in capsys.readouterr().err

@@ -93,8 +93,69 @@ def test_validation_cases_are_held_out_also_in_packs(cases, tmp_path):
         reading.load_data(dataset)
     both = {"training": [first], "validation": [first, {"image": "missing.nii.gz"}]}
     dataset.write_text(json.dumps(both))
-    with pytest.raises(ValueError, match="(?s)2 problems.*missing: no such.*name occurs twice"):
+    with pytest.raises(
+        ValueError, match='(?s)2 problems.*missing: no such.*annotated: listed under both "tr'
+    ):
         reading.load_data(dataset)
+
+
+def test_scans_of_one_name_are_told_apart_by_their_folders(cases, tmp_path):
+    names = ["a/s1/ct", "a/s2/ct", "b/s2/ct", "other"]
+    many = [Case(name, (cases[0].hu + k).contiguous(), None) for k, name in enumerate(names)]
+    for name in names:
+        (tmp_path / "data" / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+    dataset = write_dataset(tmp_path / "data", many)
+    entries = json.loads(dataset.read_text())["training"]
+    dataset.write_text(json.dumps({"training": entries[:2], "validation": entries[2:]}))
+    read = reading.load_data(dataset)
+    assert [c.name for c in read] == ["s1/ct", "a/s2/ct", "b/s2/ct", "other"]
+    assert [c.held_out for c in read] == [False, False, True, True]
+    for case, original in zip(read, many, strict=True):
+        assert torch.equal(case.hu, original.hu.flip(0, 1))
+    dataset.write_text(json.dumps({"training": [entries[0], entries[0]]}))
+    with pytest.raises(ValueError, match="ct: listed twice"):
+        reading.load_data(dataset)
+
+
+def test_voxels_that_training_sees_cannot_be_held_out(cases, tmp_path):
+    copied = Case("copied", cases[0].hu.clone(), None, held_out=True)
+    dataset = write_dataset(tmp_path / "data", [cases[0], copied])
+    one, other = json.loads(dataset.read_text())["training"]
+    dataset.write_text(json.dumps({"training": [one], "validation": [other]}))
+    with pytest.raises(ValueError, match="copied: held out, but the same voxels as annotated"):
+        reading.load_data(dataset)
+    said = "copied: held out, but the same voxels as annotated"  # of packs
+    assert [words[: len(said)] for words in check_cases([cases[0], copied], 32)] == [said]
+    copied.hu[0, 0, 0] += 1
+    assert check_cases([cases[0], copied], 32) == []
+
+
+def test_data_that_goes_with_no_labels_or_is_one_scan(cases, tmp_path):
+    dataset = write_dataset(tmp_path / "data", cases)
+    images, labels = tmp_path / "data" / "images", tmp_path / "data" / "labels"
+    for data, given, said in (
+        (dataset, labels, "--labels goes with a folder of CTs"),
+        (tmp_path / "pack.npz", labels, "--labels goes with a folder of CTs"),
+        (images / "plain.nii.gz", None, "is one scan; pass its folder"),
+        (images, images, "NAME_label.nii.gz beside NAME_ct.nii.gz"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            reading.load_data(data, given)
+    with pytest.raises(FileNotFoundError, match="^no such file: .*pack.npz$"):
+        reading.load_data(tmp_path / "pack.npz")
+    for folder, ending in ((images, "ct"), (labels, "label")):
+        (folder / "annotated.nii.gz").rename(images / f"a_{ending}.nii.gz")
+    (images / "plain.nii.gz").unlink()
+    for given in (images, None, tmp_path / "data" / ".." / "data" / "images"):
+        (read,) = reading.load_data(images, given)  # the label map is no second CT
+        assert read.name == "a" and read.label is not None
+
+
+def test_a_scan_in_metres_is_named(cases, tmp_path):
+    affine = np.diag([0.001, 0.001, 0.001, 1.0])
+    nib.save(nib.Nifti1Image(cases[0].hu.numpy(), affine), tmp_path / "a.nii.gz")
+    with pytest.raises(ValueError, match="a: .* 0.048 x 0.048 x 0.048 mm; .* in metres"):
+        reading.load_data(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -190,8 +251,15 @@ def test_every_place_draws_from_a_window_that_moves_on():
     [
         (lambda hu: (hu + 175) / 425, "values from .* to .* are no HU but scaled"),
         (lambda hu: hu + 1024, "1024 added; subtract 1024"),
+        (lambda hu: -hu, "their sign changed; multiply them by -1"),
+        (lambda hu: (-hu).clip(-1024, 600), "their sign changed; multiply them by -1"),
+        (lambda hu: (hu - hu.mean()) / hu.std(), "values from -.* are no HU but scaled"),
+        (lambda hu: (hu - hu.min()) / 150, "values from 0 to .* are no HU but scaled"),
+        (lambda hu: (hu + 1000) / 1250 * 255, "values from 0 to .* hold no air and no fat"),
+        (lambda hu: ((hu + 1000) / 1250 * 255).round(), "whole numbers from 0 to 255 are .* no HU"),
+        (lambda hu: hu * 0 + 60, "every voxel is 60"),
         (lambda hu: hu * np.nan, "NaN"),
-        (lambda hu: hu * 0 - 1000, "hardly any voxel lies between -175 and 250 HU"),
+        (lambda hu: hu.clip(-1000, -900) * 2 + 1000, "hardly any voxel lies between -175 and 250"),
     ],
 )
 def test_values_that_are_no_hu(change, said):
@@ -275,7 +343,7 @@ def test_all_problems_of_the_cases_are_said_at_once(cases, tmp_path):
     said = str(caught.value)
     assert "thin: 48 x 48 x 20 mm is smaller than the patch of 32 mm; lower --patch-size" in said
     assert "misfit: a label must have its image's shape (48, 48, 48), got (47, 48, 48)" in said
-    assert "ones: values from 1 to 1 are no HU" in said
+    assert "ones: every voxel is 1; give the CT in HU" in said
     assert "thin: no voxels of tumour label 2, but of 5" in said
     assert "misfit: no voxels of tumour label 2, but of none" in said
     assert "ones: no label" in said
@@ -316,7 +384,12 @@ def test_presets_are_valid_and_flags_win_over_them():
     for wrong, said in (
         ({"precision": "half"}, "--precision must be bf16-mixed or 32-true"),
         ({"steps": 0}, "--steps must be at least 1"),
-        ({"lr": float("nan")}, "--lr must not be negative"),
+        ({"lr": float("nan")}, "--lr must be a number, got nan"),
+        ({"lr": float("inf")}, "--lr must be a number, got inf"),
+        ({"lr": -1.0}, "--lr must not be negative, got -1"),
+        ({"transplant": 5.0}, "--transplant must be from 0 to 1, got 5"),
+        ({"ema": 1.0}, "--ema must be below 1"),
+        ({"timesteps": 0}, "--timesteps must be at least 1, got 0"),
         ({"batch_size": 3, "accumulate": 2}, "multiple of --accumulate"),
         ({"prediction": "y"}, "--prediction must be noise or x0 or v"),
     ):
@@ -324,3 +397,7 @@ def test_presets_are_valid_and_flags_win_over_them():
             configured(DenoiserTraining, {}, wrong)
     with pytest.raises(ValueError, match="--min-diameter-mm"):
         configured(DataConfig, {}, {"min_diameter_mm": -1})
+    with pytest.raises(ValueError, match="--tumor-label must be from 1 to 255, .* got 0"):
+        configured(DataConfig, {}, {"tumor_label": 0})
+    with pytest.raises(ValueError, match="--hollow must be from 0 to 1, got 1.5"):
+        configured(AutoencoderTraining, {}, {"hollow": 1.5})

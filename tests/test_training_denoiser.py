@@ -12,7 +12,7 @@ from balls import make_cases
 from tumorsynth.contrast import contrast_of, level_around
 from tumorsynth.training import autoencoder, denoiser
 from tumorsynth.training.config import PRESETS, AutoencoderTraining, DataConfig, DenoiserTraining
-from tumorsynth.training.crops import contrast_range, even_tissue, sample_crop
+from tumorsynth.training.crops import contrast_range, even_tissue, other_tissue, sample_crop
 from tumorsynth.training.data import find_tumors
 
 WINDOW = (-175.0, 250.0)
@@ -125,3 +125,20 @@ def test_real_tumours_are_measured_one_by_one():
     for one in ones:  # the other lies within the crop, too
         crop = replace(case, hu=one.after, label=one.mask.byte())
         assert len(find_tumors([crop], 1)) == 1
+
+
+def test_tumours_in_other_tissue_than_the_configs_are_told():
+    cases = make_cases()
+    tumors = find_tumors(cases, 2)
+    assert other_tissue(cases, tumors, 2, TINY) is None
+    lung = replace(TINY, tissue_low=-950.0, tissue_high=-600.0)
+    words = other_tissue(cases, tumors, 2, lung)
+    assert "not from --tissue-low -950 to --tissue-high -600 HU (its median is 100 HU)" in words
+    assert "the tissue around the tumour is" in other_tissue(cases, tumors[:1], 2, lung)
+
+
+def test_tumours_amid_no_tissue_at_all_divide_by_nothing():
+    (case, _) = make_cases()
+    case.hu = torch.where(case.label == 2, 60, 0).short()
+    found = contrast_range([case], find_tumors([case], 2), 2, TINY)
+    assert np.isfinite([found.low, found.high]).all()

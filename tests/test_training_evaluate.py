@@ -30,7 +30,12 @@ from tumorsynth.training.measures import (
     ssim_map,
     tumor_statistics,
 )
-from tumorsynth.training.realism import measure_generator, organ_labels_around
+from tumorsynth.training.realism import (
+    _views,
+    measure_generator,
+    organ_labels_around,
+    real_tumors,
+)
 from tumorsynth.training.reconstruction import crop_places, measure_autoencoder, spread, tiles
 from tumorsynth.weights import readable_card
 
@@ -216,6 +221,18 @@ def test_a_known_generator_gets_its_figures(cases, window, tmp_path):
     assert measure_generator(painter(window), cases, 2, tumours=5) == measured
 
 
+def test_pictures_go_through_the_tumours_middle_also_at_the_scans_edge(cases):
+    hu = torch.full((60, 60, 60), 100, dtype=torch.int16)
+    label = torch.ones(hu.shape, dtype=torch.uint8)
+    hu[:6, 2:8, 54:] = 60
+    label[:6, 2:8, 54:] = 2
+    (one,) = real_tumors(Case("edge", hu, label), [1], 2)
+    for plain, outlined in _views(one, 2, 60.0):
+        dark = plain < 0.45
+        assert 20 < int(dark.sum()) <= 36, "the plane does not meet the tumour"
+        assert int((outlined == 1).sum()) >= 10
+
+
 def test_without_room_the_reason_is_told(cases):
     plain = cases[1]
     assert "annotated" in measure_generator(painter(), [plain], 2, [1])["skipped"]
@@ -255,8 +272,13 @@ def test_a_training_ends_with_its_figures_and_trains_on_nothing_held_out(cases, 
     assert list(cards[1]["metrics"]["reconstruction"]) == ["tissue"]
     assert cards[0]["metrics"]["codes"]["codes"] == 16
     readable = (tmp_path / "with" / "CARD.md").read_text()
-    (row,) = re.findall(r"^\| label 2 \|.*$", readable, re.MULTILINE)
-    assert str(cards[0]["metrics"]["reconstruction"]["label 2"]["psnr_db"]) in row
+    rows = re.findall(r"^\| label 2 \|.*$", readable, re.MULTILINE)
+    tables = [cards[0]["metrics"][kind]["label 2"] for kind in ("reconstruction", "without_detail")]
+    assert len(rows) == 2
+    for row, figures in zip(rows, tables, strict=True):
+        assert str(figures["psnr_db"]) in row
+    # what three steps taught the network is bad, and its detail does not hide it any more
+    assert tables[1]["rmse_hu"] > 1.3 * tables[0]["rmse_hu"]
     pixels = np.asarray(pytest.importorskip("PIL.Image").open(tmp_path / "with" / "pictures.png"))
     assert pixels.std() > 1
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +21,13 @@ import torch
 from balls import make_cases
 from safetensors.torch import load_file
 
+from tumorsynth.collection import exit_code
 from tumorsynth.training import autoencoder, denoiser
 from tumorsynth.training.config import AutoencoderTraining, DenoiserTraining, Hardware
 from tumorsynth.training.data import save_pack
-from tumorsynth.training.engine import Diverged, RunFolder
+from tumorsynth.training.engine import Diverged
 from tumorsynth.training.folders import read_autoencoder
+from tumorsynth.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"network": "tiny", "picture_every": 0, "log_every": 1, "warmup": 5}
@@ -52,6 +58,13 @@ def trained(tmp_path_factory, cases):
     autoencoder.train(cases, folder / "ae", STAGE1)
     save_pack(cases, folder / "pack.npz")
     return folder
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Nothing is measured in the end: that takes most of the time of so short a run."""
+    for stage, name in ((autoencoder, "autoencoder"), (denoiser, "generator")):
+        monkeypatch.setattr(stage, f"{name}_metrics", lambda *_: {})
 
 
 def weights(folder):
@@ -138,9 +151,117 @@ def test_sigterm_saves_and_everything_of_stage_1_is_resumed(cases, tmp_path):
 
 
 def test_resume_of_a_finished_run_changes_nothing(trained, cases):
-    before = weights(trained / "ae")
+    def told():
+        card = json.loads((trained / "ae" / "card.json").read_text())
+        del card["metrics"]["seconds"]
+        return card
+
+    before, card = weights(trained / "ae"), told()
+    checkpoint = torch.load(trained / "ae" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["seconds"] > 0
     autoencoder.train(cases, trained / "ae", STAGE1, resume=True)
     assert all(torch.equal(v, before[k]) for k, v in weights(trained / "ae").items())
+    assert told() == card  # and its seconds are those of the training still
+
+
+def test_other_labels_are_other_data_also_for_a_finished_run(trained, cases, tmp_path, unmeasured):
+    config = DenoiserTraining(**{**vars(STAGE2), "steps": 1})
+    denoiser.train(cases, str(trained / "ae"), tmp_path / "run", config)
+    relabelled = replace(cases[0], label=cases[0].label.flip(0).contiguous())
+    flipped = replace(cases[1], hu=cases[1].hu.flip(0).contiguous())
+    again = {"config": config, "resume": True}
+    for changed in ([relabelled, cases[1]], [cases[0], flipped], cases[:1]):
+        name = next(c.name for c in cases if not any(c is other for other in changed))
+        with pytest.raises(ValueError, match=f"trained with other settings .other scans: {name}.;"):
+            denoiser.train(changed, str(trained / "ae"), tmp_path / "run", **again)
+    denoiser.train(cases, str(trained / "ae"), tmp_path / "run", **again)
+
+
+def test_what_a_run_started_from_is_in_its_card_and_belongs_to_it(
+    trained, cases, tmp_path, capsys, unmeasured
+):
+    start = read_autoencoder(str(trained / "ae"))[1]
+    one = AutoencoderTraining(**{**vars(STAGE1), "steps": 1})
+    two = DenoiserTraining(**{**vars(STAGE2), "steps": 1})
+    from_ae = {"init": str(trained / "ae")}
+    autoencoder.train(cases, tmp_path / "ae2", one, card={"licence": "CC0"}, **from_ae)
+    denoiser.train(cases, str(trained / "ae"), tmp_path / "gen", two)
+    capsys.readouterr()
+    denoiser.train(cases, str(trained / "ae"), tmp_path / "gen2", two, init=str(tmp_path / "gen"))
+    assert "another autoencoder" not in capsys.readouterr().err
+    denoiser.train(cases, str(tmp_path / "ae2"), tmp_path / "gen3", two, init=str(tmp_path / "gen"))
+    assert "trained over another autoencoder, whose latent" in capsys.readouterr().err
+
+    def card(name):
+        return json.loads((tmp_path / name / "card.json").read_text())
+
+    assert card("ae2")["init"]["sha256"] == start["sha256"] and card("ae2")["licence"] == "CC0"
+    assert card("ae2")["init"]["licence"] == start["licence"]
+    made = card("gen")
+    assert "init" not in made and made["licence"].endswith("trained on and of its autoencoder ae")
+    for name in ("gen2", "gen3"):
+        assert card(name)["init"]["sha256"] == made["sha256"]
+        assert "and of its init gen and of its autoencoder ae" in card(name)["licence"]
+    assert card("gen3")["autoencoder"]["init"]["name"] == "ae"
+    shutil.rmtree(tmp_path / "gen")  # whatever lies there now, it is not what was started from
+    shutil.copytree(tmp_path / "gen3", tmp_path / "gen")
+    again = {"init": str(tmp_path / "gen"), "resume": True}
+    with pytest.raises(ValueError, match="trained with other settings .init "):
+        denoiser.train(cases, str(trained / "ae"), tmp_path / "gen2", two, **again)
+
+
+def test_one_run_at_a_time_in_a_folder(cases, tmp_path, unmeasured):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    handle = os.open(tmp_path / "run", os.O_RDONLY)  # as another run holds it
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    config = AutoencoderTraining(**{**vars(STAGE1), "steps": 1})
+    with pytest.raises(ValueError, match="only one run may write into a folder"):
+        autoencoder.train(cases, tmp_path / "run", config)
+    assert not list((tmp_path / "run").iterdir())
+    os.close(handle)
+    autoencoder.train(cases, tmp_path / "run", config)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["log.csv", "model.safetensors"])
+def test_a_disk_that_fills_names_the_file_and_the_remedy(
+    cases, tmp_path, monkeypatch, name, unmeasured
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    if name == "log.csv":
+        (run / name).symlink_to("/dev/full")
+    else:
+        mkstemp_of_python = tempfile.mkstemp
+
+        def mkstemp(dir, prefix):
+            path = f"{dir}/{prefix}x"
+            os.symlink("/dev/full", path)
+            return os.open(path, os.O_WRONLY), path
+
+        monkeypatch.setattr("tumorsynth.weights.tempfile.mkstemp", mkstemp)
+    config = AutoencoderTraining(**{**vars(STAGE1), "steps": 1})
+    with pytest.raises(OSError, match=r"cannot be written .*No space left.*make room") as caught:
+        autoencoder.train(cases, run, config)
+    assert exit_code(caught.value) == 1
+    if name != "log.csv":
+        assert f"{run}/{name}" in str(caught.value) and "checkpoint.pt stays" in str(caught.value)
+        monkeypatch.setattr("tumorsynth.weights.tempfile.mkstemp", mkstemp_of_python)
+        autoencoder.train(cases, run, config, resume=True)
+        assert (run / name).is_file()
+
+
+def test_a_gpu_that_is_not_there_is_said_before_the_scans_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+    def read():
+        raise AssertionError("the scans were read")
+
+    for kind in ("cuda", "gpu", "mps"):
+        with pytest.raises(ValueError, match=f"--accelerator {kind}: there is no such GPU here"):
+            autoencoder.train(read, tmp_path / "run", STAGE1, Hardware(accelerator=kind))
 
 
 def test_two_processes_as_one(trained, cases, tmp_path):
@@ -275,7 +396,9 @@ def test_resume_refuses_other_settings_data_and_damaged_files(trained, cases, tm
     autoencoder.train(cases, run, AutoencoderTraining(**{**vars(STAGE1), "steps": 2}))
     with pytest.raises(ValueError, match="holds checkpoint.pt and card.json.*--resume"):
         autoencoder.train(cases, run, STAGE1)
-    with pytest.raises(ValueError, match="other settings .steps 2, now 14.*same flags"):
+    with pytest.raises(
+        ValueError, match="other settings .steps 2, now 14.*--init .*run and another --out"
+    ):
         autoencoder.train(cases, run, STAGE1, resume=True)
     (run / "checkpoint.pt").write_bytes(b"PK not a checkpoint")
     with pytest.raises(ValueError, match="is no checkpoint"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import pickle
 
@@ -223,6 +224,14 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
     rewrite(folder, change)
     with pytest.raises(ValueError, match=message):
         load_generator(folder)
+
+
+def test_a_card_is_json_also_where_a_figure_is_none(folder, tmp_path):
+    generator = load_generator(folder)
+    generator.card["metrics"] = {"rmse_hu": math.nan, "contrast_hu": [1.5, math.inf]}
+    text = (generator.save(tmp_path / "made") / "card.json").read_text()
+    read = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert read["metrics"] == {"rmse_hu": None, "contrast_hu": [1.5, None]}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import tempfile
 import threading
@@ -223,11 +224,7 @@ def read_folder(folder: Path) -> Generator:
         raise ValueError(f"{path} is not a safetensors file: {error}; restore it") from error
     with torch.device("meta"):  # without memory: what a config asks for, the tensors have to hold
         planned = build(card["config"])
-    if card.get("config_sha256", own := config_digest(card["config"])) != own:
-        raise ValueError(
-            f"the config in {folder / CARD} must have its config_sha256, "
-            f"{card['config_sha256']}, but has {own}; it was changed or damaged: restore it"
-        )
+    check_config(card, folder)
     parts = ("autoencoder.", "denoiser.")
     states = [{k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in parts]
     for module, state in zip(planned[:2], states, strict=True):
@@ -239,6 +236,17 @@ def read_folder(folder: Path) -> Generator:
     if stray:
         raise ValueError(f"{path} holds tensors that are no part of a generator: {stray[:5]}")
     return Generator(autoencoder, denoiser, sampler, card)
+
+
+def check_config(card: dict[str, Any], folder: Path) -> None:
+    """ValueError where a card's config is not the one that was written. Cards of earlier versions
+    have no checksum of it: `tumorsynth info` says so."""
+    own = config_digest(card["config"])
+    if card.get("config_sha256", own) != own:
+        raise ValueError(
+            f"the config in {folder / CARD} must have its config_sha256, "
+            f"{card['config_sha256']}, but has {own}; it was changed or damaged: restore it"
+        )
 
 
 def check_state(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
@@ -308,12 +316,12 @@ def write_folder(folder: Path, raw: bytes, card: dict[str, Any]) -> Path:
     model under the temporary name that its hash gives it, so that no moment has a broken folder.
     """
     digest = hashlib.sha256(raw).hexdigest()
-    card = {**card, "sha256": digest}
+    card = {**_finite(card), "sha256": digest}
     if "config" in card:
         card["config_sha256"] = config_digest(card["config"])
     files = {
         MODEL: raw,
-        CARD: (json.dumps(card, indent=2) + "\n").encode(),
+        CARD: (json.dumps(card, indent=2, allow_nan=False) + "\n").encode(),
         READABLE: readable_card(card).encode(),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -332,7 +340,9 @@ def write_folder(folder: Path, raw: bytes, card: dict[str, Any]) -> Path:
         staged[CARD] = known
         for name, path in staged.items():
             os.replace(path, folder / name)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk's
+            error.filename = str(folder / name)
         if staged.get(MODEL, folder).exists():  # the old model is in place: as if nothing had been
             for path in staged.values():
                 path.unlink(missing_ok=True)
@@ -343,6 +353,15 @@ def write_folder(folder: Path, raw: bytes, card: dict[str, Any]) -> Path:
                 if time.time() - path.stat().st_mtime > 3600:
                     path.unlink()
     return folder
+
+
+def _finite(value: Any) -> Any:
+    """The same for JSON, which knows no NaN and no infinity: null instead."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _staged_card(digest: str) -> str:

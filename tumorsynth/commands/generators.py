@@ -45,6 +45,11 @@ def info(
     from tumorsynth import weights
 
     names = weights.bundled_names() if name is None else [name]
+    if name is not None and name != weights.HANDCRAFTED:
+        folder = weights.find_folder(name)
+        if weights.read_card(folder).get("kind") == "autoencoder":
+            _print_card(_of_autoencoder(name, folder))
+            return
     for each in names:
         generator = weights.load_generator(each)  # which checks the files against the card
         card = {k: v for k, v in generator.card.items() if k not in ("format", "config")}
@@ -59,8 +64,28 @@ def info(
                 k: f"{sum(p.numel() for p in part.parameters()):,}" for k, part in parts.items()
             }
             folder = weights.find_folder(each)
-            card["file"] = f"{(folder / weights.MODEL).stat().st_size / 1e6:.1f} MB, sha256 agrees"
+            card["file"] = _file(folder, card)
         _print_card(card)
+
+
+def _of_autoencoder(name: str, folder: Path) -> dict[str, Any]:
+    """What to print of the folder of `tumorsynth train autoencoder`, after checking it."""
+    from tumorsynth.training.folders import read_autoencoder
+
+    autoencoder, card = read_autoencoder(name)
+    shown = {k: v for k, v in card.items() if k not in ("format", "config")}
+    shown["parameters"] = f"{sum(p.numel() for p in autoencoder.parameters()):,}"
+    shown["file"] = _file(folder, card)
+    return shown
+
+
+def _file(folder: Path, card: dict[str, Any]) -> str:
+    from tumorsynth.weights import MODEL
+
+    words = f"{(folder / MODEL).stat().st_size / 1e6:.1f} MB, sha256 agrees"
+    if "config_sha256" in card:
+        return words
+    return words + "; no config_sha256, so that a changed config would not be seen: save it anew"
 
 
 def _print_card(value: dict[str, Any], indent: str = "") -> None:

@@ -7,10 +7,10 @@ python -m tumorsynth.training.autoencoder pack.npz -o RUN/ae    (needs torch onl
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,9 +28,13 @@ from tumorsynth.training.config import (
 )
 from tumorsynth.training.data import (
     Case,
+    Cases,
     augment,
     check_cases,
     complain,
+    counted,
+    fingerprint,
+    given,
     random_patch,
     split,
     to_unit,
@@ -38,23 +42,23 @@ from tumorsynth.training.data import (
 from tumorsynth.training.discriminators import PatchDiscriminator, random_slices
 from tumorsynth.training.engine import (
     Average,
-    RunFolder,
     ahead,
-    identity_of,
     millions,
     places,
     random_of,
+    say,
     train_loop,
 )
 from tumorsynth.training.evaluate import autoencoder_metrics
 from tumorsynth.training.folders import (
-    NO_LICENCE,
     UNMEASURED,
     hardware_of,
+    no_licence,
+    origin,
     read_autoencoder,
     save_autoencoder,
 )
-from tumorsynth.training.launch import launch
+from tumorsynth.training.launch import check_hardware, launch
 from tumorsynth.training.losses import (
     ReconstructionLoss,
     commitment,
@@ -63,7 +67,8 @@ from tumorsynth.training.losses import (
     hinge_generator_loss,
     slice_perceptual,
 )
-from tumorsynth.training.pictures import planes
+from tumorsynth.training.pictures import side_by_side
+from tumorsynth.training.run_folder import RunFolder, claimed, identity_of, written
 
 NETWORKS = {
     "tiny": replace(LIGHT, encoder_widths=(16, 32), decoder_widths=(32, 16)),
@@ -74,7 +79,7 @@ CROPS, RANGE, PICTURE, SLICES = 0, 1, 2, 3  # purposes of random streams
 
 
 def train(
-    cases: list[Case],
+    cases: Cases,
     output: Path,
     config: AutoencoderTraining = AutoencoderTraining(),  # noqa: B008 (frozen)
     hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
@@ -85,52 +90,59 @@ def train(
 ) -> Autoencoder:
     """Train, and write an autoencoder folder into ``output``; returns it, on the CPU.
 
-    init: an autoencoder to start from, as for `read_autoencoder`. Raises ValueError for every
-    problem with the cases before anything starts; see `train_loop` for what happens later.
+    cases: or what reads them, called once all else is checked. init: an autoencoder to start from,
+    as for `read_autoencoder`. Raises ValueError for every problem with the cases before anything
+    starts; see `train_loop` for what happens later.
 
     Cases that are held out are not trained on: the result is measured on them, or else on the
     others, and the figures and a grid of pictures are written into the folder. Killed while
     measuring, the folder is whole but for them, and resuming measures again.
     """
-    start = time.time()
-    model = starting_network(config, init)
-    complain(check_cases(cases, config.patch_size))
-    cases, held_out = split(cases)
+    check_hardware(hardware)
+    model, started = starting_network(config, init)
     if config.patch_size % model.config.factor:
         raise ValueError(
             f"--patch-size must be a multiple of {model.config.factor}, got {config.patch_size}"
         )
-    data = [[c.name, *c.hu.shape, int(c.hu.long().sum())] for c in cases]
-    run = RunFolder(output, identity_of(config, stage=1, init=init, data=data), resume)
-    run.load()  # a checkpoint that does not fit is said before other processes start
+    run = RunFolder(
+        output, identity_of(config, stage=1, init=started and started["sha256"]), resume
+    )
+    cases = given(cases)
+    complain(check_cases(cases, config.patch_size))
+    cases, held_out = split(cases)
+    run.complete(scans={c.name: fingerprint(c) for c in cases})
     fabric = launch(hardware, config.precision)
-    stage = AutoencoderStage(fabric, model, cases, config, hardware.workers)
-    train_loop(fabric, run, stage, config, f"autoencoder of {millions(model)} M parameters")
-    result = cast(Autoencoder, stage.average.average)
-    if fabric.is_global_zero:
-        result.to(fabric.device).eval().requires_grad_(False)
-        stage.measure_range(result)
-        stage.fit_detail(result)
-        training = {
-            **asdict(config),
-            "scans": [c.name for c in cases],
-            "held_out": [c.name for c in held_out],
-            "device": hardware_of(fabric.device),
-            "processes": fabric.world_size,
-            "seconds_since_start_or_resume": round(time.time() - start),
-        }
-        full = {
-            "name": output.name,
-            "licence": NO_LICENCE,
-            **(card or {}),
-            "metrics": {"skipped": UNMEASURED},
-            "training": training,
-        }
-        save_autoencoder(result, output, full)
-        full["metrics"] = autoencoder_metrics(result, cases, held_out, config.steps, output)
-        result.to("cpu")
-        save_autoencoder(result, output, full)
-    fabric.barrier()
+    with claimed(output):
+        stage = AutoencoderStage(fabric, model, cases, config, hardware.workers)
+        title = f"autoencoder of {millions(model)} M parameters"
+        seconds = train_loop(fabric, run, stage, config, title)
+        result = cast(Autoencoder, stage.average.average)
+        if fabric.is_global_zero:
+            result.to(fabric.device).eval().requires_grad_(False)
+            stage.measure_range(result)
+            stage.fit_detail(result)
+            training = {
+                **asdict(config),
+                "scans": [c.name for c in cases],
+                "held_out": [c.name for c in held_out],
+                "device": hardware_of(fabric.device),
+                "processes": fabric.world_size,
+                "seconds": round(seconds),
+            }
+            full = {
+                "name": output.name,
+                "licence": no_licence(init=started),
+                **(card or {}),
+                "metrics": {"skipped": UNMEASURED},
+                "training": training,
+                **({"init": started} if started else {}),
+            }
+            with written(run):
+                save_autoencoder(result, output, full)
+                say(fabric, f"measuring on {counted(len(held_out or cases), 'scan')} ...")
+                full["metrics"] = autoencoder_metrics(result, cases, held_out, config.steps, output)
+                save_autoencoder(result.to("cpu"), output, full)
+        fabric.barrier()
     return result
 
 
@@ -299,14 +311,14 @@ class AutoencoderStage:
 
     @torch.no_grad()
     def picture(self) -> Tensor:
-        """Four cubes in three planes, above their reconstructions."""
+        """Four cubes, each beside its reconstruction in three planes; there is no detail yet."""
         model = self.average.average
-        columns = []
+        pairs = []
         for index in range(4):
             crop = self._crop(PICTURE, index)[None]
             recon = model(crop.to(self.fabric.device)).cpu()
-            columns.append(torch.cat([planes(crop[0, 0]), planes(recon[0, 0])]))
-        return (torch.cat(columns, 1) + 1) / 2
+            pairs.append(((crop[0, 0] + 1) / 2, (recon[0, 0] + 1) / 2))
+        return side_by_side(pairs)
 
 
 class Reconstruct(nn.Module):
@@ -379,8 +391,11 @@ def case_shares(cases: list[Case]) -> np.ndarray:
     return shares / shares.sum()
 
 
-def starting_network(config: AutoencoderTraining, init: str | None) -> Autoencoder:
-    """The network of a config, untrained or as in ``init``, which may have fewer channels."""
+def starting_network(
+    config: AutoencoderTraining, init: str | None
+) -> tuple[Autoencoder, dict[str, Any] | None]:
+    """The network of a config, untrained or as in ``init``, which may have fewer channels, and the
+    `origin` of that."""
     sizes = replace(
         NETWORKS[config.network],
         window=(config.window_low, config.window_high),
@@ -394,8 +409,8 @@ def starting_network(config: AutoencoderTraining, init: str | None) -> Autoencod
         torch.manual_seed(config.seed)
         model = Autoencoder(sizes)
     if init is None:
-        return model
-    trained, _ = read_autoencoder(init)
+        return model, None
+    trained, card = read_autoencoder(init, "--init")
     asked = config.latent_channels is not None and not sizes.codes
     wider = asked and trained.config.latent_channels < sizes.latent_channels
     given = replace(trained.config, detail_channels=sizes.detail_channels)  # it is found anew
@@ -407,7 +422,7 @@ def starting_network(config: AutoencoderTraining, init: str | None) -> Autoencod
             f"{sizes.codes} codes, {sizes.latent_channels} latent channels and {sizes.window} HU: "
             f"{trained.config}"
         )
-    return _continued(trained, model)
+    return _continued(trained, model), origin(card)
 
 
 @torch.no_grad()
@@ -426,15 +441,15 @@ def _continued(trained: Autoencoder, model: Autoencoder) -> Autoencoder:
 def main() -> None:
     from tumorsynth.training.reading import load_data
 
-    given = parse_arguments([AutoencoderTraining, Hardware], "autoencoder", _extra)
-    preset = PRESETS["autoencoder"][given["preset"]]
+    told = parse_arguments([AutoencoderTraining, Hardware], "autoencoder", _extra)
+    preset = PRESETS["autoencoder"][told["preset"]]
     train(
-        load_data(Path(given["data"]), Path(given["labels"]) if given["labels"] else None),
-        Path(given["out"]),
-        configured(AutoencoderTraining, preset, given),
-        configured(Hardware, {}, given),
-        resume=given["resume"],
-        init=given["init"],
+        partial(load_data, Path(told["data"]), Path(told["labels"]) if told["labels"] else None),
+        Path(told["out"]),
+        configured(AutoencoderTraining, preset, told),
+        configured(Hardware, {}, told),
+        resume=told["resume"],
+        init=told["init"],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,13 +109,11 @@ def autoencoder(
     config = configured(AutoencoderTraining, _preset("autoencoder", preset), given)
     hardware = configured(Hardware, {}, given)
     from tumorsynth.training.autoencoder import train
-    from tumorsynth.training.folders import find_autoencoder
     from tumorsynth.training.reading import load_data
 
-    if init is not None:
-        find_autoencoder(init)  # a wrong name is said before the scans are read
     card = {"licence": licence} if licence else {}
-    train(load_data(data, labels), out, config, hardware, resume=resume, init=init, card=card)
+    cases = partial(load_data, data, labels)  # read once all else is checked
+    train(cases, out, config, hardware, resume=resume, init=init, card=card)
     _wrote(f"{out}; use it with tumorsynth train denoiser ... --autoencoder {out}")
 
 
@@ -144,15 +143,10 @@ def denoiser(
     config = configured(DenoiserTraining, _preset("denoiser", preset), given)
     which, hardware = configured(DataConfig, {}, given), configured(Hardware, {}, given)
     from tumorsynth.training.denoiser import train
-    from tumorsynth.training.folders import find_autoencoder
     from tumorsynth.training.reading import load_data
-    from tumorsynth.weights import find_folder
 
-    find_autoencoder(autoencoder)  # a wrong name is said before the scans are read
-    if init is not None:
-        find_folder(init)
     card = {k: v for k, v in {"name": name, "licence": licence}.items() if v}
-    cases = load_data(data, labels)
+    cases = partial(load_data, data, labels)  # read once all else is checked
     train(cases, autoencoder, out, config, which, hardware, resume=resume, init=init, card=card)
     _wrote(f"{out}; use it with --generator {out}")
 

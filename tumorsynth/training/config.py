@@ -7,6 +7,7 @@ torch here: the command line reads this file for its help.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -208,6 +209,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+SIGNED = ("window_low", "window_high", "tissue_low", "tissue_high")
+SHARES = ("hollow", "transplant", "ema", "adversarial_start")
+COUNTS = ("steps", "patch_size", "batch_size", "accumulate", "save_every", "log_every", "timesteps")
+
+
 def configured(kind: type[T], preset: dict[str, Any], given: dict[str, Any]) -> T:
     """A config of a preset and of the flags given (None: not given), checked."""
     names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
@@ -224,17 +230,31 @@ def check(config: Any) -> None:
         flag = "--" + f.name.replace("_", "-")
         if choices and value not in choices:
             raise ValueError(f"{flag} must be {' or '.join(choices)}, got {value!r}")
-        signed = f.name in ("window_low", "window_high", "tissue_low", "tissue_high")
-        if isinstance(value, (int, float)) and not (signed or value >= 0):
+        if not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            raise ValueError(f"{flag} must be a number, got {value}")
+        if f.name not in SIGNED and value < 0:
             raise ValueError(f"{flag} must not be negative, got {value}")
+        if f.name in SHARES and not value <= 1:
+            raise ValueError(f"{flag} must be from 0 to 1, got {value:g}")
+    if getattr(config, "ema", 0) == 1:
+        raise ValueError("--ema must be below 1, which would keep the first weights, got 1")
+    if not 1 <= getattr(config, "tumor_label", 1) <= 255:
+        raise ValueError(
+            f"--tumor-label must be from 1 to 255, as 0 is what is not labelled, got "
+            f"{config.tumor_label}"
+        )
     for name in ("window", "tissue"):
         low, high = (getattr(config, f"{name}_{end}", None) for end in ("low", "high"))
         if low is not None and high is not None and not low < high:
             raise ValueError(f"--{name}-low must be below --{name}-high, got {low} and {high}")
     if isinstance(config, Training):
-        for name in ("steps", "patch_size", "batch_size", "accumulate", "save_every", "log_every"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        for name in COUNTS:
+            if getattr(config, name, 1) < 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}"
+                )
         if config.batch_size % config.accumulate:
             raise ValueError(
                 f"--batch-size must be a multiple of --accumulate, got {config.batch_size} and "

@@ -72,14 +72,10 @@ def contrast_range(
     reference = 110.0 if config.tissue_low > 0 else None
     found = []
     for tumor in tumors:
-        case = cases[tumor.case]
-        box = tuple(
-            slice(max(0, lo - 10), hi + 10) for lo, hi in zip(tumor.low, tumor.high, strict=True)
-        )
-        hu = case.hu[box].float()[None, None]
-        mask = alone(case, tumor, tumor_label)[box][None, None]
+        hu, mask = _around(cases, tumor, tumor_label)
         level = level_around(hu, mask, tissue)
-        scale = 1.0 if reference is None else reference / float(level)
+        # where no tissue lies around, the level may be anything: 0 too
+        scale = 1.0 if reference is None or level <= tissue[0] else reference / float(level)
         found.append(float(contrast_of(hu, mask, level)) * scale)
     margin = min(0.25 * abs(float(np.median(found))), 40.0)
     low, high = min(found) - margin, max(found) + margin
@@ -88,6 +84,33 @@ def contrast_range(
     elif min(found) > 0:
         low = max(low, 0.75 * min(found))
     return ContrastConfig(round(low, 1), round(high, 1), reference, tissue)
+
+
+def other_tissue(
+    cases: list[Case], tumors: list[Tumor], tumor_label: int, config: DenoiserTraining
+) -> str | None:
+    """A warning where hardly any tumour lies in the tissue that the config names, or None."""
+    low, high = config.tissue_low, config.tissue_high
+    levels = [
+        float(level_around(*_around(cases, tumor, tumor_label), (-2000, 2000))) for tumor in tumors
+    ]
+    if 2 * sum(low < level < high for level in levels) >= len(levels):
+        return None
+    return (
+        f"the tissue around {'the tumour' if len(levels) == 1 else 'most tumours'} is not from "
+        f"--tissue-low {low:g} to --tissue-high {high:g} HU (its median is "
+        f"{float(np.median(levels)):.0f} HU): contrast and places will be wrong; pass other "
+        "values, or --preset lung for tumours in lungs"
+    )
+
+
+def _around(cases: list[Case], tumor: Tumor, tumor_label: int) -> tuple[Tensor, Tensor]:
+    """HU and mask, (1, 1, X, Y, Z) each, of a tumour and 10 mm around it."""
+    case = cases[tumor.case]
+    box = tuple(
+        slice(max(0, lo - 10), hi + 10) for lo, hi in zip(tumor.low, tumor.high, strict=True)
+    )
+    return case.hu[box].float()[None, None], alone(case, tumor, tumor_label)[box][None, None]
 
 
 def _thick_slices(hu: Tensor, rng: np.random.Generator) -> Tensor:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 
 PACKED_HU = (-1024, 600)  # what any window of a generator may need
+LEAST_HU = 50  # between the darkest and the brightest voxel of any scan: fat and muscle alone
 
 
 @dataclass
@@ -34,6 +38,9 @@ class Case:
     hu: Tensor
     label: Tensor | None
     held_out: bool = False
+
+
+Cases = list[Case] | Callable[[], list[Case]]  # or what reads them, once all else is checked
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,16 @@ def load_pack(path: Path) -> list[Case]:
             for k, name in enumerate(pack["names"])
         ]
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(f"no such file: {path}") from None
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} is not a pack ({error}); make one with `tumorsynth train pack dataset.json`"
         ) from error
+
+
+def given(cases: Cases) -> list[Case]:
+    """The cases, read now where they are still to be read."""
+    return cases() if callable(cases) else cases
 
 
 def split(cases: list[Case]) -> tuple[list[Case], list[Case]]:
@@ -109,8 +121,9 @@ class DataProblems(ValueError):
     """All that is wrong with the training data, each with the name of its case."""
 
     def __init__(self, problems: list[str]):
-        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{head} with the training data: " + ";\n".join(problems))
+        super().__init__(
+            f"{counted(len(problems), 'problem')} with the training data: " + ";\n".join(problems)
+        )
         self.problems = problems
 
 
@@ -125,16 +138,28 @@ def hu_problem(hu: Tensor) -> str | None:
     values = hu.flatten()[:: max(1, hu.numel() // 1_000_000)].float()
     if not bool(torch.isfinite(values).all()):
         return "the image holds NaN or infinite values"
+
+    def share(of: Tensor) -> float:
+        return float(of.float().mean())
+
     low, high = float(values.min()), float(values.max())
-    if low >= -1 and high <= 1:
+    if low == high:
+        return f"every voxel is {low:g}; give the CT in HU"
+    whole = low == 0 and high <= 255 and not bool((values % 1).any())
+    if whole and share(values == 0) > 0.2 and len(values.unique()) < 128:
+        return f"whole numbers from 0 to {high:g} are a label map's and no HU; give the CT"
+    if high - low < LEAST_HU:
         return f"values from {low:g} to {high:g} are no HU but scaled; give the CT in HU"
-    if low == 0 and high <= 255 and not bool((values % 1).any()):
-        if float((values == 0).float().mean()) > 0.2:  # and no air, no fat
-            return f"whole numbers from 0 to {high:g} are a label map's and no HU; give the CT"
-    # no body has a tenth of its voxels at 900 to 1300 HU, but soft tissue stored with 1024 added
-    if float(((values > 900) & (values < 1300)).float().mean()) > 0.1:
+    # no body has a tenth of its voxels beyond 600 HU, but air with its sign changed
+    if share(values > 590) > 0.1 and share((values > -250) & (values < -1)) > 0.1:
+        if share(values < -250) < 0.1:
+            return "the values look like HU with their sign changed; multiply them by -1"
+    # nor at 900 to 1300 HU, but soft tissue stored with 1024 added
+    if share((values > 900) & (values < 1300)) > 0.1:
         return "the values look like HU with 1024 added; subtract 1024"
-    if float(((values > HU_LOW) & (values < HU_HIGH)).float().mean()) < 0.01:
+    if low == 0:  # air and fat lie below
+        return f"values from 0 to {high:g} hold no air and no fat: no HU; give the CT in HU"
+    if share((values > HU_LOW) & (values < HU_HIGH)) < 0.01:
         return (
             f"hardly any voxel lies between {HU_LOW:g} and {HU_HIGH:g} HU (values from {low:g} to "
             f"{high:g}); give the CT in HU"
@@ -159,7 +184,33 @@ def check_cases(cases: list[Case], patch_size: int) -> list[str]:
                 f"{case.name}: {' x '.join(map(str, case.hu.shape))} mm is smaller than the patch "
                 f"of {patch_size} mm; lower --patch-size or leave the case out"
             )
-    return problems
+    return problems + seen_before(cases)
+
+
+def seen_before(cases: list[Case]) -> list[str]:
+    """Scans that are held out though training sees the same voxels under another name."""
+    if not any(c.held_out for c in cases):
+        return []
+    trained = {fingerprint(c)["hu"]: c.name for c in cases if not c.held_out}
+    return [
+        f"{c.name}: held out, but the same voxels as {trained[crc]}, which is trained on; leave "
+        "it out of one of the two lists"
+        for c in cases
+        if c.held_out and (crc := fingerprint(c)["hu"]) in trained
+    ]
+
+
+def fingerprint(case: Case) -> dict[str, Any]:
+    """Shape and checksums of a scan and of its label (None without): the same for the same."""
+
+    def checksum(volume: Tensor) -> int:
+        return zlib.crc32(volume.contiguous().numpy().data)
+
+    return {
+        "shape": list(case.hu.shape),
+        "hu": checksum(case.hu),
+        "label": None if case.label is None else checksum(case.label),
+    }
 
 
 # -- tumours --------------------------------------------------------------------------------------
@@ -238,6 +289,11 @@ def components(mask: Tensor) -> list[tuple[tuple[int, int, int], tuple[int, int,
 
 
 # -- patches --------------------------------------------------------------------------------------
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 scan", "2 scans" """
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def to_unit(hu: Tensor, window: tuple[float, float]) -> Tensor:

@@ -10,9 +10,9 @@ tumours comes out closer to real contrast than predicting noise. RUN/gen is a ge
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,6 @@ from tumorsynth.generator import Generator, SamplerConfig
 from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
-from tumorsynth.training.autoencoder import planes
 from tumorsynth.training.config import (
     PRESETS,
     DataConfig,
@@ -34,31 +33,42 @@ from tumorsynth.training.config import (
     configured,
     parse_arguments,
 )
-from tumorsynth.training.crops import contrast_range, even_tissue, sample_crop
+from tumorsynth.training.crops import contrast_range, even_tissue, other_tissue, sample_crop
 from tumorsynth.training.data import (
     Case,
+    Cases,
     DataProblems,
     Tumor,
     check_cases,
     complain,
+    counted,
     find_tumors,
+    fingerprint,
+    given,
     split,
     to_unit,
 )
 from tumorsynth.training.engine import (
     Average,
-    RunFolder,
     ahead,
-    identity_of,
     millions,
     places,
     random_of,
+    say,
     train_loop,
 )
 from tumorsynth.training.evaluate import generator_metrics
-from tumorsynth.training.folders import NO_LICENCE, UNMEASURED, hardware_of, read_autoencoder
-from tumorsynth.training.launch import launch
+from tumorsynth.training.folders import (
+    UNMEASURED,
+    hardware_of,
+    no_licence,
+    origin,
+    read_autoencoder,
+)
+from tumorsynth.training.launch import check_hardware, launch
 from tumorsynth.training.outlines import visible
+from tumorsynth.training.pictures import side_by_side
+from tumorsynth.training.run_folder import RunFolder, claimed, identity_of, written
 from tumorsynth.weights import find_folder, read_folder
 
 CROPS, CHOICE, PICTURE = 10, 11, 12  # purposes of random streams
@@ -66,7 +76,7 @@ Key = tuple[int, int]  # of a crop: the place in the batch that uses it, and a r
 
 
 def train(
-    cases: list[Case],
+    cases: Cases,
     autoencoder: str,
     output: Path,
     config: DenoiserTraining = DenoiserTraining(),  # noqa: B008 (frozen)
@@ -79,12 +89,28 @@ def train(
 ) -> Generator:
     """Train, and write a generator folder into ``output``; returns the generator, on the CPU.
 
-    autoencoder: as for `read_autoencoder`. init: a generator whose denoiser to start from. Raises
-    ValueError for every problem with the cases before anything starts.
+    cases: or what reads them, called once all else is checked. autoencoder: as for
+    `read_autoencoder`. init: a generator whose denoiser to start from. Raises ValueError for every
+    problem with the cases before anything starts.
     """
-    start = time.time()
+    check_hardware(hardware)
     trained, stage1 = read_autoencoder(autoencoder)
-    network, multiple = _network(config, trained, init)
+    network, multiple, started = _network(config, trained, init)
+    if config.patch_size % multiple:
+        raise ValueError(
+            f"--patch-size must be a multiple of {multiple} for these networks, "
+            f"got {config.patch_size}"
+        )
+    low, high = trained.config.window
+    if not low <= config.tissue_low < config.tissue_high <= high:
+        raise ValueError(
+            f"the tissue of {config.tissue_low:g} to {config.tissue_high:g} HU must lie in the "
+            f"autoencoder's window of {low:g} to {high:g} HU; choose another --autoencoder, "
+            "--preset, or --tissue-low and --tissue-high"
+        )
+    used = {"autoencoder": stage1["sha256"], "init": started and started["sha256"]}
+    run = RunFolder(output, identity_of(config, stage=2, tumours=asdict(data), **used), resume)
+    cases = given(cases)
     problems = check_cases(cases, config.patch_size)
     cases, held_out = split(cases)
     tumors: list[Tumor] = []
@@ -94,61 +120,57 @@ def train(
         problems += error.problems
     complain(problems)
     annotated = cases
+    run.complete(scans={c.name: fingerprint(c) for c in cases})
     if data.outlines == "visible":
         tissue = config.tissue_low, config.tissue_high
         cases, tumors = visible(cases, tumors, data.tumor_label, tissue)
-    if config.patch_size % multiple:
-        raise ValueError(
-            f"--patch-size must be a multiple of {multiple} for these networks, "
-            f"got {config.patch_size}"
-        )
-    sizes = [[c.name, *c.hu.shape, int(c.hu.long().sum())] for c in cases]
-    same = {"autoencoder": stage1["sha256"], "tumours": asdict(data), "data": sizes, "init": init}
-    run = RunFolder(output, identity_of(config, stage=2, **same), resume)
-    run.load()  # a checkpoint that does not fit is said before other processes start
-    low, high = trained.config.window
-    if not low <= config.tissue_low < config.tissue_high <= high:
-        raise ValueError(
-            f"the tissue of {config.tissue_low:g} to {config.tissue_high:g} HU must lie in the "
-            f"autoencoder's window of {low:g} to {high:g} HU; choose another --autoencoder, "
-            "--preset, or --tissue-low and --tissue-high"
-        )
     told = config.contrast == "on"
     contrast = contrast_range(cases, tumors, data.tumor_label, config) if told else None
     fabric = launch(hardware, config.precision)
+    for words in (
+        other_tissue(cases, tumors, data.tumor_label, config),
+        started and started.get("autoencoder"),
+    ):
+        if words:
+            say(fabric, f"mind: {words}")
     generator = Generator(
         trained,
         copy.deepcopy(network),
         sampler_of(config, multiple, contrast),
-        {"name": output.name, "licence": NO_LICENCE, **(card or {})},
+        {
+            "name": output.name,
+            "licence": no_licence(init=started, autoencoder=stage1),
+            **(card or {}),
+        },
     )
     crops = TumorCrops(cases, tumors, data.tumor_label, config, generator.window)
-    stage = DenoiserStage(fabric, network, generator, crops, hardware.workers)
-    title = f"denoiser of {millions(network)} M parameters on {_described(tumors, contrast)}"
-    train_loop(fabric, run, stage, config, title)
-    if fabric.is_global_zero:
-        generator.card["training"] = {
-            **asdict(config),
-            **asdict(data),
-            "tumours": len(tumors),
-            "scans": [c.name for c in cases],
-            "held_out": [c.name for c in held_out],
-            "device": hardware_of(fabric.device),
-            "processes": fabric.world_size,
-            "seconds_since_start_or_resume": round(time.time() - start),
-        }
-        generator.card["autoencoder"] = {
-            "name": stage1["name"],
-            "sha256": stage1["sha256"],
-            **{k: v for k, v in stage1.items() if k in ("training", "licence", "data")},
-        }
-        generator.card["metrics"] = {"skipped": UNMEASURED}
-        generator.save(output)  # whole already, should the measuring be interrupted
-        generator.card["metrics"] = generator_metrics(
-            generator, annotated, held_out, data.tumor_label, config.steps, output
-        )
-        generator.to("cpu").save(output)
-    fabric.barrier()
+    with claimed(output):
+        stage = DenoiserStage(fabric, network, generator, crops, hardware.workers)
+        title = f"denoiser of {millions(network)} M parameters on {_described(tumors, contrast)}"
+        seconds = train_loop(fabric, run, stage, config, title)
+        if fabric.is_global_zero:
+            generator.card["training"] = {
+                **asdict(config),
+                **asdict(data),
+                "tumours": len(tumors),
+                "scans": [c.name for c in cases],
+                "held_out": [c.name for c in held_out],
+                "device": hardware_of(fabric.device),
+                "processes": fabric.world_size,
+                "seconds": round(seconds),
+            }
+            generator.card["autoencoder"] = origin(stage1)
+            if started:
+                generator.card["init"] = started
+            generator.card["metrics"] = {"skipped": UNMEASURED}
+            with written(run):
+                generator.save(output)  # whole already, should the measuring be interrupted
+                say(fabric, f"measuring on {counted(len(held_out or annotated), 'scan')} ...")
+                generator.card["metrics"] = generator_metrics(
+                    generator, annotated, held_out, data.tumor_label, config.steps, output
+                )
+                generator.to("cpu").save(output)
+        fabric.barrier()
     return generator.to("cpu")
 
 
@@ -254,8 +276,8 @@ class DenoiserStage:
 
     @torch.no_grad()
     def picture(self) -> Tensor:
-        """Four tumours in three planes, above what the generator paints into their masks."""
-        columns = []
+        """Four tumours, each beside what the generator paints into its mask, in three planes."""
+        pairs = []
         for index in range(4):
             hu, mask = self.crops.crop(random_of(self.config.seed, PICTURE, index))
             image = to_unit(hu[None].to(self.fabric.device), self.generator.window)
@@ -263,8 +285,8 @@ class DenoiserStage:
             told = self.contrast(hu[None].to(image.device), inside)
             with self.fabric.autocast():
                 painted = self.generator.inpaint(image, inside, seed=index, contrast_hu=told)
-            columns.append(torch.cat([planes(v[0, 0].float().cpu()) for v in (image, painted)]))
-        return torch.cat(columns, 1)
+            pairs.append((image[0, 0].float().cpu(), painted[0, 0].float().cpu()))
+        return side_by_side(pairs)
 
 
 class TumorCrops:
@@ -337,8 +359,9 @@ def sampler_of(
 
 def _network(
     config: DenoiserTraining, autoencoder: Autoencoder, init: str | None
-) -> tuple[nn.Module, int]:
-    """The denoiser for an autoencoder's latent, and what a crop must be a multiple of, in mm."""
+) -> tuple[nn.Module, int, dict[str, Any] | None]:
+    """The denoiser for an autoencoder's latent, what a crop must be a multiple of, in mm, and the
+    `origin` of the generator it starts from."""
     sampler_of(config, 1)  # says what does not go together
     cosine_schedule(config.timesteps)
     channels, factor = autoencoder.config.latent_channels, autoencoder.config.factor
@@ -368,21 +391,37 @@ def _network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network: nn.Module = kind(sizes)
+    started = None
     if init is not None:
-        denoiser = read_folder(find_folder(init)).denoiser
+        generator = read_folder(find_folder(init))
+        denoiser, started = generator.denoiser, origin(generator.card)
+        if not _same(generator.autoencoder, autoencoder):
+            started["autoencoder"] = (
+                f"the denoiser of --init {init} was trained over another autoencoder, whose latent "
+                "means something else: give it the steps to learn this one's"
+            )
         if getattr(denoiser, "config", None) != sizes:
             raise ValueError(
                 f"--init {init} has a denoiser of another size than --network {config.network} "
                 f"over {channels} latent channels: {getattr(denoiser, 'config', None)}"
             )
         network = denoiser.train().requires_grad_(True)
-    return network, factor * 2**halvings
+    return network, factor * 2**halvings, started
+
+
+def _same(one: Autoencoder, other: Autoencoder) -> bool:
+    """Whether two autoencoders have the same latent: all weights but those of the detail."""
+    a, b = (
+        {k: v for k, v in network.state_dict().items() if k != "detail_basis"}
+        for network in (one, other)
+    )
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def _described(tumors: list[Tumor], contrast: ContrastConfig | None) -> str:
     """What was found, for a person to see whether it is tumours."""
     sizes = sorted(t.diameter_mm for t in tumors)
-    words = f"{len(tumors)} tumours of {sizes[0]:.0f} to {sizes[-1]:.0f} mm"
+    words = f"{counted(len(tumors), 'tumour')} of {sizes[0]:.0f} to {sizes[-1]:.0f} mm"
     if contrast is None:
         return words
     return f"{words}, contrast to draw {contrast.low:g} to {contrast.high:g} HU"
@@ -391,17 +430,17 @@ def _described(tumors: list[Tumor], contrast: ContrastConfig | None) -> str:
 def main() -> None:
     from tumorsynth.training.reading import load_data
 
-    given = parse_arguments([DenoiserTraining, DataConfig, Hardware], "denoiser", _extra)
+    told = parse_arguments([DenoiserTraining, DataConfig, Hardware], "denoiser", _extra)
     train(
-        load_data(Path(given["data"]), Path(given["labels"]) if given["labels"] else None),
-        given["autoencoder"],
-        Path(given["out"]),
-        configured(DenoiserTraining, PRESETS["denoiser"][given["preset"]], given),
-        configured(DataConfig, {}, given),
-        configured(Hardware, {}, given),
-        resume=given["resume"],
-        init=given["init"],
-        card={"name": given["name"]} if given["name"] else None,
+        partial(load_data, Path(told["data"]), Path(told["labels"]) if told["labels"] else None),
+        told["autoencoder"],
+        Path(told["out"]),
+        configured(DenoiserTraining, PRESETS["denoiser"][told["preset"]], told),
+        configured(DataConfig, {}, told),
+        configured(Hardware, {}, told),
+        resume=told["resume"],
+        init=told["init"],
+        card={"name": told["name"]} if told["name"] else None,
     )
 
 

@@ -8,9 +8,7 @@ of processes.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 import struct
 import sys
@@ -19,7 +17,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,9 +26,9 @@ import torch
 from torch import Tensor
 
 from tumorsynth.training.config import Training
+from tumorsynth.training.run_folder import CHECKPOINT, RunFolder, written
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.csv"
-FORMAT = 1
+LOG = "log.csv"
 
 
 class Stage(Protocol):
@@ -50,81 +47,14 @@ class Stage(Protocol):
         ...
 
 
-class RunFolder:
-    """RUN/: checkpoint.pt, log.csv, pictures/, tensorboard/, and in the end what was trained."""
-
-    def __init__(self, path: Path, identity: dict[str, Any], resume: bool):
-        """identity: what must not change between a run and its resumption, JSON-able."""
-        self.path = path
-        self.identity = json.loads(json.dumps(identity))
-        self.checkpoint = path / CHECKPOINT
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"a training run is saved into a folder, but {path} is a file")
-        holds = [n for n in (CHECKPOINT, "card.json") if (path / n).exists()]
-        if holds and not resume:
-            raise ValueError(
-                f"{path} holds {' and '.join(holds)}; add --resume to go on from there, or choose "
-                "another folder"
-            )
-
-    def load(self) -> dict[str, Any] | None:
-        """The last checkpoint, or None; only tensors and plain values are read, nothing run."""
-        if not self.checkpoint.is_file():
-            return None
-        try:
-            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            identity, format = json.loads(saved["identity"]), saved["format"]
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise ValueError(
-                f"{self.checkpoint} is no checkpoint of a training run ({type(error).__name__}); "
-                "restore it, or choose another folder"
-            ) from error
-        if format != FORMAT:
-            raise ValueError(f"{self.checkpoint} is of another version of tumorsynth: start anew")
-        differ = [
-            f"{key} {identity.get(key)!r}, now {self.identity.get(key)!r}"
-            for key in sorted({*identity, *self.identity})
-            if identity.get(key) != self.identity.get(key)
-        ]
-        if differ:
-            raise ValueError(
-                f"{self.path} was trained with other settings ({'; '.join(differ)[:400]}); "
-                "give --resume the same flags and data, or choose another folder"
-            )
-        return saved
-
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the checkpoint under a temporary name, then put it in the place of the last."""
-        parts = {name: part.state_dict() for name, part in state.items()}
-        content = {
-            "format": FORMAT,
-            "step": step,
-            "identity": json.dumps(self.identity),
-            "parts": parts,
-        }
-        temporary = self.path / f".{CHECKPOINT}.{os.getpid()}"
-        try:
-            with temporary.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.checkpoint)
-        except (OSError, RuntimeError) as error:
-            kept = "the last checkpoint stays" if self.checkpoint.is_file() else "none exists yet"
-            raise OSError(
-                f"the checkpoint of step {step} cannot be written to {self.path} ({error}); "
-                f"{kept}: make room and --resume"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 class Diverged(ValueError):
     """The loss is no number any more."""
 
 
-def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, title: str) -> None:
+def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, title: str) -> float:
     """Steps from the last checkpoint, or from 0, to ``config.steps``; the last is saved.
+
+    Returns the seconds that took, those before a resumption included.
 
     Raises Diverged for a loss that is NaN or infinite, OSError for a full disk, and SystemExit
     after SIGTERM or Ctrl-C: each leaves the last good checkpoint.
@@ -136,9 +66,10 @@ def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, titl
         )
     state = stage.state()
     saved = run.load()
-    first = 0
+    first, seconds, start = 0, 0.0, time.time()
     if saved is not None:
         first = int(saved["step"])
+        seconds = float(saved.get("seconds", 0.0))
         for name, part in state.items():
             part.load_state_dict(saved["parts"][name])
     if fabric.is_global_zero:
@@ -146,7 +77,7 @@ def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, titl
         for stale in run.path.glob(f".{CHECKPOINT}.*"):  # of a killed process
             stale.unlink()
     fabric.barrier()
-    with _Signals() as signals, _Log(fabric, run.path, config, first, title) as log:
+    with written(run), _Signals() as signals, _Log(fabric, run.path, config, first, title) as log:
         for step in range(first, config.steps):
             torch.manual_seed(_mixed(config.seed, step))
             rate = learning_rate(config, step)
@@ -170,11 +101,18 @@ def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, titl
                     log.picture(done, stage.picture())
                 if done % config.save_every == 0 or done == config.steps or stopping:
                     log.flush()
-                    run.save(done, state)
+                    run.save(done, state, seconds + time.time() - start)
             if stopping and done < config.steps:
                 log.say(f"stopped at step {done}, which is saved; go on with --resume")
                 raise SystemExit(128 + signals.caught if signals.caught else 1)
     fabric.barrier()
+    return seconds + (time.time() - start if first < config.steps else 0.0)
+
+
+def say(fabric: Any, words: str) -> None:
+    """One line on stderr, of the first process alone."""
+    if fabric.is_global_zero:
+        print(words, file=sys.stderr, flush=True)
 
 
 def learning_rate(config: Training, step: int) -> float:
@@ -232,7 +170,8 @@ class _Log:
     """log.csv, TensorBoard where it is installed, and progress on stderr; rank 0 alone."""
 
     def __init__(self, fabric: Any, folder: Path, config: Training, first: int, title: str):
-        self.active, self.folder, self.config = fabric.is_global_zero, folder, config
+        self.fabric, self.folder, self.config = fabric, folder, config
+        self.active = fabric.is_global_zero
         self.first, self.title, self.start = first, title, time.time()
         self.rows: list[str] = []
         self.mean: dict[str, float] = {}
@@ -317,8 +256,7 @@ class _Log:
             self.rows = []
 
     def say(self, words: str) -> None:
-        if self.active:
-            print(words, file=sys.stderr, flush=True)
+        say(self.fabric, words)
 
     def __exit__(self, *error: Any) -> None:
         if self.bar is not None:
@@ -379,12 +317,3 @@ def ahead(make: Callable[[Any], Any], plans: Iterator[Any], workers: int) -> Ite
 def millions(model: torch.nn.Module) -> str:
     """Parameters of a network, in millions."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}"
-
-
-def identity_of(config: Any, **more: Any) -> dict[str, Any]:
-    """A config and what else a resumed run must share, for `RunFolder`.
-
-    How often to save, draw or log may change; the hardware may too.
-    """
-    may_change = ("save_every", "picture_every", "log_every", "accumulate")
-    return {**{k: v for k, v in asdict(config).items() if k not in may_change}, **more}

@@ -35,7 +35,8 @@ HOW_RECONSTRUCTION = (
     "reconstruction: crops through the autoencoder, clipped to its window; voxels inside the "
     "window count, those without a label as tissue too; PSNR for the window's width; SSIM in 3-D, "
     "Gaussian of sigma 1.5 mm; noise is the standard deviation of what a Gaussian of 1.5 mm leaves "
-    "behind, 4 mm inside the region (1 mm in small ones)"
+    "behind, 4 mm inside the region (1 mm in small ones); without_detail: of the decoded latent "
+    "alone, which a denoiser works in: judge an autoencoder for a generator by these"
 )
 HOW_TUMOURS = (
     "contrast: a tumour's core against the median of the organ 2 to 8 mm away, percentiles 5, 50 "

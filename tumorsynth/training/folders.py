@@ -21,6 +21,7 @@ from tumorsynth.weights import (
     _staged_card,
     bundled_folder,
     bundled_names,
+    check_config,
     check_state,
     read_card,
     read_folder,
@@ -28,7 +29,6 @@ from tumorsynth.weights import (
 )
 
 KIND = "autoencoder"
-NO_LICENCE = "none stated (--licence); nothing freer than the terms of the scans trained on"
 UNMEASURED = "stopped before it was measured; the same command with --resume does it"
 
 
@@ -46,13 +46,15 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path, card: dict[str, Any
     return write_folder(folder, raw, full)
 
 
-def read_autoencoder(name_or_folder: str) -> tuple[Autoencoder, dict[str, Any]]:
+def read_autoencoder(
+    name_or_folder: str, flag: str = "--autoencoder"
+) -> tuple[Autoencoder, dict[str, Any]]:
     """A frozen autoencoder, on the CPU, and the card it came with.
 
     From an autoencoder folder, a generator folder, or a bundled generator's name. Raises
     FileNotFoundError for what is not there, ValueError for files that do not belong together.
     """
-    folder = find_autoencoder(name_or_folder)
+    folder = find_autoencoder(name_or_folder, flag)
     card = read_card(folder)
     if card.get("kind") != KIND:
         return read_folder(folder).autoencoder, card
@@ -64,6 +66,7 @@ def read_autoencoder(name_or_folder: str) -> tuple[Autoencoder, dict[str, Any]]:
         raise ValueError(
             f"{folder / MODEL} is missing or not the file its card describes (sha256); restore it"
         )
+    check_config(card, folder)
     try:
         tensors = load(raw)
         check_bounds(card["config"])
@@ -80,6 +83,25 @@ def read_autoencoder(name_or_folder: str) -> tuple[Autoencoder, dict[str, Any]]:
     return autoencoder.eval().requires_grad_(False), card
 
 
+def origin(card: dict[str, Any]) -> dict[str, Any]:
+    """What the card of a training says of a network that it started from or builds on."""
+    kept = ("licence", "data", "training", "init")
+    return {
+        "name": card["name"],
+        "sha256": card["sha256"],
+        **{k: card[k] for k in kept if k in card},
+    }
+
+
+def no_licence(**used: dict[str, Any] | None) -> str:
+    """The licence of a card where none was given. used: `origin` of what it started from."""
+    words = "none stated (--licence); nothing freer than the terms of the scans trained on"
+    for what, card in used.items():
+        if card is not None:
+            words += f" and of its {what} {card['name']}"
+    return words
+
+
 def hardware_of(device: torch.device) -> str:
     """What a process of a training ran on, for its card."""
     if device.type == "cuda":
@@ -87,7 +109,7 @@ def hardware_of(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, threads: {torch.get_num_threads()})"
 
 
-def find_autoencoder(name_or_folder: str) -> Path:
+def find_autoencoder(name_or_folder: str, flag: str = "--autoencoder") -> Path:
     """The folder of `read_autoencoder`'s argument; FileNotFoundError where there is none."""
     text = str(name_or_folder)
     bundled = bundled_folder() / text if Path(text).name == text else None
@@ -97,6 +119,6 @@ def find_autoencoder(name_or_folder: str) -> Path:
     why = "has no card.json: is its training finished?" if os.path.isdir(text) else "is not there"
     names = [n for n in bundled_names() if (bundled_folder() / n).is_dir()]
     raise FileNotFoundError(
-        f"--autoencoder must be a folder written by `tumorsynth train`, or a bundled generator "
+        f"{flag} must be a folder written by `tumorsynth train`, or a bundled generator "
         f"({', '.join(names) or 'none ships yet'}), but {text} {why}"
     )

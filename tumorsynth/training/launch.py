@@ -15,6 +15,20 @@ from torch import Tensor, nn
 from tumorsynth.training.config import Hardware
 
 
+def check_hardware(hardware: Hardware) -> None:
+    """ValueError for what this machine has not: said before the scans are read."""
+    kind = (hardware.accelerator or "").lower()
+    apple = torch.backends.mps.is_available()
+    there = {"cuda": torch.cuda.is_available(), "mps": apple}
+    if not there.get(kind, kind != "gpu" or any(there.values())):
+        raise ValueError(
+            f"--accelerator {hardware.accelerator}: there is no such GPU here; take --accelerator "
+            "cpu, or leave it out"
+        )
+    if hardware.devices is not None and hardware.devices.strip() == "0":
+        raise ValueError("--devices must be at least 1, or auto, got 0")
+
+
 def launch(hardware: Hardware, precision: str) -> Any:
     """A launched Fabric, or an `Alone` with the same methods.
 

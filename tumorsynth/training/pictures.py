@@ -5,6 +5,7 @@ The tiles are parts of the scans trained or measured on: the scans' terms hold f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,14 +18,19 @@ GAP = 2  # pixels between tiles, and three times as many between groups of them
 MAGNIFIED = 2
 
 
-def planes(cube: Tensor) -> Tensor:
-    """The three middle slices of a cube (S, S, S), one below the other."""
+def planes(cube: Tensor) -> list[Tensor]:
+    """The three middle slices of a cube (S, S, S)."""
     middle = cube.shape[0] // 2
-    return torch.cat([cube[middle], cube[:, middle], cube[:, :, middle]])
+    return [cube[middle], cube[:, middle], cube[:, :, middle]]
 
 
 def grid(path: Path, rows: list[list[list[Tensor]]]) -> None:
     """Write rows of groups of tiles (H, W) in [0, 1], grey, as PNG."""
+    write_png(path, (mosaic(rows, MAGNIFIED) * 255).round().byte())
+
+
+def mosaic(rows: list[list[list[Tensor]]], magnified: int) -> Tensor:
+    """(H, W): rows of groups of tiles (h, w), with gaps between them, each pixel so many wide."""
     pictures = []
     for row in rows:
         height = max(tile.shape[0] for group in row for tile in group)
@@ -36,14 +42,21 @@ def grid(path: Path, rows: list[list[list[Tensor]]]) -> None:
         pictures.append(torch.cat(tiles, 1))
     width = max(picture.shape[1] for picture in pictures)
     whole = torch.cat([F.pad(p, (0, width - p.shape[1])) for p in pictures])
-    large = whole.repeat_interleave(MAGNIFIED, 0).repeat_interleave(MAGNIFIED, 1)
-    write_png(path, (large * 255).round().byte())
+    return whole.repeat_interleave(magnified, 0).repeat_interleave(magnified, 1)
 
 
-def sections(volume: Tensor) -> list[Tensor]:
-    """Axial, coronal and sagittal slice through the middle of (X, Y, Z) RAS, as radiologists have
-    them: the patient's right on the left, anterior up (left in the sagittal one)."""
-    x, y, z = (n // 2 for n in volume.shape)
+def side_by_side(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """(H, W): a row for each pair of cubes (S, S, S) in [0, 1], the three middle slices of both;
+    small cubes are magnified to about 160 pixels."""
+    rows = [[list(tiles) for tiles in zip(*map(planes, pair), strict=True)] for pair in pairs]
+    return mosaic(rows, max(1, 160 // pairs[0][0].shape[0]))
+
+
+def sections(volume: Tensor, at: Sequence[int] | None = None) -> list[Tensor]:
+    """Axial, coronal and sagittal slice of (X, Y, Z) RAS through a voxel, by default the middle,
+    as radiologists have them: the patient's right on the left, anterior up (left in the sagittal
+    one)."""
+    x, y, z = at or [n // 2 for n in volume.shape]
     return [p.flip(0, 1).T for p in (volume[:, :, z], volume[:, y], volume[x])]
 
 

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from tumorsynth.training.data import PACKED_HU, Case, complain, hu_problem, load_pack
+from tumorsynth.training.data import (
+    PACKED_HU,
+    Case,
+    complain,
+    hu_problem,
+    load_pack,
+    seen_before,
+)
 
 MOST_MM3 = 1.5e9  # a whole body in its field of view is 0.5e9
+LEAST_MM = 5.0  # the longest side of any CT
 LIKE_THIS = 'write {"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}'
 
 
@@ -36,6 +44,11 @@ def load_data(data: Path, labels: Path | None = None) -> list[Case]:
     What a dataset.json lists under "validation" is read alike, and held out of the training.
     Raises ValueError with every problem of every case.
     """
+    if labels is not None and not data.is_dir():
+        raise ValueError(
+            f"--labels goes with a folder of CTs, but {data} is none: a dataset.json and a pack "
+            "say themselves where the labels are; leave --labels out"
+        )
     if data.suffix == ".npz":
         return load_pack(data)
     return read_cases(find_sources(data, labels))
@@ -47,13 +60,15 @@ def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
         return _in_folders(data, labels)
     if not data.is_file():
         raise FileNotFoundError(f"no such file: {data}; pass a dataset.json, a pack or a folder")
+    if data.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{data} is one scan; pass its folder, or list it in a dataset.json")
     try:
         listed = json.loads(data.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{data} must be JSON: {error}; {LIKE_THIS}") from error
     if not isinstance(listed, dict) or "training" not in listed:
         raise ValueError(f'{data} has no list "training"; {LIKE_THIS}')
-    sources = []
+    sources: list[Source] = []
     for key in ("training", "validation"):
         entries = listed.get(key) or []
         if not isinstance(entries, list):
@@ -63,7 +78,23 @@ def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
         sources += [_source(data, entry, key == "validation") for entry in entries]
     if all(source.held_out for source in sources):
         raise ValueError(f"{data} lists no cases under training; add some")
-    return sources
+    names = _distinct([Path(os.path.abspath(source.image)) for source in sources])
+    return [replace(source, name=name) for source, name in zip(sources, names, strict=True)]
+
+
+def _distinct(files: list[Path]) -> list[str]:
+    """File names without .nii[.gz], after as many of their folders as tell different files apart:
+    "s1/ct" and "s2/ct"."""
+    words = {file: (*file.parent.parts[1:], _stem(file)) for file in files}
+    depth = dict.fromkeys(words, 1)
+    while True:
+        names = {file: "/".join(parts[-depth[file] :]) for file, parts in words.items()}
+        taken = list(names.values())
+        alike = [f for f in words if taken.count(names[f]) > 1 and depth[f] < len(words[f])]
+        if not alike:
+            return [names[file] for file in files]
+        for file in alike:
+            depth[file] += 1
 
 
 def _source(dataset: Path, entry: Any, held_out: bool) -> Source:
@@ -78,6 +109,14 @@ def _source(dataset: Path, entry: Any, held_out: bool) -> Source:
 
 
 def _in_folders(images: Path, labels: Path | None) -> list[Source]:
+    if labels is not None and labels.resolve() == images.resolve():
+        if not any("_label.nii" in p.name for p in images.iterdir()):
+            raise ValueError(
+                f"label maps in the CTs' own folder must be named NAME_label.nii.gz beside "
+                f"NAME_ct.nii.gz, but {images} holds none; rename them, or keep them in a folder "
+                "of their own for --labels"
+            )
+        labels = None
     if labels is None:
         found = sorted(p for p in images.iterdir() if p.name.endswith((".nii", ".nii.gz")))
         if not found:
@@ -102,9 +141,16 @@ def read_cases(sources: list[Source], workers: int | None = None) -> list[Case]:
     read = CacheDataset(sources, reader, num_workers=workers, progress=False, copy_cache=False)
     cases = [case for case in read if isinstance(case, Case)]
     problems = [words for words in read if isinstance(words, str)]
-    names = [s.name for s in sources]
-    problems += [f"{n}: the name occurs twice" for n in sorted(set(names)) if names.count(n) > 1]
-    complain(problems)
+    for name in sorted({s.name for s in sources}):
+        same = [s for s in sources if s.name == name]
+        if len({s.held_out for s in same}) > 1:
+            problems.append(
+                f'{name}: listed under both "training" and "validation"; what is trained on cannot '
+                "be held out: leave it out of one"
+            )
+        elif len(same) > 1:
+            problems.append(f"{name}: listed twice; list it once")
+    complain(problems or seen_before(cases))
     return cases
 
 
@@ -163,9 +209,14 @@ def _size_problem(image: Any) -> str | None:
     """Before it is resampled to 1 mm: a wrong header would take all memory."""
     spacing = np.linalg.norm(np.asarray(image.affine, dtype=float)[:3, :3], axis=0)
     sides = spacing * image.shape[1:]
+    size = " x ".join(f"{side:.4g}" for side in sides)
+    if np.isfinite(sides).all() and 0 < sides.max() < LEAST_MM:
+        return (
+            f"by its header the CT is {size} mm; where its voxels are given in metres, multiply "
+            "them by 1000"
+        )
     if np.isfinite(sides).all() and 0 < sides.prod() <= MOST_MM3:
         return None
-    size = " x ".join(f"{side:.4g}" for side in sides)
     return (
         f"a CT must be some body's size, at most {MOST_MM3:.2g} mm3, but by its header it is "
         f"{size} mm; repair the header"

@@ -171,11 +171,13 @@ def inpainting_error(generator: Generator, holes: Sequence[Painted]) -> dict[str
     tumour there, so that nothing can be said of the hole itself. Outside it the crop should come
     back as it was: RMSE over all of it, and RMSE and bias over the ring 2 to 6 mm around the
     hole; ``reconstruction_...`` is the error of the autoencoder alone in the same voxels, which
-    is the least that can be. Voxels beyond the window are left out.
+    is the least that can be, and ``without_detail_...`` that of its decoded latent, where it has
+    detail. Voxels beyond the window are left out.
     """
     low, high = generator.window
     errors: dict[str, list[Tensor]] = {"outside": [], "ring": []}
     plain: dict[str, list[Tensor]] = {"outside": [], "ring": []}
+    bare: dict[str, list[Tensor]] = {"outside": [], "ring": []}
     for hole in holes:
         index = [
             torch.arange(c - generator.crop_size // 2, c + (generator.crop_size + 1) // 2)
@@ -188,18 +190,19 @@ def inpainting_error(generator: Generator, holes: Sequence[Painted]) -> dict[str
         crop = to_unit(scan, (low, high))[None, None].to(generator.device)
         painted = generator.inpaint(crop, mask[None, None].to(crop.device), seed=hole.seed)
         out = painted[0, 0].cpu() * (high - low) + low
-        _, again = reconstructed(generator.autoencoder, scan)
+        _, again, decoded = reconstructed(generator.autoencoder, scan)
         far = distance(mask, 6)
         seen = (scan > low) & (scan < high)
         for name, region in (("outside", far > 0), ("ring", (far > 2) & (far <= 6))):
             errors[name].append((out - scan)[region & seen])
             plain[name].append((again - scan)[region & seen])
+            bare[name].append((decoded - scan)[region & seen])
     ring, outside = torch.cat(errors["ring"]), torch.cat(errors["outside"])
 
     def rmse(error: Tensor) -> float:
         return round(float(error.double().square().mean().sqrt()), 2)
 
-    return {
+    told = {
         "holes": len(holes),
         "outside_rmse_hu": rmse(outside),
         "ring_rmse_hu": rmse(ring),
@@ -207,6 +210,10 @@ def inpainting_error(generator: Generator, holes: Sequence[Painted]) -> dict[str
         "reconstruction_outside_rmse_hu": rmse(torch.cat(plain["outside"])),
         "reconstruction_ring_rmse_hu": rmse(torch.cat(plain["ring"])),
     }
+    if generator.autoencoder.config.detail_channels:
+        told["without_detail_outside_rmse_hu"] = rmse(torch.cat(bare["outside"]))
+        told["without_detail_ring_rmse_hu"] = rmse(torch.cat(bare["ring"]))
+    return told
 
 
 def _moved(mask: Tensor, hole: Painted, index: list[Tensor]) -> Tensor:
@@ -252,13 +259,16 @@ def _views(one: Painted, views: int, reach: float) -> list[list[Tensor]]:
     """Three groups of tiles, one for each plane, of 48 mm around a tumour; ``reach`` HU above and
     below the tissue around it are white and black."""
     voxels = one.mask.nonzero()
-    where = cube(voxels[len(voxels) // 2].tolist(), one.mask.shape, 48)
+    off = (voxels - voxels.float().mean(0)).square().sum(1)
+    middle = voxels[int(off.argmin())].tolist()  # near the scan's edge it is not the crop's
+    where = cube(middle, one.mask.shape, 48)
+    at = [m - s.start for m, s in zip(middle, where, strict=True)]
     before, after, mask = one.before[where], one.after[where], one.mask[where]
     far = distance(mask, 8)
     around = before[(far > 2) & (far <= 8)]
     level = float(around.median()) if len(around) else float(before.median())
     groups = []
-    for old, new, inside in zip(sections(before), sections(after), sections(mask), strict=True):
+    for old, new, inside in zip(*(sections(v, at) for v in (before, after, mask)), strict=True):
         old, new = (shown(v, level - reach, level + reach) for v in (old, new))
         groups.append([old, new, outlined(new, inside)][3 - views :])
     return groups

@@ -36,22 +36,25 @@ def measure_autoencoder(
 
     ``reconstruction`` has an entry for "tissue", all voxels inside the autoencoder's window, and
     one for every label value of which 500 such voxels were met, "tumour" for tumor_label: RMSE,
-    bias and noise in HU, PSNR in dB, SSIM, see `Errors`. ``codes`` has the use of a codebook: share
-    of codes used, perplexity.
+    bias and noise in HU, PSNR in dB, SSIM, see `Errors`. ``without_detail`` has the same of the
+    decoded latent alone, which is what a denoiser works in, where the autoencoder has detail.
+    ``codes`` has the use of a codebook: share of codes used, perplexity.
 
     crops: at most so many, of ``side`` mm, spread over the scans, up to 8 in each; half of them
     where the tumours (or the rarest labels) are. Nothing is random. pictures: a PNG to write.
     """
     window = autoencoder.config.window
-    regions: dict[str, Errors] = {}
+    regions: dict[tuple[str, str], Errors] = {}
     codes: list[Tensor] = []
     drawn: list[list[list[Tensor]]] = []
     chosen = spread(list(cases), max(1, crops // 4))
     each = max(1, min(8, crops // len(chosen)))
     for case in chosen:
         for index, where in enumerate(crop_places(case, side, each, tumor_label, window)):
-            scan, out = reconstructed(autoencoder, case.hu[where], codes)
-            difference = Difference(scan, out, window)
+            scan, out, plain = reconstructed(autoencoder, case.hu[where], codes)
+            differences = {"reconstruction": Difference(scan, out, window)}
+            if autoencoder.config.detail_channels:
+                differences["without_detail"] = Difference(scan, plain, window)
             raw, label = _trimmed(case.hu[where], scan), None
             inside = (raw > window[0]) & (raw < window[1])
             masks = {"tissue": inside}
@@ -62,17 +65,19 @@ def measure_autoencoder(
                         name = "tumour" if value == tumor_label else f"label {value}"
                         masks[name] = inside & (label == value)
             for name, mask in masks.items():
-                if bool(mask.any()):
-                    regions.setdefault(name, Errors(window)).add(difference, mask)
+                for kind, difference in differences.items() if bool(mask.any()) else ():
+                    regions.setdefault((kind, name), Errors(window)).add(difference, mask)
             if len(drawn) < 8 and index < max(1, 8 // len(chosen)):
                 drawn.append(_compared(scan, out, window))
-    ordered = sorted(
-        regions, key=lambda name: (name != "tumour", name != "tissue", len(name), name)
-    )
+    names = {name for _, name in regions}
+    ordered = sorted(names, key=lambda name: (name != "tumour", name != "tissue", len(name), name))
     result: dict[str, Any] = {
-        "reconstruction": {
-            name: regions[name].figures() for name in ordered if regions[name].voxels >= ENOUGH
+        kind: {
+            name: regions[kind, name].figures()
+            for name in ordered
+            if regions[kind, name].voxels >= ENOUGH
         }
+        for kind in dict.fromkeys(("reconstruction", *(kind for kind, _ in regions)))
     }
     if autoencoder.codebook is not None:
         used = torch.cat(codes)
@@ -91,8 +96,9 @@ def measure_autoencoder(
 @torch.no_grad()
 def reconstructed(
     autoencoder: Autoencoder, hu: Tensor, codes: list[Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """A crop (X, Y, Z) and its reconstruction in HU, clipped to the window, on the CPU.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A crop (X, Y, Z), its reconstruction and that without `Autoencoder.detail`, in HU, clipped
+    to the window, on the CPU.
 
     Sides are cut to multiples of the autoencoder's factor. codes: gets the codes that were used.
     """
@@ -102,10 +108,16 @@ def reconstructed(
         scan = scan.narrow(axis, 0, n - n % autoencoder.config.factor)
     x = (to_unit(scan, (low, high)) * 2 - 1)[None, None].permute(0, 1, 4, 2, 3).contiguous()
     x = x.to(next(autoencoder.parameters()).device)
+    latent = autoencoder.encode(x)
     if codes is not None and autoencoder.codebook is not None:
-        codes.append(autoencoder.codes(autoencoder.encode(x)).flatten().cpu())
-    out = autoencoder(x).permute(0, 1, 3, 4, 2)[0, 0].clamp(-1, 1).cpu()
-    return scan, (out + 1) / 2 * (high - low) + low
+        codes.append(autoencoder.codes(latent).flatten().cpu())
+    decoded = autoencoder.decode(latent)
+
+    def hu_of(volume: Tensor) -> Tensor:
+        back = volume.permute(0, 1, 3, 4, 2)[0, 0].clamp(-1, 1).cpu()
+        return (back + 1) / 2 * (high - low) + low
+
+    return scan, hu_of(decoded + autoencoder.detail(x - decoded)), hu_of(decoded)
 
 
 def crop_places(
@@ -174,17 +186,22 @@ def _compared(scan: Tensor, out: Tensor, window: tuple[float, float]) -> list[li
 
 def reconstruction(
     autoencoder: Autoencoder, case: Case, organ_labels: Sequence[int]
-) -> dict[str, float]:
-    """`Errors` in the organ's voxels of a whole scan, cut into cubes of 96 mm."""
+) -> dict[str, Any]:
+    """`Errors` in the organ's voxels of a whole scan, cut into cubes of 96 mm; under
+    ``without_detail`` those of the decoded latent alone, where the autoencoder has detail."""
     assert case.label is not None
     organ = torch.isin(case.label, torch.tensor(list(organ_labels), dtype=case.label.dtype))
-    errors = Errors(autoencoder.config.window)
+    window = autoencoder.config.window
+    errors, without = Errors(window), Errors(window)
     for where in tiles(case.hu.shape, WHOLE_SIDE):
         factor = autoencoder.config.factor
         inside = organ[where]
         inside = inside[tuple(slice(n - n % factor) for n in inside.shape)]
         if inside.float().mean() < 0.05:
             continue
-        scan, out = reconstructed(autoencoder, case.hu[where])
-        errors.add(Difference(scan, out, autoencoder.config.window), inside)
-    return errors.figures() if errors.voxels else {"voxels": 0}
+        scan, out, plain = reconstructed(autoencoder, case.hu[where])
+        errors.add(Difference(scan, out, window), inside)
+        if autoencoder.config.detail_channels:
+            without.add(Difference(scan, plain, window), inside)
+    figures: dict[str, Any] = errors.figures() if errors.voxels else {"voxels": 0}
+    return {**figures, "without_detail": without.figures()} if without.voxels else figures

@@ -1,0 +1,8 @@
+"""``python -m tumorsynth`` is ``tumorsynth``."""
+
+import sys
+
+from tumorsynth.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
