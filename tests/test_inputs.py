@@ -177,3 +177,15 @@ def test_grids_that_differ_beyond_rounding_are_refused_by_name():
 def test_params_that_are_none_are_named(params, found):
     with pytest.raises(ValueError, match=f"one record for each of the 1 samples, {found}; pass"):
         check_params(params, 1)
+
+
+@pytest.mark.parametrize("rejected", [[[0.0, 0.0]], [[0, ""]], [[0, None]], [[7, "faint"]], [0], 3])
+def test_what_a_gate_turned_away_is_a_number_and_words(rejected):
+    image, label = torch.full((1, 20, 20, 20), 100.0), torch.ones(1, 20, 20, 20, dtype=torch.uint8)
+    synth = ts.SynthesizeTumor("hu2023", count=1, size_mm=5)
+    synth(image, label, spacing=1.0, seed=0)
+    params = [{**synth.params[0], "rejected": rejected}]
+    with pytest.raises(
+        ValueError, match="rejected must be pairs of a tumour's number and a reason"
+    ):
+        synth(image, label, spacing=1.0, params=params)

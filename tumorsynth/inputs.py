@@ -189,7 +189,9 @@ def check_params(params: Any, batch: int) -> None:
         for values in tumors:
             TumorParams.from_dict(values)
         try:
-            fine = all(0 <= int(i) < len(tumors) and str(why) for i, why in rejected)
+            fine = all(
+                0 <= int(i) < len(tumors) and isinstance(why, str) and why for i, why in rejected
+            )
         except (TypeError, ValueError, OverflowError):
             fine = False
         if not fine:
