@@ -10,6 +10,7 @@ import torch
 from balls import make_cases, write_dataset
 from scipy import ndimage
 
+import tumorsynth as ts
 from tumorsynth.training import autoencoder, denoiser
 from tumorsynth.training.config import (
     PRESETS,
@@ -270,6 +271,17 @@ def test_values_that_are_no_hu(change, said):
     import re
 
     assert re.search(said, hu_problem(torch.from_numpy(wrong)))
+
+
+def test_scans_that_were_cut_off_or_hold_little_air_are_hu():
+    ct = ts.make_phantom(spacing=(3.0, 3.0, 3.0), shape=(100, 80, 50), seed=0)
+    scan = ct.image[0]
+    body = scan[20:80, 20:60]
+    for hu in (scan, body):
+        for low, high in ((-1024, 600), (-200, 300), (-175, 250), (-1000, 1000)):
+            assert hu_problem(hu.clip(low, high)) is None
+        assert "sign changed" in (hu_problem(-hu) or "")
+        assert "sign changed" in (hu_problem((-hu).clip(-1024, 600)) or "")
 
 
 def test_all_problems_of_all_files_are_said_at_once(cases, tmp_path):

@@ -67,7 +67,7 @@ from tumorsynth.training.losses import (
     hinge_generator_loss,
     slice_perceptual,
 )
-from tumorsynth.training.pictures import side_by_side
+from tumorsynth.training.pictures import Pair, side_by_side
 from tumorsynth.training.run_folder import RunFolder, claimed, identity_of, written
 
 NETWORKS = {
@@ -313,11 +313,12 @@ class AutoencoderStage:
     def picture(self) -> Tensor:
         """Four cubes, each beside its reconstruction in three planes; there is no detail yet."""
         model = self.average.average
-        pairs = []
+        pairs: list[Pair] = []
         for index in range(4):
             crop = self._crop(PICTURE, index)[None]
             recon = model(crop.to(self.fabric.device)).cpu()
-            pairs.append(((crop[0, 0] + 1) / 2, (recon[0, 0] + 1) / 2))
+            middle = [n // 2 for n in crop.shape[2:]]
+            pairs.append(((crop[0, 0] + 1) / 2, (recon[0, 0] + 1) / 2, middle))
         return side_by_side(pairs)
 
 

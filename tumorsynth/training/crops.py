@@ -100,7 +100,7 @@ def other_tissue(
         f"the tissue around {'the tumour' if len(levels) == 1 else 'most tumours'} is not from "
         f"--tissue-low {low:g} to --tissue-high {high:g} HU (its median is "
         f"{float(np.median(levels)):.0f} HU): contrast and places will be wrong; pass other "
-        "values, or --preset lung for tumours in lungs"
+        "values, or another --preset: lung for tumours in lungs"
     )
 
 

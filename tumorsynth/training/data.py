@@ -150,11 +150,14 @@ def hu_problem(hu: Tensor) -> str | None:
         return f"whole numbers from 0 to {high:g} are a label map's and no HU; give the CT"
     if high - low < LEAST_HU:
         return f"values from {low:g} to {high:g} are no HU but scaled; give the CT in HU"
-    # no body has a tenth of its voxels beyond 600 HU, but air with its sign changed
-    if share(values > 590) > 0.1 and share((values > -250) & (values < -1)) > 0.1:
-        if share(values < -250) < 0.1:
-            return "the values look like HU with their sign changed; multiply them by -1"
-    # nor at 900 to 1300 HU, but soft tissue stored with 1024 added
+    # no body has more bone than air and more fat than other soft tissue (cut off at -200 HU or so,
+    # air would count as fat), nor much above 590 HU, but air with its sign changed
+    fat, soft = share((values > -250) & (values < -1)), share((values > -1) & (values < 250))
+    air, bone = share(values <= -250), share(values >= 250)
+    much = share(values > 590) > 0.1 and fat > 0.1 and air < 0.1
+    if much or (low < -250 and fat > soft and bone > air):
+        return "the values look like HU with their sign changed; multiply them by -1"
+    # nor a tenth of its voxels at 900 to 1300 HU, but soft tissue stored with 1024 added
     if share((values > 900) & (values < 1300)) > 0.1:
         return "the values look like HU with 1024 added; subtract 1024"
     if low == 0:  # air and fat lie below

@@ -67,7 +67,7 @@ from tumorsynth.training.folders import (
 )
 from tumorsynth.training.launch import check_hardware, launch
 from tumorsynth.training.outlines import visible
-from tumorsynth.training.pictures import side_by_side
+from tumorsynth.training.pictures import Pair, middle_of, side_by_side
 from tumorsynth.training.run_folder import RunFolder, claimed, identity_of, written
 from tumorsynth.weights import find_folder, read_folder
 
@@ -277,7 +277,7 @@ class DenoiserStage:
     @torch.no_grad()
     def picture(self) -> Tensor:
         """Four tumours, each beside what the generator paints into its mask, in three planes."""
-        pairs = []
+        pairs: list[Pair] = []
         for index in range(4):
             hu, mask = self.crops.crop(random_of(self.config.seed, PICTURE, index))
             image = to_unit(hu[None].to(self.fabric.device), self.generator.window)
@@ -285,7 +285,8 @@ class DenoiserStage:
             told = self.contrast(hu[None].to(image.device), inside)
             with self.fabric.autocast():
                 painted = self.generator.inpaint(image, inside, seed=index, contrast_hu=told)
-            pairs.append((image[0, 0].float().cpu(), painted[0, 0].float().cpu()))
+            volumes = image[0, 0].float().cpu(), painted[0, 0].float().cpu()
+            pairs.append((*volumes, middle_of(mask[0])))
         return side_by_side(pairs)
 
 

@@ -112,9 +112,10 @@ def generator_metrics(
     how = [measured_on(training, held_out), HOW_RECONSTRUCTION, HOW_TUMOURS, HOW_INPAINTING]
     if pictures is not None and pictures.is_file():
         how.append(
-            f"{PICTURES}: synthetic tumours, each before, after and outlined, then real ones, each "
-            "plain and outlined, in axial, coronal and sagittal planes, black and white a quarter "
-            "of the window off the tissue around; parts of the scans, whose terms hold for it"
+            f"{PICTURES}: in each row a synthetic tumour, columns 1 to 3 axial (before, after, "
+            "outlined), 4 to 6 coronal, 7 to 9 sagittal, then a real one, two columns a plane "
+            "(plain, outlined); black and white are a quarter of the window off the tissue around; "
+            "parts of the scans, whose terms hold for it"
         )
     return {"how": how, **measured, "seconds": round(time.time() - start, 1)}
 

@@ -17,7 +17,9 @@ from tumorsynth.training.config import Hardware
 
 def check_hardware(hardware: Hardware) -> None:
     """ValueError for what this machine has not: said before the scans are read."""
-    kind = (hardware.accelerator or "").lower()
+    kind = (hardware.accelerator or "auto").lower()
+    if kind not in ("auto", "cpu", "cuda", "gpu", "mps", "tpu"):
+        raise ValueError(f"--accelerator must be cpu, cuda or gpu, got {hardware.accelerator}")
     apple = torch.backends.mps.is_available()
     there = {"cuda": torch.cuda.is_available(), "mps": apple}
     if not there.get(kind, kind != "gpu" or any(there.values())):
@@ -25,8 +27,10 @@ def check_hardware(hardware: Hardware) -> None:
             f"--accelerator {hardware.accelerator}: there is no such GPU here; take --accelerator "
             "cpu, or leave it out"
         )
-    if hardware.devices is not None and hardware.devices.strip() == "0":
-        raise ValueError("--devices must be at least 1, or auto, got 0")
+    devices = (hardware.devices or "auto").replace(" ", "")  # as Lightning has them
+    numbers = all(part.isdigit() for part in devices.rstrip(",").split(","))
+    if devices == "0" or not (numbers or devices in ("auto", "-1")):
+        raise ValueError(f"--devices must be at least 1, or auto, got {hardware.devices}")
 
 
 def launch(hardware: Hardware, precision: str) -> Any:

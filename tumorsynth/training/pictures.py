@@ -16,12 +16,19 @@ from tumorsynth.training.engine import write_png
 
 GAP = 2  # pixels between tiles, and three times as many between groups of them
 MAGNIFIED = 2
+Pair = tuple[Tensor, Tensor, Sequence[int]]  # two cubes and the voxel to show them at
 
 
-def planes(cube: Tensor) -> list[Tensor]:
-    """The three middle slices of a cube (S, S, S)."""
-    middle = cube.shape[0] // 2
-    return [cube[middle], cube[:, middle], cube[:, :, middle]]
+def planes(cube: Tensor, at: Sequence[int]) -> list[Tensor]:
+    """The three slices of a cube (S, S, S) through a voxel."""
+    return [cube[at[0]], cube[:, at[1]], cube[:, :, at[2]]]
+
+
+def middle_of(mask: Tensor) -> list[int]:
+    """The voxel of a mask (X, Y, Z) that is nearest to its centre of mass."""
+    voxels = mask.nonzero()
+    off = (voxels - voxels.float().mean(0)).square().sum(1)
+    return voxels[int(off.argmin())].tolist()
 
 
 def grid(path: Path, rows: list[list[list[Tensor]]]) -> None:
@@ -45,10 +52,13 @@ def mosaic(rows: list[list[list[Tensor]]], magnified: int) -> Tensor:
     return whole.repeat_interleave(magnified, 0).repeat_interleave(magnified, 1)
 
 
-def side_by_side(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """(H, W): a row for each pair of cubes (S, S, S) in [0, 1], the three middle slices of both;
-    small cubes are magnified to about 160 pixels."""
-    rows = [[list(tiles) for tiles in zip(*map(planes, pair), strict=True)] for pair in pairs]
+def side_by_side(pairs: list[Pair]) -> Tensor:
+    """(H, W): a row for each pair of cubes (S, S, S) in [0, 1], three slices of both through a
+    voxel; small cubes are magnified to about 160 pixels."""
+    rows = [
+        [list(tiles) for tiles in zip(planes(one, at), planes(other, at), strict=True)]
+        for one, other, at in pairs
+    ]
     return mosaic(rows, max(1, 160 // pairs[0][0].shape[0]))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.generator import Generator
@@ -15,10 +16,11 @@ from tumorsynth.synthesizer import SynthesizeTumor
 from tumorsynth.training.data import Case, DataProblems, components, find_tumors, to_unit
 from tumorsynth.training.measures import distance, summary, tumor_statistics
 from tumorsynth.training.outlines import alone
-from tumorsynth.training.pictures import grid, outlined, sections, shown
+from tumorsynth.training.pictures import grid, middle_of, outlined, sections, shown
 from tumorsynth.training.reconstruction import Place, cube, reconstructed, spread
 
 SIZES_MM = (8.0, 20.0)  # of the synthetic tumours measured
+TILE_MM = 48  # side of the pictures
 
 
 @dataclass
@@ -256,12 +258,10 @@ def _rows(made: list[Painted], real: list[Painted], reach: float) -> list[list[l
 
 
 def _views(one: Painted, views: int, reach: float) -> list[list[Tensor]]:
-    """Three groups of tiles, one for each plane, of 48 mm around a tumour; ``reach`` HU above and
+    """Three groups of tiles, one for each plane, of TILE_MM around a tumour; ``reach`` HU above and
     below the tissue around it are white and black."""
-    voxels = one.mask.nonzero()
-    off = (voxels - voxels.float().mean(0)).square().sum(1)
-    middle = voxels[int(off.argmin())].tolist()  # near the scan's edge it is not the crop's
-    where = cube(middle, one.mask.shape, 48)
+    middle = middle_of(one.mask)  # near the scan's edge it is not the crop's
+    where = cube(middle, one.mask.shape, TILE_MM)
     at = [m - s.start for m, s in zip(middle, where, strict=True)]
     before, after, mask = one.before[where], one.after[where], one.mask[where]
     far = distance(mask, 8)
@@ -270,5 +270,11 @@ def _views(one: Painted, views: int, reach: float) -> list[list[Tensor]]:
     groups = []
     for old, new, inside in zip(*(sections(v, at) for v in (before, after, mask)), strict=True):
         old, new = (shown(v, level - reach, level + reach) for v in (old, new))
-        groups.append([old, new, outlined(new, inside)][3 - views :])
+        tiles = [old, new, outlined(new, inside)][3 - views :]
+        groups.append([_padded(tile) for tile in tiles])
     return groups
+
+
+def _padded(tile: Tensor) -> Tensor:
+    """A tile that ends with the scan, with black, so that columns stay columns."""
+    return F.pad(tile, (0, TILE_MM - tile.shape[1], 0, TILE_MM - tile.shape[0]))
