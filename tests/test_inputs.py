@@ -189,3 +189,11 @@ def test_what_a_gate_turned_away_is_a_number_and_words(rejected):
         ValueError, match="rejected must be pairs of a tumour's number and a reason"
     ):
         synth(image, label, spacing=1.0, params=params)
+
+
+@pytest.mark.parametrize("intensity", [ts.Scaled(-175, 250, 0, 1), ts.ZScore(100, 80)])
+def test_hu_that_are_said_to_be_scaled(intensity):
+    image, label = torch.full((1, 40, 40, 40), 100.0), torch.ones(1, 40, 40, 40, dtype=torch.uint8)
+    synth = ts.SynthesizeTumor("hu2023", count=1, size_mm=8, intensity=intensity)
+    with pytest.raises(ValueError, match=r"must be in the scale of intensity=.*pass intensity=HU"):
+        synth(image, label, spacing=1.0, seed=0)

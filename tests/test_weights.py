@@ -17,7 +17,7 @@ from tiny import tiny_crop, tiny_generator
 import tumorsynth as ts
 from tumorsynth import weights
 from tumorsynth.handcrafted import HandcraftedConfig, HandcraftedGenerator
-from tumorsynth.weights import Handle, bundled_names, load_generator
+from tumorsynth.weights import Handle, bundled_names, find_folder, load_generator, read_folder
 
 
 @pytest.fixture()
@@ -397,3 +397,18 @@ def test_a_model_changed_after_loading_is_found(folder):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="sha256"):
         ts.load_generator(folder)
+
+
+def test_loading_leaves_the_global_random_state_alone(tmp_path):
+    folder = tiny_generator().save(tmp_path / "gen")
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for source in ("liver-early", folder):
+        read_folder(find_folder(source))
+    assert torch.equal(torch.get_rng_state(), before)
+    ts.SynthesizeTumor(str(folder))(*scan(), spacing=1.0, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def scan():
+    return torch.full((1, 40, 40, 40), 100.0), torch.ones(1, 40, 40, 40, dtype=torch.uint8)

@@ -21,7 +21,7 @@ from tumorsynth.devices import onto, or_on_cpu
 from tumorsynth.generator import Generator
 from tumorsynth.geometry import Frame, plan_crop
 from tumorsynth.handcrafted import HandcraftedGenerator
-from tumorsynth.inputs import check_hu
+from tumorsynth.inputs import check_hu, check_scale
 from tumorsynth.intensity import HU
 from tumorsynth.masks import LocalMask
 from tumorsynth.texture import grain, match, neighbourhood, softening
@@ -62,6 +62,8 @@ class Painting(Settings):
         hu = self.intensity.to_hu(image[grid.source].float())
         if isinstance(self.intensity, HU):
             check_hu(hu)
+        else:
+            check_scale(hu, self.intensity)
         where, outline = region(tumor, feathered, image.shape, image.device)
         filled = fill(
             self.intensity.to_hu(image[where].float()),

@@ -113,6 +113,7 @@ def read_difftumor(
 
 
 @plain_defaults()
+@torch.random.fork_rng(devices=[])  # first weights are drawn
 def read_generator(
     autoencoder_path: str | PathLike[str], denoiser_path: str | PathLike[str]
 ) -> Generator:

@@ -419,6 +419,7 @@ def per_sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     return seeds
 
 
+@torch.random.fork_rng(devices=[])  # first weights are drawn, and loading must not show in a run
 def build(config: dict[str, Any]) -> tuple[Autoencoder, nn.Module, SamplerConfig]:
     """Untrained networks and sampler from the ``config`` of a card.
 

@@ -162,6 +162,17 @@ def check_hu(hu: Tensor) -> None:
         )
 
 
+def check_scale(hu: Tensor, intensity: Any) -> None:
+    """No 3 cm of a patient has half of its HU beyond 5000: such an image has another scale."""
+    middle = float(hu.nan_to_num(nan=0.0).abs().median())
+    if middle > 5000:
+        raise ValueError(
+            f"image must be in the scale of intensity={intensity!r}, but around a tumour half of "
+            f"its values would be beyond +-{middle:.3g} HU; pass intensity=HU() for Hounsfield "
+            "units, or the numbers that the image was scaled with"
+        )
+
+
 def is_record(record: Any) -> bool:
     """Whether this is one sample's record of ``SynthesizeTumor.params``."""
     return isinstance(record, dict) and {"applied", "tumors"} <= record.keys()

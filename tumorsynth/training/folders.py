@@ -46,6 +46,7 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path, card: dict[str, Any
     return write_folder(folder, raw, full)
 
 
+@torch.random.fork_rng(devices=[])  # first weights are drawn
 def read_autoencoder(
     name_or_folder: str, flag: str = "--autoencoder"
 ) -> tuple[Autoencoder, dict[str, Any]]:
