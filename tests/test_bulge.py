@@ -6,13 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_generator
 
 import tumorsynth as ts
 from tumorsynth._tumor_shape import TumorParams
 from tumorsynth.adapter import Adapter
 from tumorsynth.bulge import FAT_HU, MAX_BULGE, Surroundings, check_bulge, draw_bulge, fill
-from tumorsynth.contrast import ContrastConfig
 from tumorsynth.phantom import LABELS
 from tumorsynth.priors import PRIORS
 
@@ -141,7 +139,7 @@ def test_a_scale_whose_end_is_above_fat_has_no_room_and_the_tumour_stays_inside(
 # -- what is painted -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("generator", ["hu2023", tiny_generator(contrast=ContrastConfig())])
+@pytest.mark.parametrize("generator", ["hu2023", "liver-early"])
 def test_a_ball_of_soft_tissue_in_the_fat_and_the_fat_as_it_was(ct, generator):
     image, label, synth = made(ct, 3, generator=generator, contrast_hu=-40, bulge=0.5)
     (record,) = synth.report
@@ -288,3 +286,38 @@ def test_only_lungs_are_evened_and_only_by_generators_that_see_them():
     assert not even.change_hu[:8].any()
     assert fill(hu[0], label[0], *rest, (-175.0, 250.0)) is None
     assert fill(hu[0] + 950, label[0], *rest, (-1000.0, 400.0)) is None
+
+
+# -- fat that the organ's label covers -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generator", ["hu2023", "liver-early"])
+def test_a_tumour_over_a_kidneys_sinus_is_solid(generator):
+    rng = torch.Generator().manual_seed(0)
+    image = -100 + 8 * torch.randn(1, 48, 48, 48, generator=rng)
+    axes = torch.meshgrid(*[torch.arange(48) - 24] * 3, indexing="ij")
+    far = sum(a.square() for a in axes)[None].float().sqrt()
+    image[far < 17] += 260.0
+    image[far < 5] -= 240.0  # the sinus, under the organ's label
+    label = (far < 17).to(torch.uint8)
+    synth = ts.SynthesizeTumor(generator, count=1, size_mm=24.0)
+    made, made_label = synth(image, label, spacing=1.0, seed=1)
+    inside = made_label == 2
+    assert (inside & (far < 5)).sum() > 100  # it lies over the sinus
+    assert float((image[inside] < -20).float().mean()) > 0.05
+    assert float((made[inside] < -20).float().mean()) < 0.01
+    params = json.loads(json.dumps(synth.params))
+    assert torch.equal(synth(image, label, spacing=1.0, params=params)[0], made)
+
+
+def test_a_little_fat_is_left_as_it_is():
+    image = torch.full((1, 48, 48, 48), 160.0)
+    image[:, 24, 24, 24] = -100.0
+    label = torch.ones(1, 48, 48, 48, dtype=torch.uint8)
+    inside = torch.zeros(48, 48, 48, dtype=torch.bool)
+    inside[18:30, 18:30, 18:30] = True
+    params = TumorParams((24, 24, 24), 15.0, (1.0,) * 3, (1.0, 0, 0, 0), 0.0, 0, 0, 1.0, 15.0)
+    args = (inside, (1.0,) * 3, (0.5,) * 3, params, (-175.0, 250.0))
+    assert fill(image[0], label[0], (1,), *args) is None
+    image[:, 20:26, 20:26, 20:26] = -100.0
+    assert fill(image[0], label[0], (1,), *args) is not None

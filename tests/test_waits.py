@@ -15,7 +15,7 @@ from tumorsynth.masks import organ_box
 from tumorsynth.synthesizer import SynthesizeTumor
 
 SHAPE = (60, 52, 44)
-SAMPLE, TUMOUR = 4, 6  # waits that a sample costs, and each of its tumours
+SAMPLE, TUMOUR = 4, 7  # waits that a sample costs, and each of its tumours
 
 
 def scan(kind: str = "ball", dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor]:

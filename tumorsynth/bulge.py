@@ -28,6 +28,7 @@ MAX_BULGE = 0.9  # of a tumour's volume: the rest holds it to its organ
 LEAST = 0.02  # a smaller share than this is none
 FAT_HU = (-150.0, -20.0)  # mean of 3 mm; below is air or lung, above is muscle, gut, an organ
 MEAN_MM = 1.5  # to each side, where that mean is taken
+SOFT_HU, FAT_SHARE = 30.0, 0.02  # an organ that is not fat itself; what noise alone does not make
 CLOSE_MM = 2.0  # strands in the fat and the blurred border of the organ are no obstacles
 AWAY_MM = 2.0  # from air and bone: the gut's wall and marrow can look like fat
 OFFSETS = 2  # places tried around each voxel of the organ
@@ -211,22 +212,25 @@ def fill(
 ) -> Fill | None:
     """What makes even tissue of the organ's level within a tumour's outline, as sharp as the scan.
 
-    For tumours that bulge, and in lungs, whose vessels would shine through the tumour; None for
-    others, and in lungs for a generator whose window (HU) does not reach them.
+    For tumours that bulge; in lungs, whose vessels would shine through the tumour, unless the
+    generator's window (HU) does not reach them; and where more than a little of the tumour is fat
+    that the organ's label covers, as it often does a kidney's sinus. None for all others.
 
     hu, label, inside (bool, the tumour): (X, Y, Z), the tumour and some mm around it. grain_mm:
     `texture.grain` along the axes. The scan keeps its noise; where that cannot be told from an edge
     (the organ's old surface, strands in the fat) noise like it is drawn from the seed.
     """
-    if params.bulge == 0 and window[0] >= LUNG_HU:
-        return None
     organ = is_organ(label, organ_labels)
     finite = hu.isfinite()
     hu = torch.where(finite, hu, 0.0)
     healthy = organ & finite
-    level = hu[healthy].median() if bool(healthy.any()) else hu.new_tensor(0.0)
-    if params.bulge == 0 and float(level) >= LUNG_HU:
-        return None
+    level = torch.where(healthy, hu, torch.nan).nanmedian().nan_to_num(nan=0.0)
+    if params.bulge == 0:
+        fat = (healthy & inside & (hu < FAT_HU[1])).sum() / inside.sum()
+        level_hu, fat_share = torch.stack([level, fat]).tolist()  # one wait for a GPU
+        lung = level_hu < LUNG_HU and window[0] < LUNG_HU
+        if not lung and not (level_hu > SOFT_HU and fat_share > FAT_SHARE):
+            return None
     mean, gain = evenness(hu, organ, spacing)
     noise = (1 - gain) * (hu - mean)
     even = healthy & (gain < EVEN_GAIN)
