@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from tumorsynth.collection import exit_code
 from tumorsynth.training import autoencoder, denoiser
-from tumorsynth.training.config import AutoencoderTraining, DenoiserTraining, Hardware
+from tumorsynth.training.config import AutoencoderTraining, DataConfig, DenoiserTraining, Hardware
 from tumorsynth.training.data import save_pack
 from tumorsynth.training.engine import Diverged
 from tumorsynth.training.folders import read_autoencoder
@@ -174,6 +174,9 @@ def test_other_labels_are_other_data_also_for_a_finished_run(trained, cases, tmp
         name = next(c.name for c in cases if not any(c is other for other in changed))
         with pytest.raises(ValueError, match=f"trained with other settings .other scans: {name}.;"):
             denoiser.train(changed, str(trained / "ae"), tmp_path / "run", **again)
+    with pytest.raises(ValueError, match="other settings .tumor_label 2, now 1.;"):
+        label = DataConfig(tumor_label=1)
+        denoiser.train(cases, str(trained / "ae"), tmp_path / "run", data=label, **again)
     denoiser.train(cases, str(trained / "ae"), tmp_path / "run", **again)
 
 

@@ -109,7 +109,7 @@ def train(
             "--preset, or --tissue-low and --tissue-high"
         )
     used = {"autoencoder": stage1["sha256"], "init": started and started["sha256"]}
-    run = RunFolder(output, identity_of(config, stage=2, tumours=asdict(data), **used), resume)
+    run = RunFolder(output, identity_of(config, stage=2, **asdict(data), **used), resume)
     cases = given(cases)
     problems = check_cases(cases, config.patch_size)
     cases, held_out = split(cases)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2  # 1 did not know the labels
 STAGES = {1: "autoencoder", 2: "denoiser"}
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
@@ -80,11 +80,9 @@ class RunFolder:
         for key in was:
             if was[key] == now[key]:
                 continue
-            if isinstance(was[key], dict) and isinstance(now[key], dict):  # of every scan
+            if key == "scans" and was[key] is not None:
                 names = [n for n in {**was[key], **now[key]} if was[key].get(n) != now[key].get(n)]
-                differ.append(f"other {key}: {', '.join(names)}")
-            elif isinstance(was[key], list | dict):
-                differ.append(f"other {key}")
+                differ.append(f"other scans: {', '.join(names)}")
             else:
                 differ.append(f"{key} {was[key]!r}, now {now[key]!r}")
         if not differ:
