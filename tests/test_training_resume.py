@@ -201,10 +201,12 @@ def test_what_a_run_started_from_is_in_its_card_and_belongs_to_it(
     assert card("ae2")["init"]["sha256"] == start["sha256"] and card("ae2")["licence"] == "CC0"
     assert card("ae2")["init"]["licence"] == start["licence"]
     made = card("gen")
-    assert "init" not in made and made["licence"].endswith("trained on and of its autoencoder ae")
+    assert "init" not in made and made["licence"].endswith("trained on and of its autoencoder, ae")
     for name in ("gen2", "gen3"):
         assert card(name)["init"]["sha256"] == made["sha256"]
-        assert "and of its init gen and of its autoencoder ae" in card(name)["licence"]
+        assert (
+            "and of what it started from, gen and of its autoencoder, ae" in card(name)["licence"]
+        )
     assert card("gen3")["autoencoder"]["init"]["name"] == "ae"
     shutil.rmtree(tmp_path / "gen")  # whatever lies there now, it is not what was started from
     shutil.copytree(tmp_path / "gen3", tmp_path / "gen")

@@ -131,7 +131,7 @@ def train(
             }
             full = {
                 "name": output.name,
-                "licence": no_licence(init=started),
+                "licence": no_licence(started),
                 **(card or {}),
                 "metrics": {"skipped": UNMEASURED},
                 "training": training,

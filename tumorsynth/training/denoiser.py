@@ -139,7 +139,7 @@ def train(
         sampler_of(config, multiple, contrast),
         {
             "name": output.name,
-            "licence": no_licence(init=started, autoencoder=stage1),
+            "licence": no_licence(started, stage1),
             **(card or {}),
         },
     )

@@ -94,12 +94,13 @@ def origin(card: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def no_licence(**used: dict[str, Any] | None) -> str:
-    """The licence of a card where none was given. used: `origin` of what it started from."""
+def no_licence(init: dict[str, Any] | None, autoencoder: dict[str, Any] | None = None) -> str:
+    """The licence of a card where none was given, by the cards of what the training built on."""
     words = "none stated (--licence); nothing freer than the terms of the scans trained on"
-    for what, card in used.items():
-        if card is not None:
-            words += f" and of its {what} {card['name']}"
+    if init is not None:
+        words += f" and of what it started from, {init['name']}"
+    if autoencoder is not None:
+        words += f" and of its autoencoder, {autoencoder['name']}"
     return words
 
 

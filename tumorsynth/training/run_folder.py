@@ -77,18 +77,17 @@ class RunFolder:
                 "choose another folder"
             )
         differ = []
-        for key in was:
-            if was[key] == now[key]:
-                continue
+        others = [key for key in was if was[key] != now[key]]
+        for key in others:
             if key == "scans" and was[key] is not None:
                 names = [n for n in {**was[key], **now[key]} if was[key].get(n) != now[key].get(n)]
                 differ.append(f"other scans: {', '.join(names)}")
             else:
                 differ.append(f"{key} {was[key]!r}, now {now[key]!r}")
-        if not differ:
+        if not others:
             return
         words = f"{self.path} was trained with other settings ({'; '.join(differ)[:400]}); "
-        if "steps" in was and was["steps"] == step:
+        if others == ["steps"] and was["steps"] == step:
             way = f"it is finished: train it further with --init {self.path} and another --out"
         else:
             way = "give --resume the same flags and data, or choose another folder"
