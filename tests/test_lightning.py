@@ -11,7 +11,10 @@ import torch
 
 L = pytest.importorskip("lightning", reason="needs Lightning")
 
+from tiny import tiny_generator  # noqa: E402
+
 import tumorsynth as ts  # noqa: E402
+from tumorsynth.gate import Gate  # noqa: E402
 from tumorsynth.lightning import TumorSynthCallback  # noqa: E402
 
 SETTINGS = {"generator": "hu2023", "count": 1, "size_mm": (8, 10)}
@@ -164,6 +167,33 @@ def test_two_callbacks_of_a_trainer_keep_their_own_seeds(tmp_path):
     again = [TumorSynthCallback(**SETTINGS, tumor_label=label) for label in (2, 3)]
     fit(data, again[::-1], epochs=2, module=Four(), resume=tmp_path / "end.ckpt")
     assert [one.seed for one in again] == [one.seed for one in two] and two[0].seed != two[1].seed
+
+
+TWINS = [  # of one organ and one tumour label, and of different settings
+    ({"size_mm": (5, 10)}, {"size_mm": (20, 40)}),
+    ({"generator": "hu2023"}, {"generator": "liver-early"}),
+    ({"p": 0.2}, {"p": 0.4}),
+    ({"seed": 1}, {"seed": 2}),  # otherwise alike
+    ({"contrast_hu": -40}, {"contrast_hu": (20, 30)}),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), TWINS)
+def test_two_callbacks_of_one_organ_go_into_one_trainer(one, other):
+    settings = {"generator": "hu2023", "organ_labels": 1}
+    two = [TumorSynthCallback(**{**settings, **own}) for own in (one, other)]
+    L.Trainer(callbacks=two, accelerator="cpu", logger=False, enable_checkpointing=False)
+
+
+def test_the_key_of_the_state_is_the_same_in_another_process_and_during_the_training():
+    """Objects in memory have an address, which the next process does not have."""
+    gates = [Gate(scorer=lambda *crop: True, least=0.5) for _ in range(2)]
+    keys = {TumorSynthCallback(generator=tiny_generator(), gate=gate).state_key for gate in gates}
+    assert len(keys) == 1
+    callback = TumorSynthCallback(**SETTINGS)
+    before = callback.state_key
+    fit(as_dicts(scans(2)), callback)
+    assert callback.seed is not None and callback.state_key == before
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])

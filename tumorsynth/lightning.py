@@ -10,6 +10,7 @@ generator belongs to the callback, not to the module: no weight of it enters a c
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Hashable, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ class TumorSynthCallback(Callback):
         self.adapter.synth.p = check_probability("p", p)
         self.image, self.label, self.organ = image, label, organ
         self.spacing = spacing
-        self.seed = seed
+        self.seed = self._own_seed = seed
 
     @property
     def report(self) -> list[dict[str, Any]]:
@@ -112,10 +113,10 @@ class TumorSynthCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells several callbacks of one trainer apart in the checkpoint, say one per organ."""
-        synth = self.adapter.synth
-        parts = (self.image, self.label, self.organ, synth.organ_labels, self.adapter.tumor_label)
-        return f"{type(self).__qualname__}{parts}"
+        """Tells several callbacks of one trainer apart in the checkpoint, by all that was given."""
+        places = (self.image, self.label, self.organ, self.spacing, self._own_seed)
+        key = f"{type(self).__qualname__}{places}: {self!r}"
+        return re.sub(r" at 0x[0-9a-f]+", "", key)  # of objects, elsewhere in the next process
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}
