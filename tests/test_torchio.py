@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,12 +297,29 @@ def test_a_generator_has_to_have_a_name_and_only_that_enters_the_history(tmp_pat
         ({"label": "seg"}, "needs the image seg, but the subject has image, label"),
         ({"organ": "organ"}, "needs the image organ"),
         ({"label": "image"}, "must be different names, got \\['image', 'image'\\]"),
-        ({"image": ["image"]}, "must be different names"),
+        ({"label": ["label"]}, "must be different names"),
     ],
 )
 def test_names_the_subject_lacks(kwargs, message):
     with pytest.raises(ValueError, match=message):
         transform(**kwargs)(subject())
+
+
+@pytest.mark.parametrize(
+    ("first", "found"),
+    [
+        ("hu2023", "'hu2023'"),
+        ("liver-early", "'liver-early'"),
+        (ts.HandcraftedGenerator(), "HandcraftedGenerator"),
+        (Path("my/generator"), "PosixPath"),
+        (["image"], "\\['image'\\]"),
+    ],
+)
+def test_a_generator_in_the_first_place_is_told_its_own(first, found):
+    with pytest.raises(ValueError, match=f"image must be the name .*, got {found}; .*generator="):
+        RandomSynthesizeTumor(first, p=1)
+    with pytest.raises(ValueError, match=f"image must be the name .*, got {found}; .*generator="):
+        SynthesizeTumor({"applied": False, "tumors": []}, image=first)
 
 
 def test_images_of_different_geometry():

@@ -17,6 +17,7 @@ from tumorsynth._arguments import check_keywords
 from tumorsynth._torchio_shared import (
     DRAWN,
     RESAMPLE,
+    check_asked,
     check_names,
     check_record,
     nameable,
@@ -39,6 +40,7 @@ class _Synthesis(Transform):
         **kwargs: Any,
     ) -> None:
         check_keywords(self, kwargs, SETTINGS, Transform)
+        check_asked(image, label, organ)
         settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         super().__init__(**kwargs)
         self.adapter = Adapter(organ is not None, healthy_only, **settings)

@@ -8,6 +8,7 @@ from typing import Any
 from tumorsynth.adapter import Adapter
 from tumorsynth.handcrafted import HandcraftedGenerator
 from tumorsynth.inputs import is_record
+from tumorsynth.weights import bundled_names
 
 RESAMPLE = "put tio.ToReferenceSpace or tio.Resample in front"
 # the name that TorchIO gives to a tensor, an array or an image which is no subject
@@ -28,10 +29,21 @@ def nameable(generator: Any, adapter: Adapter) -> Any:
     return generator if source is None else source
 
 
-def check_names(transform: str, names: Sequence[str], there: Iterable[str]) -> None:
-    """The subject has images of all these names, which differ."""
+def check_asked(image: Any, label: Any, organ: Any) -> None:
+    """Image, label and organ are different names, and no generator where a name is expected."""
+    names = [name for name in (image, label, organ) if name is not None]
+    if not isinstance(image, str) or image in bundled_names():
+        found = repr(image) if isinstance(image, str | list) else type(image).__name__
+        raise ValueError(
+            f"image must be the name of one of the subject's images, got {found}; the first "
+            "argument is the image's name, a generator goes to generator=..."
+        )
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"image, label and organ must be different names, got {list(names)}")
+        raise ValueError(f"image, label and organ must be different names, got {names}")
+
+
+def check_names(transform: str, names: Sequence[str], there: Iterable[str]) -> None:
+    """The subject has images of all these names."""
     there = list(there)
     missing = [name for name in names if name not in there]
     if missing and set(there) <= set(_UNNAMED):
