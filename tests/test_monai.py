@@ -306,10 +306,11 @@ def test_lazy_pipeline_gives_the_synthesis_its_pending_grid():
     keys = ["image", "label"]
     resample = Spacingd(keys, (1.5, 1.5, 1.5), mode=("bilinear", "nearest"))
     data = sample("meta", LPS, shape=(64, 64, 24))
-    chain = Compose([resample, transform()], lazy=True).set_random_state(0)
+    lazy = {"lazy": True, "overrides": {"label": {"mode": "nearest"}}}  # Spacingd's is not heeded
+    chain = Compose([resample, transform()], **lazy).set_random_state(0)
     out = chain(data)
     assert tumor(out).any() and not out["image"].pending_operations
-    resampled = Compose([resample, Identityd(keys)], lazy=True)(data)
+    resampled = Compose([resample, Identityd(keys)], **lazy)(data)
     assert not equal(resampled, data)
     assert equal(out, transform().set_random_state(state=chain_state(0))(resampled))
 
@@ -435,6 +436,41 @@ def test_flips_after_the_synthesis_still_invert():
 def test_samples_that_cannot_work_are_refused_with_the_fix(change, error, message):
     with pytest.raises(error, match=message):
         transform()(change(sample("tensor")))
+
+
+def edge_interpolated(data):
+    """Resampled linearly, half a voxel along: whole inside and outside, fractions on the edge."""
+    label = data["label"].float()
+    return {**data, "label": (label + label.roll(1, 1)) / 2}
+
+
+def test_a_map_that_was_interpolated_is_refused_whichever_it_is():
+    given = sample("tensor")
+    wrong = edge_interpolated(given)["label"]
+    assert (wrong == 1).any()
+    with pytest.raises(ValueError, match="label must hold whole numbers, got 0.5; .*nearest"):
+        transform()({**given, "label": wrong})
+    synthesis = transform(organ_key="organs")
+    with pytest.raises(ValueError, match="label must hold whole numbers, got 0.5"):
+        synthesis({**given, "label": wrong, "organs": given["label"]})
+    with pytest.raises(ValueError, match="the organ map must hold whole numbers, got 0.5"):
+        synthesis({**given, "organs": wrong})
+
+
+def test_one_map_is_not_two():
+    with pytest.raises(ValueError, match="organ_key must be another key.*'label' for both; leave"):
+        RandSynthesizeTumord("image", organ_key="label", **SETTINGS)
+
+
+@pytest.mark.parametrize("told", ["spacing", "image", "label"])
+def test_no_warning_where_the_spacing_is_known(told, recwarn):
+    data, settings = sample("tensor"), {}
+    if told == "spacing":
+        settings["spacing"] = 1
+    else:
+        data[told] = MetaTensor(data[told])
+    assert tumor(transform(**settings)(data)).any()
+    assert not [one for one in recwarn if "1 mm" in str(one.message)]
 
 
 def test_image_and_label_on_different_grids_are_refused_by_their_keys():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import random
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -177,6 +179,49 @@ def test_cached_datasets_synthesise_anew(tmp_path):
         assert file.stat().st_size < size + 20_000
     batch = next(iter(ThreadDataLoader(cached, batch_size=1)))
     assert tumor(batch).any()
+
+
+@pytest.mark.parametrize("kind", [PersistentDataset, CacheNTransDataset])
+def test_a_cache_that_drops_the_affine_is_warned_of_and_what_the_warning_says_helps(tmp_path, kind):
+    """Scans of 2 mm: taken for 1 mm, their tumours of 8 mm would be of 16."""
+    keeps = {"track_meta": True, "weights_only": False}
+    if not keeps.keys() <= inspect.signature(PersistentDataset).parameters.keys():
+        pytest.skip("this MONAI stores MetaTensors as they are")
+    items = [sample("meta", np.diag([2.0, 2.0, 2.0, 1.0]))]
+
+    def tumors(name, options, settings):
+        own = transform(size_mm=8, **settings)
+        chain = Compose([EnsureTyped(["image", "label"]), own]).set_random_state(0)
+        more = {} if kind is PersistentDataset else {"cache_n_trans": 1}
+        dataset = kind(items, chain, cache_dir=tmp_path / name, **more)
+        for option, value in options.items():  # CacheNTransDataset has them and does not take them
+            setattr(dataset, option, value)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            volumes = [int(tumor(dataset[0]).sum()) for _ in range(3)]
+        return max(volumes), [str(one.message) for one in said if "1 mm" in str(one.message)]
+
+    wrong, said = tumors("drops", {}, {})
+    assert len(said) == 1 and "'image' and 'label' have no affine" in said[0]
+    assert all(part in said[0] for part in ("spacing=", "track_meta=True", "weights_only=False"))
+    for fix in (("keeps", keeps, {}), ("told", {}, {"spacing": (2, 2, 2)})):
+        right, said = tumors(*fix)
+        assert not said and 0 < 4 * right < wrong
+
+
+def test_of_several_workers_one_warns_of_voxels_without_a_size():
+    for workers in (0, 2):
+        dataset = WarningsCounted([sample("tensor")] * 4, Compose([transform()]))
+        counted = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)
+        assert sum(counted) == 1
+
+
+class WarningsCounted(Dataset):
+    def __getitem__(self, index):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            super().__getitem__(index)
+        return sum("taken as 1 mm" in str(one.message) for one in said)
 
 
 @pytest.mark.parametrize("options", [{"copy_cache": False}, {"runtime_cache": "threads"}])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tumorsynth import masks
 from tumorsynth._arguments import check_keywords
-from tumorsynth.inputs import check_grid, check_input, check_tumor_label, plain
+from tumorsynth.inputs import check_grid, check_input, check_tumor_label, check_whole, plain
 from tumorsynth.synthesizer import SynthesizeTumor
 
 # The core's keyword arguments with their defaults, but for p: a framework has its own word for it.
@@ -123,10 +123,6 @@ class Adapter:
             plain(work_label)[sample] = self.synth.tumor_label
 
         new_image, new_label, report, params = self._run(work_image, work_label, **call)
-        if label.is_floating_point() and any(
-            str(record.get("reason")).startswith("no organ") for record in report
-        ):
-            _check_whole(plain(label))
         for sample, reason in left.items():
             params[sample] = _params(reason)
         self.synth.params = params
@@ -191,6 +187,8 @@ class Adapter:
             raise ValueError(
                 f"organ map and label must be on one device, got {organ.device} and {label.device}"
             )
+        check_whole("label", label)
+        check_whole("the organ map", organ)
         there, organ = plain(label), plain(organ)
         both = torch.zeros(organ.shape, dtype=torch.int64, device=organ.device)
         for value in self.synth.organ_labels:
@@ -210,16 +208,6 @@ def _record(sample: int, reason: str) -> dict[str, Any]:
 def _params(reason: str) -> dict[str, Any]:
     """What the core keeps of a sample that it left alone; replays as such."""
     return {"seed": None, "applied": False, "tumors": [], "reason": reason}
-
-
-def _check_whole(label: Tensor) -> None:
-    """Why a label may lack the organ: it was interpolated."""
-    broken = label[label != label.round()]
-    if broken.numel():
-        raise ValueError(
-            f"label must hold whole numbers, got {float(broken[0]):.4g} and no voxel of the organ; "
-            "resample labels with mode='nearest'"
-        )
 
 
 def _is_wide(x: object) -> bool:

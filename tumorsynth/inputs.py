@@ -94,6 +94,19 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         )
 
 
+def check_whole(name: str, label: Tensor) -> None:
+    """Whole numbers alone: of a map that was interpolated, other classes would lie on each edge."""
+    if not label.is_floating_point():
+        return
+    for part in plain(label).split(16, dim=-3):  # pieces small enough for a cache: half the time
+        broken = part != part.round()
+        if bool(broken.any()):
+            raise ValueError(
+                f"{name} must hold whole numbers, got {float(part[broken][0]):.4g}; "
+                "resample labels with mode='nearest'"
+            )
+
+
 def _to_tensor(name: str, value: object) -> str:
     """What to do about an image or a label that is no tensor."""
     several = value if isinstance(value, list | tuple) else [value]

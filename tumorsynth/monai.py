@@ -19,6 +19,7 @@ Nothing enters ``applied_operations``: a later ``inverse`` works as without the 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,8 @@ class RandSynthesizeTumor(RandomizableTransform):
 
     prob: probability of changing a sample.
     spacing: mm per voxel along X, Y, Z; by default from the affine of the MetaTensor (which gives
-        the orientation as well) that image or label is, and 1 mm where neither is one.
+        the orientation as well) that image or label is, and 1 mm, with a warning, where neither
+        is one.
     separate_organ: ``transform(img, label, organ)``; ``organ_labels`` are then values of organ.
     settings: keyword arguments of :class:`tumorsynth.SynthesizeTumor`: generator, organ_labels,
         tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge, device,
@@ -83,6 +85,7 @@ class RandSynthesizeTumor(RandomizableTransform):
         self.adapter = Adapter(separate_organ, **settings)
         self.spacing = spacing
         self._stream: int | None = None  # the worker whose own random state R is
+        self._warned = False  # of voxels whose size nothing tells
 
     @property
     def report(self) -> list[dict[str, Any]]:
@@ -152,6 +155,8 @@ class RandSynthesizeTumor(RandomizableTransform):
         # an image without geometry of its own lies on the label's grid, as it must
         apart = self.spacing is None and not hasattr(image, "affine")
         affine = getattr(old_label, "affine", None) if apart else None
+        if apart and affine is None:
+            self._warn_of_1_mm(names)
         new_image, new_label = self.adapter(
             image,
             old_label,
@@ -165,6 +170,21 @@ class RandSynthesizeTumor(RandomizableTransform):
         return (
             img if new_image is image else _like(img, new_image),
             label if new_label is old_label else _like(label, new_label),
+        )
+
+    def _warn_of_1_mm(self, names: Sequence[Hashable]) -> None:
+        """Once: a cache, or track_meta=False, may have dropped the affine without a word."""
+        worker = get_worker_info()
+        if self._warned or (worker is not None and worker.id):  # of several workers one says it
+            return
+        self._warned = True
+        shown = " and ".join(repr(name) for name in names[:2])
+        warnings.warn(
+            f"{shown} have no affine, so that their voxels are taken as 1 mm; pass "
+            f"spacing=(dx, dy, dz) to {type(self).__name__} (spacing=1 where it is 1 mm), or keep "
+            "MetaTensors: a PersistentDataset drops their affine unless it has track_meta=True, "
+            "weights_only=False",
+            stacklevel=2,
         )
 
 
@@ -204,6 +224,11 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         for name, key in (("label_key", label_key), ("organ_key", organ_key)):
             if isinstance(key, list | tuple | set) or key == self.keys[0]:
                 raise ValueError(f"{name} must be one key, another than the image's, got {key!r}")
+        if organ_key is not None and organ_key == label_key:
+            raise ValueError(
+                f"organ_key must be another key than label_key, got {organ_key!r} for both; leave "
+                "organ_key out where the label itself marks the organ"
+            )
         self.label_key = label_key
         self.organ_key = organ_key
         self.when = when

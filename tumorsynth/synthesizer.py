@@ -31,6 +31,7 @@ from tumorsynth.inputs import (
     check_input,
     check_params,
     check_tumor_label,
+    check_whole,
     frames_of,
     plain,
 )
@@ -190,6 +191,7 @@ class SynthesizeTumor(Placing, Finishing):
         """As :meth:`forward`, with the report and the params of this very call: for several threads
         with one transform, whose ``report`` is of the call that ended last."""
         check_input(image, label, self.tumor_label)
+        check_whole("label", label)
         batched = image.ndim == 5
         if spacing is None and affine is None:
             check_grid(("image", "label"), [getattr(x, "affine", None) for x in (image, label)])
