@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "100 tumours of 200 mm": ("full", HUGE, 1.0),
     "100 tumours of 200 mm, merging": ("full", {**HUGE, "merge": True}, 1.0),
     "200 mm in voxels of 0.01 mm": ("full", HUGE, 0.01),
-    "200 mm in voxels of 0.01 x 1 x 100 mm": ("full", HUGE, (0.01, 1.0, 100.0)),
+    "200 mm in voxels of 0.01 x 1 x 25 mm": ("full", HUGE, (0.01, 1.0, 25.0)),
     "gap of 100 mm, 100 tumours": ("full", {"count": 100, "size_mm": 5.0, "gap_mm": 100}, 1.0),
     "mass effect, 20 tumours of 50 mm": (
         "full",

@@ -321,3 +321,12 @@ def test_a_little_fat_is_left_as_it_is():
     assert fill(image[0], label[0], (1,), *args) is None
     image[:, 20:26, 20:26, 20:26] = -100.0
     assert fill(image[0], label[0], (1,), *args) is not None
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 5), (1, 1, 1), (2, 30, 3)])
+def test_volumes_smaller_than_the_filters(shape):
+    image = torch.full((1, *shape), -850.0)  # lung: its vessels are taken away first
+    label = torch.ones(1, *shape, dtype=torch.uint8)
+    synth = ts.SynthesizeTumor("hu2023", count=1, size_mm=1.5, contrast_hu=300.0)
+    made, _ = synth(image, label, spacing=0.5, seed=0)
+    assert made.isfinite().all() and len(synth.report) == 1

@@ -101,7 +101,7 @@ def test_configs_changed_anywhere(good, tmp_path_factory, data):
     [
         ("sampler", {"steps": 10**9, "timesteps": 10**9}, "at most 65536"),
         ("sampler", {"steps": 5000, "timesteps": 5000}, "at most 1000"),
-        ("sampler", {"crop_size": 8192}, "at most 512"),
+        ("sampler", {"crop_size": 256}, "at most 192"),
         ("sampler", {"crop_multiple": 2}, "must be a multiple of 8"),
         ("sampler", {"clamp": -1.0}, "clamp must be positive"),
         ("autoencoder", {"encoder_blocks": 10**6}, "encoder_blocks must be at most 64"),

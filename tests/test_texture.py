@@ -188,7 +188,7 @@ def test_a_softened_change_is_the_sharp_one_seen_softly():
         softer = softening(grain_mm)
         seen = gaussian_filter(sharp, softer)
         sigma = [math.hypot(0.8, s) for s in softer]
-        weight = feather(mask, sigma, ISO, "change", True, softer)
+        weight = feather(mask, sigma, ISO, "change", True, softened_mm=softer)
         made = match(noisy(), change, mask, grain_mm, even=False) * weight
         assert wide(made) == pytest.approx(wide(seen), rel=0.12)
         assert wide(made) > 1.1 * wide(sharp)

@@ -261,7 +261,7 @@ def test_repr_says_what_was_asked_for():
 
 
 def test_pickle_and_copies_are_small():
-    synthesis = transform(intensity=ts.Scaled())
+    synthesis = transform(intensity=ts.Scaled(-1000, 1000, -1000, 1000))
     assert len(pickle.dumps(synthesis)) < 20_000
     copied = pickle.loads(pickle.dumps(synthesis))
     torch.manual_seed(0)

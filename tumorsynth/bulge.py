@@ -151,7 +151,7 @@ def _sums(values: Tensor, spacing: Sequence[float]) -> Tensor:
     out = values[None, None]
     for axis, s in enumerate(spacing):
         kernel, padding = [1, 1, 1], [0, 0, 0]
-        padding[axis] = round(MEAN_MM / s)
+        padding[axis] = min(round(MEAN_MM / s), (values.shape[axis] - 1) // 2)
         kernel[axis] = 2 * padding[axis] + 1
         if padding[axis]:
             out = F.avg_pool3d(out, kernel, 1, padding, divisor_override=1)

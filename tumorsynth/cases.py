@@ -75,7 +75,8 @@ def by_name(folder: Path, ending: str, *, only: bool = False) -> dict[str, Path]
     out: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         name = _name(path, ending)
-        if name is None or path.name.startswith(".") or not path.is_file():
+        # a link that leads nowhere is a scan that cannot be read, not none
+        if name is None or path.name.startswith(".") or not (path.is_file() or path.is_symlink()):
             continue
         if only and f"{ending}.nii" not in path.name:
             continue

@@ -36,7 +36,7 @@ DENOISERS: dict[str, tuple[type[Any], type[Any]]] = {
 PRECISIONS = ("auto", "float32", "bfloat16")
 # What a sampler may ask for, so that no card takes the machine's memory or does not end
 MAX_STEPS = 1000
-MAX_CROP = 512
+MAX_CROP = 192
 
 
 @dataclass(frozen=True)

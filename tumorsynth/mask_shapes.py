@@ -11,7 +11,8 @@ from __future__ import annotations
 import base64
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from tumorsynth._room import flood
 from tumorsynth._tumor_shape import RINGS
 
+MAX_SHAPES = 10_000
 FEWEST = 30  # voxels that an outline can be told from
 ONE_TUMOR = 0.9  # of a mask's voxels at least in its largest connected part
 RAYS = 3  # on each side of a direction's cell
@@ -44,19 +46,21 @@ def read_shapes(shapes: Any) -> tuple[str, ...]:
             raise FileNotFoundError(
                 f"shapes must be a folder of masks or a list, no folder {folder}"
             )
-        found: Iterable[Any] = sorted(
+        found: list[Any] = sorted(
             p for p in folder.iterdir() if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "."
         )
         empty = f"shapes must hold masks, but {folder} has no .nii or .nii.gz file"
     else:
         try:
-            found = list(shapes)
+            found = list(islice(shapes, MAX_SHAPES + 1))
         except TypeError:
             raise ValueError(
                 "shapes must be a folder, or a list of files and (mask, spacing), got "
                 f"{type(shapes).__name__}"
             ) from None
         empty = "shapes must hold at least one mask, got an empty list; pass None for none"
+    if len(found) > MAX_SHAPES:
+        raise ValueError(f"shapes must be at most {MAX_SHAPES} masks, got more; pass some of them")
     outlines = tuple(_read(one, k) for k, one in enumerate(found))
     if not outlines:
         raise ValueError(empty)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
@@ -45,6 +46,7 @@ MARGIN_MM = 2.0  # a tumour that is not to touch the capsule stays this far from
 SLAB = 2**20  # voxels of a label that are looked at together on a CPU
 # What may be asked for, so that no call takes the machine's memory or does not end
 MAX_COUNT = 100
+MAX_LABELS = 1000
 SIZES_MM = (0.1, 200.0)
 MAX_SIGMA_MM = 20.0
 MAX_GAP_MM = 100.0
@@ -433,20 +435,24 @@ def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
     """One whole number or several, of any number type, as a tuple; ValueError if they are not."""
     found: tuple[int, ...] = ()
     try:
-        given: list[Any] = list(labels) if isinstance(labels, Iterable) else [labels]
+        given: list[Any] = (
+            list(islice(labels, MAX_LABELS + 1)) if isinstance(labels, Iterable) else [labels]
+        )
     except TypeError:  # a 0-d array says it can be iterated over
         given = [labels]
     try:
-        if not isinstance(labels, str) and all(
-            not is_bool(v) and int(v) == v and -(2**63) <= int(v) < 2**63 for v in given
+        if (
+            not isinstance(labels, str)
+            and len(given) <= MAX_LABELS
+            and all(not is_bool(v) and int(v) == v and -(2**63) <= int(v) < 2**63 for v in given)
         ):
             found = tuple(int(v) for v in given)
     except (TypeError, ValueError, OverflowError):
         pass
     if not found:
         raise ValueError(
-            f"organ_labels must be a whole number or several, of at most 64 bits, got {labels!r}; "
-            "try organ_labels=(1,)"
+            f"organ_labels must be a whole number or at most {MAX_LABELS}, of at most 64 bits, got "
+            f"{repr(labels)[:200]}; try organ_labels=(1,)"
         )
     return found
 

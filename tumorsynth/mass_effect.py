@@ -235,9 +235,13 @@ def evenness(values: Tensor, organ: Tensor, spacing: Sequence[float]) -> tuple[T
 
 
 def _mean(values: Tensor, size: Sequence[int]) -> Tensor:
-    """Mean (X, Y, Z) over a box of odd sides, of what of it lies inside."""
+    """Mean (X, Y, Z) over a box of odd sides, of what of it lies inside.
+
+    The box is no longer than the volume, which torch's filter could not do.
+    """
     out = values[None, None]
-    for axis, side in enumerate(size):
+    for axis, (side, n) in enumerate(zip(size, values.shape, strict=True)):
+        side = min(side, n - (n + 1) % 2)
         kernel, padding = [1, 1, 1], [0, 0, 0]
         kernel[axis], padding[axis] = side, side // 2
         if side > 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tumorsynth.cases import digest
+from tumorsynth.inputs import check_params
 
 if TYPE_CHECKING:
     from tumorsynth.nifti import Volume
@@ -34,6 +35,12 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"a report's voxels_sha256 must be an object and its device a name, but {path.name} "
             f"holds {str(hashes)[:40]} and {str(told.get('device'))[:40]}; restore it"
+        )
+    check_params(told["params"], 1)
+    if told["params"][0].get("seed") not in (None, told["seed"]):
+        raise ValueError(
+            f"a report's seed must be its params', but {path.name} holds {told['seed']} and "
+            f"{str(told['params'][0]['seed'])[:40]}; restore it"
         )
     if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
         raise ValueError(

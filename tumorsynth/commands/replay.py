@@ -74,6 +74,7 @@ def replay(
         fail(f"note: made by version {told['tumorsynth']}, now {tumorsynth.__version__}", 0)
     known = told.get("voxels_sha256")
     if known is None:
+        fail("note: the report has no voxels_sha256, so that nothing was compared", 0)
         return
     differing = [k for k in ("new_ct", "new_label") if made["voxels_sha256"][k] != known.get(k)]
     if differing:

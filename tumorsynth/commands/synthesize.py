@@ -143,6 +143,10 @@ def synthesize(
     if engine == "ray":
         from tumorsynth.ray import on_ray  # a missing package is said now
     cases = find_pairs(ct, label)
+    if not 0 <= seed <= 2**63 - len(cases):
+        raise ValueError(
+            f"--seed must be 0 to 2**63 - {len(cases)}, as each scan takes the next one, got {seed}"
+        )
     scale = scale_of(intensity)
     if size_mm is not None and size_prior is not None:
         raise ValueError("--size-mm and --size-prior exclude each other; give one of them")
