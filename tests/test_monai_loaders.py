@@ -9,6 +9,7 @@ import random
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -184,9 +185,9 @@ def test_cached_datasets_synthesise_anew(tmp_path):
 @pytest.mark.parametrize("kind", [PersistentDataset, CacheNTransDataset])
 def test_a_cache_that_drops_the_affine_is_warned_of_and_what_the_warning_says_helps(tmp_path, kind):
     """Scans of 2 mm: taken for 1 mm, their tumours of 8 mm would be of 16."""
+    if version("monai").startswith("1.4."):
+        pytest.skip("MONAI 1.4 cannot read the MetaTensors it stored with torch 2.6 and later")
     keeps = {"track_meta": True, "weights_only": False}
-    if not keeps.keys() <= inspect.signature(PersistentDataset).parameters.keys():
-        pytest.skip("this MONAI stores MetaTensors as they are")
     items = [sample("meta", np.diag([2.0, 2.0, 2.0, 1.0]))]
 
     def tumors(name, options, settings):
@@ -204,7 +205,10 @@ def test_a_cache_that_drops_the_affine_is_warned_of_and_what_the_warning_says_he
     wrong, said = tumors("drops", {}, {})
     assert len(said) == 1 and "'image' and 'label' have no affine" in said[0]
     assert all(part in said[0] for part in ("spacing=", "track_meta=True", "weights_only=False"))
-    for fix in (("keeps", keeps, {}), ("told", {}, {"spacing": (2, 2, 2)})):
+    fixes = [("told", {}, {"spacing": (2, 2, 2)})]
+    if keeps.keys() <= inspect.signature(PersistentDataset).parameters.keys():  # MONAI 1.6
+        fixes.append(("keeps", keeps, {}))
+    for fix in fixes:
         right, said = tumors(*fix)
         assert not said and 0 < 4 * right < wrong
 
