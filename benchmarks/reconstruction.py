@@ -3,15 +3,14 @@
     python benchmarks/reconstruction.py CASES.npz [...] --generator NAME=RUN/gen [--generator ...]
         [--tissue liver=1 left-kidney=3] [--picture OUT.png]
 
-Every autoencoder is measured as it is and, where it has detail (`Autoencoder.detail`), without, in
-the labelled scans of the packs. The picture has an axial slice of the last scan in the window
-[-175, 250]: the scan, then each reconstruction.
+Every autoencoder is measured in the labelled scans of the packs, and under "without_detail" without
+`Autoencoder.detail`, where it has that. The picture has an axial slice of the last scan, window
+[-175, 250]: the scan, then each reconstruction without and with detail.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,10 @@ def main() -> None:
     slices: list[Tensor] = []
     for given in args.generator:
         name, _, folder = given.rpartition("=")
-        for title, autoencoder in variants(
-            name or folder, read_folder(find_folder(folder)).autoencoder
-        ):
-            rows[title] = {case.name: measured(autoencoder, case, tissues) for case in cases}
-            if args.picture:
-                slices.append(middle(autoencoder, cases[-1]))
+        autoencoder = read_folder(find_folder(folder)).autoencoder
+        rows[name or folder] = {case.name: measured(autoencoder, case, tissues) for case in cases}
+        if args.picture:
+            slices += middle(autoencoder, cases[-1])
     write(args.output, {"rows": rows})
     if args.picture:
         low, high = -175.0, 250.0
@@ -55,24 +52,10 @@ def main() -> None:
         grid(args.picture, [[[shown(s, low, high).flip(0, 1).T for s in (scan, *slices)]]])
 
 
-def variants(name: str, autoencoder: Autoencoder) -> list[tuple[str, Autoencoder]]:
-    """The autoencoder without and with its detail."""
-    if not autoencoder.config.detail_channels:
-        return [(name, autoencoder)]
-    plain = Autoencoder(replace(autoencoder.config, detail_channels=0)).eval()
-    plain.load_state_dict(
-        {k: v for k, v in autoencoder.state_dict().items() if k != "detail_basis"}
-    )
-    return [(f"{name}, without detail", plain), (name, autoencoder)]
-
-
 def measured(autoencoder: Autoencoder, case: Case, tissues: dict[str, int]) -> dict[str, Any]:
     assert case.label is not None
     present = {n: value for n, value in tissues.items() if bool((case.label == value).any())}
-    found = {name: reconstruction(autoencoder, case, [v]) for name, v in present.items()}
-    for figures in found.values():
-        figures.pop("without_detail", None)  # that is a row of its own
-    return found
+    return {name: reconstruction(autoencoder, case, [v]) for name, v in present.items()}
 
 
 def centre(case: Case, side: int = 96) -> tuple[slice, slice, slice]:
@@ -83,9 +66,10 @@ def centre(case: Case, side: int = 96) -> tuple[slice, slice, slice]:
 
 
 @torch.no_grad()
-def middle(autoencoder: Autoencoder, case: Case) -> Tensor:
-    _, out, _ = reconstructed(autoencoder, case.hu[centre(case)])
-    return out[:, :, out.shape[2] // 2]
+def middle(autoencoder: Autoencoder, case: Case) -> list[Tensor]:
+    """An axial slice, reconstructed without and with detail."""
+    _, out, plain = reconstructed(autoencoder, case.hu[centre(case)])
+    return [part[:, :, part.shape[2] // 2] for part in (plain, out)]
 
 
 if __name__ == "__main__":
