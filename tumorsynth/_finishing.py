@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tumorsynth import masks
-from tumorsynth._jobs import NOTHING, Draft, Job, left_alone, region
+from tumorsynth._jobs import NOTHING, Draft, Job, left_alone
 from tumorsynth._painting import Painting
-from tumorsynth.blend import feather, reach
+from tumorsynth.blend import feather
 from tumorsynth.devices import onto
 from tumorsynth.gate import REACH_MM, Gate
 from tumorsynth.generator import Generator
@@ -66,17 +66,17 @@ class Finishing(Painting):
         spacing = job.grid.frame.spacing
         wider = [
             slice(max(0, w.start - math.ceil(REACH_MM / s)), w.stop + math.ceil(REACH_MM / s))
-            for w, s in zip(draft.where, spacing, strict=True)
+            for w, s in zip(job.where, spacing, strict=True)
         ]
         around = (wider[0], wider[1], wider[2])
         here = tuple(
             slice(w.start - a.start, w.stop - a.start)
-            for w, a in zip(draft.where, around, strict=True)
+            for w, a in zip(job.where, around, strict=True)
         )
         values = image[around].clone()
         values[here] = draft.after
         inside = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
-        inside[here] = draft.inside
+        inside[here] = job.inside
         organ = masks.is_organ(label[around], self.organ_labels)
         hu, asked_hu = self.intensity.to_hu(values.float()), job.tumor.params.contrast_hu
         return gate.scores(hu, inside, organ, spacing, asked_hu)
@@ -86,9 +86,7 @@ class Finishing(Painting):
     ) -> Draft:
         """The tumour blended into its part of the image (X, Y, Z), which is left as it is."""
         frame, tumor = job.grid.frame, job.tumor
-        softened = softening(job.grain_mm)
-        margin = reach(job.sigma_mm, frame.spacing, self.blend, softened)
-        where, inside = region(tumor, margin, image.shape, image.device)
+        where, inside = job.where, job.inside
         weight = feather(
             inside,
             job.sigma_mm,
@@ -96,7 +94,7 @@ class Finishing(Painting):
             self.blend,
             generator.own_edge,
             tumor.voxels,
-            softened,
+            softening(job.grain_mm),
         )
         made = job.grid.carry_back(made, where)
         before = image[where].clone()
@@ -127,7 +125,7 @@ class Finishing(Painting):
         told = torch.stack([changed.to(peak), peak, hu_change.to(peak)])
         seen, peak_weight, mean_hu = told.tolist()  # one wait for a GPU
         empty = seen < 0.5 * tumor.voxels
-        return Draft(where, before, after, inside, peak_weight, mean_hu, empty)
+        return Draft(after, peak_weight, mean_hu, empty)
 
     def _write(
         self,
@@ -139,7 +137,7 @@ class Finishing(Painting):
     ) -> dict[str, Any]:
         """Write one tumour into image and label (X, Y, Z), in place; returns its record."""
         frame, tumor = job.grid.frame, job.tumor
-        where, inside = draft.where, draft.inside
+        where, inside = job.where, job.inside
         image[where] = draft.after
         label[where] = torch.where(inside, label.new_full((), self.tumor_label), label[where])
         # the middle one of the voxels made; params.centre may lie beside them

@@ -59,6 +59,8 @@ class Job:
     crop: Tensor  # (side, side, side) in [0, 1]
     crop_mask: Tensor  # bool, the same shape
     grain_mm: tuple[float, float, float]  # how sharp the scan is there, along the tensor's axes
+    where: tuple[slice, slice, slice]  # the part of the sample that the feather reaches
+    inside: Tensor  # bool, the tumour there
     fill: Fill | None = None  # even tissue in place of fat, or of a lung's vessels
 
     @property
@@ -71,10 +73,7 @@ class Job:
 class Draft:
     """What one tumour would make of its part of the sample."""
 
-    where: tuple[slice, slice, slice]
-    before: Tensor
     after: Tensor
-    inside: Tensor  # bool, the tumour
     peak_weight: float
     hu_change: float  # mean in the tumour
     empty: bool  # nothing to be seen

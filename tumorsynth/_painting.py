@@ -64,12 +64,12 @@ class Painting(Settings):
             check_hu(hu)
         else:
             check_scale(hu, self.intensity)
-        where, outline = region(tumor, feathered, image.shape, image.device)
+        where, there = region(tumor, feathered, image.shape, image.device)
         filled = fill(
             self.intensity.to_hu(image[where].float()),
             label[where],
             self.organ_labels,
-            outline,
+            there,
             frame.spacing,
             grain_mm,
             tumor.params,
@@ -94,7 +94,7 @@ class Painting(Settings):
         share = grid.cut(inside)
         # half a voxel's share, or less where a tumour is smaller than the generator's voxels
         crop_mask = share >= (0.5 * share.max()).clamp(max=0.5)
-        return Job(*place, tumor, grid, crop, crop_mask, grain_mm, filled)
+        return Job(*place, tumor, grid, crop, crop_mask, grain_mm, where, there, filled)
 
     def _drawn(
         self, job: Job, record: dict[str, Any], generator: Generator | HandcraftedGenerator
