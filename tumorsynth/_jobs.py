@@ -18,7 +18,7 @@ from tumorsynth.geometry import CropGrid
 from tumorsynth.intensity import Intensity
 from tumorsynth.masks import LocalMask
 from tumorsynth.mass_effect import MassEffect
-from tumorsynth.texture import softening
+from tumorsynth.texture import MARGIN, softening
 from tumorsynth.weights import Handle
 
 NOTHING = "the generator leaves this tissue as it is"
@@ -68,6 +68,16 @@ class Job:
         """The feather along the tensor's axes: as drawn, and seen as softly as the scan sees."""
         return feather_mm(self.tumor.params.sigma_mm, self.grain_mm)
 
+    @property
+    def near(self) -> tuple[slice, slice, slice]:
+        """The part of the crop that is read once it is painted: what the feather reaches, and where
+        the change is matched to the scan."""
+        a, b, c = (
+            slice(s, s + n) for s, n in zip(self.tumor.start, self.tumor.mask.shape, strict=True)
+        )
+        wider = [slice(n.start - MARGIN, n.stop + MARGIN) for n in self.grid.near((a, b, c))]
+        return hull([self.grid.near(self.where), wider], self.crop.shape)
+
 
 @dataclass
 class Draft:
@@ -105,6 +115,15 @@ def region(
         )
     ] = onto(tumor.mask, device)
     return (x, y, z), inside
+
+
+def hull(boxes: Sequence[Sequence[slice]], shape: Sequence[int]) -> tuple[slice, slice, slice]:
+    """The box around some boxes, within the shape."""
+    x, y, z = (
+        slice(max(0, min(s.start for s in along)), min(n, max(s.stop for s in along)))
+        for n, *along in zip(shape, *boxes, strict=True)
+    )
+    return x, y, z
 
 
 def left_alone(sample: int, index: int, reason: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth import masks
-from tumorsynth._jobs import Job, Settings, feather_mm, region
+from tumorsynth._jobs import Job, Settings, feather_mm, hull, region
 from tumorsynth.blend import reach
 from tumorsynth.bulge import fill
 from tumorsynth.contrast import own_level
@@ -181,6 +181,9 @@ class Painting(Settings):
             generator = self.handle.get(device)
         run = generator.change if self.blend == "change" else generator.inpaint
         drawn = [job.tumor.params for job in part]
+        parts: dict[str, Any] = {}
+        if isinstance(generator, Generator):
+            parts["near"] = hull([job.near for job in part], part[0].crop.shape)
         try:
             crops = torch.stack([job.crop for job in part])[:, None].to(device)
             inside = torch.stack([job.crop_mask for job in part])[:, None].to(device)
@@ -190,6 +193,7 @@ class Painting(Settings):
                     inside,
                     seed=[params.seed for params in drawn],
                     contrast_hu=_asked([params.contrast_hu for params in drawn]),
+                    **parts,
                 )
         except torch.cuda.OutOfMemoryError:
             if len(part) == 1:

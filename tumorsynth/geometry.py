@@ -164,6 +164,23 @@ class CropGrid:
             out = _along(out, axis, _weights(at, self.side, s))
         return out.contiguous()
 
+    def near(self, region: tuple[slice, slice, slice]) -> tuple[slice, slice, slice]:
+        """The crop's points, along its own axes x, y, z, that `carry_back` reads for a region."""
+        found = []
+        for part, s, start in zip(region, self.frame.spacing, self.origin, strict=True):
+            reach = _half_width(s)
+            first, last = part.start * s - start - reach, (part.stop - 1) * s - start + reach
+            # beyond the crop its faces are repeated
+            low = min(max(math.floor(first), 0), self.side - 1)
+            found.append(slice(low, max(min(math.ceil(last) + 1, self.side), low + 1)))
+        x, y, z = (
+            slice(self.side - n.stop, self.side - n.start) if flip else n
+            for n, flip in zip(
+                (found[axis] for axis in self.frame.axes), self.frame.flips, strict=True
+            )
+        )
+        return x, y, z
+
 
 def plan_crop(
     frame: Frame,
@@ -201,11 +218,14 @@ def _weights(at: np.ndarray, count: int, ratio: float) -> Tensor:
     coarser target), a wider triangle averages them: as spread as a box of that many points, so that
     each of them counts (a half width of ratio / 2 would lose every other point at a ratio of 2).
     """
-    half_width = max(1.0, ratio / math.sqrt(2))
     distance = np.abs(at[:, None] - np.arange(count)[None, :])
-    weights = np.clip(1 - distance / half_width, 0, None)
+    weights = np.clip(1 - distance / _half_width(ratio), 0, None)
     weights /= weights.sum(1, keepdims=True)
     return torch.from_numpy(weights.astype(np.float32))
+
+
+def _half_width(ratio: float) -> float:
+    return max(1.0, ratio / math.sqrt(2))
 
 
 def _along(volume: Tensor, axis: int, weights: Tensor) -> Tensor:

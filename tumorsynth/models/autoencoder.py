@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.models.codebook import Codebook
-from tumorsynth.models.conv import Conv3d, cpu_layout, pad_replicate
+from tumorsynth.models.conv import Conv3d, GroupNorm, cpu_layout
+from tumorsynth.models.layers import Conv, ResidualBlock, UpConv
+from tumorsynth.models.slabs import Near, through
 
 
 @dataclass(frozen=True)
@@ -77,59 +79,6 @@ LIGHT = AutoencoderConfig(
 )
 
 
-class Conv(nn.Module):
-    """3-D convolution, kernel k, stride s, padded to keep (or halve) the size.
-
-    The published network pads by replication with (before, after) = (p // 2 + p % 2, p // 2),
-    p = k - s: equal on both sides for all kernels used here.
-    """
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, padding: str):
-        super().__init__()
-        self.padding = (kernel - stride) // 2
-        self.replicate = padding == "replicate" and self.padding > 0
-        self.conv = Conv3d(
-            inputs, outputs, kernel, stride, padding=0 if self.replicate else self.padding
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.replicate:
-            x = pad_replicate(x, self.padding)
-        return self.conv(x)
-
-
-class UpConv(nn.Module):
-    """Transposed convolution, kernel 4, stride 2: doubles the size.
-
-    With replication the published network pads its input by one voxel and then crops k - 1; with
-    zeros the usual padding of 1 gives the same size.
-    """
-
-    def __init__(self, inputs: int, outputs: int, padding: str):
-        super().__init__()
-        self.replicate = padding == "replicate"
-        self.convt = nn.ConvTranspose3d(inputs, outputs, 4, 2, padding=3 if self.replicate else 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.replicate:
-            x = pad_replicate(x, 1)
-        return self.convt(x)
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, width: int, groups: int, padding: str):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv1 = Conv(width, width, 3, 1, padding)
-        self.norm2 = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv2 = Conv(width, width, 3, 1, padding)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # in place: at 96^3 it takes the system longer to find fresh memory than to compute
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        return self.conv2(F.silu(self.norm2(h), inplace=True)).add_(x)
-
-
 class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -141,16 +90,14 @@ class Encoder(nn.Module):
             nn.Sequential(Conv(wide, width, 4, 2, c.padding), *_blocks(c.encoder_blocks, width, c))
             for wide, width in zip(widths, widths[1:], strict=False)
         )
-        self.norm = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)
+        self.norm = GroupNorm(c.groups, widths[-1], eps=1e-6)
         self.head = Conv3d(widths[-1], c.latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.patch > 1:
             p = self.patch
             x = rearrange(x, "b c (d p) (h q) (w r) -> b (c p q r) d h w", p=p, q=p, r=p)
-        x = self.inner(self.stem(cpu_layout(x)))
-        for level in self.levels:
-            x = level(x)
+        x = through([self.stem, self.inner, *self.levels], x)
         return self.head(F.silu(self.norm(x)))
 
 
@@ -160,7 +107,7 @@ class Decoder(nn.Module):
         c, widths = config, config.decoder_widths
         self.patch = c.patch
         self.stem = Conv3d(c.latent_channels, widths[0], 1)
-        self.norm = nn.GroupNorm(c.groups, widths[0], eps=1e-6)
+        self.norm = GroupNorm(c.groups, widths[0], eps=1e-6)
         self.inner = _blocks(c.inner_blocks, widths[0], c)
         self.levels = nn.ModuleList(
             nn.Sequential(UpConv(wide, width, c.padding), *_blocks(c.decoder_blocks, width, c))
@@ -168,15 +115,21 @@ class Decoder(nn.Module):
         )
         self.head = Conv(widths[-1], c.patch**3, 3, 1, c.padding)
 
-    def forward(self, latent: Tensor) -> Tensor:
-        x = self.inner(F.silu(self.norm(self.stem(cpu_layout(latent)))))
-        for level in self.levels:
-            x = level(x)
-        x = self.head(x)
-        if self.patch > 1:
-            p = self.patch
+    def forward(self, latent: Tensor, near: Near | None = None) -> Tensor:
+        """(B, 8, d, h, w) -> (B, 1, D, H, W), or its voxels ``near``, whole latent voxels."""
+        p = self.patch
+        if near is not None and p > 1:
+            near = _scaled(near, p)
+        x = F.silu(self.norm(self.stem(cpu_layout(latent))))
+        x = through([self.inner, *self.levels, self.head], x, near)
+        if p > 1:
             x = rearrange(x, "b (c p q r) d h w -> b c (d p) (h q) (w r)", p=p, q=p, r=p)
         return x
+
+
+def _scaled(near: Near, by: int) -> Near:
+    x, y, z = (slice(n.start // by, n.stop // by) for n in near)
+    return x, y, z
 
 
 def _blocks_of(volume: Tensor, side: int) -> Tensor:
@@ -235,9 +188,12 @@ class Autoencoder(nn.Module):
             return latent
         return self.codebook.lookup(self.codebook.nearest(latent)).to(latent.dtype)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """(B, 8, d, h, w) -> (B, 1, D, H, W): quantised first, then decoded."""
-        return self.decoder(self.quantize(latent))
+    def decode(self, latent: Tensor, near: Near | None = None) -> Tensor:
+        """(B, 8, d, h, w) -> (B, 1, D, H, W): quantised first, then decoded.
+
+        near: slices of the voxels that are wanted, whole latent voxels; they alone are returned.
+        """
+        return self.decoder(self.quantize(latent), near)
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of x: decoded, with its detail."""

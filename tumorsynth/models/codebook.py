@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tumorsynth.models.conv import linear
+
 DEAD = 0.03  # of a code's even share of the latent voxels: used less, it counts as dead
 
 
@@ -58,12 +60,11 @@ class Codebook(nn.Module):
         if tokens_per_chunk is None:
             tokens_per_chunk = max(16, 2**19 // size) if latent.device.type == "cpu" else 4096
         flat = _tokens(latent).to(self.embeddings.dtype)
-        half_norm = self.embeddings.square().sum(1) / 2
+        away, half_norm = -self.embeddings, self.embeddings.square().sum(1) / 2
         # 16,384 codes lie too close together for the eight bits of bfloat16
         with torch.autocast(latent.device.type, enabled=False):
             codes = [
-                _argmin(torch.addmm(half_norm, chunk, self.embeddings.T, alpha=-1))
-                for chunk in flat.split(tokens_per_chunk)
+                _argmin(linear(chunk, away, half_norm)) for chunk in flat.split(tokens_per_chunk)
             ]
         return torch.cat(codes).view(latent.shape[0], *latent.shape[2:])
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tumorsynth.models.conv import Conv3d, cpu_layout
+from tumorsynth.models.conv import Conv3d, GroupNorm, cpu_layout
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, width: int, config: ConvUNetConfig):
         super().__init__()
-        self.norm1 = nn.GroupNorm(config.groups, inputs)
+        self.norm1 = GroupNorm(config.groups, inputs)
         self.conv1 = Conv3d(inputs, width, 3, padding=1)
         self.time = nn.Linear(config.time_channels, 2 * width)
-        self.norm2 = nn.GroupNorm(config.groups, width)
+        self.norm2 = GroupNorm(config.groups, width)
         self.conv2 = Conv3d(width, width, 3, padding=1)
         self.skip = Conv3d(inputs, width, 1) if inputs != width else nn.Identity()
         nn.init.zeros_(self.conv2.weight)
@@ -80,7 +80,7 @@ class ConvUNet(nn.Module):
                     Block(width * (2 if i == 0 else 1), width, c) for i in range(c.blocks)
                 )
             )
-        self.norm = nn.GroupNorm(c.groups, widths[0])
+        self.norm = GroupNorm(c.groups, widths[0])
         self.head = Conv3d(widths[0], c.latent_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tumorsynth.models.conv import Conv3d, cpu_layout
+from tumorsynth.models.conv import Conv3d, GroupNorm, Linear, cpu_layout
 
 CHUNK = 2**19  # numbers in q, k and v together, of the sequences that go together on a CPU
+SHORT = 48
 ROTARY_BASE = 10000.0  # Su et al. 2021, section 3.2.2; the time embedding uses the same base
 
 
@@ -151,7 +152,7 @@ class RelativePositionBias(nn.Module):
     def forward(self, length: int) -> Tensor:
         """(1, heads, length, length), to be added to the attention logits."""
         bias = self.embedding(self.buckets(length, self.embedding.weight.device))
-        return rearrange(bias, "i j heads -> 1 heads i j")
+        return rearrange(bias, "i j heads -> 1 heads i j").contiguous()
 
 
 def by_parts(attend: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
@@ -166,6 +167,23 @@ def by_parts(attend: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tenso
     return torch.cat([attend(part) for part in x.split(few)])
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention: q, k, v (B, heads, n, channels) and bias, added to the logits, -> as q.
+
+    Short sequences on a CPU by plain matrix products: there PyTorch's fused attention, which is
+    made for long ones, takes twice as long, four times in bfloat16.
+    """
+    heads, n, channels = q.shape[-3:]
+    if q.device.type != "cpu" or torch.is_grad_enabled() or n > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    q, k, v = (part.reshape(-1, n, channels) for part in (q, k, v))
+    logits = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (-1, heads)).mul_(channels**-0.5)
+    if bias is not None:
+        logits += bias
+    weights = logits.softmax(-1, dtype=torch.float32)  # slow in bfloat16
+    return torch.bmm(weights.flatten(0, 1).to(v.dtype), v).unflatten(0, (-1, heads))
+
+
 class Attention(nn.Module):
     """Softmax attention over tokens (N, n, dim), normalised before; returns the residual."""
 
@@ -174,8 +192,8 @@ class Attention(nn.Module):
         inner = config.heads * config.head_dim
         self.heads = config.heads
         self.norm = nn.LayerNorm(dim, eps=1e-5, bias=False)
-        self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
+        self.to_qkv = Linear(dim, 3 * inner, bias=False)
+        self.to_out = Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, table: Tensor | None = None) -> Tensor:
         return by_parts(lambda part: self._attend(part, bias, table), x, self.to_qkv.out_features)
@@ -188,8 +206,7 @@ class Attention(nn.Module):
             # The published model scales q before it rotates; a rotation is linear, so that
             # the scaling inside scaled_dot_product_attention gives the same logits.
             q, k = rotate(q, table), rotate(k, table)
-        mask = None if bias is None else bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attended(q, k, v, None if bias is None else bias.to(q.dtype))
         return self.to_out(rearrange(out, "b h n c -> b n (h c)"))
 
 
@@ -224,8 +241,8 @@ class SpatialLinearAttention(nn.Module):
         self.heads = config.heads
         self.scale = config.head_dim**-0.5
         self.norm = nn.LayerNorm(dim, eps=1e-5, bias=False)
-        self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim)
+        self.to_qkv = Linear(dim, 3 * inner, bias=False)
+        self.to_out = Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, _, h, w = x.shape
@@ -257,9 +274,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.time = nn.Linear(time_dim, 2 * dim_out) if time_dim else None
         self.conv1 = slice_conv(dim_in, dim_out, 3)
-        self.norm1 = nn.GroupNorm(groups, dim_out)
+        self.norm1 = GroupNorm(groups, dim_out)
         self.conv2 = slice_conv(dim_out, dim_out, 3)
-        self.norm2 = nn.GroupNorm(groups, dim_out)
+        self.norm2 = GroupNorm(groups, dim_out)
         self.skip = slice_conv(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
