@@ -182,7 +182,7 @@ def test_each_network_is_one_graph_for_torch_compile(kind):
 
 def test_an_organ_is_looked_for_in_slabs_and_in_bytes(monkeypatch):
     """Memory as large as the label, and comparing into bool, were nine tenths of the time."""
-    monkeypatch.setattr("tumorsynth.masks.SLAB", 2**12)
+    monkeypatch.setattr("tumorsynth._organ.SLAB", 2**12)
     label = torch.zeros(40, 32, 48, dtype=torch.uint8)
     label[10:20, 5:9, 30:40] = 1
     for given in (label, label.permute(2, 1, 0)):

@@ -126,10 +126,13 @@ class Placing(Settings):
         box = box or masks.organ_box(label, self.organ_labels)
         present = None if self.merge else masks.organ_box(label, self.tumor_label)
         finite = bool(image.sum(dtype=torch.float32).isfinite())
-        parts: list[tuple[slice, ...]] = [] if box is None else [box.grown(0, frame.spacing)]
+        gap_mm = (
+            0.0 if self.merge else self.gap_mm
+        )  # up to where a tumour in the organ takes voxels
+        parts: list[tuple[slice, ...]] = [] if box is None else [box.grown(gap_mm, frame.spacing)]
         around = None if present is None else present.grown(self.gap_mm, frame.spacing)
         parts += [] if around is None else [around]
-        parts += [] if finite else [tuple(slice(0, n) for n in label.shape)]
+        parts += [] if finite and not self.bulge else [tuple(slice(0, n) for n in label.shape)]
         part = _hull(parts, label.shape)
         forbid = None if finite else ~image[part].isfinite()
         if around is not None:

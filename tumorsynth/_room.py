@@ -1,19 +1,26 @@
-"""The room for a tumour: which voxels it may take, and which of them hang together."""
+"""The room for a tumour: which voxels it may take."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import copy
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from tumorsynth._organ import holds
+from tumorsynth._organ import is_organ as is_organ
+from tumorsynth._tumor_shape import Bools
+
 if TYPE_CHECKING:
+    from tumorsynth._tumor_voxels import LocalMask
     from tumorsynth.bulge import Surroundings
-    from tumorsynth.masks import LocalMask
+
+Indices = NDArray[np.int64]
 
 
 class Ground(NamedTuple):
@@ -48,95 +55,113 @@ class Ground(NamedTuple):
 class Field:
     """Where a tumour may be: organ, less forbidden voxels, less other tumours and their gap.
 
-    Voxels are counted from the sample's first, also where the ground is a part of it.
-
-    around: for a tumour that bulges, where it may be beyond the organ.
+    Voxels are counted from the sample's first, also where the ground is a part of it. ``around``,
+    of a tumour that bulges, is where it may be beyond the organ.
     """
 
-    def __init__(
-        self,
-        ground: Ground,
-        spacing: tuple[float, float, float],
-        others: Sequence[LocalMask],
-        gap_mm: float,
-        around: Surroundings | None = None,
-    ) -> None:
-        self.ground, self.spacing = ground, spacing
-        self.shape, self.device = ground.shape, ground.label.device
-        self.around = around
+    def __init__(self, ground: Ground, spacing: tuple[float, float, float], gap_mm: float) -> None:
+        label, labels = ground.label, ground.labels
+        if label.dtype is torch.bfloat16:  # which numpy does not have
+            label, labels = is_organ(label, labels), (1,)
+        self.label = label.numpy()
+        self.labels = [value for value in labels if holds(label.dtype, value)]
+        self.forbid = None if ground.forbid is None else ground.forbid.numpy()
+        self.start, self.shape = ground.start, ground.shape
+        self.spacing, self.gap_mm = spacing, gap_mm
         self.voxel_mm3 = math.prod(spacing)
-        # A box-shaped dilation by ceil(gap / spacing): whatever is left is more than gap away.
-        gap = [max(1, math.ceil(gap_mm / s - 1e-6)) for s in spacing]
-        self.others = []
-        for other in others:
-            # no further than the volume: a wide gap in small voxels has no end
-            below = [min(g, s) for g, s in zip(gap, other.start, strict=True)]
-            above = [
-                max(0, min(g, n - s - m))
-                for g, n, s, m in zip(gap, self.shape, other.start, other.mask.shape, strict=True)
-            ]
-            (x, y, z), (x1, y1, z1) = below, above
-            padded = F.pad(other.mask, (z, z1, y, y1, x, x1))
-            start = [s - g for s, g in zip(other.start, below, strict=True)]
-            self.others.append((start, dilate(padded, gap_mm, spacing)))
+        self.others: list[tuple[list[int], Bools]] = []
+        self._taken: Bools | None = None  # of the ground's shape: by ``others``, or forbidden
+        self._known = 0  # how many of them are in it
 
-    def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, other: LocalMask) -> None:
+        """From here on no tumour may lie within the gap of this one, or next to it."""
+        # A box-shaped dilation by ceil(gap / spacing): whatever is left is more than gap away;
+        # no further than the volume: a wide gap in small voxels has no end
+        gap = [max(1, math.ceil(self.gap_mm / s - 1e-6)) for s in self.spacing]
+        below = [min(g, s) for g, s in zip(gap, other.start, strict=True)]
+        above = [
+            max(0, min(g, n - s - m))
+            for g, n, s, m in zip(gap, self.shape, other.start, other.mask.shape, strict=True)
+        ]
+        (x, y, z), (x1, y1, z1) = below, above
+        padded = F.pad(other.mask.cpu(), (z, z1, y, y1, x, x1))
+        start = [s - g for s, g in zip(other.start, below, strict=True)]
+        self.others.append((start, dilate(padded, self.gap_mm, self.spacing).numpy()))
+
+    def at(self, index: Indices, around: Surroundings | None = None) -> tuple[Bools, Bools]:
         """For voxel indices (3, ...): may a tumour be there, and is only the organ in the way.
 
-        Both bool. The second is False beyond the volume, and where a voxel is forbidden or taken: a
-        tumour cut there ends in a straight line, which the organ's own surface does not make.
+        The second is False beyond the volume, and where a voxel is forbidden or taken: a tumour cut
+        there ends in a straight line, which the organ's own surface does not make.
         """
-        label, forbid = self.ground.label, self.ground.forbid
-        (x, y, z), known = _within(index, self.ground.start, label.shape)
+        at, known = _within(index, self.start, self.label.shape)
         open_ = known
-        if self.shape != label.shape:
+        if self.shape != self.label.shape:
             _, open_ = _within(index, (0, 0, 0), self.shape)
-        if forbid is not None:
-            open_ = open_ & ~(known & forbid[x, y, z])
-        for start, mask in self.others:
-            (i, j, k), near = _within(index, start, mask.shape)
-            open_ = open_ & ~(near & mask[i, j, k])
-        organ = is_organ(label[x, y, z], self.ground.labels).logical_and_(known)
-        if self.around is not None:
-            organ |= self.around.near(index)
-        return organ.logical_and_(open_), open_
+        taken = self._map()
+        if taken is not None:
+            open_ = open_ & ~(known & taken[at])
+        organ = self._organ(at) & known
+        if around is not None:
+            organ |= around.near(torch.from_numpy(index)).numpy()
+        return organ & open_, open_
 
-    def of_organ(self) -> Field:
-        """The same without what lies beyond the organ."""
-        inner = copy(self)
-        inner.around = None
-        return inner
-
-    def organ_at(self, index: Tensor) -> Tensor:
+    def organ_at(self, index: Indices) -> Bools:
         """Which voxels (3, ...) are the organ's, of indices that may lie beyond the volume."""
-        label = self.ground.label
-        (x, y, z), known = _within(index, self.ground.start, label.shape)
-        return is_organ(label[x, y, z], self.ground.labels).logical_and_(known)
+        at, known = _within(index, self.start, self.label.shape)
+        return self._organ(at) & known
 
-    def local(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
-        """The same for a whole box, which must lie in the volume."""
-        label, forbid = self.ground.label, self.ground.forbid
-        here, there = _common(start, stop, self.ground.start, label.shape)
-        sides = [b - a for a, b in zip(start, stop, strict=True)]
-        free = torch.zeros(sides, dtype=torch.bool, device=self.device)
-        free[here] = is_organ(label[there], self.ground.labels)
-        if self.around is not None:
-            free |= self.around.local(start, stop)
-        if forbid is not None:
-            free[here] &= ~forbid[there]
+    def local(
+        self, start: Sequence[int], stop: Sequence[int], around: Surroundings | None = None
+    ) -> Bools:
+        """Where in a box, which must lie in the volume, a tumour may be."""
+        here, there = _common(start, stop, self.start, self.label.shape)
+        free = np.zeros([b - a for a, b in zip(start, stop, strict=True)], dtype=bool)
+        free[here] = self._organ(there)
+        if around is not None:
+            free |= around.local(start, stop).numpy()
+        if self.forbid is not None:
+            free[here] &= ~self.forbid[there]
         for other_start, mask in self.others:
             here, there = _common(start, stop, other_start, mask.shape)
             free[here] &= ~mask[there]
         return free
 
+    def organ(self, where: Sequence[slice]) -> Bools:
+        """Which voxels of a part of the sample are the organ's; the ground must reach its start."""
+        begin = zip(where, self.start, strict=True)
+        return self._organ(tuple(slice(w.start - s, w.stop - s, w.step) for w, s in begin))
+
+    def _organ(self, at: tuple[slice, ...] | tuple[Indices, ...]) -> Bools:
+        values = self.label[at]
+        found = np.zeros(values.shape, dtype=bool)
+        for value in self.labels:
+            found |= values == value
+        return found
+
+    def _map(self) -> Bools | None:
+        """Forbidden and taken voxels of the ground: to look up many points in, however many others
+        there are."""
+        if self._taken is None:
+            if not self.others:
+                return self.forbid
+            shape = self.label.shape
+            self._taken = np.zeros(shape, bool) if self.forbid is None else self.forbid.copy()
+        for start, mask in self.others[self._known :]:
+            stop = [a + n for a, n in zip(start, mask.shape, strict=True)]
+            here, there = _common(start, stop, self.start, self.label.shape)
+            self._taken[there] |= mask[here]
+        self._known = len(self.others)
+        return self._taken
+
 
 def _within(
-    index: Tensor, start: Sequence[int], shape: Sequence[int]
-) -> tuple[list[Tensor], Tensor]:
+    index: Indices, start: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[Indices, ...], Bools]:
     """Indices (3, ...) counted from ``start`` and kept in the shape; which of them are in it."""
     local = [i - s for i, s in zip(index, start, strict=True)]
-    kept = [t.clamp(0, n - 1) for t, n in zip(local, shape, strict=True)]
-    a, b, c = (t == k for t, k in zip(local, kept, strict=True))
+    kept = tuple(np.maximum(np.minimum(i, n - 1), 0) for i, n in zip(local, shape, strict=True))
+    a, b, c = (i == k for i, k in zip(local, kept, strict=True))
     return kept, a & b & c
 
 
@@ -152,76 +177,6 @@ def _common(
     return tuple(box), tuple(volume)
 
 
-def lowest_connected(level: Tensor, where: Tensor, n: int) -> Tensor | int:
-    """The n voxels of lowest level that hang together (X, Y, Z), or how many if there are fewer.
-
-    Every connected part of a sublevel set has a lowest voxel. So one local minimum means one
-    part, which is the rule; the flood is for shapes that the organ's surface cuts apart.
-    level: (N,), infinite where no tumour may be. where: (X, Y, Z) bool, the voxels of level.
-    """
-    found = 0
-    for _ in range(3):
-        enough = int(level.isfinite().sum()) >= n
-        lowest = level <= level.kthvalue(n).values if enough else level.isfinite()
-        grid = level.new_full(where.shape, math.inf)
-        grid[where] = level.masked_fill(~lowest, math.inf)
-        mask = grid.isfinite()
-        lowest_near = -F.max_pool3d(-grid[None, None], 3, 1, 1)[0, 0]
-        parts = int((mask & (grid <= lowest_near)).sum())
-        if enough and parts == 1:
-            return mask
-        if parts == 0:
-            return 0
-        if parts == 1:  # all that there is, and too little
-            return int(mask.sum())
-        part = flood(mask, int(grid.argmin()))
-        found = int(part.sum())
-        if found == n:
-            return part
-        if not enough:
-            break
-        level = level.masked_fill(lowest & ~part[where], math.inf)
-    return found
-
-
-def flood(mask: Tensor, seed: int) -> Tensor:
-    """The 26-connected part of a bool mask (X, Y, Z) that holds the voxel of flat index seed."""
-    part = torch.zeros(mask.numel(), dtype=torch.float32, device=mask.device)
-    part[seed] = 1.0
-    allowed = mask.float()[None, None]
-    part = part.view_as(allowed)
-    size = 1
-    for _ in range(sum(mask.shape)):  # a path that winds more than this is not followed
-        for _ in range(4):
-            part = F.max_pool3d(part, 3, 1, 1) * allowed
-        grown = int(part.sum())
-        if grown == size:
-            break
-        size = grown
-    return part[0, 0] > 0
-
-
-def largest_part(ground: Ground, where: tuple[slice, ...]) -> int:
-    """Voxels of the largest connected part of an organ (one kidney of two), to a few per cent.
-
-    where: the organ's box. It is looked at on a grid of at most 24 points along each axis.
-    """
-    steps = [max(1, math.ceil((s.stop - s.start) / 24)) for s in where]
-    coarse = [
-        slice(s.start + n // 2 - first, s.stop - first, n)
-        for s, n, first in zip(where, steps, ground.start, strict=True)
-    ]
-    left = is_organ(ground.label[tuple(coarse)], ground.labels)
-    largest = 0
-    for _ in range(8):  # what is smaller than so many parts is no organ
-        if not bool(left.any()):
-            break
-        part = flood(left, int(left.flatten().to(torch.uint8).argmax()))
-        largest = max(largest, int(part.sum()))
-        left &= ~part
-    return largest * math.prod(steps)
-
-
 def dilate(mask: Tensor, gap_mm: float, spacing: Sequence[float]) -> Tensor:
     """A bool mask (X, Y, Z) grown by a box of gap_mm, at least one voxel, to each side."""
     out = mask.clone()
@@ -235,31 +190,3 @@ def dilate(mask: Tensor, gap_mm: float, spacing: Sequence[float]) -> Tensor:
             out.narrow(axis, 0, size - step).logical_or_(before.narrow(axis, step, size - step))
             reached += step
     return out
-
-
-def is_organ(label: Tensor, labels: tuple[int, ...]) -> Tensor:
-    """Where the label (X, Y, Z) has one of the values: bool."""
-    organ = None
-    for value in labels:
-        if holds(label.dtype, value):  # or torch would compare with what it wraps or rounds to
-            here = label == value
-            organ = here if organ is None else organ.logical_or_(here)
-    return torch.zeros_like(label, dtype=torch.bool) if organ is None else organ
-
-
-def marked(label: Tensor, labels: tuple[int, ...]) -> Tensor:
-    """As `is_organ`, with numbers that are not 0 where it is True: on a CPU torch compares into the
-    label's own number format up to eight times as fast as into bool."""
-    if label.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32):
-        return is_organ(label, labels).view(torch.uint8)
-    found = None
-    for value in labels:
-        if holds(label.dtype, value):
-            here = label.clone().eq_(value)
-            found = here if found is None else torch.maximum(found, here)
-    return torch.zeros_like(label) if found is None else found
-
-
-def holds(dtype: torch.dtype, value: int) -> bool:
-    """Whether a dtype has this very number; 257 in uint8 would be 1."""
-    return torch.tensor(value).to(dtype).item() == value

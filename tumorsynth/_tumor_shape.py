@@ -9,18 +9,23 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tumorsynth._arguments import is_bool
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 MAX_LEVEL = 1.2  # a tumour cut by the organ's surface grows elsewhere by this factor at most
 RINGS = 16  # of an outline's directions from pole to pole, twice as many around
 WAVES = 16  # terms of the random surface function
 DECAY = 1.25  # amplitude of a wave: its number to the power -DECAY
 ROUND_OFF = 0.8  # the smaller, the rounder the bumps and the sharper the dents
-_CHUNK = 1 << 18  # voxels whose surface function is evaluated at once: bounds the memory
+_CHUNK = 1 << 12  # voxels whose surface function is evaluated at once: 16 waves of them fit a cache
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,11 @@ BOUNDS: dict[str, tuple[int, float, float]] = {
 
 
 class Shape:
-    """The surface of one tumour. Lengths in mm; everything on the CPU until `level` is called."""
+    """The surface of one tumour, on the CPU. Lengths in mm.
+
+    sphere, ball, rim: points (N, 3) of the surface from the centre, in the directions of SPHERE,
+    BALL and RIM. longest: the largest of its relative radii.
+    """
 
     def __init__(self, params: TumorParams) -> None:
         rng = torch.Generator().manual_seed(params.shape_seed)
@@ -120,7 +129,7 @@ class Shape:
         number = 2.0 * (finest / 2.0) ** torch.rand(WAVES, 1, generator=rng, dtype=f64)
         direction = F.normalize(torch.randn(WAVES, 3, generator=rng, dtype=f64), dim=1)
         self.waves = number * direction
-        self.phases = 2 * math.pi * torch.rand(WAVES, generator=rng, dtype=f64)
+        self.phases = 2 * math.pi * torch.rand(WAVES, 1, generator=rng, dtype=f64)
         amplitude = number[:, 0] ** -DECAY
         self.amplitudes = params.roughness * amplitude * (2 / (amplitude**2).sum()) ** 0.5
         self.offset = torch.rand(3, generator=rng, dtype=f64) - 0.5  # of the centre, in voxels
@@ -129,11 +138,17 @@ class Shape:
             self.outline = self.outline.flip(0)  # a mirror image
         self.axes = torch.tensor(params.axes, dtype=f64)
         self.half_axes = self.axes * params.diameter_mm / 2
+        self.diameter_mm = params.diameter_mm
         self.volume_mm3 = math.pi / 6 * params.diameter_mm**3
         self.turn = _rotation(params.rotation)
         self.scale = 1.0
-        mean_cube = float((self.radius(SPHERE) ** 3).mean())
+        radius = self.radius(_DIRECTIONS)  # all at once: each call costs more than its numbers
+        mean_cube = float((radius[: len(SPHERE)] ** 3).mean())
         self.scale = mean_cube ** (-1.0 / 3.0)  # so that level 1 encloses the volume asked for
+        radius *= self.scale
+        self.longest = float(radius[: len(SPHERE)].max())
+        surface = (_DIRECTIONS * radius[:, None] * self.half_axes @ self.turn.T).numpy()
+        self.sphere, self.ball, self.rim = np.split(surface, _PARTS)
 
     def radius(self, unit: Tensor) -> Tensor:
         """Relative radius (N,) in unit directions (N, 3) of the ellipsoid's own frame.
@@ -141,22 +156,22 @@ class Shape:
         Bumps have the same height in mm all over: in proportion to the radius they would draw
         the ends of long tumours out to points.
         """
-        device, dtype = unit.device, unit.dtype
-        axes = self.axes.to(device, dtype)
-        waves, phases = self.waves.to(device, dtype), self.phases.to(device, dtype)
-        amplitudes = self.amplitudes.to(device, dtype)
+        return self._radius(unit.T, (unit * self.axes).norm(dim=1))
+
+    def _radius(self, unit: Tensor, ellipsoid: Tensor) -> Tensor:
+        """Relative radius (N,) in unit directions (3, N), where the ellipsoid's is (N,)."""
         parts = [
-            torch.addmm(phases, part, waves.T).cos_() @ amplitudes / (part * axes).norm(dim=1)
-            for part in unit.split(_CHUNK)
+            self.amplitudes @ torch.addmm(self.phases, self.waves, part).cos_()
+            for part in unit.split(_CHUNK, dim=1)
         ]
-        bump = torch.cat(parts)
+        bump = (torch.cat(parts) if len(parts) > 1 else parts[0]) / ellipsoid
         found = torch.expm1(bump / -ROUND_OFF).mul_(-ROUND_OFF).exp_() * self.scale
         return found if self.outline is None else found * self._outline_at(unit)
 
     def _outline_at(self, unit: Tensor) -> Tensor:
-        """The outline's radius (N,) in unit directions (N, 3), cubic between its own."""
+        """The outline's radius (N,) in unit directions (3, N), cubic between its own."""
         assert self.outline is not None
-        x, y, z = unit.clamp(-1, 1).unbind(1)
+        x, y, z = unit.clamp(-1, 1)
         ring = z.acos() * (RINGS / math.pi) - 0.5
         around = (torch.atan2(y, x) + math.pi) * (RINGS / math.pi) - 0.5
         # two rings and two columns more on each side: beyond a pole lies the other side
@@ -167,13 +182,9 @@ class Shape:
         found = F.grid_sample(table, at[None, None], mode="bicubic", align_corners=True)
         return found.reshape(-1).clamp_min(0.1)
 
-    def points(self, unit: Tensor, level: Tensor | float, margin_mm: float = 0.0) -> Tensor:
+    def points(self, unit: Tensor, level: float) -> Tensor:
         """Points (N, 3) in mm from the centre, at a level, in given directions of the own frame."""
-        surface = unit * self.radius(unit)[:, None] * self.half_axes
-        surface = surface * (level[:, None] if isinstance(level, Tensor) else level)
-        if margin_mm:
-            surface = surface + margin_mm * F.normalize(surface, dim=1)
-        return surface @ self.turn.T
+        return unit * self.radius(unit)[:, None] * self.half_axes * level @ self.turn.T
 
     def flatness(self) -> float:
         """Shortest over longest axis."""
@@ -184,20 +195,28 @@ class Shape:
         variance = torch.linalg.eigvalsh((surface * weight[:, None]).T @ surface)
         return float((variance[0] / variance[-1]).sqrt())
 
-    def level(self, millimetres: Sequence[Tensor], n: int) -> tuple[Tensor, Tensor]:
-        """Level of the grid points that may be among the n lowest, and where these are (bool).
+    def level(self, millimetres: Sequence[Floats], most: float) -> tuple[Floats, Bools]:
+        """Level of the grid points that may have up to ``most``, and where these are.
 
         millimetres: the grid's coordinate vectors, mm from the centre. Returns level (N,) in the
-        order of where (X, Y, Z). Points certainly beyond MAX_LEVEL are left out, unless n is small.
+        order of where (X, Y, Z). Points that certainly have more are left out.
         """
-        to_own = (self.turn / self.half_axes).to(millimetres[0])  # own = x @ to_own
-        x, y, z = (m[:, None] * to_own[i] for i, m in enumerate(millimetres))
-        own = x[:, None, None] + y[None, :, None] + z[None, None, :]
-        length = own.square().sum(-1).sqrt_()
-        most = math.inf if n < 32 else 1.03 * MAX_LEVEL * float(self.radius(SPHERE).max())
-        where = length <= most
-        length = length[where].clamp_min_(1e-9)
-        return length / self.radius(own[where] / length[:, None]), where
+        x, y, z = millimetres
+        to_own = self.turn / self.half_axes  # own = x @ to_own, in which the ellipsoid is a ball
+        form = (to_own @ to_own.T).numpy()
+        plane = form[0, 0] * np.square(x)[:, None] + form[1, 1] * np.square(y)
+        plane += 2 * form[0, 1] * x[:, None] * y
+        slope = 2 * (form[0, 2] * x[:, None] + form[1, 2] * y)
+        square = slope[:, :, None] * z
+        square += plane[:, :, None]
+        square += form[2, 2] * np.square(z)
+        where = square <= (1.03 * most * self.longest) ** 2
+        i, j, k = where.nonzero()
+        points = torch.from_numpy(np.stack([x[i], y[j], z[k]]))
+        length = torch.from_numpy(square[where]).clamp_min_(1e-18).sqrt_()
+        radius = points.square().sum(0).sqrt_().div_(length).mul_(2 / self.diameter_mm)
+        found = length / self._radius(to_own.T @ points / length, radius)
+        return found.numpy(), where
 
 
 def _outline(text: str) -> Tensor:
@@ -245,3 +264,5 @@ BALL = fibonacci(160)
 # Radii uniform in volume, in an order unrelated to the directions: those go by the golden ratio,
 # with which the points of low level would all lie on one side.
 BALL_LEVEL = MAX_LEVEL * ((torch.arange(160, dtype=torch.float64) * 3**0.5) % 1) ** (1 / 3)
+_DIRECTIONS = torch.cat([SPHERE, BALL, RIM])
+_PARTS = [len(SPHERE), len(SPHERE) + len(BALL)]

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth._room import Field, dilate, is_organ
-from tumorsynth._tumor_shape import MAX_LEVEL, SPHERE, Shape, TumorParams
+from tumorsynth._room import dilate, is_organ
+from tumorsynth._tumor_shape import TumorParams
 from tumorsynth.blend import feather, gaussian_filter
 from tumorsynth.intensity import Intensity
 from tumorsynth.mass_effect import BONE_HU, evenness
@@ -31,14 +31,8 @@ MEAN_MM = 1.5  # to each side, where that mean is taken
 SOFT_HU, FAT_SHARE = 30.0, 0.02  # an organ that is not fat itself; what noise alone does not make
 CLOSE_MM = 2.0  # strands in the fat and the blurred border of the organ are no obstacles
 AWAY_MM = 2.0  # from air and bone: the gut's wall and marrow can look like fat
-OFFSETS = 2  # places tried around each voxel of the organ
-NEAR = 0.08  # how far the share of a place may be from the one drawn
 LUNG_HU = -400.0  # tissue below this is lung
 EVEN_GAIN = 0.1  # less of a voxel's difference from its surroundings than this is no noise
-# Levels of SPHERE's directions, uniform in volume: the bits of their numbers reversed, since the
-# golden ratio is in the directions already
-CORE_LEVEL = torch.tensor([int(f"{k:08b}"[::-1], 2) + 0.5 for k in range(256)]) / 256
-CORE_LEVEL = MAX_LEVEL * CORE_LEVEL.double() ** (1 / 3)
 
 
 def check_bulge(
@@ -156,39 +150,6 @@ def _sums(values: Tensor, spacing: Sequence[float]) -> Tensor:
         if padding[axis]:
             out = F.avg_pool3d(out, kernel, 1, padding, divisor_override=1)
     return out[0, 0]
-
-
-def places(
-    shape: Shape, field: Field, organ: Tensor, bulge: float, rng: torch.Generator
-) -> list[list[int]]:
-    """Centres for a tumour of which this share is to lie beyond the organ, best first.
-
-    organ: (M, 3), random voxels of it. Centres lie around them, also beyond the organ.
-    """
-    if len(organ) == 0:
-        return []
-    count = OFFSETS * len(organ)
-    direction = F.normalize(torch.randn(count, 3, generator=rng, dtype=torch.float64), dim=1)
-    radius = float(shape.half_axes.max()) * 1.3
-    away = direction * radius * torch.rand(count, 1, generator=rng, dtype=torch.float64)
-    voxel = torch.tensor(field.spacing, dtype=torch.float64)
-    centres = organ.cpu().repeat(OFFSETS, 1) + (away / voxel).round().long()
-    size = torch.tensor(field.shape)
-    centres = torch.cat([organ.cpu(), centres])
-    centres = centres[((centres >= 0) & (centres < size)).all(1)].to(organ.device)
-    offsets = (shape.points(SPHERE, CORE_LEVEL) / voxel + shape.offset).round().long()
-    index = centres.T[:, :, None] + offsets.to(centres.device).T[:, None]
-    free, _ = field.at(index)
-    inside = free & field.organ_at(index)
-    core = (CORE_LEVEL <= 1).to(free.device)
-    reach = (free.float().mean(1) * MAX_LEVEL**3).cpu()  # volume that could be had / asked for
-    blocked = 1 - free[:, core].float().mean(1).cpu()
-    off = (1 - blocked - inside[:, core].float().mean(1).cpu() - bulge).abs()
-    # in random order, and the sort is stable: the first near enough is a random one
-    score = off.clamp(min=NEAR) + blocked.clamp(min=0.05)
-    order = torch.argsort(score, stable=True)
-    order = order[reach[order] >= 0.9]
-    return centres[order.to(centres.device)].tolist()
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth._room import flood
+from tumorsynth._connected import flood
 from tumorsynth._tumor_shape import RINGS
 
 MAX_SHAPES = 10_000
@@ -83,7 +84,8 @@ def outline_of(mask: Tensor, spacing: Sequence[float], name: str = "the mask") -
     tumor = mask[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))] != 0
     index = tumor.nonzero()
     middle = index[(index - index.double().mean(0)).mul(voxel).norm(dim=1).argmin()]
-    part = flood(tumor, int(torch.tensor(tumor.stride()).mul(middle).sum()))
+    seed = np.ravel_multi_index(middle.tolist(), tumor.shape)
+    part = torch.from_numpy(flood(tumor.numpy(), int(seed)))
     share = int(part.sum()) / len(index)
     if share < ONE_TUMOR:
         raise ValueError(
