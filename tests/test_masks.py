@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from tumorsynth import _tumor_voxels, masks
+from tumorsynth import masks
 from tumorsynth._tumor_shape import BALL, BALL_LEVEL, MAX_LEVEL
 from tumorsynth.masks import Box, LocalMask, Skip, TumorParams, draw, organ_box, place
 

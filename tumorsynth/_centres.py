@@ -133,7 +133,8 @@ def _best_first(
     if all are.
     """
     found = []
-    for part in np.split(centres, range(AT_ONCE, len(centres), AT_ONCE)):
+    for first in range(0, len(centres), AT_ONCE):
+        part = centres[first : first + AT_ONCE]
         liked, score, reach = judge(part.T[:, :, None] + offsets.T[:, None])
         yield from part[liked & (reach >= least)]
         found.append((liked, score, reach))

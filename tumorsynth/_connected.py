@@ -9,6 +9,12 @@ from numpy.typing import NDArray
 
 from tumorsynth._tumor_shape import Bools, Floats
 
+# along each axis, all but the last voxel and all but the first
+_NEXT = [
+    tuple((slice(None),) * axis + (part,) for part in (slice(None, -1), slice(1, None)))
+    for axis in range(3)
+]
+
 
 def lowest_connected(level: Floats, where: Bools, n: int) -> Bools | int:
     """The n voxels of lowest level that hang together (X, Y, Z), or how many if there are fewer.
@@ -70,10 +76,8 @@ def largest_part(mask: Bools) -> int:
 
 def _around(grid: NDArray[Any], combine: np.ufunc) -> NDArray[Any]:
     """Of each voxel (X, Y, Z): its value combined with those of its 26 neighbours."""
-    for axis in range(3):
-        before = np.moveaxis(grid, axis, 0)
-        grid = grid.copy()
-        after = np.moveaxis(grid, axis, 0)
-        combine(after[1:], before[:-1], out=after[1:])
-        combine(after[:-1], before[1:], out=after[:-1])
+    for to, since in _NEXT:
+        before, grid = grid, grid.copy()
+        combine(grid[since], before[to], out=grid[since])
+        combine(grid[to], before[since], out=grid[to])
     return grid

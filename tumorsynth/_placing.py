@@ -126,9 +126,7 @@ class Placing(Settings):
         box = box or masks.organ_box(label, self.organ_labels)
         present = None if self.merge else masks.organ_box(label, self.tumor_label)
         finite = bool(image.sum(dtype=torch.float32).isfinite())
-        gap_mm = (
-            0.0 if self.merge else self.gap_mm
-        )  # up to where a tumour in the organ takes voxels
+        gap_mm = 0.0 if self.merge else self.gap_mm  # tumours take voxels beyond the organ
         parts: list[tuple[slice, ...]] = [] if box is None else [box.grown(gap_mm, frame.spacing)]
         around = None if present is None else present.grown(self.gap_mm, frame.spacing)
         parts += [] if around is None else [around]

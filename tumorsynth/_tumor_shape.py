@@ -195,11 +195,10 @@ class Shape:
         variance = torch.linalg.eigvalsh((surface * weight[:, None]).T @ surface)
         return float((variance[0] / variance[-1]).sqrt())
 
-    def level(self, millimetres: Sequence[Floats], most: float) -> tuple[Floats, Bools]:
-        """Level of the grid points that may have up to ``most``, and where these are.
+    def squares(self, millimetres: Sequence[Floats]) -> Floats:
+        """Square (X, Y, Z) of the ellipsoid's own level at grid points, without bumps.
 
-        millimetres: the grid's coordinate vectors, mm from the centre. Returns level (N,) in the
-        order of where (X, Y, Z). Points that certainly have more are left out.
+        millimetres: the grid's coordinate vectors, mm from the centre.
         """
         x, y, z = millimetres
         to_own = self.turn / self.half_axes  # own = x @ to_own, in which the ellipsoid is a ball
@@ -210,13 +209,22 @@ class Shape:
         square = slope[:, :, None] * z
         square += plane[:, :, None]
         square += form[2, 2] * np.square(z)
-        where = square <= (1.03 * most * self.longest) ** 2
+        return square
+
+    def may_reach(self, squares: Floats, level: float) -> Bools:
+        """Where a level of this or less is possible, by `squares`."""
+        return squares <= (1.03 * level * self.longest) ** 2
+
+    def level(self, millimetres: Sequence[Floats], squares: Floats, where: Bools) -> Floats:
+        """Level (N,) of the grid points ``where`` (X, Y, Z), in their order."""
+        x, y, z = millimetres
         i, j, k = where.nonzero()
         points = torch.from_numpy(np.stack([x[i], y[j], z[k]]))
-        length = torch.from_numpy(square[where]).clamp_min_(1e-18).sqrt_()
+        length = torch.from_numpy(squares[where]).clamp_min_(1e-18).sqrt_()
+        to_own = self.turn / self.half_axes
         radius = points.square().sum(0).sqrt_().div_(length).mul_(2 / self.diameter_mm)
         found = length / self._radius(to_own.T @ points / length, radius)
-        return found.numpy(), where
+        return found.numpy()
 
 
 def _outline(text: str) -> Tensor:

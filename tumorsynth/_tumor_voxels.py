@@ -15,6 +15,7 @@ from tumorsynth._room import Field
 from tumorsynth._tumor_shape import MAX_LEVEL, Shape, TumorParams
 from tumorsynth.bulge import Surroundings
 
+UNCUT = 1.05  # of a tumour that nothing cuts, all n voxels have at most this level
 FEW = 8  # tumours of fewer voxels than this have no shape to keep to
 
 
@@ -51,15 +52,24 @@ def voxels(
         (np.arange(a - c, b - c) - o) * s
         for a, b, c, o, s in zip(start, stop, centre, offset, field.spacing, strict=True)
     ]
-    # On a coarse grid even the nearest n voxels may lie beyond MAX_LEVEL; a few count wherever.
-    level, where = shape.level(millimetres, MAX_LEVEL if n >= 4 * FEW else math.inf)
-    if len(level) == 0:  # a centre between slices too far apart
-        return 0
-    free = field.local(start, stop, around)[where]
-    if n >= FEW:
-        nth = min(n, len(level)) - 1
-        free &= level <= MAX_LEVEL * max(1.0, float(np.partition(level, nth)[nth]))
-    level[~free] = np.inf
+    squares = shape.squares(millimetres)
+    free = field.local(start, stop, around)
+    where = shape.may_reach(squares, UNCUT)
+    uncut = n >= 4 * FEW and bool(free[where].all())
+    if uncut:
+        level = shape.level(millimetres, squares, where)
+        uncut = int(np.count_nonzero(level <= UNCUT)) >= n
+    if not uncut:
+        # On a coarse grid even the nearest n voxels may lie beyond MAX_LEVEL; a few count wherever.
+        where = shape.may_reach(squares, MAX_LEVEL if n >= 4 * FEW else math.inf)
+        level = shape.level(millimetres, squares, where)
+        if len(level) == 0:  # a centre between slices too far apart
+            return 0
+        there = free[where]
+        if n >= FEW:
+            nth = min(n, len(level)) - 1
+            there &= level <= MAX_LEVEL * max(1.0, float(np.partition(level, nth)[nth]))
+        level[~there] = np.inf
     mask = lowest_connected(level, where, n)
     if isinstance(mask, int):
         return mask

@@ -131,6 +131,8 @@ def place(
             reason = f"no room for a tumour of {lo:.3g} mm or more in the organ"
             results.append(Skip(f"{reason}: none of the {HOPELESS} before it found any"))
             continue
+        if results and isinstance(results[-1], LocalMask) and not merge:
+            field.take(results[-1])
         child = torch.Generator().manual_seed(seed)
         if size_prior is None:
             drawn = lo * (hi / lo) ** float(torch.rand((), generator=child, dtype=torch.float64))
@@ -162,8 +164,6 @@ def place(
         touch = u_touch < shape_prior.touch_probability(drawn)
         beyond = around if params.bulge > 0 else None
         result = _fit(params, field, box, lo, hi, touch, beyond, child)
-        if isinstance(result, LocalMask) and not merge:
-            field.take(result)
         in_vain = 0 if isinstance(result, LocalMask) else in_vain + 1
         results.append(result)
     return results
