@@ -16,34 +16,35 @@ _NEXT = [
 ]
 
 
-def lowest_connected(level: Floats, where: Bools, n: int) -> Bools | int:
-    """The n voxels of lowest level that hang together (X, Y, Z), or how many if there are fewer.
+def lowest_connected(level: Floats, n: int) -> Bools | int:
+    """The n voxels of lowest level that hang together, or how many if there are fewer.
 
     Every connected part of a sublevel set has a lowest voxel. So one local minimum means one
     part, which is the rule; the flood is for shapes that the organ's surface cuts apart.
-    level: (N,), infinite where no tumour may be. where: (X, Y, Z), the voxels of level.
+    level: (X, Y, Z), infinite where no tumour may be.
     """
     found = 0
     for _ in range(3):
-        enough = int(np.isfinite(level).sum()) >= n
-        lowest = level <= np.partition(level, n - 1)[n - 1] if enough else np.isfinite(level)
-        grid = np.full(where.shape, np.inf)
-        grid[where] = np.where(lowest, level, np.inf)
+        finite = level[np.isfinite(level)]
+        enough = len(finite) >= n
+        grid = level
+        if enough:
+            grid = np.where(level <= np.partition(finite, n - 1)[n - 1], level, np.inf)
         mask = np.isfinite(grid)
-        parts = int((mask & (grid <= _around(grid, np.minimum))).sum())
+        parts = int(np.count_nonzero(mask & (grid <= _around(grid, np.minimum))))
         if enough and parts == 1:
             return mask
         if parts == 0:
             return 0
         if parts == 1:  # all that there is, and too little
-            return int(mask.sum())
+            return len(finite)
         part = flood(mask, int(grid.argmin()))
         found = int(part.sum())
         if found == n:
             return part
         if not enough:
             break
-        level = np.where(lowest & ~part[where], np.inf, level)
+        level = np.where(mask & ~part, np.inf, level)
     return found
 
 

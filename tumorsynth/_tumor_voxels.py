@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tumorsynth._connected import lowest_connected
 from tumorsynth._room import Field
-from tumorsynth._tumor_shape import MAX_LEVEL, Shape, TumorParams
+from tumorsynth._tumor_shape import MAX_LEVEL, Bools, Shape, TumorParams
 from tumorsynth.bulge import Surroundings
 
-UNCUT = 1.05  # of a tumour that nothing cuts, all n voxels have at most this level
+AS_FAR = 1.06  # of n voxels the level is seldom higher than this times the ellipsoid's
 FEW = 8  # tumours of fewer voxels than this have no shape to keep to
 
 
@@ -54,23 +54,30 @@ def voxels(
     ]
     squares = shape.squares(millimetres)
     free = field.local(start, stop, around)
-    where = shape.may_reach(squares, UNCUT)
-    uncut = n >= 4 * FEW and bool(free[where].all())
-    if uncut:
-        level = shape.level(millimetres, squares, where)
-        uncut = int(np.count_nonzero(level <= UNCUT)) >= n
-    if not uncut:
+    level = np.full(free.shape, np.inf)  # where it has been looked at
+    seen = np.zeros(free.shape, dtype=bool)
+    mask: Bools | int = 0
+    inside = squares[free]
+    if len(inside) >= n >= 4 * FEW:
+        # First no further than it is likely to reach: the ellipsoid alone tells how far that is.
+        most = AS_FAR * math.sqrt(np.partition(inside, n - 1)[n - 1])
+        if most < MAX_LEVEL:
+            seen = shape.may_reach(squares, most) & free
+            level[seen] = shape.level(millimetres, squares, seen)
+            mask = lowest_connected(np.where(level <= most, level, np.inf), n)
+    if isinstance(mask, int):
         # On a coarse grid even the nearest n voxels may lie beyond MAX_LEVEL; a few count wherever.
         where = shape.may_reach(squares, MAX_LEVEL if n >= 4 * FEW else math.inf)
-        level = shape.level(millimetres, squares, where)
-        if len(level) == 0:  # a centre between slices too far apart
+        rest = where & ~seen
+        level[rest] = shape.level(millimetres, squares, rest)
+        levels = level[where]
+        if len(levels) == 0:  # a centre between slices too far apart
             return 0
-        there = free[where]
         if n >= FEW:
-            nth = min(n, len(level)) - 1
-            there &= level <= MAX_LEVEL * max(1.0, float(np.partition(level, nth)[nth]))
-        level[~there] = np.inf
-    mask = lowest_connected(level, where, n)
+            nth = min(n, len(levels)) - 1
+            where &= level <= MAX_LEVEL * max(1.0, float(np.partition(levels, nth)[nth]))
+        level[~(where & free)] = np.inf
+        mask = lowest_connected(level, n)
     if isinstance(mask, int):
         return mask
     index = mask.nonzero()
