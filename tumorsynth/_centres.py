@@ -22,7 +22,7 @@ Single = NDArray[np.float32]
 
 CENTRE_DRAWS = 1024  # random points in the organ's box; those in the organ are candidates
 MAX_CANDIDATES = 256  # of these, how many are scored
-AT_ONCE = 32  # of which this many at a time
+FIRST = 8  # of which this many at once, to begin with, and then twice as many as so far
 MARGIN_MM = 2.0  # a tumour that is not to touch the capsule stays this far from it
 OFFSETS = 2  # places tried around each voxel of the organ for a tumour that bulges
 LEAST_REACH = 0.9  # of its volume, that a tumour can have, or it is not tried
@@ -37,10 +37,10 @@ IN_SPHERE = MAX_LEVEL * IN_SPHERE ** (1 / 3)
 
 def candidates(field: Field, box: Box, rng: torch.Generator) -> Indices:
     """Up to MAX_CANDIDATES random voxels (M, 3) where a tumour may be, uniform in the organ."""
-    start = np.array(box.start)
-    u = torch.rand(CENTRE_DRAWS, 3, generator=rng, dtype=torch.float64).numpy()
-    index = start + (u * (np.array(box.stop) - start)).astype(np.int64)
-    hits = index[field.at(index.T)[0]]
+    start, stop = np.array([box.start, box.stop])
+    u = torch.rand(CENTRE_DRAWS, 3, generator=rng, dtype=torch.float64).T.contiguous().numpy()
+    index = start[:, None] + (u * (stop - start)[:, None]).astype(np.int64)
+    hits = index[:, field.at(index)[0]].T
     if len(hits) < MAX_CANDIDATES // 8:  # the organ is a sliver of its box: look at every voxel
         free = np.stack(field.local(box.start, box.stop).nonzero(), 1)
         pick = (torch.rand(MAX_CANDIDATES, generator=rng) * len(free)).long().numpy()
@@ -132,12 +132,13 @@ def _best_first(
     reach. Centres of less reach than ``least`` are left out; ``keep`` keeps the furthest reaching
     if all are.
     """
-    found = []
-    for first in range(0, len(centres), AT_ONCE):
-        part = centres[first : first + AT_ONCE]
+    found, first, stop = [], 0, FIRST
+    while first < len(centres):
+        part = centres[first:stop]
         liked, score, reach = judge(part.T[:, :, None] + offsets.T[:, None])
         yield from part[liked & (reach >= least)]
         found.append((liked, score, reach))
+        first, stop = stop, 3 * stop
     liked, score, reach = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.argsort(-np.where(liked, np.inf, score), kind="stable")
     fits = order[reach[order] >= least]

@@ -134,8 +134,10 @@ class Field:
 
     def _organ(self, at: tuple[slice, ...] | tuple[Indices, ...]) -> Bools:
         values = self.label[at]
-        found = np.zeros(values.shape, dtype=bool)
-        for value in self.labels:
+        if not self.labels:
+            return np.zeros(values.shape, dtype=bool)
+        found: Bools = values == self.labels[0]
+        for value in self.labels[1:]:
             found |= values == value
         return found
 
