@@ -11,9 +11,10 @@ from tiny import tiny_crop, tiny_generator
 
 from tumorsynth.generator import Generator
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
-from tumorsynth.training.autoencoder import NETWORKS, train
+from tumorsynth.training.autoencoder import train
 from tumorsynth.training.config import PRESETS, AutoencoderTraining, configured
 from tumorsynth.training.folders import read_autoencoder
+from tumorsynth.training.networks import NETWORKS
 from tumorsynth.weights import read_folder
 
 TINY = tiny_generator()

@@ -10,15 +10,10 @@ import torch
 from balls import make_cases
 
 from tumorsynth.models.autoencoder import Autoencoder
-from tumorsynth.training.autoencoder import (
-    NETWORKS,
-    case_shares,
-    hollowed,
-    sample_crop,
-    starting_network,
-)
 from tumorsynth.training.config import AutoencoderTraining
+from tumorsynth.training.cubes import case_shares, hollowed, sample_cube
 from tumorsynth.training.folders import save_autoencoder
+from tumorsynth.training.networks import NETWORKS, starting_autoencoder
 
 TINY = AutoencoderTraining(network="tiny")
 
@@ -44,7 +39,7 @@ def test_cubes_are_hollowed_as_often_as_asked():
     cases = make_cases()
     made = {
         share: [
-            sample_crop(
+            sample_cube(
                 cases,
                 case_shares(cases),
                 AutoencoderTraining(patch_size=16, hollow=share),
@@ -66,7 +61,7 @@ def test_more_latent_channels_start_as_the_trained_network(tmp_path):
     trained = Autoencoder(NETWORKS["tiny"]).eval()
     save_autoencoder(trained, tmp_path / "ae", {"name": "ae"})
     config = replace(TINY, latent_channels=12)
-    wider = starting_network(config, str(tmp_path / "ae"))[0].eval()
+    wider = starting_autoencoder(config, str(tmp_path / "ae"))[0].eval()
     x = torch.rand(1, 1, 16, 16, 16) * 2 - 1
     with torch.no_grad():
         assert wider.encode(x).shape[1] == 12
@@ -81,4 +76,4 @@ def test_fewer_or_unasked_latent_channels_are_refused(tmp_path):
     save_autoencoder(trained, tmp_path / "ae", {"name": "ae"})
     for channels in (None, 3):
         with pytest.raises(ValueError, match="has another size or window than --network tiny"):
-            starting_network(replace(TINY, latent_channels=channels), str(tmp_path / "ae"))
+            starting_autoencoder(replace(TINY, latent_channels=channels), str(tmp_path / "ae"))

@@ -19,6 +19,7 @@ from tumorsynth.training.config import (
     DenoiserTraining,
     configured,
 )
+from tumorsynth.training.crop_pool import TumorCrops
 from tumorsynth.training.data import (
     Case,
     check_cases,
@@ -233,7 +234,7 @@ def test_patch_of_a_case_smaller_than_the_patch(cases):
 
 def test_every_place_draws_from_a_window_that_moves_on():
     config = DenoiserTraining(batch_size=4, pool=24, reuse=3)
-    crops = denoiser.TumorCrops([], [], 2, config, (-175.0, 250.0))
+    crops = TumorCrops([], [], 2, config, (-175.0, 250.0))
     for place in range(4):
         windows = [crops.window(step, place) for step in range(200)]
         assert windows[0] == (0, 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tumorsynth.models.autoencoder import LIGHT, Autoencoder, AutoencoderConfig
+from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.training.config import (
     PRESETS,
     AutoencoderTraining,
@@ -26,20 +25,18 @@ from tumorsynth.training.config import (
     configured,
     parse_arguments,
 )
+from tumorsynth.training.cubes import case_shares, sample_cube
 from tumorsynth.training.data import (
     Case,
     Cases,
-    augment,
     check_cases,
     complain,
     counted,
     fingerprint,
     given,
-    random_patch,
     split,
-    to_unit,
 )
-from tumorsynth.training.discriminators import PatchDiscriminator, random_slices
+from tumorsynth.training.discriminators import Adversaries, random_slices
 from tumorsynth.training.engine import (
     Average,
     ahead,
@@ -48,14 +45,13 @@ from tumorsynth.training.engine import (
     random_of,
     say,
     train_loop,
+    update,
 )
 from tumorsynth.training.evaluate import autoencoder_metrics
 from tumorsynth.training.folders import (
     UNMEASURED,
-    hardware_of,
+    facts,
     no_licence,
-    origin,
-    read_autoencoder,
     save_autoencoder,
 )
 from tumorsynth.training.launch import check_hardware, launch
@@ -67,14 +63,10 @@ from tumorsynth.training.losses import (
     hinge_generator_loss,
     slice_perceptual,
 )
+from tumorsynth.training.networks import starting_autoencoder
 from tumorsynth.training.pictures import Pair, side_by_side
 from tumorsynth.training.run_folder import RunFolder, claimed, identity_of, written
 
-NETWORKS = {
-    "tiny": replace(LIGHT, encoder_widths=(16, 32), decoder_widths=(32, 16)),
-    "light": LIGHT,
-    "base": AutoencoderConfig(),
-}
 CROPS, RANGE, PICTURE, SLICES = 0, 1, 2, 3  # purposes of random streams
 
 
@@ -99,7 +91,7 @@ def train(
     measuring, the folder is whole but for them, and resuming measures again.
     """
     check_hardware(hardware)
-    model, started = starting_network(config, init)
+    model, started = starting_autoencoder(config, init)
     if config.patch_size % model.config.factor:
         raise ValueError(
             f"--patch-size must be a multiple of {model.config.factor}, got {config.patch_size}"
@@ -123,11 +115,7 @@ def train(
             stage.fit_detail(result)
             training = {
                 **asdict(config),
-                "scans": [c.name for c in cases],
-                "held_out": [c.name for c in held_out],
-                "device": hardware_of(fabric.device),
-                "processes": fabric.world_size,
-                "seconds": round(seconds),
+                **facts(cases, held_out, fabric, seconds),
             }
             full = {
                 "name": output.name,
@@ -196,7 +184,7 @@ class AutoencoderStage:
 
     def _crop(self, *stream: int) -> Tensor:
         rng = random_of(self.config.seed, *stream)
-        return sample_crop(self.cases, self.shares, self.config, rng)
+        return sample_cube(self.cases, self.shares, self.config, rng)
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         if self.batches is None:
@@ -210,10 +198,10 @@ class AutoencoderStage:
             losses = self._part(step, part, crops.to(self.fabric.device), last)
             for name, value in losses.items():
                 told[name] = told.get(name, torch.zeros_like(value)) + value.detach() / len(parts)
-        self._update(self.model, self.wrapped)
+        update(self.model, self.wrapped, self.config.clip)
         if self._judging(step):
             assert self.adversaries is not None
-            self._update(self.adversaries, self.wrapped_adversary)
+            update(self.adversaries, self.wrapped_adversary, self.config.clip)
         self.average.update(step)
         return told
 
@@ -281,11 +269,6 @@ class AutoencoderStage:
         late = step >= self.config.adversarial_start * self.config.steps
         return self.adversaries is not None and late
 
-    def _update(self, module: nn.Module, optimiser: Any) -> None:
-        nn.utils.clip_grad_norm_(module.parameters(), self.config.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-
     @torch.no_grad()
     def measure_range(self, model: Autoencoder) -> None:
         """Scale of a continuous latent: the 0.1 and 99.9 percentiles over all channels."""
@@ -302,12 +285,9 @@ class AutoencoderStage:
     def fit_detail(self, model: Autoencoder) -> None:
         """The directions of the detail, from 64 crops with nothing put in."""
         plain = replace(self.config, hollow=0.0)
-        model.fit_detail(
-            sample_crop(self.cases, self.shares, plain, random_of(self.config.seed, RANGE, index))[
-                None
-            ].to(self.fabric.device)
-            for index in range(64)
-        )
+        streams = (random_of(self.config.seed, RANGE, index) for index in range(64))
+        cubes = (sample_cube(self.cases, self.shares, plain, rng)[None] for rng in streams)
+        model.fit_detail(cube.to(self.fabric.device) for cube in cubes)
 
     @torch.no_grad()
     def picture(self) -> Tensor:
@@ -331,112 +311,6 @@ class Reconstruct(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.model.reconstruct(x)
-
-
-class Adversaries(nn.Module):
-    """The two discriminators: of slices (b, 1, S, S) and of volumes (b, 1, S, S, S).
-
-    In float32 on a CPU: the gradient of its bfloat16 convolutions is NaN for layers of 2^3 voxels
-    and one channel (seen with torch 2.13).
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.slices = PatchDiscriminator(2, width)
-        self.volumes = PatchDiscriminator(3, width)
-
-    def forward(self, slices: Tensor, volumes: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
-        plain = volumes.device.type == "cpu"
-        with torch.autocast("cpu", enabled=False) if plain else nullcontext():
-            return [self.slices(slices.float()), self.volumes(volumes.float())]
-
-
-def sample_crop(
-    cases: list[Case], shares: np.ndarray, config: AutoencoderTraining, rng: np.random.Generator
-) -> Tensor:
-    """(1, side, side, side) in [-1, 1], axes (z, x, y), contrast and offset jittered."""
-    case = cases[int(rng.choice(len(cases), p=shares))]
-    tissue = (config.tissue_low, config.tissue_high)
-    patch = augment(random_patch(case, config.patch_size, rng, tissue)[None], rng)
-    gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-15, 15)
-    unit = to_unit(patch * gain + offset, (config.window_low, config.window_high))
-    cube = (unit * 2 - 1).permute(0, 3, 1, 2).contiguous()
-    return hollowed(cube, rng) if rng.random() < config.hollow else cube
-
-
-def hollowed(cube: Tensor, rng: np.random.Generator) -> Tensor:
-    """The cube (1, side, side, side) with one ball of a single value: the 0 of the hole that stage
-    2 asks about, or any, at radii of a twelfth to a quarter of the side.
-
-    Crops that hold little but one tissue, lung above all, have little variance: what stands out of
-    them comes out of the norms far beyond all else, unless such crops were trained on.
-    """
-    side = cube.shape[-1]
-    radius = rng.uniform(side / 12, side / 4)
-    axes = [torch.arange(side) - float(rng.uniform(0.2, 0.8)) * side for _ in range(3)]
-    x, y, z = torch.meshgrid(*axes, indexing="ij")
-    stretch = rng.uniform(0.7, 1.4)
-    ball = ((x * stretch) ** 2 + y**2 + z**2 < radius**2)[None]
-    value = 0.0 if rng.random() < 0.5 else float(rng.uniform(-0.9, 0.9))
-    return torch.where(ball, torch.tensor(value), cube)
-
-
-def case_shares(cases: list[Case]) -> np.ndarray:
-    """How often each case is drawn: annotated scans are the organ at hand, and drawn as often as
-    all others together; within either by the root of the volume."""
-    size = np.array([case.hu.numel() ** 0.5 for case in cases])
-    annotated = np.array([case.label is not None for case in cases])
-    shares = size / size.sum()
-    if annotated.any() and not annotated.all():
-        shares = np.where(annotated, size / size[annotated].sum(), size / size[~annotated].sum())
-    return shares / shares.sum()
-
-
-def starting_network(
-    config: AutoencoderTraining, init: str | None
-) -> tuple[Autoencoder, dict[str, Any] | None]:
-    """The network of a config, untrained or as in ``init``, which may have fewer channels, and the
-    `origin` of that."""
-    sizes = replace(
-        NETWORKS[config.network],
-        window=(config.window_low, config.window_high),
-        detail_channels=config.detail_channels,
-    )
-    if config.codes is not None:
-        sizes = replace(sizes, codes=config.codes)
-    if config.latent_channels is not None:
-        sizes = replace(sizes, latent_channels=config.latent_channels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = Autoencoder(sizes)
-    if init is None:
-        return model, None
-    trained, card = read_autoencoder(init, "--init")
-    asked = config.latent_channels is not None and not sizes.codes
-    wider = asked and trained.config.latent_channels < sizes.latent_channels
-    given = replace(trained.config, detail_channels=sizes.detail_channels)  # it is found anew
-    if wider:
-        given = replace(given, latent_channels=sizes.latent_channels)
-    if given != sizes:
-        raise ValueError(
-            f"--init {init} has another size or window than --network {config.network} with "
-            f"{sizes.codes} codes, {sizes.latent_channels} latent channels and {sizes.window} HU: "
-            f"{trained.config}"
-        )
-    return _continued(trained, model), origin(card)
-
-
-@torch.no_grad()
-def _continued(trained: Autoencoder, model: Autoencoder) -> Autoencoder:
-    """The trained network with the untrained one's further latent channels, which the decoder
-    hardly listens to at first, and its detail, which is found after the training."""
-    old, new = trained.state_dict(), model.state_dict()
-    old.pop("detail_basis", None)
-    new["decoder.stem.weight"] *= 0.1
-    for name, value in old.items():
-        new[name][tuple(slice(n) for n in value.shape)] = value
-    model.load_state_dict(new)
-    return model
 
 
 def main() -> None:

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tumorsynth.contrast import ContrastConfig, contrast_of, level_around
-from tumorsynth.diffusion import Prediction, cosine_schedule, q_sample, target
-from tumorsynth.generator import Generator, SamplerConfig
-from tumorsynth.models.autoencoder import Autoencoder
-from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
-from tumorsynth.models.unet import FactorizedUNet, UNetConfig
+from tumorsynth.diffusion import q_sample, target
+from tumorsynth.generator import Generator
 from tumorsynth.training.config import (
     PRESETS,
     DataConfig,
@@ -33,9 +30,9 @@ from tumorsynth.training.config import (
     configured,
     parse_arguments,
 )
-from tumorsynth.training.crops import contrast_range, even_tissue, other_tissue, sample_crop
+from tumorsynth.training.crop_pool import CHOICE, PICTURE, Key, TumorCrops
+from tumorsynth.training.crops import contrast_range, other_tissue
 from tumorsynth.training.data import (
-    Case,
     Cases,
     DataProblems,
     Tumor,
@@ -56,23 +53,21 @@ from tumorsynth.training.engine import (
     random_of,
     say,
     train_loop,
+    update,
 )
 from tumorsynth.training.evaluate import generator_metrics
 from tumorsynth.training.folders import (
     UNMEASURED,
-    hardware_of,
+    facts,
     no_licence,
     origin,
     read_autoencoder,
 )
 from tumorsynth.training.launch import check_hardware, launch
+from tumorsynth.training.networks import sampler_of, starting_denoiser
 from tumorsynth.training.outlines import visible
 from tumorsynth.training.pictures import Pair, middle_of, side_by_side
 from tumorsynth.training.run_folder import RunFolder, claimed, identity_of, written
-from tumorsynth.weights import find_folder, read_folder
-
-CROPS, CHOICE, PICTURE = 10, 11, 12  # purposes of random streams
-Key = tuple[int, int]  # of a crop: the place in the batch that uses it, and a running number
 
 
 def train(
@@ -95,7 +90,7 @@ def train(
     """
     check_hardware(hardware)
     trained, stage1 = read_autoencoder(autoencoder)
-    network, multiple, started = _network(config, trained, init)
+    network, multiple, started = starting_denoiser(config, trained, init)
     if config.patch_size % multiple:
         raise ValueError(
             f"--patch-size must be a multiple of {multiple} for these networks, "
@@ -153,11 +148,7 @@ def train(
                 **asdict(config),
                 **asdict(data),
                 "tumours": len(tumors),
-                "scans": [c.name for c in cases],
-                "held_out": [c.name for c in held_out],
-                "device": hardware_of(fabric.device),
-                "processes": fabric.world_size,
-                "seconds": round(seconds),
+                **facts(cases, held_out, fabric, seconds),
             }
             generator.card["autoencoder"] = origin(stage1)
             if started:
@@ -242,9 +233,7 @@ class DenoiserStage:
                 loss = self._loss(step, part)
                 self.fabric.backward(loss / len(self.places))
             told += loss.detach() / len(self.places)
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
-        self.wrapped.step()
-        self.wrapped.zero_grad(set_to_none=True)
+        update(self.network, self.wrapped, self.config.clip)
         self.average.update(step)
         for key in [k for k in self.encoded if k[1] < self.crops.window(step + 1, k[0])[0]]:
             del self.encoded[key]
@@ -288,135 +277,6 @@ class DenoiserStage:
             volumes = image[0, 0].float().cpu(), painted[0, 0].float().cpu()
             pairs.append((*volumes, middle_of(mask[0])))
         return side_by_side(pairs)
-
-
-class TumorCrops:
-    """Which crop each place of the batch uses at each step, and the crops themselves.
-
-    Every place has a window over crops of its own, numbered from 0: it fills in the first steps,
-    and then the oldest leaves and a new one comes in every ``reuse`` steps. Which crops are there
-    depends on the step alone, so that a resumed run and any number of processes see the same.
-    """
-
-    def __init__(
-        self,
-        cases: list[Case],
-        tumors: list[Tumor],
-        tumor_label: int,
-        config: DenoiserTraining,
-        window: tuple[float, float],
-    ):
-        self.cases, self.tumors, self.tumor_label = cases, tumors, tumor_label
-        self.config, self.window_hu = config, window
-        self.places = [even_tissue(case, config) for case in cases]
-        self.held = max(1, config.pool // config.batch_size)
-
-    def window(self, step: int, place: int) -> tuple[int, int]:
-        """The crops of a place from which it draws at a step: from, to (exclusive)."""
-        filling = 2 * (self.held - 1)
-        if step < filling:
-            return 0, 1 + step // 2
-        reuse = max(1, self.config.reuse)
-        made = self.held + (step - filling + place % reuse) // reuse
-        return made - self.held, made
-
-    def key(self, step: int, place: int) -> Key:
-        rng = random_of(self.config.seed, CHOICE, step, place)
-        return place, int(rng.integers(*self.window(step, place)))
-
-    def draw(self, keys: list[Key]) -> dict[Key, tuple[Tensor, Tensor]]:
-        return {key: self.crop(random_of(self.config.seed, CROPS, *key)) for key in keys}
-
-    def crop(self, rng: Any) -> tuple[Tensor, Tensor]:
-        tumor = self.tumors[int(rng.integers(len(self.tumors)))]
-        return sample_crop(
-            self.cases, tumor, self.tumor_label, rng, self.places, self.config, self.window_hu
-        )
-
-
-def sampler_of(
-    config: DenoiserTraining, multiple: int, contrast: ContrastConfig | None = None
-) -> SamplerConfig:
-    """How the trained generator samples: DDPM for few noise levels, else DDIM in about 50 steps."""
-    few = config.timesteps <= 10
-    stride = max(1, config.timesteps // 50)
-    while config.timesteps % stride:
-        stride -= 1
-    return SamplerConfig(
-        method="ddpm" if few else "ddim",
-        timesteps=config.timesteps,
-        steps=config.timesteps if few else config.timesteps // stride,
-        prediction=cast(Prediction, config.prediction),
-        # In crops that hold little but one tissue latents reach 2 and, in livers, 6: cut off at 1.5
-        # they decode to dots. Predicted noise needs the bound: its first error is multiplied.
-        clamp=1.5 if config.prediction == "noise" else None,
-        mask_conditioning="area",
-        zero_terminal_snr=config.zero_terminal_snr == "on",
-        contrast=contrast,
-        crop_size=config.patch_size,
-        crop_multiple=multiple,
-    )
-
-
-def _network(
-    config: DenoiserTraining, autoencoder: Autoencoder, init: str | None
-) -> tuple[nn.Module, int, dict[str, Any] | None]:
-    """The denoiser for an autoencoder's latent, what a crop must be a multiple of, in mm, and the
-    `origin` of the generator it starts from."""
-    sampler_of(config, 1)  # says what does not go together
-    cosine_schedule(config.timesteps)
-    channels, factor = autoencoder.config.latent_channels, autoencoder.config.factor
-    if config.network == "base":
-        if config.contrast == "on":
-            raise ValueError(
-                "--network base is the published one, which is not told the contrast; pass "
-                "--contrast off, or --preset base"
-            )
-        published = UNetConfig()
-        if published.out_channels != channels or factor != 4:
-            raise ValueError(
-                f"--network base needs an autoencoder with {published.out_channels} latent "
-                f"channels and 4 mm per latent voxel, got one with {channels} and {factor}; "
-                "choose another --autoencoder or --network"
-            )
-        kind: Any = FactorizedUNet
-        sizes: Any = published
-        halvings = len(published.multipliers) - 1
-    else:
-        kind = ConvUNet
-        told = int(config.contrast == "on")
-        sizes = ConvUNetConfig(latent_channels=channels, cond_channels=channels + 1 + told)
-        if config.network == "tiny":
-            sizes = replace(sizes, widths=(16, 32), blocks=1, time_channels=32)
-        halvings = len(sizes.widths) - 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network: nn.Module = kind(sizes)
-    started = None
-    if init is not None:
-        generator = read_folder(find_folder(init))
-        denoiser, started = generator.denoiser, origin(generator.card)
-        if not _same(generator.autoencoder, autoencoder):
-            started["autoencoder"] = (
-                f"the denoiser of --init {init} was trained over another autoencoder, whose latent "
-                "means something else: give it the steps to learn this one's"
-            )
-        if getattr(denoiser, "config", None) != sizes:
-            raise ValueError(
-                f"--init {init} has a denoiser of another size than --network {config.network} "
-                f"over {channels} latent channels: {getattr(denoiser, 'config', None)}"
-            )
-        network = denoiser.train().requires_grad_(True)
-    return network, factor * 2**halvings, started
-
-
-def _same(one: Autoencoder, other: Autoencoder) -> bool:
-    """Whether two autoencoders have the same latent: all weights but those of the detail."""
-    a, b = (
-        {k: v for k, v in network.state_dict().items() if k != "detail_basis"}
-        for network in (one, other)
-    )
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def _described(tumors: list[Tumor], contrast: ContrastConfig | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,24 @@ class PatchDiscriminator(nn.Module):
             x = layer(x)
             features.append(x)
         return self.head(x), features
+
+
+class Adversaries(nn.Module):
+    """The two discriminators: of slices (b, 1, S, S) and of volumes (b, 1, S, S, S).
+
+    In float32 on a CPU: the gradient of its bfloat16 convolutions is NaN for layers of 2^3 voxels
+    and one channel (seen with torch 2.13).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.slices = PatchDiscriminator(2, width)
+        self.volumes = PatchDiscriminator(3, width)
+
+    def forward(self, slices: Tensor, volumes: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
+        plain = volumes.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if plain else nullcontext():
+            return [self.slices(slices.float()), self.volumes(volumes.float())]
 
 
 def random_slices(

@@ -130,6 +130,13 @@ def places(fabric: Any, config: Training) -> list[list[int]]:
     return [list(range(start, start + size)) for start in starts]
 
 
+def update(network: torch.nn.Module, optimiser: Any, clip: float) -> None:
+    """One optimiser step with the gradients that are there, clipped to this norm, and then none."""
+    torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
 def random_of(*numbers: int) -> np.random.Generator:
     """A random stream of its own for (seed, purpose, step, place, ...)."""
     return np.random.default_rng(list(numbers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load, save
 
 from tumorsynth._config_check import check_bounds
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
+from tumorsynth.training.data import Case
 from tumorsynth.weights import (
     CARD,
     FORMAT,
@@ -102,6 +104,19 @@ def no_licence(init: dict[str, Any] | None, autoencoder: dict[str, Any] | None =
     if autoencoder is not None:
         words += f" and of its autoencoder, {autoencoder['name']}"
     return words
+
+
+def facts(
+    cases: Sequence[Case], held_out: Sequence[Case], fabric: Any, seconds: float
+) -> dict[str, Any]:
+    """What the card of a training says besides its settings: on which scans, where, how long."""
+    return {
+        "scans": [c.name for c in cases],
+        "held_out": [c.name for c in held_out],
+        "device": hardware_of(fabric.device),
+        "processes": fabric.world_size,
+        "seconds": round(seconds),
+    }
 
 
 def hardware_of(device: torch.device) -> str:
