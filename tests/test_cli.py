@@ -274,10 +274,13 @@ def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path, capsys):
     moved = write(folder, "moved", ct, label, LPS + np.eye(4, k=3))
     half = write(folder, "half", ct, label * np.float32(0.5))
     unit = write(folder, "unit", np.clip((ct + 175) / 425, 0, 1).astype(np.float32), label)
+    shifted = write(folder, "shifted", (ct + 1024).astype(np.uint16), label)
+    slices = folder / "1.dcm"
     series = write(folder, "series", np.stack([ct, ct], -1), label)
     cut = write(folder, "cut", ct, label)
     cut[0].write_bytes(cut[0].read_bytes()[:-3000])
     text.write_text("not a scan")
+    slices.write_bytes(b"")
     missing = folder / "missing_ct.nii.gz"
     for words, says in [
         ((missing, pair[1]), ["no such file", "missing_ct.nii.gz"]),
@@ -288,6 +291,10 @@ def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path, capsys):
         ((pair[0], moved[1]), ["case_ct.nii.gz and moved_label.nii.gz", "origin"]),
         (half, ["whole numbers", "half_label.nii.gz holds 0.5"]),
         (unit, ["must be in HU", "from 0 to 1", "--intensity"]),
+        (shifted, ["shifted_ct.nii.gz", "1024 was added; subtract it"]),
+        ((pair[1], pair[0]), ["case_ct.nii.gz holds -10", "the label map, not the CT"]),
+        ((slices, pair[1]), ["got 1.dcm", "dcm2niix"]),
+        (("", pair[1]), ["an argument is empty"]),
         (series, ["series_ct.nii.gz must be one 3-D image", "64x56x36x2"]),
         ((pair[0],), ["needs its label file"]),
         ((*pair, "--tumor-label", 300), ["tumour label", "uint8 (0 to 255)", "300"]),
@@ -352,6 +359,7 @@ def test_an_input_is_never_replaced(pair, capsys):
 
 def test_out_that_is_a_file(pair, capsys):
     assert "must be a folder" in refused(capsys, "synthesize", *pair, "-o", pair[0])
+    assert "must be a folder" in refused(capsys, "demo", "--generator", "hu2023", "-o", pair[0])
 
 
 def test_debug_shows_the_traceback(pair, tmp_path):

@@ -125,7 +125,7 @@ def test_a_write_that_fails_leaves_no_half_file(scans, tmp_path):  # noqa: F811
         cwd=ROOT,
     )
     assert done.returncode == 1 and "6 of 6 scans failed" in done.stderr
-    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert f"File too large: '{out}/" in done.stderr and "Traceback" not in done.stderr
     assert {path.name for path in out.iterdir()} == {f".{name}_unfinished" for name in NAMES}
     assert main(words(scans, out)) == 0  # these marks are its own: it goes on
     assert len(list(out.iterdir())) == 4 * len(NAMES)

@@ -213,6 +213,11 @@ def test_labels_are_whole_numbers(tmp_path):
         array[0, 0, 0] = wrong
         with pytest.raises(ValueError, match="whole numbers, but b.nii.gz holds"):
             read_volume(save(tmp_path / "b.nii.gz", array)).integers()
+    array[0, 0, 0] = -1  # what nnU-Net has beyond a scan
+    assert read_volume(save(tmp_path / "c.nii.gz", array)).integers().min() == -1
+    array[0, 0, 0] = -1000
+    with pytest.raises(ValueError, match="c.nii.gz holds -1000; give the label map, not the CT"):
+        read_volume(save(tmp_path / "c.nii.gz", array)).integers()
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,14 @@ def test_all_problems_of_the_cases_are_said_at_once(cases, tmp_path):
     assert not (tmp_path / "gen").exists()
 
 
+def test_a_dataset_as_windows_writes_it(cases, tmp_path):
+    dataset = write_dataset(tmp_path, cases)
+    text = json.dumps(json.loads(dataset.read_text()), indent=1).replace("\n", "\r\n")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        dataset.write_bytes(text.encode(encoding))
+        assert len(reading.find_sources(dataset)) == 2
+
+
 def test_a_dataset_that_is_none(tmp_path):
     for text in (
         *("{", "[]", "[" * 100_000, "{}", '{"training": {}}', '{"training": {"a": 1}}'),

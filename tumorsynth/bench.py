@@ -22,7 +22,12 @@ def bench(
         int, typer.Option(min=32, max=512, help="Side of the patch, in voxels of 1 mm.")
     ] = 96,
     size_mm: Annotated[
-        tuple[float, float], typer.Option(metavar="LO HI", help="Diameter of the tumour.")
+        tuple[float, float],
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Range of the tumour's diameter in mm. [default: 15 20]",
+            show_default=False,
+        ),
     ] = (15.0, 20.0),
     repeats: Annotated[int, typer.Option(min=1, help="Calls that are timed.")] = 5,
     threads: Annotated[

@@ -49,7 +49,10 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
     if not ct.is_dir():
         name = _name(ct, "_ct")
         if name is None:
-            raise ValueError(f"a CT must be a .nii or .nii.gz file, got {ct.name}")
+            raise ValueError(
+                f"a CT must be a .nii or .nii.gz file, got {ct.name}; convert it first (DICOM with "
+                "dcm2niix, say)"
+            )
         if label is None or label.is_dir():
             got = "none" if label is None else f"the folder {label}"
             raise ValueError(f"CT {ct.name} needs its label file as second argument, got {got}")
@@ -61,8 +64,12 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
     scans = by_name(ct, "_ct", only=one_folder)
     masks = by_name(label or ct, "_label", only=one_folder)
     if not scans:
-        wanted = "NAME_ct.nii.gz" if one_folder else ".nii.gz"
-        raise ValueError(f"the folder {ct} holds no {wanted}; give the folder of the CTs")
+        raise ValueError(
+            f"the folder {ct} holds no NAME_ct.nii.gz; name files so, and NAME_label.nii.gz, or "
+            "give the folder of the CTs and then that of the label maps"
+            if one_folder
+            else f"the folder {ct} holds no .nii.gz; give the folder of the CTs"
+        )
     ending = "_label.nii.gz" if one_folder else ".nii.gz"
     return [
         Pair(name, path, masks.get(name, (label or ct) / f"{name}{ending}"))
@@ -348,7 +355,8 @@ def made_otherwise(report: Path, expected: dict[str, Any]) -> str | None:
 
 
 def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> None:
-    """ValueError for the clear cases: no values at all, or [0, 1] or [-1, 1] taken for HU."""
+    """ValueError for the clear cases: no values at all, or [0, 1], [-1, 1] or HU + 1024 taken for
+    HU."""
     from tumorsynth.intensity import HU
 
     finite = values[np.isfinite(values)]
@@ -364,4 +372,11 @@ def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> N
         raise ValueError(
             f"a CT must be in HU, but {name} holds values from {low:g} to {high:g}; give the CT "
             "in HU, or say how it was scaled, for example --intensity -175,250,0,1"
+        )
+    # in no body a tenth of the voxels is bone as dense as that
+    shifted = float(((finite > 900) & (finite < 1300)).mean())
+    if shifted > 0.1:
+        raise ValueError(
+            f"a CT must be in HU, but in {name} {shifted:.0%} of the voxels lie from 900 to 1300, "
+            "as soft tissue does where 1024 was added; subtract it"
         )

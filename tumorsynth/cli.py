@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a file's name may hold what no text may
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if "" in arguments:
+        return fail("an argument is empty; is a variable of the shell not set?", 2)
     try:
         code = typer.main.get_command(app).main(
             arguments, prog_name="tumorsynth", standalone_mode=False
@@ -110,7 +112,7 @@ app.command()(healthy)
 app.command()(bench)
 
 nnunet = typer.Typer(
-    help="The trainer for nnU-Net v2: its folder, or a copy among nnU-Net's own.",
+    help="The trainer for nnU-Net v2: where it is, or a copy in nnU-Net.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

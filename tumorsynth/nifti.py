@@ -48,7 +48,10 @@ class Volume:
         return (self.stored * self.slope + self.inter).astype(np.float32)
 
     def integers(self) -> np.ndarray:
-        """(X, Y, Z) int32: a label map. ValueError when a value is not a whole number."""
+        """(X, Y, Z) int32: a label map. ValueError for values that are not whole, or below -1.
+
+        -1 is what nnU-Net calls voxels beyond the scan; what lies lower is a CT.
+        """
         if self.stored.dtype.kind in "iu" and (self.slope, self.inter) == (1.0, 0.0):
             whole = self.stored
         else:
@@ -66,6 +69,11 @@ class Volume:
             raise ValueError(
                 f"a label must fit 32-bit integers, but {self.name} holds values from {low} to "
                 f"{high}; renumber its labels"
+            )
+        if low < -1:
+            raise ValueError(
+                f"a label must hold whole numbers from 0 on, but {self.name} holds {low}; give the "
+                "label map, not the CT"
             )
         return whole.astype(np.int32)
 
@@ -291,7 +299,8 @@ def new_volume(name: str, values: np.ndarray, affine: np.ndarray) -> Volume:
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write`` with a temporary file beside ``path``, then rename it to ``path``.
 
-    A kill at any moment leaves the old file or the new one, never half of one.
+    A kill at any moment leaves the old file or the new one, never half of one. An OSError names
+    ``path``.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -302,6 +311,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
+            error.filename = str(path)
         raise

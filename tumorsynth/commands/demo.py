@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tumorsynth import nifti
-from tumorsynth.cases import output_paths, synthesize_scan
+from tumorsynth.cases import check_outputs, output_paths, synthesize_scan
 from tumorsynth.commands.progress import progress_bar, summary
 from tumorsynth.commands.shared import (
     Device,
@@ -44,6 +44,7 @@ def demo(
         size_mm=size_mm or (12.0, 20.0),
         device=device,
     )
+    check_outputs([], out, overwrite=True)
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar(1) as progress:
         progress.begin("phantom")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tumorsynth.reader_study.store import Store
 
 app = typer.Typer(
-    help="Can a reader tell synthetic from real tumours? Blinded cases in a local web page.",
+    help="Real or synthetic? Blinded cases for readers, in a web page.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

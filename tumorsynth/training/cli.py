@@ -135,7 +135,7 @@ def denoiser(
     licence: Licence = None,
     **given: Any,
 ) -> None:
-    """Stage 2: a generator, from annotated tumours and a trained autoencoder.
+    """Stage 2: a generator, from tumours and an autoencoder.
 
     OUT becomes a generator folder, for --generator OUT and ts.load_generator(OUT). A killed run
     goes on with the same command and --resume.
@@ -157,7 +157,7 @@ def pack(
     out: Annotated[Path, typer.Option("--out", "-o", help="The .npz file to write.")],
     labels: Labels = None,
 ) -> None:
-    """All scans in one file, ready to train on machines that have torch only."""
+    """All scans in one file, for machines that have torch only."""
     if out.suffix != ".npz":
         raise ValueError(f"a pack's name must end in .npz, got {out}")
     from tumorsynth.training.data import save_pack

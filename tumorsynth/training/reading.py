@@ -63,7 +63,7 @@ def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
     if data.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{data} is one scan; pass its folder, or list it in a dataset.json")
     try:
-        listed = json.loads(data.read_text(encoding="utf-8"))
+        listed = json.loads(data.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{data} must be JSON: {error}; {LIKE_THIS}") from error
     if not isinstance(listed, dict) or "training" not in listed:
