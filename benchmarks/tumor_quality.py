@@ -27,7 +27,6 @@ from scipy import ndimage
 
 import tumorsynth as ts
 from tumorsynth.training.data import Case, load_pack
-from tumorsynth.training.reconstruction import measure_autoencoder
 
 PER_CALL, GAP_MM = 8, 10.0  # tumours in one call, and organ between them: shells end 8 mm off
 MARGIN = 32  # mm of scan kept on each side of a lesion's centre or box
@@ -244,29 +243,7 @@ def markdown(results: dict[str, Any]) -> str:
             for e in sets["single features"][:6]
         )
         lines += ["", f"{name}, single features, AUC (median real / {name}): {worst}"]
-    if results["reconstruction"]:
-        columns = ("rmse_hu", "bias_hu", "psnr_db", "ssim", "scan_noise_hu")
-        columns += ("reconstruction_noise_hu",)
-        lines += ["", "| autoencoder of | tissue | " + " | ".join(columns) + " |"]
-        lines.append("|---" * (len(columns) + 2) + "|")
-        for name, tissues in results["reconstruction"].items():
-            for tissue, figures in tissues.items():
-                cells = [str((figures or {}).get(column, "")) for column in columns]
-                lines.append(f"| {name} | {tissue} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def reconstruction(
-    generator: str, cases: list[Case], tissues: dict[str, int], picture: Path | None
-) -> dict[str, Any]:
-    """What the generator's autoencoder does to the tissues of CASES; {} where it has none."""
-    autoencoder = getattr(ts.load_generator(generator), "autoencoder", None)
-    if autoencoder is None:
-        return {}
-    some = [case for case in cases if case.label is not None]
-    found = measure_autoencoder(autoencoder, some, crops=32, side=96, pictures=picture)
-    figures = found["reconstruction"]
-    return {name: figures.get(f"label {label}") for name, label in tissues.items()}
 
 
 # -- the run --------------------------------------------------------------------------------------
@@ -286,13 +263,6 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--size-mm", type=float, nargs=2, default=[8.0, 20.0])
     parser.add_argument("--contrast-hu", type=float, nargs=2, help="asked of the generators")
-    parser.add_argument(
-        "--tissue",
-        nargs="+",
-        default=[],
-        metavar="NAME=LABEL",
-        help="measure the generators' autoencoders there, for example liver=1 left-kidney=3",
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--permutations", type=int, default=200, help="of the chance level")
     parser.add_argument("-o", "--out", type=Path, required=True)
@@ -309,10 +279,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options: dict[str, Any] = {"size_mm": tuple(args.size_mm)}
     if args.contrast_hu:
         options["contrast_hu"] = tuple(args.contrast_hu)
-    tissues = {text.partition("=")[0]: int(text.partition("=")[2]) for text in args.tissue}
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
-    runs, reconstructed = {}, {}
+    runs = {}
     for k, text in enumerate(args.generator):
         label, _, source = text.rpartition("=")
         name = label or Path(source).name
@@ -324,10 +293,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(f"{name}: {len(groups[name])} tumours, {runs[name]}", flush=True)
         if k == 0:
             first_sham = sham
-        if tissues:
-            picture = args.pictures and args.pictures / f"{name}_reconstruction.png"
-            figures = reconstruction(source, cases, tissues, picture)
-            reconstructed |= {name: figures} if figures else {}
     groups["sham"] = first_sham
 
     rows = {name: rows_of(lesions) for name, lesions in groups.items()}
@@ -341,7 +306,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "options": options,
         "seed": args.seed,
         "runs": runs,
-        "reconstruction": reconstructed,
         "table": {name: percentiles(some) for name, some in rows.items()},
         "by_size": {name: by_size(some) for name, some in rows.items()},
         "profile_hu": {name: profile(lesions) for name, lesions in groups.items()},

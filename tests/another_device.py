@@ -3,6 +3,7 @@
 An operator that gets tensors of both devices fails as on a GPU, and so do numpy and a CPU's
 random generator; the CPU does the work. Importing this module registers the device with PyTorch
 for the whole process, so tests that use it run in one of their own (`test_other_device.py`).
+(`pretend.py` counts what would be waited for, within the tests' own process.)
 """
 
 from __future__ import annotations

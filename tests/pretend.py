@@ -2,6 +2,7 @@
 
 A tensor is the device's if any tensor that it was made of is; so weights and noise made on the CPU
 become so as soon as they meet an image. `Tensor.cpu` brings a copy back, which is one wait.
+(`another_device.py` refuses to mix devices instead; here tensors that meet are followed.)
 """
 
 from __future__ import annotations

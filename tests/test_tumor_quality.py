@@ -8,7 +8,6 @@ from pathlib import Path
 import balls
 import numpy as np
 import pytest
-import tiny
 from scipy import ndimage
 
 from tumorsynth.training.data import save_pack
@@ -188,18 +187,6 @@ def test_the_run_writes_a_table_a_classifier_and_pictures(tumor_quality, tmp_pat
 
     again = tumor_quality.main(arguments)
     assert again["table"] == table and again["classifier"] == results["classifier"]
-
-
-def test_autoencoders_are_measured_in_the_tissues_asked_for(tumor_quality, tmp_path):
-    pack = balls.make_cases()
-    generator = tiny.tiny_generator()
-    generator.save(tmp_path / "gen")
-    picture = tmp_path / "reconstruction.png"
-    tissues = {"organ": 1, "nowhere": 9}
-    found = tumor_quality.reconstruction(str(tmp_path / "gen"), pack, tissues, picture)
-    assert found["organ"]["rmse_hu"] > 0 and found["organ"]["psnr_db"] > 0
-    assert found["nowhere"] is None and picture.is_file()
-    assert tumor_quality.reconstruction("hu2023", pack, tissues, None) == {}
 
 
 def test_rows_of_the_same_name_are_refused(tumor_quality, tmp_path):
