@@ -8,7 +8,6 @@ numpy; NIfTI is read in `tumorsynth.training.reading`.
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.intensity import HU_HIGH, HU_LOW
+from tumorsynth.nifti import write_atomic
 
 PACKED_HU = (-1024, 600)  # what any window of a generator may need
 LEAST_HU = 50  # between the darkest and the brightest voxel of any scan: fat and muscle alone
@@ -57,7 +57,7 @@ class Tumor:
 
 
 def save_pack(cases: list[Case], path: Path) -> None:
-    """Write a pack, under a temporary name until it is whole."""
+    """Write a pack, whole or not at all."""
     arrays: dict[str, np.ndarray] = {
         "names": np.array([c.name for c in cases]),
         "held_out": np.array([c.held_out for c in cases], dtype=bool),
@@ -67,13 +67,7 @@ def save_pack(cases: list[Case], path: Path) -> None:
         if case.label is not None:
             arrays[f"label_{k}"] = case.label.numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
 def load_pack(path: Path) -> list[Case]:
