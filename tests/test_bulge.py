@@ -10,7 +10,8 @@ import torch
 import tumorsynth as ts
 from tumorsynth._tumor_shape import TumorParams
 from tumorsynth.adapter import Adapter
-from tumorsynth.bulge import FAT_HU, MAX_BULGE, Surroundings, check_bulge, draw_bulge, fill
+from tumorsynth.bulge import FAT_HU, MAX_BULGE, Surroundings, check_bulge, draw_bulge
+from tumorsynth.even_tissue import fill
 from tumorsynth.phantom import LABELS
 from tumorsynth.priors import PRIORS
 

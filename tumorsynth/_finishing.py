@@ -102,13 +102,15 @@ class Finishing(Painting):
         healthy = before.to(torch.promote_types(before.dtype, torch.float32))
         if job.fill is not None:
             healthy = healthy + job.fill.change_hu / self.intensity.hu_per_unit
-            weight = weight * job.fill.solid  # or the fat around would become darker
+            weight = torch.where(job.fill.other, job.fill.weight, weight)
         if self.blend == "change":
             change = weight * made / self.intensity.hu_per_unit
         else:
             hu = self.intensity.to_hu(healthy.float())
             change = weight * (made - hu) / self.intensity.hu_per_unit
         after = healthy + change
+        if job.fill is not None and job.fill.brightens:
+            after = torch.where(job.fill.other, torch.maximum(after, before), after)
         if self.intensity.limits is not None:
             after = after.clamp(*self.intensity.limits)
         after = after.to(image.dtype)

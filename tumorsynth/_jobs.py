@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tumorsynth.bulge import Fill
 from tumorsynth.contrast_priors import ContrastPrior
 from tumorsynth.devices import onto
+from tumorsynth.even_tissue import SPARE_MM, Fill
 from tumorsynth.gate import Gate
 from tumorsynth.geometry import CropGrid
 from tumorsynth.intensity import Intensity
@@ -57,7 +57,8 @@ class Job:
     tumor: LocalMask
     grid: CropGrid
     crop: Tensor  # (side, side, side) in [0, 1]
-    crop_mask: Tensor  # bool, the same shape
+    crop_mask: Tensor  # bool, the same shape: the tumour as the generator is shown it
+    crop_outline: Tensor  # and as it will be
     grain_mm: tuple[float, float, float]  # how sharp the scan is there, along the tensor's axes
     where: tuple[slice, slice, slice]  # the part of the sample that the feather reaches
     inside: Tensor  # bool, the tumour there
@@ -75,7 +76,8 @@ class Job:
         a, b, c = (
             slice(s, s + n) for s, n in zip(self.tumor.start, self.tumor.mask.shape, strict=True)
         )
-        wider = [slice(n.start - MARGIN, n.stop + MARGIN) for n in self.grid.near((a, b, c))]
+        by = MARGIN + (0 if self.fill is None else math.ceil(SPARE_MM) + 1)
+        wider = [slice(n.start - by, n.stop + by) for n in self.grid.near((a, b, c))]
         return hull([self.grid.near(self.where), wider], self.crop.shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,10 +15,10 @@ from torch import Tensor
 from tumorsynth import masks
 from tumorsynth._jobs import Job, Settings, feather_mm, hull, region
 from tumorsynth.blend import reach
-from tumorsynth.bulge import fill
 from tumorsynth.contrast import own_level
 from tumorsynth.contrast_priors import ContrastPrior, structured
-from tumorsynth.devices import onto, or_on_cpu
+from tumorsynth.devices import or_on_cpu
+from tumorsynth.even_tissue import SPARE_MM, fill
 from tumorsynth.generator import Generator
 from tumorsynth.geometry import Frame, plan_crop
 from tumorsynth.handcrafted import HandcraftedGenerator
@@ -64,7 +65,9 @@ class Painting(Settings):
             check_hu(hu)
         else:
             check_scale(hu, self.intensity)
-        where, there = region(tumor, feathered, image.shape, image.device)
+        spare = (math.ceil((SPARE_MM + 1) / s) for s in frame.spacing)
+        reached = [max(n, m) for n, m in zip(feathered, spare, strict=True)]
+        where, there = region(tumor, reached, image.shape, image.device)
         filled = fill(
             self.intensity.to_hu(image[where].float()),
             label[where],
@@ -75,26 +78,27 @@ class Painting(Settings):
             tumor.params,
             generator.window,
         )
+        part = tuple(
+            slice(w.start - g.start, w.stop - g.start)
+            for w, g in zip(where, grid.source, strict=True)
+        )
         if filled is not None:
-            here = [
-                slice(w.start - g.start, w.stop - g.start)
-                for w, g in zip(where, grid.source, strict=True)
-            ]
             hu = hu.clone()  # the sample itself, where its scale is HU
-            hu[tuple(here)] += filled.change_hu
+            hu[part] += filled.shown_hu
         low, high = generator.window
         hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
         crop = grid.cut((hu - low) / (high - low))
-        inside = torch.zeros_like(hu)
-        box = [
-            slice(s - part.start, e - part.start)
-            for s, e, part in zip(tumor.start, stop, grid.source, strict=True)
-        ]
-        inside[tuple(box)] = onto(tumor.mask, inside.device).to(inside.dtype)
-        share = grid.cut(inside)
-        # half a voxel's share, or less where a tumour is smaller than the generator's voxels
-        crop_mask = share >= (0.5 * share.max()).clamp(max=0.5)
-        return Job(*place, tumor, grid, crop, crop_mask, grain_mm, where, there, filled)
+
+        def on_crop(inside: Tensor) -> Tensor:
+            whole = torch.zeros_like(hu)
+            whole[part] = inside.to(hu.dtype)
+            share = grid.cut(whole)
+            # half a voxel's share, or less where a tumour is smaller than the generator's voxels
+            return share >= (0.5 * share.max()).clamp(max=0.5)
+
+        outline = on_crop(there)
+        shown = outline if filled is None else on_crop(filled.shown)
+        return Job(*place, tumor, grid, crop, shown, outline, grain_mm, where, there, filled)
 
     def _drawn(
         self, job: Job, record: dict[str, Any], generator: Generator | HandcraftedGenerator
@@ -163,7 +167,7 @@ class Painting(Settings):
             grain_mm = [job.grain_mm[axis] for axis in job.grid.frame.axes]  # along the crop's axes
             change = match(crop, change, job.crop_mask, grain_mm, generator.even)
             tumor = job.tumor.params
-            matched.append(structured(change, job.crop_mask, tumor.structure_hu, tumor.seed))
+            matched.append(structured(change, job.crop_outline, tumor.structure_hu, tumor.seed))
         return matched
 
     def _batch(self, device: torch.device) -> int:

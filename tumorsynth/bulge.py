@@ -1,38 +1,30 @@
-"""Tumours that bulge out of their organ: where they may go, and the tissue that is put there first.
+"""Tumours that bulge out of their organ: how far, and where they may go.
 
 A bulging tumour takes an uncut shape, of which a drawn share lies beyond the organ's label, in the
-fat around it. Before it is painted the organ is made to reach that far: what is inside the tumour's
-outline becomes even tissue of the organ's level, with the scan's noise. From there on the tumour is
-painted as one within the organ, by any generator; its edge to the fat is as sharp as the scan.
+fat around it. Before it is painted the organ is made to reach that far (`even_tissue`); from there
+on it is painted as one within the organ, by any generator.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth._room import dilate, is_organ
-from tumorsynth._tumor_shape import TumorParams
-from tumorsynth.blend import feather, gaussian_filter
 from tumorsynth.intensity import Intensity
-from tumorsynth.mass_effect import BONE_HU, evenness
+from tumorsynth.mass_effect import BONE_HU
 from tumorsynth.priors import SizePrior, get_prior
-from tumorsynth.texture import WIDER
 
 MAX_BULGE = 0.9  # of a tumour's volume: the rest holds it to its organ
 LEAST = 0.02  # a smaller share than this is none
 FAT_HU = (-150.0, -20.0)  # mean of 3 mm; below is air or lung, above is muscle, gut, an organ
 MEAN_MM = 1.5  # to each side, where that mean is taken
-SOFT_HU, FAT_SHARE = 30.0, 0.02  # an organ that is not fat itself; what noise alone does not make
 CLOSE_MM = 2.0  # strands in the fat and the blurred border of the organ are no obstacles
 AWAY_MM = 2.0  # from air and bone: the gut's wall and marrow can look like fat
-LUNG_HU = -400.0  # tissue below this is lung
-EVEN_GAIN = 0.1  # less of a voxel's difference from its surroundings than this is no noise
 
 
 def check_bulge(
@@ -150,57 +142,3 @@ def _sums(values: Tensor, spacing: Sequence[float]) -> Tensor:
         if padding[axis]:
             out = F.avg_pool3d(out, kernel, 1, padding, divisor_override=1)
     return out[0, 0]
-
-
-@dataclass(frozen=True)
-class Fill:
-    """Even tissue where a tumour is to be. Of a part of the sample (X, Y, Z)."""
-
-    change_hu: Tensor  # that makes even tissue of the organ's level within the tumour's outline
-    solid: Tensor  # 1 in the organ, 0 in the fat, between where one becomes the other
-    outside_share: float  # of the tumour's voxels
-
-
-def fill(
-    hu: Tensor,
-    label: Tensor,
-    organ_labels: tuple[int, ...],
-    inside: Tensor,
-    spacing: tuple[float, float, float],
-    grain_mm: Sequence[float],
-    params: TumorParams,
-    window: tuple[float, float],
-) -> Fill | None:
-    """What makes even tissue of the organ's level within a tumour's outline, as sharp as the scan.
-
-    For tumours that bulge; in lungs, whose vessels would shine through the tumour, unless the
-    generator's window (HU) does not reach them; and where more than a little of the tumour is fat
-    that the organ's label covers, as it often does a kidney's sinus. None for all others.
-
-    hu, label, inside (bool, the tumour): (X, Y, Z), the tumour and some mm around it. grain_mm:
-    `texture.grain` along the axes. The scan keeps its noise; where that cannot be told from an edge
-    (the organ's old surface, strands in the fat) noise like it is drawn from the seed.
-    """
-    organ = is_organ(label, organ_labels)
-    finite = hu.isfinite()
-    hu = torch.where(finite, hu, 0.0)
-    healthy = organ & finite
-    level = torch.where(healthy, hu, torch.nan).nanmedian().nan_to_num(nan=0.0)
-    if params.bulge == 0:
-        fat = (healthy & inside & (hu < FAT_HU[1])).sum() / inside.sum()
-        level_hu, fat_share = torch.stack([level, fat]).tolist()  # one wait for a GPU
-        lung = level_hu < LUNG_HU and window[0] < LUNG_HU
-        if not lung and not (level_hu > SOFT_HU and fat_share > FAT_SHARE):
-            return None
-    mean, gain = evenness(hu, organ, spacing)
-    noise = (1 - gain) * (hu - mean)
-    even = healthy & (gain < EVEN_GAIN)
-    sd = noise[even].std() if int(even.sum()) > 1 else hu.new_tensor(0.0)
-    rng = torch.Generator().manual_seed(params.shape_seed ^ 0x66696C6C)
-    drawn = torch.randn(hu.shape, generator=rng)
-    drawn = gaussian_filter(drawn, [g / WIDER / s for g, s in zip(grain_mm, spacing, strict=True)])
-    noise = noise + gain.sqrt() * sd * (drawn / drawn.std().clamp(min=1e-6)).to(hu.device)
-    border = feather(inside, grain_mm, spacing, "change")
-    change = torch.where(finite, border * (level + noise - hu), 0.0)
-    share = float((inside & ~organ).sum()) / max(1, int(inside.sum()))
-    return Fill(change, torch.where(organ, 1.0, border), share)

@@ -1,0 +1,98 @@
+"""Even tissue in place of what would show through a tumour, before the tumour is painted.
+
+In the fat that a tumour bulges into, in a lung with its vessels, and in the fat that an organ's
+label covers, generators would paint something else than a tumour, or it would show through. What
+is inside the tumour's outline becomes even tissue of the organ's level there, with the scan's
+noise. Generators soften a tumour's edge on its inside too, which towards another tissue would leave
+a rind of the organ's level: so they are shown a tumour that reaches SPARE_MM further there, and
+what is beyond its outline is cut off, as sharply as the scan is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tumorsynth._room import dilate, is_organ
+from tumorsynth._tumor_shape import TumorParams
+from tumorsynth.blend import feather, gaussian_filter
+from tumorsynth.mass_effect import evenness
+from tumorsynth.texture import WIDER
+
+SPARE_MM = 3.0  # the edges of generators' tumours reach this far into them
+FAT_HU = -20.0  # an organ's voxels below this are fat that its label covers
+SOFT_HU, FAT_SHARE = 30.0, 0.02  # an organ that is not fat itself; what noise alone does not make
+LUNG_HU = -400.0  # tissue below this is lung
+GAP_MM = 2.0  # of lung that its label leaves out before the chest wall
+EVEN_GAIN = 0.1  # less of a voxel's difference from its surroundings than this is no noise
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Even tissue where a tumour is to be. Of a part of the sample (X, Y, Z)."""
+
+    change_hu: Tensor  # that makes even tissue of the organ's level within the tumour's outline
+    shown_hu: Tensor  # the same for the generator: within the outline that it is shown
+    shown: Tensor  # bool, the tumour, and further on in other tissue
+    other: Tensor  # bool, the tissue that is not the organ's
+    weight: Tensor  # there, of what the generator makes
+    brightens: bool  # there alone: what is brighter than the tumour stays
+    outside_share: float  # of the tumour's voxels
+
+
+def fill(
+    hu: Tensor,
+    label: Tensor,
+    organ_labels: tuple[int, ...],
+    inside: Tensor,
+    spacing: tuple[float, float, float],
+    grain_mm: Sequence[float],
+    params: TumorParams,
+    window: tuple[float, float],
+) -> Fill | None:
+    """What makes even tissue of the organ's level within a tumour's outline, as sharp as the scan.
+
+    For tumours that bulge; in lungs, whose vessels would shine through the tumour, unless the
+    generator's window (HU) does not reach them; and where more than a little of the tumour is fat
+    that the organ's label covers, as it often does a kidney's sinus. None for all others.
+
+    hu, label, inside (bool, the tumour): (X, Y, Z), the tumour and some mm around it. grain_mm:
+    `texture.grain` along the axes. The scan keeps its noise; where that cannot be told from an edge
+    (the organ's old surface, strands in the fat) noise like it is drawn from the seed.
+
+    In a lung, what lies between the nodule and the chest wall and is neither, since the label ends
+    before the wall, is filled like the nodule, up to GAP_MM.
+    """
+    organ = is_organ(label, organ_labels)
+    finite = hu.isfinite()
+    hu = torch.where(finite, hu, 0.0)
+    healthy = organ & finite
+    level = torch.where(healthy, hu, torch.nan).nanmedian().nan_to_num(nan=0.0)
+    fat = (healthy & inside & (hu < FAT_HU)).sum() / inside.sum()
+    outside = (inside & ~organ).sum() / inside.sum()
+    # one wait for a GPU
+    level_hu, fat_share, outside_share = torch.stack([level, fat, outside.to(level)]).tolist()
+    lung = level_hu < LUNG_HU and window[0] < LUNG_HU
+    if params.bulge == 0 and not lung and not (level_hu > SOFT_HU and fat_share > FAT_SHARE):
+        return None
+    mean, gain = evenness(hu, organ, spacing)
+    noise = (1 - gain) * (hu - mean)
+    even = healthy & (gain < EVEN_GAIN)
+    sd = noise[even].std() if int(even.sum()) > 1 else hu.new_tensor(0.0)
+    rng = torch.Generator().manual_seed(params.shape_seed ^ 0x66696C6C)
+    drawn = torch.randn(hu.shape, generator=rng)
+    drawn = gaussian_filter(drawn, [g / WIDER / s for g, s in zip(grain_mm, spacing, strict=True)])
+    noise = noise + gain.sqrt() * sd * (drawn / drawn.std().clamp(min=1e-6)).to(hu.device)
+    to_even = torch.where(finite, level + noise - hu, 0.0)
+    other = ~organ if lung or level_hu <= SOFT_HU else ~organ | (mean < FAT_HU)
+    shown = inside | (dilate(inside, SPARE_MM, spacing) & other)
+    border, wider = (feather(part, grain_mm, spacing, "change") for part in (inside, shown))
+    weight = border
+    if lung:
+        reached = inside | (dilate(inside, GAP_MM, spacing) & other)
+        weight = feather(reached, grain_mm, spacing, "change")
+    change = torch.where(other, weight, border) * to_even
+    return Fill(change, wider * to_even, shown, other, weight, lung, outside_share)
