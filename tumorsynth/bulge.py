@@ -21,7 +21,8 @@ from tumorsynth.priors import SizePrior, get_prior
 
 MAX_BULGE = 0.9  # of a tumour's volume: the rest holds it to its organ
 LEAST = 0.02  # a smaller share than this is none
-FAT_HU = (-150.0, -20.0)  # mean of 3 mm; below is air or lung, above is muscle, gut, an organ
+FAT_HU = (-150.0, -20.0)  # mean of 3 mm; above is muscle, gut, an organ
+AIR_HU = -200.0  # mean of 3 mm; between the two may be the noise of fat, or not: as what is around
 MEAN_MM = 1.5  # to each side, where that mean is taken
 CLOSE_MM = 2.0  # strands in the fat and the blurred border of the organ are no obstacles
 AWAY_MM = 2.0  # from air and bone: the gut's wall and marrow can look like fat
@@ -89,19 +90,20 @@ class Surroundings:
     ) -> None:
         self.image, self.label, self.spacing, self.intensity = image, label, spacing, intensity
         self.organ_labels = organ_labels
-        self.bone, self.air = BONE_HU, FAT_HU[0]
+        self.bone, self.fat, self.air = BONE_HU, FAT_HU[0], AIR_HU
         if intensity.limits is not None:  # a scale that ends shows bone and air as its ends
             low, high = (
                 float(intensity.to_hu(torch.tensor(end, dtype=torch.float32)))
                 for end in intensity.limits
             )
-            self.bone, self.air = min(self.bone, high - 1), max(self.air, low + 1)
+            self.bone = min(self.bone, high - 1)
+            self.fat, self.air = max(self.fat, low + 1), max(self.air, low + 1)
 
     def near(self, index: Tensor) -> Tensor:
         """Which of these voxels (3, ...) are likely to do: a cheap look at their own values."""
         x, y, z = (i.clamp(0, n - 1) for i, n in zip(index, self.label.shape, strict=True))
         hu = self.intensity.to_hu(self.image[x, y, z].float())
-        return self._unlabelled(self.label[x, y, z]) & (hu > self.air) & (hu < FAT_HU[1])
+        return self._unlabelled(self.label[x, y, z]) & (hu > self.fat) & (hu < FAT_HU[1])
 
     def local(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
         """Which voxels of a box, which must lie in the volume, do: bool.
@@ -118,9 +120,10 @@ class Surroundings:
         finite = hu.isfinite()
         hu = hu.nan_to_num(nan=-1000.0, posinf=1000.0, neginf=-1000.0).clamp(-1000, 1000).round()
         total, count = _sums(hu, self.spacing), _sums(torch.ones_like(hu), self.spacing)
-        fat = (total > self.air * count) & (total < FAT_HU[1] * count)
+        fat = (total > self.fat * count) & (total < FAT_HU[1] * count)
         bright = (hu >= self.bone) & ~is_organ(self.label[wide], self.organ_labels)
         hard = (total <= self.air * count) | bright | ~finite
+        hard |= _sums((hu > self.fat).to(hu.dtype), self.spacing) == 0  # air, cut off at -150 HU
         room = dilate(fat, CLOSE_MM, self.spacing) & ~dilate(hard, AWAY_MM, self.spacing)
         room &= self._unlabelled(self.label[wide])
         x, y, z = (

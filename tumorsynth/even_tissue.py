@@ -27,6 +27,7 @@ FAT_HU = -20.0  # an organ's voxels below this are fat that its label covers
 SOFT_HU, FAT_SHARE = 30.0, 0.02  # an organ that is not fat itself; what noise alone does not make
 LUNG_HU = -400.0  # tissue below this is lung
 GAP_MM = 2.0  # of lung that its label leaves out before the chest wall
+SIGNAL = 1.5  # as in `evenness`: what is left of an edge would show, noise is drawn anew
 EVEN_GAIN = 0.1  # less of a voxel's difference from its surroundings than this is no noise
 
 
@@ -78,14 +79,16 @@ def fill(
     lung = level_hu < LUNG_HU and window[0] < LUNG_HU
     if params.bulge == 0 and not lung and not (level_hu > SOFT_HU and fat_share > FAT_SHARE):
         return None
-    mean, gain = evenness(hu, organ, spacing)
+    mean, gain = evenness(hu, organ, spacing, SIGNAL)
     noise = (1 - gain) * (hu - mean)
     even = healthy & (gain < EVEN_GAIN)
     sd = noise[even].std() if int(even.sum()) > 1 else hu.new_tensor(0.0)
     rng = torch.Generator().manual_seed(params.shape_seed ^ 0x66696C6C)
     drawn = torch.randn(hu.shape, generator=rng)
     drawn = gaussian_filter(drawn, [g / WIDER / s for g, s in zip(grain_mm, spacing, strict=True)])
-    noise = noise + gain.sqrt() * sd * (drawn / drawn.std().clamp(min=1e-6)).to(hu.device)
+    noise = noise + (gain * (2 - gain)).sqrt() * sd * (drawn / drawn.std().clamp(min=1e-6)).to(
+        hu.device
+    )
     to_even = torch.where(finite, level + noise - hu, 0.0)
     other = ~organ if lung or level_hu <= SOFT_HU else ~organ | (mean < FAT_HU)
     shown = inside | (dilate(inside, SPARE_MM, spacing) & other)

@@ -128,7 +128,10 @@ def push_aside(
     mean, gain = evenness(values, is_organ(there, organ_labels), spacing)
     tissue = mean + gain * (values - mean)  # the rest is noise, and stays where it is
     after = before.clone()
-    new = _between(tissue, at) + (values - tissue)[moved]
+    came, rough, edge = _between(torch.stack([tissue, values - mean, gain]), at)
+    # where the noise that stays could not be told, by an old edge, it comes along with the tissue
+    missing = (gain * (2 - gain)).sqrt()[moved] * (1 - edge) ** 4
+    new = came + (values - tissue)[moved] + missing * rough
     if intensity.limits is not None:
         new = new.clamp(*intensity.limits)
     x, y, z = at.round().long().unbind()
@@ -218,9 +221,12 @@ def _ends(
     return end, (SQUEEZE * (end - 1)).clamp(0, params.displaced)
 
 
-def evenness(values: Tensor, organ: Tensor, spacing: Sequence[float]) -> tuple[Tensor, Tensor]:
+def evenness(
+    values: Tensor, organ: Tensor, spacing: Sequence[float], signal: float = SIGNAL
+) -> tuple[Tensor, Tensor]:
     """Local means of the values (X, Y, Z), and how much of what differs from them is no noise:
-    0 where nothing but noise is seen, towards 1 at edges.
+    0 where nothing but noise is seen, towards 1 at edges. signal: variance, over that of the most
+    even part of the organ, from which on there is more than noise.
 
     Noise is best left where it is: interpolated it would be smoother where voxels come from between
     others and as it was where they do not, a pattern that real tissue does not have. After Wiener
@@ -231,7 +237,7 @@ def evenness(values: Tensor, organ: Tensor, spacing: Sequence[float]) -> tuple[T
     variance = (_mean((values - mean).square(), size)).clamp_min(1e-12)
     even = variance[organ] if bool(organ.any()) else variance.flatten()
     even = even[:: 1 + len(even) // 50_000].nanquantile(EVEN)  # vessels and edges have more
-    return mean, (1 - (SIGNAL * even / variance).square()).clamp_min(0)
+    return mean, (1 - (signal * even / variance).square()).clamp_min(0)
 
 
 def _mean(values: Tensor, size: Sequence[int]) -> Tensor:
@@ -250,13 +256,13 @@ def _mean(values: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _between(values: Tensor, at: Tensor) -> Tensor:
-    """Values (X, Y, Z) at fractional voxels (3, N), linear, the border's repeated beyond it."""
-    last = at.new_tensor(values.shape)[:, None] - 1
+    """Values (C, X, Y, Z) at fractional voxels (3, N), linear, the border's repeated: (C, N)."""
+    last = at.new_tensor(values.shape[1:])[:, None] - 1
     unit = (2 * at / last.clamp_min(1) - 1).flip(0).T
     found = F.grid_sample(
-        values[None, None], unit[None, None, None], padding_mode="border", align_corners=True
+        values[None], unit[None, None, None], padding_mode="border", align_corners=True
     )
-    return found.reshape(-1)
+    return found.reshape(len(values), -1)
 
 
 def _linear(at: Tensor, nodes: Tensor) -> Tensor:
