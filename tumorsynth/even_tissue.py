@@ -26,6 +26,7 @@ SPARE_MM = 3.0  # the edges of generators' tumours reach this far into them
 FAT_HU = -20.0  # an organ's voxels below this are fat that its label covers
 SOFT_HU, FAT_SHARE = 30.0, 0.02  # an organ that is not fat itself; what noise alone does not make
 LUNG_HU = -400.0  # tissue below this is lung
+BLUR_MM = 1.0  # of an organ's surface that is half fat
 GAP_MM = 2.0  # of lung that its label leaves out before the chest wall
 SIGNAL = 1.5  # as in `evenness`: what is left of an edge would show, noise is drawn anew
 EVEN_GAIN = 0.1  # less of a voxel's difference from its surroundings than this is no noise
@@ -39,7 +40,7 @@ class Fill:
     shown_hu: Tensor  # the same for the generator: within the outline that it is shown
     shown: Tensor  # bool, the tumour, and further on in other tissue
     other: Tensor  # bool, the tissue that is not the organ's
-    weight: Tensor  # there, of what the generator makes
+    weight: Tensor  # of what the generator makes there, and of the change
     brightens: bool  # there alone: what is brighter than the tumour stays
     outside_share: float  # of the tumour's voxels
 
@@ -90,12 +91,11 @@ def fill(
         hu.device
     )
     to_even = torch.where(finite, level + noise - hu, 0.0)
-    other = ~organ if lung or level_hu <= SOFT_HU else ~organ | (mean < FAT_HU)
-    shown = inside | (dilate(inside, SPARE_MM, spacing) & other)
-    border, wider = (feather(part, grain_mm, spacing, "change") for part in (inside, shown))
-    weight = border
     if lung:
-        reached = inside | (dilate(inside, GAP_MM, spacing) & other)
-        weight = feather(reached, grain_mm, spacing, "change")
-    change = torch.where(other, weight, border) * to_even
-    return Fill(change, wider * to_even, shown, other, weight, lung, outside_share)
+        other = ~organ
+    else:  # and the blurred border of the organ
+        other = dilate(~organ | (mean < FAT_HU), BLUR_MM, spacing)
+    shown = inside | (dilate(inside, SPARE_MM, spacing) & other)
+    reached = inside | (dilate(inside, GAP_MM, spacing) & other) if lung else inside
+    weight, wider = (feather(part, grain_mm, spacing, "change") for part in (reached, shown))
+    return Fill(weight * to_even, wider * to_even, shown, other, weight, lung, outside_share)
