@@ -44,8 +44,8 @@ class HandcraftedConfig:
     """How far below the organ the tumour lies, for an organ at ``reference_hu``."""
     reference_hu: float = 110.0
     """Parenchyma of an enhanced liver. The contrast scales with parenchyma / reference ..."""
-    scale_limit: float = 1.3
-    """... up to this factor."""
+    scale_limit: float = 2.0
+    """... up to this factor, a kidney of 220 HU."""
     min_contrast_hu: float = 8.0
     """Contrast is never less: a labelled tumour has to be there."""
     floor_hu: float = 10.0
@@ -63,7 +63,7 @@ class HandcraftedConfig:
     """Equivalent diameter from which a rim is possible."""
     capsule_hu: tuple[float, float] = (8.0, 20.0)
     """Height of the rim at the tumour's surface."""
-    tissue_hu: tuple[float, float] = (0.0, 220.0)
+    tissue_hu: tuple[float, float] = (0.0, 250.0)
     """What may be parenchyma; fat, air and bone around the tumour are not measured."""
 
     def __post_init__(self) -> None:
