@@ -8,6 +8,8 @@ for the whole process, so tests that use it run in one of their own (`test_other
 
 from __future__ import annotations
 
+import traceback
+from collections import Counter
 from typing import Any
 
 import torch
@@ -32,6 +34,15 @@ class _Module:
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
 DEVICE = torch.device(NAME, 0)
+# Copies to the device that the program waits for on CUDA, by the function of ours that made them:
+# those through `devices.onto` it does not.
+copies: Counter[str] = Counter()
+
+
+def _note_copy() -> None:
+    ours = [f for f in traceback.extract_stack() if "/tumorsynth/" in f.filename]
+    if ours and ours[-1].name != "onto":
+        copies[ours[-1].name] += 1
 
 
 class Pretended(torch.Tensor):
@@ -92,6 +103,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device")
     device = kwargs.get("device")
     result_here = bool(here) if device is None else torch.device(device).type == NAME
+    if name.startswith("aten._to_copy.") and result_here and not here:
+        _note_copy()
+    if name.startswith("aten.copy_.") and isinstance(args[0], Pretended) and away:
+        _note_copy()
     if kwargs.get("generator") is not None and result_here:
         raise RuntimeError(f"{name}: expected a {NAME!r} device type for generator, found 'cpu'")
     a, k = tree_map(_inner, (args, kwargs))
@@ -121,6 +136,8 @@ def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memor
 
 
 def _copy_from(source, target, non_blocking=False):
+    if isinstance(target, Pretended) and not isinstance(source, Pretended):
+        _note_copy()
     _inner(target).copy_(_inner(source))
     return target
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from another_device import DEVICE, Pretending
+from another_device import DEVICE, Pretending, copies
 from tiny import tiny_crop, tiny_generator
 
 import tumorsynth as ts
+from tumorsynth.contrast import ContrastConfig
+from tumorsynth.devices import onto
+from tumorsynth.diffusion import draw_noise
 from tumorsynth.monai import BatchSynthesizeTumord
 
 PHANTOM = ts.make_phantom(spacing=(3.0, 3.0, 4.0), seed=0)
@@ -82,6 +85,36 @@ def test_a_whole_call_is_the_cpus(generator, settings):
     assert any(record["applied"] for record in synth.report)
     replayed = synth(image, label, spacing=PHANTOM.spacing, params=synth.params)
     assert torch.equal(replayed[0].cpu(), made[0].cpu())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"contrast_hu": -30.0},
+        {"contrast_hu": "liver-portal", "size_mm": 40},
+        {"mass_effect": 0.5, "size_mm": 25},
+        {"size_mm": "kidney", "organ_labels": (3, 4), "bulge": True},
+        {"generator": "hu2023"},
+    ],
+)
+def test_a_call_waits_for_no_copy_to_the_device(settings):
+    image, label = PHANTOM.image.to(DEVICE), PHANTOM.label.to(DEVICE)
+    generator = tiny_generator(codes=8, contrast=ContrastConfig()).to(DEVICE)
+    settings = {"generator": generator, "size_mm": 12, "count": 2, "tumor_label": 20, **settings}
+    synth = ts.SynthesizeTumor(**settings)
+    copies.clear()
+    synth(image, label, spacing=PHANTOM.spacing, seed=3)
+    assert any(record["applied"] for record in synth.report) and not copies
+
+
+def test_copies_that_are_waited_for_are_seen():
+    copies.clear()
+    onto(torch.ones(3), DEVICE)
+    torch.ones(3, device=DEVICE).cpu()
+    assert not copies
+    draw_noise((2, 2), 1, [torch.Generator()], DEVICE)
+    assert copies == {"draw_noise": 1}
 
 
 def test_the_generator_may_be_elsewhere_than_the_image():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import threading
 import warnings
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from test_concurrency import SCANS
-from tiny import tiny_generator
+from tiny import tiny_crop, tiny_generator
 
 import tumorsynth as ts
 from tumorsynth import devices, weights
@@ -157,3 +160,84 @@ def test_a_programs_defaults_do_not_reach_the_weights(kind):
         held = [*network.parameters(), *network.buffers()]
         assert {t.device.type for t in held} == {"cpu"}
         assert torch.float64 not in {t.dtype for t in held}
+
+
+def tf32() -> tuple[object, ...]:
+    """The settings by all of their names that this torch has, as far as it tells."""
+    found: list[object] = []
+    for owner in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        for name in ("allow_tf32", "fp32_precision"):
+            try:
+                found.append(getattr(owner, name, None))
+            except RuntimeError:  # a mixture of old and new names, which torch refuses to tell
+                found.append("mixed")
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    return (*found, getattr(conv, "fp32_precision", None))
+
+
+@pytest.fixture
+def restored():
+    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    for owner, found in ((torch.backends.cudnn, cudnn), (torch.backends.cuda.matmul, matmul)):
+        owner.allow_tf32 = not found  # through both, or the newer names keep what they were given
+        owner.allow_tf32 = found
+
+
+@pytest.mark.parametrize("kind", ["default", "both on", "both off", "by the newer names"])
+def test_full_float32_is_for_a_while_and_for_all_threads(restored, kind):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if kind == "by the newer names":
+        if not hasattr(cudnn, "conv"):
+            pytest.skip("this torch has the older names alone")
+        cudnn.conv.fp32_precision = matmul.fp32_precision = "tf32"
+    elif kind != "default":
+        cudnn.allow_tf32 = matmul.allow_tf32 = kind == "both on"
+    before, inside = tf32(), threading.Event()
+
+    def off() -> bool:
+        if hasattr(cudnn, "conv"):
+            return "tf32" not in (cudnn.conv.fp32_precision, matmul.fp32_precision)
+        return not (cudnn.allow_tf32 or matmul.allow_tf32)
+
+    def outlasts():
+        with devices.full_float32("cuda"):
+            inside.set()
+            left.wait(10)
+
+    left = threading.Event()
+    other = threading.Thread(target=outlasts)
+    with pytest.raises(KeyError), devices.full_float32("cuda"):
+        assert off()
+        other.start()
+        assert inside.wait(10)
+        raise KeyError
+    assert off()  # the other thread is still in it
+    left.set()
+    other.join()
+    assert tf32() == before
+    with devices.full_float32("cpu"):
+        assert tf32() == before
+
+
+def test_nothing_else_touches_how_float32_is_rounded():
+    package = Path(ts.__file__).parent
+    names = re.compile("allow_tf32|fp32_precision|matmul_precision|cudnn[.](benchmark|determin)")
+    found = {path.name for path in package.rglob("*.py") if names.search(path.read_text())}
+    assert found == {"devices.py"}
+
+
+@pytest.mark.parametrize("prediction, full", [("noise", True), ("x0", False)])
+def test_a_network_that_predicts_noise_denoises_in_full_float32(monkeypatch, prediction, full):
+    seen, before = [], tf32()
+    generator = tiny_generator(prediction=prediction, codes=8)
+    monkeypatch.setattr(
+        "tumorsynth.generator.full_float32", lambda kind: devices.full_float32("cuda")
+    )
+    torch.backends.cudnn.allow_tf32 = True
+    for network in (generator.denoiser, generator.autoencoder.encoder):
+        network.register_forward_pre_hook(
+            lambda *_: seen.append(torch.backends.cudnn.allow_tf32) or None
+        )
+    generator.change(*tiny_crop(), seed=0)
+    assert seen[0] is True and set(seen[1:5]) == {not full} and tf32() == before

@@ -189,8 +189,8 @@ class Painting(Settings):
         if isinstance(generator, Generator):
             parts["near"] = hull([job.near for job in part], part[0].crop.shape)
         try:
-            crops = torch.stack([job.crop for job in part])[:, None].to(device)
-            inside = torch.stack([job.crop_mask for job in part])[:, None].to(device)
+            crops = onto(torch.stack([job.crop for job in part])[:, None], device)
+            inside = onto(torch.stack([job.crop_mask for job in part])[:, None], device)
             with torch.autocast(device.type, enabled=False):
                 made = run(
                     crops,

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth._arguments import any_bool
+from tumorsynth.devices import onto
 
 NEAR_MM, FAR_MM = 2, 6  # where the tissue around a tumour is measured
 ENOUGH = 50  # voxels of it
@@ -120,7 +121,7 @@ def draw_contrast(config: ContrastConfig, level: Tensor, seeds: Sequence[int] | 
         float(torch.rand((), generator=torch.Generator().manual_seed(seed ^ 0x636F6E74)))
         for seed in seeds or []
     ]
-    share = level.new_tensor(shares or [0.5])
+    share = onto(torch.tensor(shares or [0.5], dtype=level.dtype), level.device)
     drawn = config.low + (config.high - config.low) * share.expand(level.shape)
     if config.reference_hu is None:
         return drawn

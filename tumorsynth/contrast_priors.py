@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tumorsynth.blend import gaussian_filter
 from tumorsynth.contrast import FLOOR_HU, SCALES, core, grown
+from tumorsynth.devices import onto
 from tumorsynth.texture import box_around
 
 Range = tuple[float, float]
@@ -126,7 +127,7 @@ def _structure(mask: Tensor, structure: tuple[float, float], seed: int) -> Tenso
     if core_hu != 0:
         stream = torch.Generator().manual_seed(seed ^ 0x636F7265)
         rough = gaussian_filter(torch.randn(mask.shape, generator=stream), [3.0] * 3)
-        rough = (rough / rough.std()).to(mask.device)
+        rough = onto(rough / rough.std(), mask.device)
         within = depth / depth.max() - 0.5 + 0.12 * rough
         added = added + core_hu * torch.sigmoid(within / 0.06)
     added = gaussian_filter(added * mask, [0.7] * 3)

@@ -1,7 +1,8 @@
-"""Devices that are none, lack an operator or are lost, and a program's own defaults."""
+"""Devices that are none, lack an operator or are lost, and a program's own settings."""
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,9 @@ import torch
 
 T = TypeVar("T")
 _said: set[tuple[str, str]] = set()
+_full_lock = threading.Lock()
+_full_depth = 0  # of full_float32, over all threads: the settings are the process's
+_full_restore = ExitStack()
 
 
 def parse_device(device: Any) -> torch.device:
@@ -54,6 +58,49 @@ def plain_defaults() -> Iterator[None]:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
         yield
+
+
+@contextmanager
+def full_float32(kind: str) -> Iterator[None]:
+    """float32 with all of its digits on a device of that kind, for what cannot do with fewer.
+
+    By default PyTorch rounds what goes into CUDA's convolutions to TF32, 10 of 23 digits; a program
+    may have said the same of matrix products. Both are as they were afterwards.
+    """
+    global _full_depth
+    if kind != "cuda":
+        yield
+        return
+    with _full_lock:
+        _full_depth += 1
+        if _full_depth == 1:
+            _without_tf32(_full_restore)
+    try:
+        yield
+    finally:
+        with _full_lock:
+            _full_depth -= 1
+            if _full_depth == 0:
+                _full_restore.close()
+
+
+def _without_tf32(restore: ExitStack) -> None:
+    backends: Any = torch.backends
+
+    def without(owner: Any, name: str, exact: object) -> None:
+        found = getattr(owner, name)
+        if found != exact:
+            restore.callback(setattr, owner, name, found)
+            setattr(owner, name, exact)
+
+    for old, new in (
+        (backends.cudnn, lambda: backends.cudnn.conv),
+        (backends.cuda.matmul, lambda: backends.cuda.matmul),
+    ):
+        try:
+            without(old, "allow_tf32", False)
+        except RuntimeError:  # the program uses the newer names, and torch wants no mixture
+            without(new(), "fp32_precision", "ieee")
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from tumorsynth._room import dilate, is_organ
 from tumorsynth._tumor_shape import TumorParams
 from tumorsynth.blend import feather, gaussian_filter
+from tumorsynth.devices import onto
 from tumorsynth.mass_effect import evenness
 from tumorsynth.texture import WIDER
 
@@ -87,9 +88,8 @@ def fill(
     rng = torch.Generator().manual_seed(params.shape_seed ^ 0x66696C6C)
     drawn = torch.randn(hu.shape, generator=rng)
     drawn = gaussian_filter(drawn, [g / WIDER / s for g, s in zip(grain_mm, spacing, strict=True)])
-    noise = noise + (gain * (2 - gain)).sqrt() * sd * (drawn / drawn.std().clamp(min=1e-6)).to(
-        hu.device
-    )
+    drawn = onto(drawn / drawn.std().clamp(min=1e-6), hu.device)
+    noise = noise + (gain * (2 - gain)).sqrt() * sd * drawn
     to_even = torch.where(finite, level + noise - hu, 0.0)
     if lung:
         other = ~organ

@@ -22,7 +22,7 @@ from tumorsynth.contrast import (
     own_level,
     shift,
 )
-from tumorsynth.devices import onto
+from tumorsynth.devices import full_float32, onto
 from tumorsynth.diffusion import Prediction, cosine_schedule, ddim_sample, ddpm_sample, draw_noise
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv import cpu_computes_bfloat16
@@ -114,7 +114,8 @@ class Generator:
         else float32. The shipped generator's tumours change by 0.4 HU (root mean square), its
         scan's noise being 12 (benchmarks/results/latency_cpu.json): the same seed gives the same
         tumour bit by bit on like machines, and to that on others. A network that predicts noise
-        always denoises in float32: the first of its steps multiplies an error by 263.
+        always denoises in float32: the first of its steps multiplies an error by 263. "float32" of
+        all else is on CUDA what PyTorch has it be there: by default its convolutions round to TF32.
     """
 
     def __init__(
@@ -255,7 +256,7 @@ class Generator:
         hu = self._hu(crop)
         if contrast_hu is not None:
             level = own_level(hu, tumor_mask)
-            wanted = torch.as_tensor(contrast_hu, dtype=hu.dtype, device=hu.device)
+            wanted = onto(torch.as_tensor(contrast_hu, dtype=hu.dtype), hu.device)
             if any_bool(contrast_hu) or wanted.ndim > 1 or wanted.numel() not in (1, len(crop)):
                 raise ValueError(
                     f"contrast_hu must be one number, or one for each of the {len(crop)} samples, "
@@ -347,7 +348,10 @@ class Generator:
             return self.autoencoder.encode(volume).float()
 
     def _denoise(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        with self._reduced(self.sampler.prediction != "noise"):
+        if self.sampler.prediction == "noise":
+            with self._reduced(False), full_float32(x_t.device.type):
+                return self.denoiser(x_t, t, cond).float()
+        with self._reduced():
             return self.denoiser(x_t, t, cond).float()
 
     def _decode(self, raw: Tensor, box: Near | None = None) -> Tensor:

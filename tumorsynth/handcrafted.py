@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth._arguments import any_bool
+from tumorsynth.devices import onto
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.texture import box_around
 
@@ -222,7 +223,7 @@ def _change_hu(
     if asked_hu is not None:
         contrast = -asked_hu
 
-    blobs = _blobs(mask.shape, texture_mm, rng).to(hu.device)
+    blobs = onto(_blobs(mask.shape, texture_mm, rng), hu.device)
     edge = _blur(mask.float(), edge_mm)
     # Zero mean over the tumour: the mean contrast is the one drawn. 4 edge (1 - edge) is 1 at the
     # surface and falls off over about one sigma to either side.
@@ -301,7 +302,7 @@ def _distance(mask: Tensor) -> Tensor:
     separable filter, right to about half a millimetre from 3 mm on.
     """
     sigma = 1.5
-    matrices = [_gauss(n, sigma, normalised=False).to(mask.device) for n in mask.shape]
+    matrices = [onto(_gauss(n, sigma, normalised=False), mask.device) for n in mask.shape]
     total = _apply(mask.float() * 1e15, matrices)  # scaled up to keep clear of underflow
     # Several voxels contribute: at a flat surface some 10 in effect, at a small mask fewer.
     total = total / total.amax().clamp(max=1e16)
@@ -310,7 +311,7 @@ def _distance(mask: Tensor) -> Tensor:
 
 def _blur(field: Tensor, sigma: float) -> Tensor:
     """Gaussian filter; the weights of voxels beyond the border go to those within."""
-    return _apply(field, [_gauss(n, sigma).to(field.device) for n in field.shape])
+    return _apply(field, [onto(_gauss(n, sigma), field.device) for n in field.shape])
 
 
 def _apply(field: Tensor, matrices: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor
 from tumorsynth._arguments import is_bool
 from tumorsynth._room import is_organ
 from tumorsynth._tumor_shape import Shape, TumorParams, fibonacci
+from tumorsynth.devices import onto
 from tumorsynth.intensity import Intensity
 
 REACH = 2.2  # level beyond which nothing moves
@@ -112,14 +113,14 @@ def push_aside(
 
     def rigid(index: Tensor) -> Tensor:
         x, y, z = (
-            i.clamp(0, n - 1).to(image.device) for i, n in zip(index, image.shape, strict=True)
+            onto(i.clamp(0, n - 1), image.device) for i, n in zip(index, image.shape, strict=True)
         )
         return stays(image[x, y, z], label[x, y, z])
 
     where, source = displacement(params, image.shape, spacing, rigid)
-    source = source.to(image.device)
+    source = onto(source, image.device)
     before, there = image[where], label[where]
-    voxel = torch.tensor(spacing, dtype=torch.float32, device=image.device)
+    voxel = onto(torch.tensor(spacing, dtype=torch.float32), image.device)
     shift = source / voxel[:, None, None, None]
     moved = (shift.abs() > 0.01).any(0) & ~stays(before, there)
     grid = moved.nonzero().T
@@ -257,7 +258,7 @@ def _mean(values: Tensor, size: Sequence[int]) -> Tensor:
 
 def _between(values: Tensor, at: Tensor) -> Tensor:
     """Values (C, X, Y, Z) at fractional voxels (3, N), linear, the border's repeated: (C, N)."""
-    last = at.new_tensor(values.shape[1:])[:, None] - 1
+    last = onto(torch.tensor(values.shape[1:], dtype=at.dtype), at.device)[:, None] - 1
     unit = (2 * at / last.clamp_min(1) - 1).flip(0).T
     found = F.grid_sample(
         values[None], unit[None, None, None], padding_mode="border", align_corners=True

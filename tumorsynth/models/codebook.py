@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tumorsynth.devices import full_float32
 from tumorsynth.models.conv import linear
 
+fused_on: str | None = "cuda"  # the kind of device that searches in one kernel; None for none
 DEAD = 0.03  # of a code's even share of the latent voxels: used less, it counts as dead
 
 
@@ -54,15 +57,21 @@ class Codebook(nn.Module):
 
         ``argmin |z - e|^2 = argmin |e|^2 - 2 z.e``, a chunk of voxels at a time: memory is bounded
         by ``tokens_per_chunk * size`` floats however large the crop is. By default a chunk's
-        distances fit into a CPU's cache, or are 4096 voxels' on a GPU.
+        distances fit into a CPU's cache, or are 4096 voxels' on a GPU; on CUDA, where triton is
+        installed, one kernel searches without them. Always in full float32.
         """
+        if tokens_per_chunk is None:
+            found = _fused(latent, self.embeddings)
+            if found is not None:
+                return found
         size = len(self.embeddings)
         if tokens_per_chunk is None:
             tokens_per_chunk = max(16, 2**19 // size) if latent.device.type == "cpu" else 4096
         flat = _tokens(latent).to(self.embeddings.dtype)
         away, half_norm = -self.embeddings, self.embeddings.square().sum(1) / 2
         # 16,384 codes lie too close together for the eight bits of bfloat16
-        with torch.autocast(latent.device.type, enabled=False):
+        kind = latent.device.type
+        with torch.autocast(kind, enabled=False), full_float32(kind):
             codes = [
                 _argmin(linear(chunk, away, half_norm)) for chunk in flat.split(tokens_per_chunk)
             ]
@@ -173,6 +182,30 @@ class Codebook(nn.Module):
         # from one that is not: the latter stays where it is, instead of at 0 / 0.
         used = self.counts > 1e-2 * self._correction()
         self.embeddings[used] = self.sums[used] / self.counts[used, None]
+
+
+def _fused(latent: Tensor, embeddings: Tensor) -> Tensor | None:
+    """The answer of the fused search, or None where it cannot run; a failure is said once."""
+    global fused_on
+    suits = latent.device.type == fused_on and embeddings.dtype == torch.float32
+    if not suits or torch.compiler.is_compiling():
+        return None
+    try:
+        from tumorsynth.models.nearest_triton import nearest
+
+        with torch.cuda.device_of(latent):  # triton launches on the current device
+            return nearest(latent, embeddings)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: no triton, no C compiler, a GPU it does not know
+        fused_on = None
+        if not isinstance(error, ImportError):
+            warnings.warn(
+                f"the fused search of the codes does not run here ({type(error).__name__}: "
+                f"{str(error).strip()[:160]}); going on with the slower one",
+                stacklevel=2,
+            )
+    return None
 
 
 def _argmin(values: Tensor) -> Tensor:
