@@ -179,18 +179,23 @@ def tf32() -> tuple[object, ...]:
 def restored():
     cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     yield
+    for owner in (torch.backends, torch.backends.cudnn):
+        if hasattr(owner, "fp32_precision"):
+            owner.fp32_precision = "none"
     for owner, found in ((torch.backends.cudnn, cudnn), (torch.backends.cuda.matmul, matmul)):
         owner.allow_tf32 = not found  # through both, or the newer names keep what they were given
         owner.allow_tf32 = found
 
 
-@pytest.mark.parametrize("kind", ["default", "both on", "both off", "by the newer names"])
+@pytest.mark.parametrize("kind", ["default", "both on", "both off", "newer", "newest"])
 def test_full_float32_is_for_a_while_and_for_all_threads(restored, kind):
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    if kind == "by the newer names":
-        if not hasattr(cudnn, "conv"):
-            pytest.skip("this torch has the older names alone")
+    if kind in ("newer", "newest") and not hasattr(cudnn, "conv"):
+        pytest.skip("this torch has the older names alone")
+    if kind == "newer":
         cudnn.conv.fp32_precision = matmul.fp32_precision = "tf32"
+    elif kind == "newest":
+        torch.backends.fp32_precision = "tf32"
     elif kind != "default":
         cudnn.allow_tf32 = matmul.allow_tf32 = kind == "both on"
     before, inside = tf32(), threading.Event()

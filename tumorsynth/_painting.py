@@ -17,7 +17,7 @@ from tumorsynth._jobs import Job, Settings, feather_mm, hull, region
 from tumorsynth.blend import reach
 from tumorsynth.contrast import own_level
 from tumorsynth.contrast_priors import ContrastPrior, structured
-from tumorsynth.devices import or_on_cpu
+from tumorsynth.devices import onto, or_on_cpu
 from tumorsynth.even_tissue import SPARE_MM, fill
 from tumorsynth.generator import Generator
 from tumorsynth.geometry import Frame, plan_crop

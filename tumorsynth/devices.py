@@ -93,14 +93,20 @@ def _without_tf32(restore: ExitStack) -> None:
             restore.callback(setattr, owner, name, found)
             setattr(owner, name, exact)
 
+    # torch >= 2.9 has newer names, of which some are for several operators, and wants no mixture
+    general = (getattr(owner, "fp32_precision", "none") for owner in (backends, backends.cudnn))
+    newer = any(precision != "none" for precision in general)
     for old, new in (
         (backends.cudnn, lambda: backends.cudnn.conv),
         (backends.cuda.matmul, lambda: backends.cuda.matmul),
     ):
-        try:
-            without(old, "allow_tf32", False)
-        except RuntimeError:  # the program uses the newer names, and torch wants no mixture
-            without(new(), "fp32_precision", "ieee")
+        if not newer:
+            try:
+                without(old, "allow_tf32", False)
+                continue
+            except RuntimeError:  # what torch says of a mixture
+                pass
+        without(new(), "fp32_precision", "ieee")
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:

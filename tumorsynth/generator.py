@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from operator import index
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tumorsynth._arguments import any_bool
 from tumorsynth._config_check import check_bounds, check_fit, finite, whole
+from tumorsynth.compiled import MAX_SHAPES, Compiled
 from tumorsynth.contrast import (
     ContrastConfig,
     draw_contrast,
@@ -34,6 +35,7 @@ DENOISERS: dict[str, tuple[type[Any], type[Any]]] = {
     "factorized": (FactorizedUNet, UNetConfig),
     "conv": (ConvUNet, ConvUNetConfig),
 }
+MOST_AMPLIFIED = 4.0  # an error of the predicted noise in x0, where that is computed in bfloat16
 PRECISIONS = ("auto", "float32", "bfloat16")
 # What a sampler may ask for, so that no card takes the machine's memory or does not end
 MAX_STEPS = 1000
@@ -114,8 +116,9 @@ class Generator:
         else float32. The shipped generator's tumours change by 0.4 HU (root mean square), its
         scan's noise being 12 (benchmarks/results/latency_cpu.json): the same seed gives the same
         tumour bit by bit on like machines, and to that on others. A network that predicts noise
-        always denoises in float32: the first of its steps multiplies an error by 263. "float32" of
-        all else is on CUDA what PyTorch has it be there: by default its convolutions round to TF32.
+        keeps float32 for steps that multiply an error by more than 4, and everywhere but on a CPU:
+        the first of the published four multiplies it by 263, the others by 2.4 at most. "float32"
+        of all else is on CUDA what PyTorch has it be there: by default convolutions round to TF32.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class Generator:
         self.card: dict[str, Any] = {"name": "unnamed", **(card or {})}
         self.source: str | None = None  # the name or folder it was loaded from
         self.precision = "auto"
+        self.compiled: Compiled | None = None
 
     # -- what the synthesizer asks of every kind of generator -------------------------------------
 
@@ -169,6 +173,21 @@ class Generator:
         """Move both networks, in place; returns self."""
         self.autoencoder.to(device)
         self.denoiser.to(device)
+        if self.compiled is not None:
+            self.compiled.clear()
+        return self
+
+    def compile(
+        self, max_shapes: int = MAX_SHAPES, backend: str | Callable[..., Any] = "inductor"
+    ) -> Generator:
+        """Run the networks through torch.compile from now on, in place; returns self.
+
+        For a GPU and crops of one size: the first ones of a shape wait for the compiler. How many
+        shapes, how batches go, and what happens where torch cannot compile, says
+        :class:`tumorsynth.compiled.Compiled`. Numbers change by rounding. ``generator.compiled =
+        None`` ends it.
+        """
+        self.compiled = Compiled(max_shapes, backend)
         return self
 
     @torch.no_grad()
@@ -345,20 +364,36 @@ class Generator:
 
     def _encode(self, volume: Tensor) -> Tensor:
         with self._reduced():
-            return self.autoencoder.encode(volume).float()
+            return self._run(self.autoencoder.encode, volume).float()
 
     def _denoise(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        if self.sampler.prediction == "noise":
+        if self._amplifies(t):
             with self._reduced(False), full_float32(x_t.device.type):
-                return self.denoiser(x_t, t, cond).float()
+                return self._run(self.denoiser, x_t, t, cond).float()
         with self._reduced():
-            return self.denoiser(x_t, t, cond).float()
+            return self._run(self.denoiser, x_t, t, cond).float()
+
+    def _amplifies(self, t: Tensor) -> bool:
+        """Whether an error of the predicted noise becomes a much larger one of x0 at step t."""
+        if self.sampler.prediction != "noise" or t.device.type != "cpu":
+            return self.sampler.prediction == "noise"  # reading t would be waited for
+        bar = float(self.schedule.alphas_cumprod[int(t[0])])
+        return (1 - bar) / bar > MOST_AMPLIFIED**2
 
     def _decode(self, raw: Tensor, box: Near | None = None) -> Tensor:
         """Raw latent -> crop in [0, 1], axes (z, x, y), or a box of it."""
         with self._reduced():
-            decoded = self.autoencoder.decode(raw, box).float()
-        return ((decoded + 1) / 2).clamp(0, 1)
+            quantised = self.autoencoder.quantize(raw)
+            if self.compiled is None:
+                decoded = self.autoencoder.decoder(quantised, box)
+            else:  # for one shape, not for every box
+                decoded = self.compiled(self.autoencoder.decoder, quantised)
+                decoded = decoded if box is None else decoded[(..., *box)]
+        return ((decoded.float() + 1) / 2).clamp(0, 1)
+
+    def _run(self, network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        compiled = self.compiled
+        return network(*inputs) if compiled is None else compiled(network, *inputs)
 
     def _box(self, crop: Tensor, near: Near | None) -> Near:
         """``near`` in whole latent voxels, axes (z, x, y); the whole crop for None."""
@@ -419,7 +454,7 @@ class Generator:
         """The same networks sampled another way, for example ``steps=10`` of a DDIM generator."""
         sampler = replace(self.sampler, **changes)
         other = Generator(self.autoencoder, self.denoiser, sampler, self.card)
-        other.precision = self.precision
+        other.precision, other.compiled = self.precision, self.compiled
         return other
 
 

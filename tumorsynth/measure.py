@@ -120,7 +120,7 @@ def pass_times(
 
     def decode() -> Tensor:
         with generator._reduced():
-            return generator.autoencoder.decoder(quantised)
+            return generator._run(generator.autoencoder.decoder, quantised)
 
     runs: dict[str, Callable[[], object]] = {
         "encode": lambda: generator._encode(volume),

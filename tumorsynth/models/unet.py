@@ -112,17 +112,24 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", torch.tensor(frequencies))
 
     def table(self, length: int) -> Tensor:
-        """(length, dim / 2), complex: the turns of positions 0 .. length - 1."""
+        """(length, dim / 2, 2): cosine and sine of the turns of positions 0 .. length - 1."""
         positions = torch.arange(length, device=self.frequencies.device, dtype=torch.float32)
         angles = positions[:, None] * self.frequencies.float()
-        return torch.polar(torch.ones_like(angles), angles)
+        if torch.compiler.is_compiling():  # torch's compiler makes no code for complex numbers
+            return torch.stack([angles.cos(), angles.sin()], dim=-1)
+        return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns the first channels of x (..., length, channels) by a `Rotary.table`."""
-    turned, rest = x.split([2 * table.shape[-1], x.shape[-1] - 2 * table.shape[-1]], dim=-1)
-    pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    turned, rest = x.split([2 * len(table[0]), x.shape[-1] - 2 * len(table[0])], dim=-1)
+    pairs = turned.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    turned = pairs.flatten(-2).to(x.dtype)
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
