@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +57,6 @@ def clock(device: torch.device) -> tuple[str, str]:
 
 def environment() -> dict[str, Any]:
     """Device, versions and commit of a run."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE
-    ).stdout.strip()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
@@ -66,15 +66,31 @@ def environment() -> dict[str, Any]:
         "cudnn_tf32": torch.backends.cudnn.allow_tf32 if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "tumorsynth": tumorsynth.__version__,
-        "commit": commit,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    given = os.environ.get("BENCHMARK_COMMIT")  # where the checkout is a copy without git
+    if given is not None or shutil.which("git") is None:
+        return given or "unknown"
+    describe = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True, cwd=HERE).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return {"median": round(middle, 2), "q25": round(low, 2), "q75": round(high, 2)}
+    low, middle, high = np.percentile(values, [25, 50, 75]).round(2).tolist()
+    return {"median": middle, "q25": low, "q75": high}
 
 
 def spreads(clocks: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -83,9 +99,12 @@ def spreads(clocks: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def picture(name: str, draw: Callable[[Any], None], panels: int = 1) -> None:
-    """results/<name>.png: ``draw(axes)``, a row of panels."""
-    import matplotlib
-
+    """results/<name>.png: ``draw(axes)``, a row of panels; none where matplotlib is not there."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("no picture: matplotlib is not installed")
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -96,7 +115,7 @@ def picture(name: str, draw: Callable[[Any], None], panels: int = 1) -> None:
 
 
 def write(name: str, results: dict[str, Any]) -> None:
-    """results/<name>.json, with the environment."""
+    """results/<name>.json, or a file of that path, with the environment."""
     path = HERE / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **results}, indent=2) + "\n")

@@ -46,6 +46,11 @@ class Compiled:
         self._off = self._full = False
         self._lock = threading.Lock()
 
+    @property
+    def works(self) -> bool:
+        """Whether something is compiled and nothing has failed."""
+        return bool(self._runs) and not self._off
+
     def __getstate__(self) -> dict[str, Any]:
         return {"max_shapes": self.max_shapes, "backend": self.backend}
 

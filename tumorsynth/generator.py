@@ -24,7 +24,14 @@ from tumorsynth.contrast import (
     shift,
 )
 from tumorsynth.devices import full_float32, onto
-from tumorsynth.diffusion import Prediction, cosine_schedule, ddim_sample, ddpm_sample, draw_noise
+from tumorsynth.diffusion import (
+    Prediction,
+    cosine_schedule,
+    ddim_sample,
+    ddim_steps,
+    ddpm_sample,
+    draw_noise,
+)
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv import cpu_computes_bfloat16
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
@@ -116,9 +123,9 @@ class Generator:
         else float32. The shipped generator's tumours change by 0.4 HU (root mean square), its
         scan's noise being 12 (benchmarks/results/latency_cpu.json): the same seed gives the same
         tumour bit by bit on like machines, and to that on others. A network that predicts noise
-        keeps float32 for steps that multiply an error by more than 4, and everywhere but on a CPU:
-        the first of the published four multiplies it by 263, the others by 2.4 at most. "float32"
-        of all else is on CUDA what PyTorch has it be there: by default convolutions round to TF32.
+        keeps full float32 for steps that multiply an error by more than 4: the first of the
+        published four multiplies it by 263, the others by 2.4 at most. "float32" of all else is on
+        CUDA what PyTorch has it be there: by default its convolutions round to TF32.
     """
 
     def __init__(
@@ -344,12 +351,18 @@ class Generator:
             shape = (channels, *cond.shape[2:])
             noise = torch.cat([self._draw(shape, [noise]) for _ in range(len(cond))], dim=1)
         noise = onto(noise, cond.device)
-        if s.method == "ddpm":
+        ddpm = s.method == "ddpm"
+        steps = list(range(s.timesteps)) if ddpm else ddim_steps(s.timesteps, s.steps)
+
+        def denoise(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+            return self._denoise(x_t, t, cond, steps.pop())  # reading t would be waited for
+
+        if ddpm:
             return ddpm_sample(
-                self._denoise, self.schedule, cond, noise, clamp=s.clamp, prediction=s.prediction
+                denoise, self.schedule, cond, noise, clamp=s.clamp, prediction=s.prediction
             )
         return ddim_sample(
-            self._denoise,
+            denoise,
             self.schedule,
             cond,
             noise,
@@ -366,19 +379,14 @@ class Generator:
         with self._reduced():
             return self._run(self.autoencoder.encode, volume).float()
 
-    def _denoise(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        if self._amplifies(t):
+    def _denoise(self, x_t: Tensor, t: Tensor, cond: Tensor, step: int) -> Tensor:
+        """The network's answer at this step, which t (B,) holds for each sample."""
+        bar = float(self.schedule.alphas_cumprod[step])
+        if self.sampler.prediction == "noise" and (1 - bar) / bar > MOST_AMPLIFIED**2:
             with self._reduced(False), full_float32(x_t.device.type):
                 return self._run(self.denoiser, x_t, t, cond).float()
         with self._reduced():
             return self._run(self.denoiser, x_t, t, cond).float()
-
-    def _amplifies(self, t: Tensor) -> bool:
-        """Whether an error of the predicted noise becomes a much larger one of x0 at step t."""
-        if self.sampler.prediction != "noise" or t.device.type != "cpu":
-            return self.sampler.prediction == "noise"  # reading t would be waited for
-        bar = float(self.schedule.alphas_cumprod[int(t[0])])
-        return (1 - bar) / bar > MOST_AMPLIFIED**2
 
     def _decode(self, raw: Tensor, box: Near | None = None) -> Tensor:
         """Raw latent -> crop in [0, 1], axes (z, x, y), or a box of it."""
