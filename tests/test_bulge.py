@@ -8,10 +8,8 @@ import pytest
 import torch
 
 import tumorsynth as ts
-from tumorsynth._tumor_shape import TumorParams
 from tumorsynth.adapter import Adapter
 from tumorsynth.bulge import FAT_HU, MAX_BULGE, Surroundings, check_bulge, draw_bulge
-from tumorsynth.even_tissue import fill
 from tumorsynth.phantom import LABELS
 from tumorsynth.priors import PRIORS
 
@@ -127,6 +125,18 @@ def test_neither_air_nor_bone_nor_what_is_not_finite_is_room():
     hu[:20], hu[30, 10:30] = 50.0, 60.0
     room = Surroundings(hu, label, (1,), (1.0, 1.0, 1.0), ts.HU()).local((0, 0, 0), (40, 40, 40))
     assert not room[:16].any() and room[24:38].all()
+
+
+def test_fat_of_airs_limit_is_room_and_air_cut_off_there_is_not():
+    rng = torch.Generator().manual_seed(0)
+    hu = -150 + 20 * torch.randn(32, 32, 32, generator=rng)
+    label = torch.zeros(hu.shape, dtype=torch.uint8)
+    around = Surroundings(hu, label, (1,), (1.0, 1.0, 1.0), ts.HU())
+    assert around.local((0, 0, 0), (32, 32, 32)).float().mean() > 0.98  # half was none
+    hu[:16] = -1000.0
+    around = Surroundings(hu.clamp(min=-150.0), label, (1,), (1.0, 1.0, 1.0), ts.HU())
+    room = around.local((0, 0, 0), (32, 32, 32))
+    assert not room[:15].any() and room[20:].all()
 
 
 def test_a_scale_whose_end_is_above_fat_has_no_room_and_the_tumour_stays_inside(ct):
@@ -249,85 +259,3 @@ def test_params_of_another_kind_are_refused(ct):
 def test_a_prior_of_ones_own_bulges_if_it_says_so():
     prior = replace(PRIORS["liver"], bulge=(0.0, 0.5))
     assert check_bulge(True, prior) is prior
-
-
-# -- lungs -----------------------------------------------------------------------------------------
-
-
-def lung():
-    """Lung of -850 HU with a vessel of 40 HU through it, and its label."""
-    hu = -850 + 30 * torch.randn(1, 48, 48, 48, generator=torch.Generator().manual_seed(0))
-    hu[:, :, 22:25, 22:25] = 40.0
-    return hu, torch.ones(hu.shape, dtype=torch.uint8)
-
-
-def test_vessels_do_not_shine_through_a_tumour_in_a_lung():
-    hu, label = lung()
-    synth = ts.SynthesizeTumor("lung", 1, 2, count=1, size_mm=18, gate=None)
-    for seed in range(20):
-        image, new = synth(hu, label, spacing=(1, 1, 1), seed=seed)
-        inner = ~torch.nn.functional.max_pool3d((new != 2).float(), 5, 1, 2).bool()
-        vessel = inner & (hu > 0)
-        if vessel.sum() > 30:
-            break
-    assert float(image[vessel].median() - image[inner & ~vessel].median()) < 80  # it was 890
-    assert float(image[vessel].max()) < 300
-
-
-def test_only_lungs_are_evened_and_only_by_generators_that_see_them():
-    hu, label = lung()
-    synth = ts.SynthesizeTumor("hu2023", 1, 2, count=1, size_mm=18)
-    synth(hu, label, spacing=(1, 1, 1), seed=0)
-    params = TumorParams.from_dict(synth.params[0]["tumors"][0])
-    inside = torch.zeros(hu.shape[1:], dtype=torch.bool)
-    inside[15:32, 15:32, 15:32] = True
-    rest = (1,), inside, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5), params
-    even = fill(hu[0], label[0], *rest, (-1000.0, 400.0))
-    assert float((hu[0] + even.change_hu)[17:30, 17:30, 17:30].max()) < -650
-    assert not even.change_hu[:8].any()
-    assert fill(hu[0], label[0], *rest, (-175.0, 250.0)) is None
-    assert fill(hu[0] + 950, label[0], *rest, (-1000.0, 400.0)) is None
-
-
-# -- fat that the organ's label covers -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("generator", ["hu2023", "liver-early"])
-def test_a_tumour_over_a_kidneys_sinus_is_solid(generator):
-    rng = torch.Generator().manual_seed(0)
-    image = -100 + 8 * torch.randn(1, 48, 48, 48, generator=rng)
-    axes = torch.meshgrid(*[torch.arange(48) - 24] * 3, indexing="ij")
-    far = sum(a.square() for a in axes)[None].float().sqrt()
-    image[far < 17] += 260.0
-    image[far < 5] -= 240.0  # the sinus, under the organ's label
-    label = (far < 17).to(torch.uint8)
-    synth = ts.SynthesizeTumor(generator, count=1, size_mm=24.0)
-    made, made_label = synth(image, label, spacing=1.0, seed=1)
-    inside = made_label == 2
-    assert (inside & (far < 5)).sum() > 100  # it lies over the sinus
-    assert float((image[inside] < -20).float().mean()) > 0.05
-    assert float((made[inside] < -20).float().mean()) < 0.01
-    params = json.loads(json.dumps(synth.params))
-    assert torch.equal(synth(image, label, spacing=1.0, params=params)[0], made)
-
-
-def test_a_little_fat_is_left_as_it_is():
-    image = torch.full((1, 48, 48, 48), 160.0)
-    image[:, 24, 24, 24] = -100.0
-    label = torch.ones(1, 48, 48, 48, dtype=torch.uint8)
-    inside = torch.zeros(48, 48, 48, dtype=torch.bool)
-    inside[18:30, 18:30, 18:30] = True
-    params = TumorParams((24, 24, 24), 15.0, (1.0,) * 3, (1.0, 0, 0, 0), 0.0, 0, 0, 1.0, 15.0)
-    args = (inside, (1.0,) * 3, (0.5,) * 3, params, (-175.0, 250.0))
-    assert fill(image[0], label[0], (1,), *args) is None
-    image[:, 20:26, 20:26, 20:26] = -100.0
-    assert fill(image[0], label[0], (1,), *args) is not None
-
-
-@pytest.mark.parametrize("shape", [(5, 4, 5), (1, 1, 1), (2, 30, 3)])
-def test_volumes_smaller_than_the_filters(shape):
-    image = torch.full((1, *shape), -850.0)  # lung: its vessels are taken away first
-    label = torch.ones(1, *shape, dtype=torch.uint8)
-    synth = ts.SynthesizeTumor("hu2023", count=1, size_mm=1.5, contrast_hu=300.0)
-    made, _ = synth(image, label, spacing=0.5, seed=0)
-    assert made.isfinite().all() and len(synth.report) == 1

@@ -109,6 +109,20 @@ def test_shift_sets_what_is_wanted_and_ends_two_voxels_beyond():
     assert not bool(added[~(grown(mask.float(), 2) > 0)].any())
 
 
+def test_a_tumour_in_a_bright_kidney_has_no_bright_rim():
+    rng = torch.Generator().manual_seed(0)
+    image = 215 + 12 * torch.randn(1, 64, 64, 64, generator=rng)
+    label = torch.ones(image.shape, dtype=torch.uint8)
+    synth = ts.SynthesizeTumor("liver-early", count=1, size_mm=18, contrast_hu=-60)
+    for seed in range(3):
+        made, new = synth(image, label, spacing=1.0, seed=seed)
+        inside = (new == 2).float()
+        around = (grown(inside[None], 2) > 0)[0] & (new != 2)
+        assert float((made - image)[around].mean()) < 5  # it was 40
+        inner = (grown(1 - inside[None], 1) == 0)[0]
+        assert float((made - image)[inner].mean()) == pytest.approx(-60, abs=8)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), "dark", (1, 2, 3), 5000, [], True, (None, 3)])
 def test_contrast_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError, match="contrast_hu must be"):

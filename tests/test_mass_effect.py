@@ -185,6 +185,20 @@ def test_noise_stays_and_edges_too():
         assert float(noise) == pytest.approx(15, rel=0.15)
 
 
+def test_no_smooth_band_and_no_ghost_where_the_organ_ended():
+    rng = torch.Generator().manual_seed(0)
+    image = torch.full((1, 64, 64, 64), 200.0)
+    image[:, 32:] = -100.0
+    image += 15 * torch.randn(image.shape, generator=rng)
+    label = torch.zeros(image.shape, dtype=torch.int64)
+    label[:, :32] = 1
+    new, new_label, _ = pushed(image, label, tumor((16, 32, 32), 30.0, 0.9))
+    rows = new[0, 26:32, 29:36, 29:36]  # they lie within the organ now
+    assert (new_label[0, 26:33, 29:36, 29:36] == 1).all()
+    assert float((rows.mean((1, 2)) - 200).abs().max()) < 8
+    assert float(rows.std((1, 2)).min()) > 0.25 * 15  # stretched, so smoother; it was 0
+
+
 def test_a_fixed_capsule_holds():
     image, label = scan(noise=0.0)
     for fixed in (False, True):

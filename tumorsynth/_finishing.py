@@ -163,7 +163,7 @@ class Finishing(Painting):
             "grain_mm": list(job.grain_mm),
             "contrast_hu": tumor.params.contrast_hu,
             "displaced_mm": 0.0,
-            "outside_share": 0.0 if job.fill is None else job.fill.outside_share,
+            "outside_share": job.outside_share,
             "generator": generator.name,
             "seed": tumor.params.seed,
         }

@@ -62,6 +62,7 @@ class Job:
     grain_mm: tuple[float, float, float]  # how sharp the scan is there, along the tensor's axes
     where: tuple[slice, slice, slice]  # the part of the sample that the feather reaches
     inside: Tensor  # bool, the tumour there
+    outside_share: float  # of the tumour, beyond the organ
     fill: Fill | None = None  # even tissue in place of fat, or of a lung's vessels
 
     @property

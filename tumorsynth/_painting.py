@@ -18,13 +18,13 @@ from tumorsynth.blend import reach
 from tumorsynth.contrast import own_level
 from tumorsynth.contrast_priors import ContrastPrior, structured
 from tumorsynth.devices import onto, or_on_cpu
-from tumorsynth.even_tissue import SPARE_MM, fill
+from tumorsynth.even_tissue import SPARE_MM, fill, tissue
 from tumorsynth.generator import Generator
 from tumorsynth.geometry import Frame, plan_crop
 from tumorsynth.handcrafted import HandcraftedGenerator
 from tumorsynth.inputs import check_hu, check_scale
 from tumorsynth.intensity import HU
-from tumorsynth.masks import LocalMask
+from tumorsynth.masks import LocalMask, Skip
 from tumorsynth.texture import grain, match, neighbourhood, softening
 
 CONTEXT_MM = 16.0  # at least this much of the scan on each side of a tumour goes into its crop
@@ -42,8 +42,9 @@ class Painting(Settings):
         tumor: LocalMask,
         frame: Frame,
         generator: Generator | HandcraftedGenerator,
-    ) -> Job:
-        """The crop around a tumour on the generator's grid, in [0, 1], and the mask on it."""
+    ) -> Job | Skip:
+        """The crop around a tumour on the generator's grid, in [0, 1], and the mask on it; or why
+        this generator cannot paint there."""
         stop = [s + n for s, n in zip(tumor.start, tumor.mask.shape, strict=True)]
         grain_mm = (0.0, 0.0, 0.0)
         if self.blend == "change":
@@ -68,16 +69,12 @@ class Painting(Settings):
         spare = (math.ceil((SPARE_MM + 1) / s) for s in frame.spacing)
         reached = [max(n, m) for n, m in zip(feathered, spare, strict=True)]
         where, there = region(tumor, reached, image.shape, image.device)
-        filled = fill(
-            self.intensity.to_hu(image[where].float()),
-            label[where],
-            self.organ_labels,
-            there,
-            frame.spacing,
-            grain_mm,
-            tumor.params,
-            generator.window,
-        )
+        local = self.intensity.to_hu(image[where].float())
+        here = tissue(local, label[where], self.organ_labels, there, generator.window)
+        unseen = here.unseen(generator.window)
+        if unseen is not None:
+            return Skip(unseen, tumor.params.drawn_mm)
+        filled = fill(local, here, there, frame.spacing, grain_mm, tumor.params, generator.window)
         part = tuple(
             slice(w.start - g.start, w.stop - g.start)
             for w, g in zip(where, grid.source, strict=True)
@@ -98,7 +95,10 @@ class Painting(Settings):
 
         outline = on_crop(there)
         shown = outline if filled is None else on_crop(filled.shown)
-        return Job(*place, tumor, grid, crop, shown, outline, grain_mm, where, there, filled)
+        outside = 0.0 if filled is None else here.outside_share
+        return Job(
+            *place, tumor, grid, crop, shown, outline, grain_mm, where, there, outside, filled
+        )
 
     def _drawn(
         self, job: Job, record: dict[str, Any], generator: Generator | HandcraftedGenerator

@@ -30,6 +30,7 @@ LUNG_HU = -400.0  # tissue below this is lung
 BLUR_MM = 1.0  # of an organ's surface that is half fat
 GAP_MM = 2.0  # of lung that its label leaves out before the chest wall
 SIGNAL = 1.5  # as in `evenness`: what is left of an edge would show, noise is drawn anew
+MOST_BEYOND = 0.5  # of an organ's voxels, of which the generator sees no difference
 EVEN_GAIN = 0.1  # less of a voxel's difference from its surroundings than this is no noise
 
 
@@ -43,13 +44,54 @@ class Fill:
     other: Tensor  # bool, the tissue that is not the organ's
     weight: Tensor  # of what the generator makes there, and of the change
     brightens: bool  # there alone: what is brighter than the tumour stays
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """What a tumour is to be painted in."""
+
+    organ: Tensor  # bool, (X, Y, Z)
+    level_hu: float  # the organ's median; 0 where there is none
+    beyond: float  # share of the organ's voxels that are not within the generator's window
+    fat_share: float  # of the tumour's voxels, under the organ's label
     outside_share: float  # of the tumour's voxels
+
+    def unseen(self, window: tuple[float, float]) -> str | None:
+        """Why a generator with this window (HU) cannot paint here; None if it can."""
+        if self.beyond <= MOST_BEYOND:
+            return None
+        low, high = window
+        return (
+            f"most of the organ around a tumour must lie within {low:g} to {high:g} HU, which the "
+            f"generator sees, but {self.beyond:.0%} of it does not (median "
+            f'{self.level_hu:.0f} HU); pass generator="lung" (-1000 to 400 HU) if it is a lung, '
+            "or look at intensity="
+        )
+
+
+def tissue(
+    hu: Tensor,
+    label: Tensor,
+    organ_labels: tuple[int, ...],
+    inside: Tensor,
+    window: tuple[float, float],
+) -> Tissue:
+    """What a tumour is to be painted in. hu, label, inside (bool, the tumour): (X, Y, Z), the
+    tumour and some mm around it. window: HU that the generator sees."""
+    organ = is_organ(label, organ_labels)
+    healthy = organ & hu.isfinite()
+    level = torch.where(healthy, hu, torch.nan).nanmedian().nan_to_num(nan=0.0)
+    beyond = (healthy & ((hu <= window[0]) | (hu >= window[1]))).sum() / healthy.sum().clamp(min=1)
+    fat = (healthy & inside & (hu < FAT_HU)).sum() / inside.sum()
+    outside = (inside & ~organ).sum() / inside.sum()
+    # one wait for a GPU
+    told = torch.stack([level, *(share.to(level) for share in (beyond, fat, outside))]).tolist()
+    return Tissue(organ, *told)
 
 
 def fill(
     hu: Tensor,
-    label: Tensor,
-    organ_labels: tuple[int, ...],
+    here: Tissue,
     inside: Tensor,
     spacing: tuple[float, float, float],
     grain_mm: Sequence[float],
@@ -62,28 +104,23 @@ def fill(
     generator's window (HU) does not reach them; and where more than a little of the tumour is fat
     that the organ's label covers, as it often does a kidney's sinus. None for all others.
 
-    hu, label, inside (bool, the tumour): (X, Y, Z), the tumour and some mm around it. grain_mm:
-    `texture.grain` along the axes. The scan keeps its noise; where that cannot be told from an edge
-    (the organ's old surface, strands in the fat) noise like it is drawn from the seed.
+    hu, inside and here: as for and from :func:`tissue`. grain_mm: `texture.grain` along the axes.
+    The scan keeps its noise; where that cannot be told from an edge (the organ's old surface,
+    strands in the fat) noise like it is drawn from the seed.
 
     In a lung, what lies between the nodule and the chest wall and is neither, since the label ends
     before the wall, is filled like the nodule, up to GAP_MM.
     """
-    organ = is_organ(label, organ_labels)
+    organ, level = here.organ, here.level_hu
+    lung = level < LUNG_HU and window[0] < LUNG_HU
+    over_fat = level > SOFT_HU and here.fat_share > FAT_SHARE
+    if params.bulge == 0 and not lung and not over_fat:
+        return None
     finite = hu.isfinite()
     hu = torch.where(finite, hu, 0.0)
-    healthy = organ & finite
-    level = torch.where(healthy, hu, torch.nan).nanmedian().nan_to_num(nan=0.0)
-    fat = (healthy & inside & (hu < FAT_HU)).sum() / inside.sum()
-    outside = (inside & ~organ).sum() / inside.sum()
-    # one wait for a GPU
-    level_hu, fat_share, outside_share = torch.stack([level, fat, outside.to(level)]).tolist()
-    lung = level_hu < LUNG_HU and window[0] < LUNG_HU
-    if params.bulge == 0 and not lung and not (level_hu > SOFT_HU and fat_share > FAT_SHARE):
-        return None
     mean, gain = evenness(hu, organ, spacing, SIGNAL)
     noise = (1 - gain) * (hu - mean)
-    even = healthy & (gain < EVEN_GAIN)
+    even = organ & finite & (gain < EVEN_GAIN)
     sd = noise[even].std() if int(even.sum()) > 1 else hu.new_tensor(0.0)
     rng = torch.Generator().manual_seed(params.shape_seed ^ 0x66696C6C)
     drawn = torch.randn(hu.shape, generator=rng)
@@ -98,4 +135,4 @@ def fill(
     shown = inside | (dilate(inside, SPARE_MM, spacing) & other)
     reached = inside | (dilate(inside, GAP_MM, spacing) & other) if lung else inside
     weight, wider = (feather(part, grain_mm, spacing, "change") for part in (reached, shown))
-    return Fill(weight * to_even, wider * to_even, shown, other, weight, lung, outside_share)
+    return Fill(weight * to_even, wider * to_even, shown, other, weight, lung)

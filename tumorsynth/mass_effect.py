@@ -41,7 +41,7 @@ RAYS = fibonacci(384)
 SPREAD = 0.15  # radians over which neighbouring rays are averaged
 WINDOW_MM = 2.0  # to each side, where a voxel's surroundings are told from noise
 EVEN = 0.1  # the part of an organ that is taken to show nothing but noise
-SIGNAL = 3.0  # variance, over that of this part, from which on surroundings are more than noise
+SIGNAL = 4.0  # variance, over that of this part, from which on surroundings are more than noise
 
 
 @dataclass(frozen=True)
@@ -234,8 +234,10 @@ def evenness(
     (Lee 1980), with the noise's variance from where the organ is most even.
     """
     size = [2 * round(WINDOW_MM / s) + 1 for s in spacing]
-    mean = _mean(values, size)
-    variance = (_mean((values - mean).square(), size)).clamp_min(1e-12)
+    middle = values.mean()  # a float's digits are few for the squares of 1000 HU
+    mean = _mean(values - middle, size)
+    variance = (_mean((values - middle).square(), size) - mean.square()).clamp_min(1e-12)
+    mean = mean + middle
     even = variance[organ] if bool(organ.any()) else variance.flatten()
     even = even[:: 1 + len(even) // 50_000].nanquantile(EVEN)  # vessels and edges have more
     return mean, (1 - (signal * even / variance).square()).clamp_min(0)

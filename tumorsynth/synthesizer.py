@@ -246,6 +246,9 @@ class SynthesizeTumor(Placing, Finishing):
                     else:
                         target = images[b, 0], labels[b, 0]
                         job = self._crop(place, *target, result, frame, generator)
+                        if isinstance(job, Skip):
+                            report.append(left_alone(b, i, job.reason))
+                            continue
                         jobs.append(job if params else self._drawn(job, record, generator))
             if jobs or pushing:  # what nothing is done to is not copied either
                 image, label = image.clone(), label.clone()
@@ -305,10 +308,14 @@ class SynthesizeTumor(Placing, Finishing):
             gap_mm=self.gap_mm,
             around=self._around(image, label, frame) if tumor.params.bulge > 0 else None,
         )
-        if isinstance(again, Skip):
-            record = left_alone(place[0], place[1], again.reason)
+        job = (
+            again
+            if isinstance(again, Skip)
+            else self._crop(place, image, label, again, frame, generator)
+        )
+        if isinstance(job, Skip):
+            record = left_alone(place[0], place[1], job.reason)
         else:
-            job = self._crop(place, image, label, again, frame, generator)
             job = job if drawn is None else self._drawn(job, drawn, generator)
             ((job, made),) = self._generate([job], generator)
             record = self._finish(job, made, image, label, generator, drawn)
