@@ -161,10 +161,11 @@ def _within(
     index: Indices, start: Sequence[int], shape: Sequence[int]
 ) -> tuple[tuple[Indices, ...], Bools]:
     """Indices (3, ...) counted from ``start`` and kept in the shape; which of them are in it."""
-    local = [i - s for i, s in zip(index, start, strict=True)]
-    kept = tuple(np.maximum(np.minimum(i, n - 1), 0) for i, n in zip(local, shape, strict=True))
-    a, b, c = (i == k for i, k in zip(local, kept, strict=True))
-    return kept, a & b & c
+    along = (3,) + (1,) * (index.ndim - 1)
+    local = index - np.reshape(start, along)
+    kept = np.maximum(np.minimum(local, np.reshape(shape, along) - 1), 0)
+    x, y, z = kept
+    return (x, y, z), (local == kept).all(0)
 
 
 def _common(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -50,7 +50,7 @@ class TumorParams:
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of numbers and tuples of numbers, ready for JSON."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in NAMES}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TumorParams:
@@ -126,12 +126,14 @@ class Shape:
         finest = min(max(0.5 * params.diameter_mm, 3.0), 16.0)
         if params.outline:
             finest = 4.0  # a real outline has its own short waves: it is only bent
-        number = 2.0 * (finest / 2.0) ** torch.rand(WAVES, 1, generator=rng, dtype=f64)
-        direction = F.normalize(torch.randn(WAVES, 3, generator=rng, dtype=f64), dim=1)
-        self.waves = number * direction
+        number = 2.0 * (finest / 2.0) ** torch.rand(WAVES, 1, generator=rng, dtype=f64).numpy()
+        waves = torch.randn(WAVES, 3, generator=rng, dtype=f64).numpy()
+        waves *= number / np.sqrt(np.square(waves).sum(1, keepdims=True))
+        self.waves = torch.from_numpy(waves)
         self.phases = 2 * math.pi * torch.rand(WAVES, 1, generator=rng, dtype=f64)
-        amplitude = number[:, 0] ** -DECAY
-        self.amplitudes = params.roughness * amplitude * (2 / (amplitude**2).sum()) ** 0.5
+        amplitudes = number[:, 0] ** -DECAY
+        amplitudes *= params.roughness * math.sqrt(2 / float(np.square(amplitudes).sum()))
+        self.amplitudes = torch.from_numpy(amplitudes)
         self.offset = torch.rand(3, generator=rng, dtype=f64) - 0.5  # of the centre, in voxels
         self.outline = _outline(params.outline) if params.outline else None
         if self.outline is not None and float(torch.rand((), generator=rng)) < 0.5:
@@ -142,12 +144,15 @@ class Shape:
         self.volume_mm3 = math.pi / 6 * params.diameter_mm**3
         self.turn = _rotation(params.rotation)
         self.scale = 1.0
-        radius = self.radius(_DIRECTIONS)  # all at once: each call costs more than its numbers
-        mean_cube = float((radius[: len(SPHERE)] ** 3).mean())
-        self.scale = mean_cube ** (-1.0 / 3.0)  # so that level 1 encloses the volume asked for
+        # all directions at once: each call costs more than its numbers
+        radius = self.radius(_DIRECTIONS).numpy()
+        cubes = radius[: len(SPHERE)] ** 3
+        self.scale = float(cubes.mean()) ** (
+            -1 / 3
+        )  # so that level 1 encloses the volume
         radius *= self.scale
         self.longest = float(radius[: len(SPHERE)].max())
-        surface = (_DIRECTIONS * radius[:, None] * self.half_axes @ self.turn.T).numpy()
+        surface = _DIRECTIONS.numpy() * radius[:, None] @ (self.half_axes * self.turn).numpy().T
         self.sphere, self.ball, self.rim = np.split(surface, _PARTS)
 
     def radius(self, unit: Tensor) -> Tensor:
@@ -162,10 +167,10 @@ class Shape:
         """Relative radius (N,) in unit directions (3, N), where the ellipsoid's is (N,)."""
         parts = [
             self.amplitudes @ torch.addmm(self.phases, self.waves, part).cos_()
-            for part in unit.split(_CHUNK, dim=1)
+            for part in (unit.split(_CHUNK, dim=1) if unit.shape[1] > _CHUNK else [unit])
         ]
-        bump = (torch.cat(parts) if len(parts) > 1 else parts[0]) / ellipsoid
-        found = torch.expm1(bump / -ROUND_OFF).mul_(-ROUND_OFF).exp_() * self.scale
+        bump = torch.cat(parts).div_(ellipsoid)
+        found = bump.div_(-ROUND_OFF).expm1_().mul_(-ROUND_OFF).exp_().mul_(self.scale)
         return found if self.outline is None else found * self._outline_at(unit)
 
     def _outline_at(self, unit: Tensor) -> Tensor:
