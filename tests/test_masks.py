@@ -425,9 +425,7 @@ def test_a_prior_s_tumour_takes_a_quarter_of_one_of_two_organs_at_most():
 
 def test_attempts_are_bounded(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "tumorsynth._tumor_voxels.lowest_connected", lambda *a: calls.append(a) or 3
-    )
+    monkeypatch.setattr(masks, "voxels", lambda *a: calls.append(a) or 3)
     label = ellipsoid((60, 60, 60), ONE, (28, 28, 28))
     assert isinstance(one(label), Skip)
     assert len(calls) == masks.TRIES_PER_SIZE * masks.SIZE_STEPS
