@@ -147,9 +147,7 @@ class Shape:
         # all directions at once: each call costs more than its numbers
         radius = self.radius(_DIRECTIONS).numpy()
         cubes = radius[: len(SPHERE)] ** 3
-        self.scale = float(cubes.mean()) ** (
-            -1 / 3
-        )  # so that level 1 encloses the volume
+        self.scale = float(cubes.mean()) ** (-1 / 3)  # so that level 1 encloses the volume
         radius *= self.scale
         self.longest = float(radius[: len(SPHERE)].max())
         surface = _DIRECTIONS.numpy() * radius[:, None] @ (self.half_axes * self.turn).numpy().T

@@ -123,9 +123,10 @@ class Generator:
         else float32. The shipped generator's tumours change by 0.4 HU (root mean square), its
         scan's noise being 12 (benchmarks/results/latency_cpu.json): the same seed gives the same
         tumour bit by bit on like machines, and to that on others. A network that predicts noise
-        keeps full float32 for steps that multiply an error by more than 4: the first of the
-        published four multiplies it by 263, the others by 2.4 at most. "float32" of all else is on
-        CUDA what PyTorch has it be there: by default its convolutions round to TF32.
+        computes in full float32, with "bfloat16" in those steps that multiply an error by more than
+        4: the first of the published four multiplies it by 263, the others by 2.4 at most.
+        "float32" of all else is on CUDA what PyTorch has it be there: by default its convolutions
+        round to TF32.
     """
 
     def __init__(
@@ -382,7 +383,8 @@ class Generator:
     def _denoise(self, x_t: Tensor, t: Tensor, cond: Tensor, step: int) -> Tensor:
         """The network's answer at this step, which t (B,) holds for each sample."""
         bar = float(self.schedule.alphas_cumprod[step])
-        if self.sampler.prediction == "noise" and (1 - bar) / bar > MOST_AMPLIFIED**2:
+        amplified = (1 - bar) / bar > MOST_AMPLIFIED**2
+        if self.sampler.prediction == "noise" and (amplified or self.precision != "bfloat16"):
             with self._reduced(False), full_float32(x_t.device.type):
                 return self._run(self.denoiser, x_t, t, cond).float()
         with self._reduced():
