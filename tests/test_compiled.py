@@ -43,6 +43,9 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2).requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):  # some channels of some would be 0 throughout
+            torch.manual_seed(0)
+            self.layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != 2:
