@@ -23,7 +23,7 @@ from tumorsynth.models.conv import asks_onednn, channel_sums, cpu_autocast, cpu_
 from tumorsynth.models.layers import Conv, ResidualBlock, UpConv
 
 SLAB = 2**20  # numbers of a layer's input or output that go together: with all between, some 10 MB
-LARGE = 2**25  # bytes of a tensor that a cache does not hold; smaller ones are faster as a whole
+LARGE = 2**24  # bytes of a tensor that a cache does not hold; smaller ones are faster as a whole
 
 Near = tuple[slice, slice, slice]
 
