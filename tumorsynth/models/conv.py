@@ -162,8 +162,10 @@ def _onednn_has_linear() -> bool:
     return torch.equal(out, torch.full((2, 4), 4.0))
 
 
-def cpu_autocast() -> bool:
+def cpu_autocast() -> torch.dtype | None:
+    """The format that autocast computes in on the CPU; None where it is off."""
     try:
-        return torch.is_autocast_enabled("cpu")
+        on = torch.is_autocast_enabled("cpu")
+        return torch.get_autocast_dtype("cpu") if on else None
     except TypeError:  # before torch 2.4
-        return torch.is_autocast_cpu_enabled()
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None

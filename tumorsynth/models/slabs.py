@@ -39,7 +39,7 @@ def through(layers: Iterable[nn.Module], x: Tensor, near: Near | None = None) ->
     flat = list(_flat(layers))
     tail = flat[-2:] if near is not None and _worth_it(flat, x, near) else []
     flat = flat[: len(flat) - len(tail)]
-    dtype = torch.bfloat16 if x.device.type == "cpu" and cpu_autocast() else x.dtype
+    dtype = cpu_autocast() or x.dtype
     if asks_onednn(x) and dtype in (torch.float32, torch.bfloat16) and _large(flat, x, dtype):
         with torch.autocast("cpu", enabled=False):
             run = [_Slabs(volume, dtype).through(flat, tail) for volume in x]
