@@ -80,7 +80,8 @@ def pretended(monkeypatch: Any, *tensors: Tensor) -> Iterator[PretendedDevice]:
         return tolist(to_cpu(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr("tumorsynth._placing.on_cpu", lambda tensor: not device.holds(tensor))
+        for module in ("_placing", "_organ"):
+            patch.setattr(f"tumorsynth.{module}.on_cpu", lambda tensor: not device.holds(tensor))
         patch.setattr(Tensor, "cpu", to_cpu)
         patch.setattr(Tensor, "tolist", to_list)
         device.put(*tensors)

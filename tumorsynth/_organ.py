@@ -6,11 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tumorsynth._placing_arguments import check_organ_labels
+from tumorsynth._tumor_shape import Bools
+from tumorsynth.devices import on_cpu
 
 SLAB = 2**20  # voxels of a label that are looked at together on a CPU
 
@@ -36,32 +41,61 @@ def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
     if label.ndim != 3:
         raise ValueError(f"label must be (X, Y, Z), got shape {tuple(label.shape)}")
     labels = check_organ_labels(organ_labels)
-    # In the order of memory (a NIfTI's is the reverse), and on a CPU by slabs that fit a cache:
-    # fresh memory as large as the label would cost more than the looking.
-    order = sorted(range(3), key=label.stride, reverse=True)
+    order = sorted(range(3), key=label.stride, reverse=True)  # a NIfTI's is the reverse
     label = label.permute(order)
-    length, wide, deep = label.shape
-    slab = max(1, SLAB // max(1, wide * deep)) if label.device.type == "cpu" else max(1, length)
-    line: list[Tensor] = []
-    plane: Tensor | None = None
-    for part in label.split(slab):
-        organ = marked(part, labels)
-        line.append(organ.amax((1, 2)))
-        seen = organ.amax(0)
-        plane = seen if plane is None else torch.maximum(plane, seen)
-    assert plane is not None
-    lines = torch.cat([*line, plane.amax(1), plane.amax(0)]).cpu()  # one wait for a GPU
+    if on_cpu(label):
+        planes, across = _seen(*as_array(label, labels))
+        lines: list[Bools] = [planes, *(np.logical_or.reduce(across, axis) for axis in (1, 0))]
+    else:
+        organ = is_organ(label, labels)
+        there = organ.any(0)
+        found = torch.cat([organ.any(2).any(1), there.any(1), there.any(0)]).cpu()  # one wait
+        lines = [line.numpy() for line in found.split(list(label.shape))]
     start, stop = [0, 0, 0], [0, 0, 0]
-    for axis, line_of in zip(order, lines.split([length, wide, deep]), strict=True):
-        hits = line_of.nonzero()
+    for axis, line in zip(order, lines, strict=True):
+        hits = np.flatnonzero(line)
         if len(hits) == 0:
             return None
-        start[axis] = int(hits[0])
-        stop[axis] = int(hits[-1]) + 1
+        start[axis], stop[axis] = int(hits[0]), int(hits[-1]) + 1
     return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
 
 
-def is_organ(label: Tensor, labels: tuple[int, ...]) -> Tensor:
+def _seen(values: NDArray[Any], labels: Sequence[int]) -> tuple[Bools, Bools]:
+    """Which planes of values (X, Y, Z) have one of the labels, and which lines along X (Y, Z).
+
+    By slabs that fit a cache: fresh memory as large as the label would cost more than the looking.
+    """
+    length, *sides = values.shape
+    slab = max(1, SLAB // max(1, math.prod(sides)))
+    line, plane = np.zeros(length, dtype=bool), np.zeros(sides, dtype=bool)
+    for first in range(0, length, slab):
+        hits = carries(values[first : first + slab], labels)
+        if hits.any():
+            line[first : first + slab] = hits.any((1, 2))
+            plane |= np.logical_or.reduce(hits, 0)
+    return line, plane
+
+
+def as_array(label: Tensor, labels: Sequence[int]) -> tuple[NDArray[Any], list[int]]:
+    """A label on the CPU in its own memory, for `carries`, and those of the labels it may have."""
+    if label.dtype is torch.bfloat16:  # which numpy does not have
+        label, labels = is_organ(label, labels), (1,)
+    values = label.numpy()
+    held = [value for value in labels if holds(label.dtype, value)]
+    return values.view(np.uint8) if values.dtype == bool else values, held
+
+
+def carries(values: NDArray[Any], labels: Sequence[int]) -> Bools:
+    """As `is_organ`, of an array whose type has all of the labels."""
+    if not labels:
+        return np.zeros(values.shape, dtype=bool)
+    found: Bools = values == labels[0]
+    for value in labels[1:]:
+        found |= values == value
+    return found
+
+
+def is_organ(label: Tensor, labels: Sequence[int]) -> Tensor:
     """Where the label (X, Y, Z) has one of the values: bool."""
     organ = None
     for value in labels:
@@ -69,19 +103,6 @@ def is_organ(label: Tensor, labels: tuple[int, ...]) -> Tensor:
             here = label == value
             organ = here if organ is None else organ.logical_or_(here)
     return torch.zeros_like(label, dtype=torch.bool) if organ is None else organ
-
-
-def marked(label: Tensor, labels: tuple[int, ...]) -> Tensor:
-    """As `is_organ`, with numbers that are not 0 where it is True: on a CPU torch compares into the
-    label's own number format up to eight times as fast as into bool."""
-    if label.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32):
-        return is_organ(label, labels).view(torch.uint8)
-    found = None
-    for value in labels:
-        if holds(label.dtype, value):
-            here = label.clone().eq_(value)
-            found = here if found is None else torch.maximum(found, here)
-    return torch.zeros_like(label) if found is None else found
 
 
 @lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tumorsynth._organ import holds
+from tumorsynth._organ import as_array, carries
 from tumorsynth._organ import is_organ as is_organ
 from tumorsynth._tumor_shape import Bools
 
@@ -60,11 +60,7 @@ class Field:
     """
 
     def __init__(self, ground: Ground, spacing: tuple[float, float, float], gap_mm: float) -> None:
-        label, labels = ground.label, ground.labels
-        if label.dtype is torch.bfloat16:  # which numpy does not have
-            label, labels = is_organ(label, labels), (1,)
-        self.label = label.numpy()
-        self.labels = [value for value in labels if holds(label.dtype, value)]
+        self.label, self.labels = as_array(ground.label, ground.labels)
         self.forbid = None if ground.forbid is None else ground.forbid.numpy()
         self.start, self.shape = ground.start, ground.shape
         self.spacing, self.gap_mm = spacing, gap_mm
@@ -101,7 +97,7 @@ class Field:
         taken = self._map()
         if taken is not None:
             open_ = open_ & ~(known & taken[at])
-        organ = self._organ(at) & known
+        organ = carries(self.label[at], self.labels) & known
         if around is not None:
             organ |= around.near(torch.from_numpy(index)).numpy()
         return organ & open_, open_
@@ -109,7 +105,7 @@ class Field:
     def organ_at(self, index: Indices) -> Bools:
         """Which voxels (3, ...) are the organ's, of indices that may lie beyond the volume."""
         at, known = _within(index, self.start, self.label.shape)
-        return self._organ(at) & known
+        return carries(self.label[at], self.labels) & known
 
     def local(
         self, start: Sequence[int], stop: Sequence[int], around: Surroundings | None = None
@@ -117,7 +113,7 @@ class Field:
         """Where in a box, which must lie in the volume, a tumour may be."""
         here, there = _common(start, stop, self.start, self.label.shape)
         free = np.zeros([b - a for a, b in zip(start, stop, strict=True)], dtype=bool)
-        free[here] = self._organ(there)
+        free[here] = carries(self.label[there], self.labels)
         if around is not None:
             free |= around.local(start, stop).numpy()
         if self.forbid is not None:
@@ -130,16 +126,8 @@ class Field:
     def organ(self, where: Sequence[slice]) -> Bools:
         """Which voxels of a part of the sample are the organ's; the ground must reach its start."""
         begin = zip(where, self.start, strict=True)
-        return self._organ(tuple(slice(w.start - s, w.stop - s, w.step) for w, s in begin))
-
-    def _organ(self, at: tuple[slice, ...] | tuple[Indices, ...]) -> Bools:
-        values = self.label[at]
-        if not self.labels:
-            return np.zeros(values.shape, dtype=bool)
-        found: Bools = values == self.labels[0]
-        for value in self.labels[1:]:
-            found |= values == value
-        return found
+        part = tuple(slice(w.start - s, w.stop - s, w.step) for w, s in begin)
+        return carries(self.label[part], self.labels)
 
     def _map(self) -> Bools | None:
         """Forbidden and taken voxels of the ground: to look up many points in, however many others

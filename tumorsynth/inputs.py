@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth._arguments import any_bool, is_bool
-from tumorsynth._room import holds
+from tumorsynth._organ import holds
 from tumorsynth._tumor_shape import TumorParams
 from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
 from tumorsynth.masks import MAX_COUNT
