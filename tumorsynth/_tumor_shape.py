@@ -25,7 +25,7 @@ RINGS = 16  # of an outline's directions from pole to pole, twice as many around
 WAVES = 16  # terms of the random surface function
 DECAY = 1.25  # amplitude of a wave: its number to the power -DECAY
 ROUND_OFF = 0.8  # the smaller, the rounder the bumps and the sharper the dents
-_CHUNK = 1 << 12  # voxels whose surface function is evaluated at once: 16 waves of them fit a cache
+_CHUNK = 1 << 13  # voxels whose surface function is evaluated at once: 16 waves of them fit a cache
 
 
 @dataclass(frozen=True)
