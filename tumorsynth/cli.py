@@ -112,7 +112,7 @@ app.command()(healthy)
 app.command()(bench)
 
 nnunet = typer.Typer(
-    help="The trainer for nnU-Net v2: where it is, or a copy in nnU-Net.",
+    help="The trainer for nnU-Net v2: where it is, or a copy.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -40,10 +40,8 @@ from tumorsynth.training.discriminators import Adversaries, random_slices
 from tumorsynth.training.engine import (
     Average,
     ahead,
-    millions,
     places,
     random_of,
-    say,
     train_loop,
     update,
 )
@@ -55,6 +53,7 @@ from tumorsynth.training.folders import (
     save_autoencoder,
 )
 from tumorsynth.training.launch import check_hardware, launch
+from tumorsynth.training.log import millions, say
 from tumorsynth.training.losses import (
     ReconstructionLoss,
     commitment,

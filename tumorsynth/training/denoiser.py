@@ -48,10 +48,8 @@ from tumorsynth.training.data import (
 from tumorsynth.training.engine import (
     Average,
     ahead,
-    millions,
     places,
     random_of,
-    say,
     train_loop,
     update,
 )
@@ -64,6 +62,7 @@ from tumorsynth.training.folders import (
     read_autoencoder,
 )
 from tumorsynth.training.launch import check_hardware, launch
+from tumorsynth.training.log import millions, say
 from tumorsynth.training.networks import sampler_of, starting_denoiser
 from tumorsynth.training.outlines import visible
 from tumorsynth.training.pictures import Pair, middle_of, side_by_side

@@ -5,14 +5,14 @@ The tiles are parts of the scans trained or measured on: the scans' terms hold f
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from tumorsynth.training.engine import write_png
 
 GAP = 2  # pixels between tiles, and three times as many between groups of them
 MAGNIFIED = 2
@@ -79,3 +79,16 @@ def outlined(picture: Tensor, mask: Tensor) -> Tensor:
     """The picture (H, W) with the pixels just around a mask in white."""
     grown = F.max_pool2d(mask.float()[None], 3, stride=1, padding=1)[0] > 0
     return torch.where(grown & ~mask, 1.0, picture)
+
+
+def write_png(path: Path, pixels: Tensor) -> None:
+    """A grey picture (H, W) uint8, with the standard library alone."""
+    height, width = pixels.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels.numpy())
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(data)) + kind + data)
+            file.write(struct.pack(">I", zlib.crc32(kind + data)))
