@@ -15,6 +15,7 @@ from balls import make_cases
 from scipy import ndimage
 from tiny import tiny_generator
 
+from tumorsynth._readable_card import readable_card
 from tumorsynth.generator import Generator
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.training import autoencoder, evaluate
@@ -37,7 +38,6 @@ from tumorsynth.training.realism import (
     real_tumors,
 )
 from tumorsynth.training.reconstruction import crop_places, measure_autoencoder, spread, tiles
-from tumorsynth.weights import readable_card
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = (-175.0, 250.0)
