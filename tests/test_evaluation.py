@@ -255,6 +255,7 @@ def test_evaluate_prints_a_table_and_writes_json(folders, capsys):
     assert run(*words, "--each") == 0
     said = capsys.readouterr()
     assert "sensitivity, by tumour" in said.out and "2 tumours" in said.out
+    assert "1 scan without tumour" in said.out
     assert "1 of the labels have no prediction (unseen" in said.err
     told = json.loads(out.read_text())
     assert told["summary"]["sensitivity"]["value"] == 0.5

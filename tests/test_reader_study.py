@@ -332,6 +332,18 @@ def test_other_files_are_not_taken_for_a_study(tmp_path):
         Store(tmp_path / "b.sqlite")
 
 
+def test_a_full_disk_is_no_file_of_another_kind(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written to .*a.sqlite .*disk.*make room"):
+            Store(tmp_path / "a.sqlite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    Store(tmp_path / "a.sqlite").close()
+
+
 # ---- the table
 
 

@@ -199,9 +199,15 @@ def _summary_table(told: dict[str, Any], settings: dict[str, float]) -> Table:
             words.format(**settings),
             "-" if value is None else f"{value:.{digits}f}",
             "-" if interval is None else " to ".join(f"{v:.{digits}f}" for v in interval),
-            f"{entry['n']} {entry['of']}",
+            _counted(entry["n"], entry["of"]),
         )
     return table
+
+
+def _counted(n: int, of: str) -> str:
+    """ "1 case", "2 cases", "1 scan without tumour" """
+    what, *more = of.split(" ")
+    return " ".join([str(n), what.removesuffix("s") if n == 1 else what, *more])
 
 
 def _case_table(cases: dict[str, Any]) -> Table:

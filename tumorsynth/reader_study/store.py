@@ -97,6 +97,11 @@ class Store:
                         self._put("token", secrets.token_urlsafe(16))
             made = self._get("format")
         except sqlite3.DatabaseError as error:
+            if "disk" in str(error):  # full, or it fails
+                raise OSError(
+                    f"the answers cannot be written to {self.path} ({error}); make room, or choose "
+                    "another --db"
+                ) from error
             raise ValueError(f"{self.path} is not a reader study's file ({error})") from error
         if made != str(FORMAT):
             raise ValueError(f"{self.path} has format {made}, this version reads {FORMAT}")
