@@ -129,10 +129,12 @@ def test_contrast_that_is_none_is_refused(wrong):
         check_contrast(wrong)
 
 
-def test_contrast_may_be_a_number_or_a_pair_in_either_order():
+def test_contrast_may_be_a_number_or_a_pair_the_darker_first():
     assert check_contrast(None) is None
     assert check_contrast(-30) == (-30.0, -30.0)
-    assert check_contrast((-20, -50)) == (-50.0, -20.0)
+    assert check_contrast((-50, -20)) == (-50.0, -20.0)
+    with pytest.raises(ValueError, match=r"the darker first, got \(-20, -50\)"):
+        check_contrast((-20, -50))
 
 
 def test_config_that_is_none_is_refused():

@@ -320,3 +320,19 @@ def test_a_scorer_of_ones_own():
     assert len(seen) == 8 and "the scorer gave" in synth.report[0]["reason"]
     synth, _ = call(replace(OPEN, tries=1, scorer=lambda *_: math.nan), count=1)
     assert synth.report[0]["reason"] == "the gate: the scorer gave no number"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fix"),
+    [
+        (lambda: Gate(tries=0), "the default is 3"),
+        (lambda: Gate(off_hu=(5, -5)), "the default is (-15.0, 15.0)"),
+        (lambda: Gate(contrast_hu=3), "or None for no limit"),
+        (lambda: Gate(scorer="net"), "pass the function"),
+        (lambda: check_gate("yes"), "Gate(visibility=(1.0, 5.0))"),
+    ],
+)
+def test_what_is_no_gate_is_told_with_the_way_out(wrong, fix):
+    with pytest.raises((TypeError, ValueError)) as error:
+        wrong()
+    assert fix in str(error.value) and ", got " in str(error.value)

@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_generator
 
 import tumorsynth as ts
+from tumorsynth._finishing import keeps_detail
 from tumorsynth.blend import feather, gaussian_filter
 from tumorsynth.contrast import ContrastConfig, core
 from tumorsynth.texture import WIDER, grain, match, softening
@@ -170,6 +171,28 @@ def test_a_published_generator_keeps_its_own_texture():
 def test_published_blending_is_left_as_it_is():
     _, _, record = call(noisy((1.2, 1.2, 0.0)), blend="difftumor", sigma_mm=2.0)
     assert record["sigma_mm"] == 2.0 and record["grain_mm"] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("generator", ["hu2023", "liver-early"])
+def test_voxels_finer_than_a_generators_keep_their_noise_in_published_blending(generator):
+    rng = torch.Generator().manual_seed(0)
+    image = 110 + 15 * torch.randn(1, 80, 80, 40, generator=rng)
+    label = torch.ones(image.shape, dtype=torch.uint8)
+    synth = ts.SynthesizeTumor(generator, count=1, size_mm=18, blend="difftumor", sigma_mm=1.0)
+    made, new = synth(image, label, spacing=(0.6, 0.6, 1.5), seed=0)
+    core = ~torch.nn.functional.max_pool3d((new != 2).float(), 5, 1, 2).bool()
+    assert float((made - image)[core].mean()) < -15
+
+    def rough(values):
+        return float((values - torch.nn.functional.avg_pool3d(values, 3, 1, 1))[core].std())
+
+    assert 0.75 < rough(made) / rough(image) < 1.1  # it was 0.2
+
+
+def test_what_a_published_generator_blurs_stays_blurred():
+    published = tiny_generator()
+    assert not keeps_detail(published)
+    assert keeps_detail(ts.load_generator("liver-early"))
 
 
 def test_a_softened_change_is_the_sharp_one_seen_softly():

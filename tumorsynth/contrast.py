@@ -60,20 +60,21 @@ class ContrastConfig:
 
 
 def check_contrast(contrast_hu: float | Sequence[float] | None) -> tuple[float, float] | None:
-    """(low, high) of a ``contrast_hu`` argument: None, a number, or a pair in either order."""
+    """(low, high) of a ``contrast_hu`` argument: None, a number, or (low, high)."""
     if contrast_hu is None:
         return None
     try:
         if isinstance(contrast_hu, str):
             raise TypeError("letters")
         values = [float(contrast_hu)] * 2 if isinstance(contrast_hu, Real) else list(contrast_hu)  # type: ignore[arg-type]
-        low, high = sorted(float(v) for v in values)
+        low, high = (float(v) for v in values)
     except (TypeError, ValueError):
         low = high = math.nan
-    if not (-1500 <= low <= 1500 and -1500 <= high <= 1500) or any_bool(contrast_hu):
+    if not -1500 <= low <= high <= 1500 or any_bool(contrast_hu):
         raise ValueError(
             "contrast_hu must be HU above (or, negative, below) the tissue around the tumour, a "
-            f"number or (low, high) from -1500 to 1500, got {contrast_hu!r}; pass for example "
+            "number or (low, high) with -1500 <= low <= high <= 1500, the darker first, got "
+            f"{contrast_hu!r}; pass for example "
             "(-50, -20), or None for the generator's own"
         )
     return low, high

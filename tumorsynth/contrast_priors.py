@@ -55,14 +55,20 @@ class ContrastPrior:
         for name in ("hypo", "iso", "hyper", "rim", "core_hu"):
             pair = getattr(self, name)
             if len(pair) != 2 or not -1500 <= pair[0] <= pair[1] <= 1500:
-                raise ValueError(f"{name} must be (low, high) in HU, got {pair!r}")
+                raise ValueError(
+                    f"{name} must be (low, high) in HU, the lower first, got {pair!r}; pass for "
+                    "example hypo=(-50, -20)"
+                )
         if len(self.shares) != 3 or min(self.shares) < 0 or not 0 < sum(self.shares) < math.inf:
             raise ValueError(
-                f"shares must be three numbers of at least 0, not all 0, got {self.shares!r}"
+                f"shares must be three numbers of at least 0, not all 0, got {self.shares!r}; "
+                "pass for example (0.85, 0.1, 0.05) of darker, alike and brighter tumours"
             )
         for name in ("rim_share", "core_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must lie in [0, 1], got {getattr(self, name)!r}; pass 0 for none"
+                )
 
     def draw(
         self, seed: int, diameter_mm: float, level_hu: float

@@ -58,7 +58,9 @@ class Gate:
     def __post_init__(self) -> None:
         whole = isinstance(self.tries, int) and not is_bool(self.tries)
         if not whole or not 1 <= self.tries <= 100:
-            raise ValueError(f"tries must be a whole number from 1 to 100, got {self.tries!r}")
+            raise ValueError(
+                f"tries must be a whole number from 1 to 100, got {self.tries!r}; the default is 3"
+            )
         for name in LIMITS:
             pair = getattr(self, name)
             if pair is None:
@@ -68,11 +70,15 @@ class Gate:
             except (TypeError, ValueError):
                 low = high = math.nan
             if any_bool(pair) or not low <= high:
-                raise ValueError(f"{name} must be (low, high) or None, got {pair!r}")
+                raise ValueError(
+                    f"{name} must be (low, high) with low <= high, or None for no limit, got "
+                    f"{pair!r}; the default is {type(self).__dataclass_fields__[name].default}"
+                )
             object.__setattr__(self, name, (low, high))
         if self.scorer is not None and not callable(self.scorer):
             raise TypeError(
-                f"scorer must be a function of (hu, tumor_mask, spacing), got {self.scorer!r}"
+                f"scorer must be a function of (hu, tumor_mask, spacing), got {self.scorer!r}; "
+                "pass the function or network itself, or None"
             )
 
     def scores(
@@ -122,7 +128,10 @@ def check_gate(gate: bool | Gate | None) -> Gate | None:
     if gate is True:
         return Gate()
     if not isinstance(gate, Gate):
-        raise TypeError(f"gate must be True, False or a tumorsynth.gate.Gate, got {gate!r}")
+        raise TypeError(
+            f"gate must be True, False or a tumorsynth.gate.Gate, got {gate!r}; pass for example "
+            "Gate(visibility=(1.0, 5.0))"
+        )
     return gate
 
 

@@ -45,19 +45,23 @@ def read_shapes(shapes: Any) -> tuple[str, ...]:
         folder = Path(shapes)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"shapes must be a folder of masks or a list, no folder {folder}"
+                f"shapes must be a folder of masks or a list, but there is no folder {folder}; for "
+                "single files pass a list of them"
             )
         found: list[Any] = sorted(
             p for p in folder.iterdir() if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "."
         )
-        empty = f"shapes must hold masks, but {folder} has no .nii or .nii.gz file"
+        empty = (
+            f"shapes must hold masks, but {folder} has no .nii or .nii.gz file; pass the folder "
+            "that has them, or None for none"
+        )
     else:
         try:
             found = list(islice(shapes, MAX_SHAPES + 1))
         except TypeError:
             raise ValueError(
                 "shapes must be a folder, or a list of files and (mask, spacing), got "
-                f"{type(shapes).__name__}"
+                f"{type(shapes).__name__}; pass a single one as [mask]"
             ) from None
         empty = "shapes must hold at least one mask, got an empty list; pass None for none"
     if len(found) > MAX_SHAPES:
@@ -71,10 +75,16 @@ def read_shapes(shapes: Any) -> tuple[str, ...]:
 def outline_of(mask: Tensor, spacing: Sequence[float], name: str = "the mask") -> str:
     """The outline of one tumour (X, Y, Z), not 0 where it is; ValueError where it has none."""
     if mask.ndim != 3:
-        raise ValueError(f"{name} must be (X, Y, Z), got shape {tuple(mask.shape)}")
+        raise ValueError(
+            f"{name} must be (X, Y, Z), got shape {tuple(mask.shape)}; take its other axes away, "
+            "for example mask[0]"
+        )
     voxel = torch.tensor([float(s) for s in spacing], dtype=torch.float64)
     if len(voxel) != 3 or not bool((voxel.isfinite() & (voxel > 0)).all()):
-        raise ValueError(f"spacing of {name} must be three numbers above 0 in mm, got {spacing}")
+        raise ValueError(
+            f"spacing of {name} must be three numbers above 0 in mm, got {spacing}; pass for "
+            "example (0.8, 0.8, 2.5)"
+        )
     index = (mask != 0).nonzero()
     if len(index) < FEWEST:
         raise ValueError(
@@ -134,14 +144,18 @@ def _read(one: Any, k: int) -> str:
 
         path = Path(one)
         if not path.is_file():
-            raise FileNotFoundError(f"no such mask: {path}")
+            raise FileNotFoundError(
+                f"shapes must be masks that are there, but there is no file {path}; leave it out, "
+                "or mend its path"
+            )
         try:
             image = nib.load(path)
             mask = torch.from_numpy(np.asarray(image.dataobj) != 0)
             spacing = [float(s) for s in image.header.get_zooms()[:3]]
         except Exception as error:
             raise ValueError(
-                f"{path.name} must be a NIfTI mask, but cannot be read: {error}"
+                f"{path.name} must be a NIfTI mask, but cannot be read: {error}; export it again, "
+                "or leave it out"
             ) from error
         return outline_of(mask, spacing, path.name)
     try:

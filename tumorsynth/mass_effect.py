@@ -67,7 +67,10 @@ class MassEffect:
                 f'"auto", got {self.share!r}; try 0.5'
             )
         if self.capsule not in ("free", "fixed"):
-            raise ValueError(f'capsule must be "free" or "fixed", got {self.capsule!r}')
+            raise ValueError(
+                f'capsule must be "free" or "fixed", got {self.capsule!r}; "fixed" holds the '
+                "organ's surface where it is"
+            )
 
     def share_at(self, diameter_mm: float) -> float:
         """The share of a tumour of this equivalent diameter."""
