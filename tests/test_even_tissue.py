@@ -51,7 +51,8 @@ def test_a_bulging_tumour_has_no_rind_of_the_organs_level(generator):
     beyond = (new == 2) & (label == 0)
     depth = depth_of(new == 2)
     near = beyond & (depth >= 2) & (depth <= 3)  # the outermost voxels are half fat
-    assert float(made[near].median() - made[beyond & (depth == 6)].median()) < 5  # it was 13
+    rind = float(made[near].median() - made[beyond & (depth == 6)].median())
+    assert abs(rind) < 5  # of liver-early it was 11, and 13 brighter in the phantom
 
 
 def test_nothing_is_seen_of_where_the_organ_ended():
@@ -115,7 +116,7 @@ def test_no_slit_between_a_nodule_and_the_chest_wall(end):
             break
     y, z = middle.double().mean(0).round().long().tolist()
     line = made[0, 24 : wall + 6, y - 2 : y + 3, z - 2 : z + 3].mean((1, 2))
-    assert float(line.min()) > -150  # it was -450
+    assert float(line.min()) > -150  # it was -560
     assert float(line.max()) < 150
     assert torch.equal(made[0, wall + 6 :], image[0, wall + 6 :])
     assert not (new[label == 0] == 2).any()

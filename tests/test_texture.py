@@ -186,7 +186,7 @@ def test_voxels_finer_than_a_generators_keep_their_noise_in_published_blending(g
     def rough(values):
         return float((values - torch.nn.functional.avg_pool3d(values, 3, 1, 1))[core].std())
 
-    assert 0.75 < rough(made) / rough(image) < 1.1  # it was 0.2
+    assert 0.75 < rough(made) / rough(image) < 1.1  # it was 0.3 and 0.5
 
 
 def test_what_a_published_generator_blurs_stays_blurred():
