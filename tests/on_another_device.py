@@ -6,11 +6,16 @@ import pytest
 import torch
 from another_device import DEVICE, Pretending, copies
 from tiny import tiny_crop, tiny_generator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tumorsynth as ts
 from tumorsynth.contrast import ContrastConfig
 from tumorsynth.devices import onto
 from tumorsynth.diffusion import draw_noise
+from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
+from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
+from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 from tumorsynth.monai import BatchSynthesizeTumord
 
 PHANTOM = ts.make_phantom(spacing=(3.0, 3.0, 4.0), seed=0)
@@ -47,6 +52,46 @@ def test_a_generator_paints_the_cpus_tumour(codes, contrast_hu):
         made = paint(crop.to(DEVICE), mask.to(DEVICE), seed=1, contrast_hu=contrast_hu)
         assert made.device == DEVICE
         torch.testing.assert_close(made.cpu(), want, atol=1e-4, rtol=0)
+
+
+class Elsewhere(TorchDispatchMode):
+    """Operators that made something on the CPU, or asked for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        here = any(isinstance(t, torch.Tensor) and t.device != DEVICE for t in tree_leaves(out))
+        if here or "_local_scalar" in str(func):
+            self.names.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("which", ["encoder", "decoder", "published denoiser", "conv denoiser"])
+def test_a_network_makes_and_asks_nothing_beside_the_device(which):
+    """As a CUDA graph needs it."""
+    latent, cond, t = torch.randn(2, 8, 4, 8, 8), torch.randn(2, 9, 4, 8, 8), torch.tensor([3, 3])
+    small = {"dim": 8, "multipliers": (1, 2), "groups": 4, "heads": 2, "head_dim": 8}
+    autoencoder = Autoencoder(AutoencoderConfig(1, (8, 8), (8, 8), groups=4, codes=16))
+    network, inputs = {
+        "encoder": (autoencoder.encoder, (torch.randn(2, 1, 8, 8, 8),)),
+        "decoder": (autoencoder.decoder, (latent,)),
+        "published denoiser": (
+            FactorizedUNet(UNetConfig(rotary_dim=8, **small)),
+            (latent, t, cond),
+        ),
+        "conv denoiser": (ConvUNet(ConvUNetConfig((8, 16), 1, groups=4)), (latent, t, cond)),
+    }[which]
+    network.requires_grad_(False)
+    want = network(*inputs)
+    network.to(DEVICE)
+    inputs = [x.to(DEVICE) for x in inputs]
+    with torch.no_grad(), Elsewhere() as seen:
+        found = network(*inputs)
+    assert seen.names == []
+    torch.testing.assert_close(found.cpu(), want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

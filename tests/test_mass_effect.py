@@ -284,6 +284,29 @@ def test_seed_params_and_batches_repeat_bit_by_bit(generator):
     assert replayed.report == told
 
 
+def test_tumours_of_several_samples_go_through_the_networks_together(monkeypatch):
+    """As on a GPU; one after the other within a sample, whose second sees what the first moved."""
+    images, labels = zip(*(scan(seed=seed) for seed in range(3)), strict=True)
+    images, labels = torch.stack(images), torch.stack(labels)
+    labels[1] = 0  # a sample without an organ
+    transform = synth(tiny_generator(crop_size=64), count=(1, 2), size_mm=14)
+    expected = transform(images, labels, spacing=ISO, seed=[3, 4, 1])
+    report, passes = transform.report, []
+    inner = transform.handle.get("cpu").change
+
+    def change(crop, mask, **drawn):
+        passes.append(len(crop))
+        parts = zip(crop.split(1), mask.split(1), drawn["seed"], strict=True)
+        return torch.cat([inner(c, m, seed=[s]) for c, m, s in parts])  # to the last bit
+
+    monkeypatch.setattr(transform.handle.get("cpu"), "change", change)
+    monkeypatch.setattr(ts.SynthesizeTumor, "_batch", lambda self, device: self._together)
+    found = transform(images, labels, spacing=ISO, seed=[3, 4, 1])
+    made = [sum(r["sample"] == b and r["applied"] for r in report) for b in (0, 2)]
+    assert sorted(made) == [1, 2] and passes == [2, 1]
+    assert all(map(torch.equal, found, expected)) and transform.report == report
+
+
 def test_several_tumours_stay_apart_and_do_not_move_each_other():
     image, label = scan()
     transform = synth(count=4, size_mm=(10, 16))
@@ -346,6 +369,7 @@ def test_monai_and_torchio_take_it():
         image=torchio.ScalarImage(tensor=image), label=torchio.LabelMap(tensor=label)
     )
     random = RandomSynthesizeTumor(generator="hu2023", p=1, **kwargs)
+    torch.manual_seed(0)  # deep inside the organ a tumour moves no border
     once = random(subject)
     again = once.get_composed_history()(subject)
     assert torch.equal(once.image.data, again.image.data)

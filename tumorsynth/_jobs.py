@@ -16,7 +16,7 @@ from tumorsynth.even_tissue import SPARE_MM, Fill
 from tumorsynth.gate import Gate
 from tumorsynth.geometry import CropGrid
 from tumorsynth.intensity import Intensity
-from tumorsynth.masks import LocalMask
+from tumorsynth.masks import LocalMask, Skip
 from tumorsynth.mass_effect import MassEffect
 from tumorsynth.texture import MARGIN, softening
 from tumorsynth.weights import Handle
@@ -80,6 +80,19 @@ class Job:
         by = MARGIN + (0 if self.fill is None else math.ceil(SPARE_MM) + 1)
         wider = [slice(n.start - by, n.stop + by) for n in self.grid.near((a, b, c))]
         return hull([self.grid.near(self.where), wider], self.crop.shape)
+
+
+# place, tumour as placed, and the sample's tumours that are still to come
+Pushing = tuple[tuple[int, int, int], LocalMask, list[LocalMask]]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What came of pushing tissue aside for a tumour, and how to take it back."""
+
+    content: Job | Skip
+    before: tuple[tuple[slice, ...], Tensor, Tensor] | None  # the part, its image and its label
+    displaced_mm: float  # at most
 
 
 @dataclass

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from tumorsynth import masks
 from tumorsynth._arguments import check_probability
 from tumorsynth._finishing import Finishing
-from tumorsynth._jobs import Job, left_alone
+from tumorsynth._jobs import Job, Pushing, Room, left_alone
 from tumorsynth._painting import GPU_BATCH
 from tumorsynth._placing import Placing
 from tumorsynth.blend import BLENDS
@@ -217,7 +218,7 @@ class SynthesizeTumor(Placing, Finishing):
         report = []
         new_params: list[dict[str, Any]] = []
         jobs: list[Job] = []
-        pushing: list[tuple[tuple[int, int, int], LocalMask, list[LocalMask]]] = []
+        pushing: dict[int, list[Pushing]] = {}
         generator = self._generator_for(image.device)
         # a caller's autocast would do the resampling and the feather in half precision
         with torch.autocast(image.device.type, enabled=False):
@@ -242,7 +243,8 @@ class SynthesizeTumor(Placing, Finishing):
                     if place[2] in rejected:  # only now: they took room from the later ones
                         report.append(left_alone(b, i, rejected[place[2]]))
                     elif makes_room:
-                        pushing.append((place, result, [] if self.merge else placed[number:]))
+                        later = [] if self.merge else placed[number:]
+                        pushing.setdefault(b, []).append((place, result, later))
                     else:
                         target = images[b, 0], labels[b, 0]
                         job = self._crop(place, *target, result, frame, generator)
@@ -258,11 +260,11 @@ class SynthesizeTumor(Placing, Finishing):
                 target = images[job.sample, 0], labels[job.sample, 0]
                 drawn = None if params is not None else new_params[job.sample]
                 report.append(self._finish(job, change, *target, generator, drawn))
-            for place, tumor, later in pushing:
-                b = place[0]
-                target = images[b, 0], labels[b, 0]
-                drawn = None if params is not None else new_params[b]
-                report.append(self._push(place, tumor, later, *target, frames[b], generator, drawn))
+            # one tumour after the other in a sample, but those of several samples together
+            for part in zip_longest(*pushing.values()):
+                together = [one for one in part if one is not None]
+                drawn_for = None if params is not None else new_params
+                report += self._push(together, images, labels, frames, generator, drawn_for)
 
         report.sort(key=lambda r: (r["sample"], r["index"]))
         return image, label, report, new_params
@@ -274,19 +276,49 @@ class SynthesizeTumor(Placing, Finishing):
 
     def _push(
         self,
-        place: tuple[int, int, int],
-        tumor: LocalMask,
-        later: list[LocalMask],
+        pushing: Sequence[Pushing],
+        images: Tensor,
+        labels: Tensor,
+        frames: Sequence[Frame],
+        generator: Generator | HandcraftedGenerator,
+        drawn: list[dict[str, Any]] | None,
+    ) -> list[dict[str, Any]]:
+        """A tumour with mass effect in each of some samples, in place: tissue is pushed aside, the
+        tumour drawn in the room made, then all as ever. Where it comes to nothing, so does the
+        push."""
+        samples = [(b, images[b, 0], labels[b, 0], frames[b]) for (b, _, _), _, _ in pushing]
+        rooms = [
+            self._room(one, *sample[1:], generator)
+            for one, sample in zip(pushing, samples, strict=True)
+        ]
+        jobs = [room.content for room in rooms if isinstance(room.content, Job)]
+        if drawn is not None:
+            jobs = [self._drawn(job, drawn[job.sample], generator) for job in jobs]
+        records = {}
+        for job, made in self._generate(jobs, generator):
+            b, record = job.sample, None if drawn is None else drawn[job.sample]
+            target = images[b, 0], labels[b, 0]
+            records[b] = self._finish(job, made, *target, generator, record)
+        for (place, _, _), room, (b, image, label, _) in zip(pushing, rooms, samples, strict=True):
+            if isinstance(room.content, Skip):
+                records[b] = left_alone(place[0], place[1], room.content.reason)
+            if records[b]["applied"]:
+                records[b]["displaced_mm"] = room.displaced_mm
+            elif room.before is not None:
+                part, image[part], label[part] = room.before
+        return list(records.values())
+
+    def _room(
+        self,
+        pushing: Pushing,
         image: Tensor,
         label: Tensor,
         frame: Frame,
         generator: Generator | HandcraftedGenerator,
-        drawn: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        """One tumour of a sample (X, Y, Z) with mass effect, in place: tissue is pushed aside, the
-        tumour drawn in the room made, then all as ever. Where it comes to nothing, so does the
-        push. later: the sample's tumours that are still to come."""
-        undo, largest = None, 0.0
+    ) -> Room:
+        """Room made for a tumour of a sample (X, Y, Z), in place, and its job there."""
+        place, tumor, later = pushing
+        before, largest = None, 0.0
         if tumor.params.displaced > 0:
             part, moved, moved_label, largest = push_aside(
                 image,
@@ -297,7 +329,7 @@ class SynthesizeTumor(Placing, Finishing):
                 self.tumor_label,
                 self.intensity,
             )
-            undo = part, image[part].clone(), label[part].clone()
+            before = part, image[part].clone(), label[part].clone()
             image[part], label[part] = moved, moved_label
         again = masks.draw(
             tumor.params,
@@ -308,22 +340,9 @@ class SynthesizeTumor(Placing, Finishing):
             gap_mm=self.gap_mm,
             around=self._around(image, label, frame) if tumor.params.bulge > 0 else None,
         )
-        job = (
-            again
-            if isinstance(again, Skip)
-            else self._crop(place, image, label, again, frame, generator)
-        )
-        if isinstance(job, Skip):
-            record = left_alone(place[0], place[1], job.reason)
-        else:
-            job = job if drawn is None else self._drawn(job, drawn, generator)
-            ((job, made),) = self._generate([job], generator)
-            record = self._finish(job, made, image, label, generator, drawn)
-        if record["applied"]:
-            return {**record, "displaced_mm": largest}
-        if undo is not None:
-            part, image[part], label[part] = undo
-        return record
+        if isinstance(again, Skip):
+            return Room(again, before, largest)
+        return Room(self._crop(place, image, label, again, frame, generator), before, largest)
 
     def extra_repr(self) -> str:
         return (
