@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from another_device import DEVICE, Pretending, copies
+from another_device import DEVICE, Pretended, Pretending, copies
 from tiny import tiny_crop, tiny_generator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,6 +15,7 @@ import tumorsynth as ts
 from tumorsynth.contrast import ContrastConfig
 from tumorsynth.devices import onto
 from tumorsynth.diffusion import draw_noise
+from tumorsynth.measure import crop_and_mask, patch_and_label
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
@@ -151,6 +154,42 @@ def test_a_call_waits_for_no_copy_to_the_device(settings):
     copies.clear()
     synth(image, label, spacing=PHANTOM.spacing, seed=3)
     assert any(record["applied"] for record in synth.report) and not copies
+
+
+class Launches(TorchDispatchMode):
+    """Operators on the device that compute something, and are no views: about its kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        returns = [r.alias_info for r in func._schema.returns]
+        view = any(alias is not None and not alias.is_write for alias in returns)
+        there = any(isinstance(x, Pretended) for x in tree_leaves((args, kwargs, out)))
+        self.count += there and not view
+        return out
+
+
+def test_how_many_operators_a_tumour_costs():
+    """A GPU waits for the CPU to name them: about 1000, of which 460 are the networks' (encoder and
+    decoder twice, four steps), which `Generator.compile` makes eight graphs of."""
+    generator = copy.deepcopy(ts.load_generator("liver-early"))
+    generator.precision = "float32"
+    image, label = patch_and_label(96, device=DEVICE)
+    synth = ts.SynthesizeTumor(generator.to(DEVICE), count=1, size_mm=18.0)
+    with Launches() as seen:
+        synth(image, label, spacing=1.0, seed=0)
+    assert synth.report[0]["applied"] and 800 < seen.count <= 1050
+    crop, mask = crop_and_mask(64, 1, DEVICE)
+    with torch.no_grad(), Launches() as seen:
+        latent = generator._encode(crop)
+        t = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        cond = generator._condition(crop, mask, torch.full((1,), -30.0, device=DEVICE))[0]
+        before = seen.count
+        generator.denoiser(latent, t, cond)
+    assert seen.count - before <= 95
 
 
 def test_copies_that_are_waited_for_are_seen():
