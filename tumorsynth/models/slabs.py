@@ -31,10 +31,10 @@ Near = tuple[slice, slice, slice]
 def through(layers: Iterable[nn.Module], x: Tensor, near: Near | None = None) -> Tensor:
     """x (B, C, D, H, W) through layers of this package, one after the other.
 
-    near: the voxels of the output that are wanted, and returned. On a CPU, where the layers end
-    with a residual block and a convolution, the second half of that block and the convolution are
-    computed around them alone: that saves a fifth of a published decoder. All before has to be
-    whole, as each GroupNorm needs all of its input.
+    near: the voxels of the output that are wanted, and returned. Where the layers end with a
+    residual block and a convolution, the second half of that block and the convolution are computed
+    around them alone: that saves a fifth of a published decoder. All before has to be whole, as
+    each GroupNorm needs all of its input.
     """
     flat = list(_flat(layers))
     tail = flat[-2:] if near is not None and _worth_it(flat, x, near) else []
@@ -90,9 +90,8 @@ def _flat(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _worth_it(layers: Sequence[nn.Module], x: Tensor, near: Near) -> bool:
-    """Whether the layers have such an end, and what is wanted is less than half of it. On a GPU
-    starting the many small operations would take longer than what they save."""
-    if x.device.type != "cpu" or len(layers) < 2 or not isinstance(layers[-2], ResidualBlock):
+    """Whether the layers have such an end, and what is wanted is less than half of it."""
+    if len(layers) < 2 or not isinstance(layers[-2], ResidualBlock):
         return False
     sides: Sequence[int] = x.shape[2:]
     for layer in layers:
