@@ -26,6 +26,7 @@ from common import arguments, parse, spreads, write
 
 import tumorsynth as ts
 from tumorsynth.devices import full_float32
+from tumorsynth.diffusion import Prediction
 from tumorsynth.generator import Generator, SamplerConfig
 from tumorsynth.measure import (
     call_times,
@@ -68,12 +69,14 @@ def load(name: str, device: torch.device) -> Generator:
     torch.manual_seed(0)
     if name == "published":
         return Generator(Autoencoder(), FactorizedUNet()).to(device)
-    if name == "tiny":
-        sizes = AutoencoderConfig(2, (8, 16), (16, 8), decoder_blocks=1, codes=64, groups=4)
-        denoiser = ConvUNet(ConvUNetConfig((8, 16), 1, time_channels=16, groups=4))
-        sampler = SamplerConfig(crop_size=32, crop_multiple=8)
-        return Generator(Autoencoder(sizes), denoiser, sampler).to(device)
-    return ts.load_generator(name, device)
+    return tiny().to(device) if name == "tiny" else ts.load_generator(name, device)
+
+
+def tiny(codes: int = 64, prediction: Prediction = "noise") -> Generator:
+    sizes = AutoencoderConfig(2, (8, 16), (16, 8), decoder_blocks=1, codes=codes, groups=4)
+    denoiser = ConvUNet(ConvUNetConfig((8, 16), 1, time_channels=16, groups=4))
+    sampler = SamplerConfig(prediction=prediction, crop_size=32, crop_multiple=8)
+    return Generator(Autoencoder(sizes), denoiser, sampler)
 
 
 @contextmanager
