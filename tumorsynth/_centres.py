@@ -111,8 +111,9 @@ def beyond(
 
 
 def _offsets(shape: Shape, field: Field, points: Floats) -> Indices:
-    """Voxels (N, 3) from the centre's, in which points (N, 3), mm from the centre, lie."""
-    return np.rint(points / field.spacing + shape.offset.numpy()).astype(np.int64)
+    """Voxels (3, N) from the centre's, in which points (N, 3), mm from the centre, lie."""
+    found = np.rint(points / field.spacing + shape.offset.numpy())
+    return np.ascontiguousarray(found.T, dtype=np.int64)
 
 
 def _share(found: Bools) -> Single:
@@ -135,7 +136,7 @@ def _best_first(
     found, first, stop = [], 0, FIRST
     while first < len(centres):
         part = centres[first:stop]
-        liked, score, reach = judge(part.T[:, :, None] + offsets.T[:, None])
+        liked, score, reach = judge(part.T[:, :, None] + offsets[:, None])
         yield from part[liked & (reach >= least)]
         found.append((liked, score, reach))
         first, stop = stop, 3 * stop

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -61,6 +62,7 @@ class Field:
 
     def __init__(self, ground: Ground, spacing: tuple[float, float, float], gap_mm: float) -> None:
         self.label, self.labels = as_array(ground.label, ground.labels)
+        self._memory, self._steps = _in_memory(self.label)
         self.forbid = None if ground.forbid is None else ground.forbid.numpy()
         self.start, self.shape = ground.start, ground.shape
         self.spacing, self.gap_mm = spacing, gap_mm
@@ -90,22 +92,28 @@ class Field:
         The second is False beyond the volume, and where a voxel is forbidden or taken: a tumour cut
         there ends in a straight line, which the organ's own surface does not make.
         """
-        at, known = _within(index, self.start, self.label.shape)
+        local, known = _within(index, self.start, self.label.shape)
+        organ = self._organ(local, known)
+        if around is not None:
+            organ |= around.near(torch.from_numpy(index)).numpy()
         open_ = known
         if self.shape != self.label.shape:
             _, open_ = _within(index, (0, 0, 0), self.shape)
         taken = self._map()
         if taken is not None:
-            open_ = open_ & ~(known & taken[at])
-        organ = carries(self.label[at], self.labels) & known
-        if around is not None:
-            organ |= around.near(torch.from_numpy(index)).numpy()
+            memory, steps = _in_memory(taken)
+            open_ = open_ & ~(known & memory.take(_position(local, steps), mode="clip"))
         return organ & open_, open_
 
     def organ_at(self, index: Indices) -> Bools:
         """Which voxels (3, ...) are the organ's, of indices that may lie beyond the volume."""
-        at, known = _within(index, self.start, self.label.shape)
-        return carries(self.label[at], self.labels) & known
+        return self._organ(*_within(index, self.start, self.label.shape))
+
+    def _organ(self, local: list[Indices], known: Bools) -> Bools:
+        values = self._memory.take(_position(local, self._steps), mode="clip")
+        organ = carries(values, self.labels)
+        organ &= known
+        return organ
 
     def local(
         self, start: Sequence[int], stop: Sequence[int], around: Surroundings | None = None
@@ -147,13 +155,32 @@ class Field:
 
 def _within(
     index: Indices, start: Sequence[int], shape: Sequence[int]
-) -> tuple[tuple[Indices, ...], Bools]:
-    """Indices (3, ...) counted from ``start`` and kept in the shape; which of them are in it."""
-    along = (3,) + (1,) * (index.ndim - 1)
-    local = index - np.reshape(start, along)
-    kept = np.maximum(np.minimum(local, np.reshape(shape, along) - 1), 0)
-    x, y, z = kept
-    return (x, y, z), (local == kept).all(0)
+) -> tuple[list[Indices], Bools]:
+    """Indices (3, ...) counted from ``start``, along each axis; which of them are in the shape."""
+    local = [i - s for i, s in zip(index, start, strict=True)]
+    # seen as unsigned, what lies below 0 lies far beyond the shape: one comparison for both ends
+    x, y, z = (i.view(np.uint64) < n for i, n in zip(local, shape, strict=True))
+    x &= y
+    x &= z
+    return local, x
+
+
+def _in_memory(values: NDArray[Any]) -> tuple[NDArray[Any], list[int]]:
+    """An array (X, Y, Z) as a line, whatever its layout, and how far apart neighbours lie in it.
+
+    To look up many voxels by one index each is several times as fast as by three.
+    """
+    steps = [stride // values.itemsize for stride in values.strides]
+    length = 1 + sum((n - 1) * step for n, step in zip(values.shape, steps, strict=True))
+    return as_strided(values, (length,), (values.itemsize,), writeable=False), steps
+
+
+def _position(local: Sequence[Indices], steps: Sequence[int]) -> Indices:
+    """Where voxels lie in the line of `_in_memory`."""
+    x, y, z = (i * step for i, step in zip(local, steps, strict=True))
+    x += y
+    x += z
+    return x
 
 
 def _common(
