@@ -70,7 +70,7 @@ class Painter(Generator):
 
     crop_size = 32
 
-    def change(self, crop, tumor_mask, seed=None, noise=None, contrast_hu=None):
+    def change(self, crop, tumor_mask, seed=None, noise=None, contrast_hu=None, near=None):
         low, high = self.window
         return tumor_mask.float() * -30 / (high - low)
 
