@@ -383,7 +383,7 @@ class Generator:
     def _denoise(self, x_t: Tensor, t: Tensor, cond: Tensor, step: int) -> Tensor:
         """The network's answer at this step, which t (B,) holds for each sample."""
         bar = float(self.schedule.alphas_cumprod[step])
-        amplified = (1 - bar) / bar > MOST_AMPLIFIED**2
+        amplified = 1 - bar > MOST_AMPLIFIED**2 * bar
         if self.sampler.prediction == "noise" and (amplified or self.precision != "bfloat16"):
             with self._reduced(False), full_float32(x_t.device.type):
                 return self._run(self.denoiser, x_t, t, cond).float()
