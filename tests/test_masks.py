@@ -300,6 +300,30 @@ def test_the_label_s_type_and_layout_do_not_matter(dtype):
     assert torch.equal(got.mask, expected.mask)
 
 
+def test_a_part_of_a_label_and_one_that_repeats_itself_in_memory_are_as_good_as_a_copy():
+    """Voxels are looked up in the label's own memory, of which these have more or less."""
+    whole = torch.zeros(70, 64, 58, dtype=torch.int16)
+    whole[6:66, 7:57, 9:49] = ellipsoid((60, 50, 40), ONE, (25, 22, 18), dtype=torch.int16)
+    part = whole[6:66, 7:57, 9:49]
+    bar = ellipsoid((60, 50, 1), ONE, (25, 22, 1)).expand(60, 50, 40)
+    for label in (part, part[::2, :, ::2], bar, bar.permute(2, 0, 1)):
+        assert not label.is_contiguous()
+        for seed in range(6):
+            given = {"size_mm": (5, 12), "count": 3, "rng": rng(seed)}
+            found = place(label, 1, organ_box(label, 1), ONE, **given)
+            given["rng"] = rng(seed)
+            copied = label.contiguous()
+            for a, b in zip(
+                found, place(copied, 1, organ_box(copied, 1), ONE, **given), strict=True
+            ):
+                if isinstance(a, Skip):
+                    assert a == b
+                else:
+                    assert (a.params, a.start) == (b.params, b.start)
+                    assert torch.equal(a.mask, b.mask)
+                    assert bool((copied[a.slices][a.mask] == 1).all())
+
+
 def test_the_volume_around_the_organ_does_not_matter():
     label = ellipsoid((60, 60, 60), ONE, (22, 22, 22))
     far = torch.nn.functional.pad(label, (30, 5, 40, 0, 12, 70))

@@ -7,8 +7,7 @@ asked for, so that its volume is right to half a voxel also where the organ's su
 
 Nothing here costs more for a larger volume, except `organ_box`, which looks at every voxel once.
 It is done on the CPU, where a label on a GPU is copied to, and levels are float64: the same tumours
-everywhere. numpy does what has few numbers to work on, in a tenth of the time that torch takes to
-begin.
+everywhere. numpy works on what is small: there torch takes longer to begin than to finish.
 """
 
 from __future__ import annotations
