@@ -57,7 +57,8 @@ class SynthesizeTumor(Placing, Finishing):
         log-uniformly, or a named prior: "liver", "kidney", "pancreas", "cyst", "lung".
     intensity: what the image's values mean: ``HU()``, ``Scaled(...)`` or ``ZScore(...)``.
     blend: "change" adds the difference the generator makes and keeps the scan's own noise;
-        "difftumor" blends the decoded voxels as published.
+        "difftumor" blends the decoded voxels as published, with the scan's noise where the
+        generator keeps it.
     contrast_hu: HU between a tumour and the tissue around it, negative for darker, a number or
         (lo, hi) drawn per tumour; or a prior of an organ and a phase ("liver-portal",
         "kidney-arterial", "pancreas-unenhanced", ...) or a ContrastPrior, with rims and necrotic
