@@ -65,17 +65,22 @@ class GroupNorm(nn.GroupNorm):
         return scale.float(), (self.bias - mean.repeat_interleave(size) * scale).float()
 
 
-def channel_sums(x: Tensor) -> Tensor:
+def channel_sums(x: Tensor, scratch: Tensor | None = None) -> Tensor:
     """Sum and sum of squares of each channel of x (D, H, W, C): (2, C), float64.
 
     Squares are summed about the mean of a part, or a channel far from 0 would lose its digits.
+    scratch: float32 memory of x's shape, which saves making some.
     """
     few = len(x) if x.device.type != "cpu" else max(1, 2**20 // max(1, x[0].numel()))
     sums = torch.zeros(2, x.shape[-1], dtype=torch.float64, device=x.device)
-    for part in x.split(few):  # without another tensor as large as x
-        part = part.float()
-        total, count = part.sum((0, 1, 2)), part[..., 0].numel()
-        about = (part - total / count).square_().sum((0, 1, 2)).double()
+    if scratch is None:
+        scratch = torch.empty(x[:few].shape, device=x.device)  # not another tensor as large as x
+    for part in x.split(few):
+        wide, count = scratch[: len(part)], part[..., 0].numel()
+        if part.dtype != torch.float32:
+            part = wide.copy_(part)
+        total = part.sum((0, 1, 2))
+        about = torch.sub(part, total / count, out=wide).square_().sum((0, 1, 2)).double()
         total = total.double()
         sums += torch.stack([total, about + total.square() / count])
     return sums

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tumorsynth.models.conv import asks_onednn, channel_sums, cpu_autocast, cpu_layout
 from tumorsynth.models.layers import Conv, ResidualBlock, UpConv
 
-SLAB = 2**20  # numbers of a layer's input or output that go together: with all between, some 10 MB
+SLAB = 3 * 2**19  # numbers of a layer's input or output that go together: with all between, 20 MB
 LARGE = 2**24  # bytes of a tensor that a cache does not hold; smaller ones are faster as a whole
 
 Near = tuple[slice, slice, slice]
@@ -128,6 +128,7 @@ class _Slabs:
 
     def __init__(self, volume: Tensor, dtype: torch.dtype) -> None:
         x = volume.permute(1, 2, 3, 0)
+        self.memory = _Memory()
         self.x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
         self.sums: Tensor | None = None  # of x, where the next layer needs them
 
@@ -141,11 +142,13 @@ class _Slabs:
             if isinstance(layer, ResidualBlock):
                 half, sums = self._half(layer, spare)
                 norm = layer.norm2.scale_and_shift(sums, self.x[..., 0].numel())
-                self.x, self.sums = _convolved(layer.conv2, half, norm, self.x, True, summed)
+                self.x, self.sums = _convolved(
+                    layer.conv2, half, self.memory, norm, self.x, True, summed
+                )
                 spare = half
             else:
                 assert isinstance(layer, Conv | UpConv)
-                self.x, self.sums = _convolved(layer, self.x, summed=summed)
+                self.x, self.sums = _convolved(layer, self.x, self.memory, summed=summed)
                 spare = None
         if not tail:
             return self._back(self.x), torch.empty(0), torch.empty(0)
@@ -157,7 +160,7 @@ class _Slabs:
         """What a block's first convolution makes of x, and its sums."""
         sums = channel_sums(self.x) if self.sums is None else self.sums
         norm = block.norm1.scale_and_shift(sums, self.x[..., 0].numel())
-        half, sums = _convolved(block.conv1, self.x, norm, spare)
+        half, sums = _convolved(block.conv1, self.x, self.memory, norm, spare)
         return half, sums
 
     @staticmethod
@@ -168,6 +171,7 @@ class _Slabs:
 def _convolved(
     layer: Conv | UpConv,
     x: Tensor,
+    memory: _Memory,
     norm: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
     add: bool = False,
@@ -185,7 +189,7 @@ def _convolved(
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     if out is None:
         out = _fresh((*_sides(layer, x.shape[:3]), conv.out_channels), x.dtype)
-    window = _Window(x, layer.padding, layer.replicate, norm)
+    window = _Window(x, layer.padding, layer.replicate, norm, memory)
     count = len(x) if up else len(out)
     plane = 2 * out[0].numel() if up else max(stride * x[0].numel(), out[0].numel())
     step = max(1, SLAB // plane)
@@ -204,7 +208,7 @@ def _convolved(
         made = made[0].permute(1, 2, 3, 0)
         part = part.add_(made) if add else part.copy_(made)
         if summed:
-            sums += channel_sums(part)
+            sums += channel_sums(part, memory.of("sums", part.shape, torch.float32))
     return out, sums
 
 
@@ -216,20 +220,24 @@ class _Window:
     """
 
     def __init__(
-        self, x: Tensor, pad: int, replicate: bool, norm: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        pad: int,
+        replicate: bool,
+        norm: tuple[Tensor, Tensor] | None,
+        memory: _Memory,
     ) -> None:
-        self.x, self.pad, self.replicate = x, pad, replicate
+        self.x, self.pad, self.replicate, self.memory = x, pad, replicate, memory
         # for a row of voxels at once: one vector operation each would be too short
         self.rows = None if norm is None else [v.repeat(x.shape[2]) for v in norm]
         self.planes = torch.zeros(0)
-        self.scratch = torch.zeros(0)
 
     def __getitem__(self, ends: tuple[int, int]) -> Tensor:
         (first, last), pad, x = ends, self.pad, self.x
         depth, height, width, channels = x.shape
         if len(self.planes) < last - first:
             shape = (last - first, height + 2 * pad, width + 2 * pad, channels)
-            self.planes = torch.zeros(shape, dtype=x.dtype)
+            self.planes = self.memory.of("planes", shape, x.dtype).zero_()
         planes = self.planes[: last - first]
         a, b = max(first - pad, 0), min(last - pad, depth)
         before, after = a - (first - pad), (last - pad) - b
@@ -253,13 +261,27 @@ class _Window:
         if x.dtype == torch.float32:
             F.silu(torch.addcmul(shift, x, scale, out=part), inplace=True)
             return
-        if len(self.scratch) < len(x):
-            self.scratch = torch.empty(x.shape)
-        wide = self.scratch[: len(x)].copy_(x)  # faster than in bfloat16, and rounded once
+        # faster than in bfloat16, and rounded once
+        wide = self.memory.of("wide", x.shape, torch.float32).copy_(x)
         part.copy_(F.silu(torch.addcmul(shift, wide, scale, out=wide), inplace=True))
 
 
-def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+class _Memory:
+    """Scratch that is used again and again: what is freed after each use comes back from the system
+    as if new, if it is some MB."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def of(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in the memory of this name, with whatever is in it."""
+        count = int(np.prod(shape)) * dtype.itemsize
+        if name not in self.kept or self.kept[name].numel() < count:
+            self.kept[name] = _fresh((count,), torch.uint8)
+        return self.kept[name][:count].view(dtype).view(*shape)
+
+
+def _fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory that was not used before. NumPy asks the system for large pages, torch does not: a
     hundred megabytes in small ones take a third as long as the convolution that fills them."""
     count = int(np.prod(shape)) * dtype.itemsize

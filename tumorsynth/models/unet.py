@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tumorsynth.models.conv import Conv3d, GroupNorm, Linear, cpu_layout
+from tumorsynth.models.conv import Conv3d, GroupNorm, Linear, cpu_autocast, cpu_layout
 
-CHUNK = 2**19  # numbers in q, k and v together, of the sequences that go together on a CPU
-SHORT = 48
+CHUNK = 2**21  # bytes of q, k and v together, of the sequences that go together on a CPU
+SHORT = 48  # tokens
 ROTARY_BASE = 10000.0  # Su et al. 2021, section 3.2.2; the time embedding uses the same base
 
 
@@ -168,7 +168,7 @@ def by_parts(attend: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tenso
     On a CPU a few at a time: what lies between, ``width`` numbers a token, then stays in its cache,
     instead of being as large as to be fresh memory from the system every time.
     """
-    few = max(1, CHUNK // (x.shape[1] * width))
+    few = max(1, CHUNK // (x.shape[1] * width * (cpu_autocast() or x.dtype).itemsize))
     if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= few:
         return attend(x)
     return torch.cat([attend(part) for part in x.split(few)])
