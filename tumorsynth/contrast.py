@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth._arguments import any_bool
-from tumorsynth.devices import onto
+from tumorsynth.devices import on_cpu, onto
 
 NEAR_MM, FAR_MM = 2, 6  # where the tissue around a tumour is measured
 ENOUGH = 50  # voxels of it
@@ -82,6 +82,8 @@ def check_contrast(contrast_hu: float | Sequence[float] | None) -> tuple[float, 
 
 def level_around(hu: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]) -> Tensor:
     """(B,): median HU of the tissue around each tumour; of all that is there where none is."""
+    box = _around(tumor_mask, FAR_MM + 1)
+    hu, tumor_mask = hu[box], tumor_mask[box]
     mask = tumor_mask.to(hu.dtype)
     shell = (grown(mask, FAR_MM) > 0) & ~(grown(mask, NEAR_MM) > 0)
     for wider in (~tumor_mask, torch.ones_like(tumor_mask)):
@@ -95,6 +97,8 @@ def own_level(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
     """(B,): median of the tissue around each tumour that is like what the tumour replaces, or of
     that itself where there is too little: an asked contrast is to what can be seen there, in a
     bright kidney, in a fatty pancreas or in the renal sinus."""
+    box = _around(tumor_mask, FAR_MM + 1)
+    healthy, tumor_mask = healthy[box], tumor_mask[box]
     inside = torch.where(tumor_mask, healthy, torch.nan).flatten(1).nanmedian(1).values
     mask = tumor_mask.to(healthy.dtype)
     shell = (grown(mask, FAR_MM) > 0) & ~(grown(mask, NEAR_MM) > 0)
@@ -111,6 +115,8 @@ def core(tumor_mask: Tensor) -> Tensor:
 
 def contrast_of(hu: Tensor, tumor_mask: Tensor, level: Tensor) -> Tensor:
     """(B,): mean of each tumour's core minus the level around it."""
+    box = _around(tumor_mask, 2)
+    hu, tumor_mask = hu[box], tumor_mask[box]
     inside = core(tumor_mask).to(hu.dtype)
     return (hu * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1) - level
 
@@ -136,13 +142,29 @@ def shift(hu: Tensor, tumor_mask: Tensor, level: Tensor, wanted: Tensor) -> Tens
     As soft at the outline as what generators paint: half there. Anything wider would show beside
     their edge as a rim, bright in a kidney, where they paint too dark by tens of HU.
     """
+    box = _around(tumor_mask, 3)  # further than what is soft
+    change, hu, tumor_mask = torch.zeros_like(hu), hu[box], tumor_mask[box]
     off = wanted - contrast_of(hu, tumor_mask, level)
     soft = tumor_mask.to(hu.dtype)
     for axis in (2, 3, 4):
         soft = _softened(soft, axis)
     inside = core(tumor_mask).to(hu.dtype)
     share = (soft * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
-    return soft * (off / share.clamp(min=0.1))[:, None, None, None, None]
+    change[box] = soft * (off / share.clamp(min=0.1))[:, None, None, None, None]
+    return change
+
+
+def _around(tumor_mask: Tensor, margin: int) -> tuple[slice, ...]:
+    """The part of (B, 1, X, Y, Z) that holds the tumours and ``margin`` voxels around them; all of
+    it on a GPU, which would have to be waited for, and where a sample has none."""
+    if not on_cpu(tumor_mask) or not bool(tumor_mask.flatten(1).any(1).all()):
+        return (slice(None),) * 5
+    found = tumor_mask.flatten(0, 1).any(0)
+    box = []
+    for axis in range(3):
+        hits = found.movedim(axis, 0).flatten(1).any(1).nonzero()
+        box.append(slice(max(0, int(hits[0]) - margin), int(hits[-1]) + margin + 1))
+    return (slice(None), slice(None), *box)
 
 
 def _softened(volume: Tensor, axis: int) -> Tensor:

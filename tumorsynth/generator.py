@@ -120,7 +120,7 @@ class Generator:
     card: name, licence, data, metrics; free-form but for ``name``.
     precision: "float32", "bfloat16" (of the convolutions and matrix products), or "auto", which may
         be set at any time: bfloat16 on CPUs that compute in it, where the network predicts x0 or v,
-        else float32. The shipped generator's tumours change by 0.4 HU (root mean square), its
+        else float32. The shipped generator's tumours change by 0.3 HU (root mean square), its
         scan's noise being 12 (benchmarks/results/latency_cpu.json): the same seed gives the same
         tumour bit by bit on like machines, and to that on others. A network that predicts noise
         computes in full float32, with "bfloat16" in those steps that multiply an error by more than

@@ -66,7 +66,7 @@ class Codebook(nn.Module):
                 return found
         size = len(self.embeddings)
         if tokens_per_chunk is None:
-            tokens_per_chunk = max(16, 2**20 // size) if latent.device.type == "cpu" else 4096
+            tokens_per_chunk = max(16, 2**19 // size) if latent.device.type == "cpu" else 4096
         flat = _tokens(latent).to(self.embeddings.dtype)
         away, half_norm = -self.embeddings, self.embeddings.square().sum(1) / 2
         # 16,384 codes lie too close together for the eight bits of bfloat16
