@@ -174,6 +174,12 @@ def by_parts(attend: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tenso
     return torch.cat([attend(part) for part in x.split(few)])
 
 
+def softmax(logits: Tensor, dim: int) -> Tensor:
+    """In float32 at the least, as CUDA's autocast has it: on a CPU bfloat16 is slower, too."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(dim, dtype=wide).to(logits.dtype)
+
+
 def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax attention: q, k, v (B, heads, n, channels) and bias, added to the logits, -> as q.
 
@@ -187,8 +193,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     logits = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (-1, heads)).mul_(channels**-0.5)
     if bias is not None:
         logits += bias
-    weights = logits.softmax(-1, dtype=torch.float32)  # slow in bfloat16
-    return torch.bmm(weights.flatten(0, 1).to(v.dtype), v).unflatten(0, (-1, heads))
+    return torch.bmm(softmax(logits, -1).flatten(0, 1), v).unflatten(0, (-1, heads))
 
 
 class Attention(nn.Module):
@@ -261,8 +266,8 @@ class SpatialLinearAttention(nn.Module):
         q, k, v = rearrange(
             self.to_qkv(self.norm(x)), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads
         )
-        context = k.softmax(dim=-2).transpose(-1, -2) @ v
-        out = q.softmax(dim=-1) @ (self.scale * context)
+        context = softmax(k, -2).transpose(-1, -2) @ v
+        out = softmax(q, -1) @ (self.scale * context)
         return self.to_out(rearrange(out, "b h n c -> b n (h c)"))
 
 
