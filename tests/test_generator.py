@@ -247,3 +247,14 @@ def test_a_denoiser_of_ones_own_cannot_be_saved():
     own = Generator(GENERATOR.autoencoder, torch.nn.Identity())
     with pytest.raises(TypeError, match="factorized or conv, got Identity"):
         config_of(own)
+
+
+def test_a_default_dtype_does_not_change_a_tumour():
+    generator, (crop, mask) = tiny_generator(), tiny_crop()
+    expected = generator.change(crop, mask, seed=1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.allclose(generator.change(crop, mask, seed=1), expected, atol=1e-4)
+    finally:
+        torch.set_default_dtype(before)

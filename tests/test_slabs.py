@@ -183,6 +183,21 @@ def test_beyond_what_is_near_nothing_changes():
     assert torch.allclose(inpainted[mask], generator.inpaint(crop, mask, seed=0)[mask], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "near",
+    [
+        (slice(-4, 8), slice(0, 8), slice(0, 8)),
+        (slice(0, 64), slice(0, 8), slice(0, 8)),
+        (slice(None), slice(0, 8), slice(0, 8)),
+        (slice(0, 8), slice(0, 8)),
+        (slice(8, 8), slice(0, 8), slice(0, 8)),
+    ],
+)
+def test_a_part_that_is_none_of_the_crop_is_named(near):
+    with pytest.raises(ValueError, match="near must be three slices within the crop"):
+        tiny_generator().change(*tiny_crop(side=32), seed=0, near=near)
+
+
 @pytest.mark.parametrize("blend", ["change", "difftumor"])
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.8, 0.8, 2.5)])
 def test_a_tumour_is_the_one_of_the_whole_crop(blend, spacing, monkeypatch):

@@ -894,3 +894,18 @@ def test_a_whole_slice_without_a_spacing_is_warned_of_once():
     assert len(said) == 1 and "(400, 512, 4) voxels; pass spacing=(dx, dy, dz)" in str(
         said[0].message
     )
+
+
+@pytest.mark.parametrize("blend", ["change", "difftumor"])
+def test_gas_and_bone_beside_a_tumour_are_left_alone(blend):
+    """They lie beyond the generator's window, which shows them as its ends."""
+    rng = torch.Generator().manual_seed(0)
+    image = 100 + 10 * torch.randn(1, 64, 64, 64, generator=rng)
+    image[:, :24], image[:, 40:] = -900.0, 900.0
+    label = torch.zeros(image.shape, dtype=torch.uint8)
+    label[:, 24:40] = 1
+    transform = ts.SynthesizeTumor("hu2023", count=1, size_mm=14.0, blend=blend, sigma_mm=3.0)
+    after, made = transform(image, label, spacing=1.0, seed=2)
+    changed = (after - image).abs()
+    assert int((made == 2).sum()) > 500 and float(changed[:, 24:40].max()) > 10
+    assert float(changed[:, :24].max()) < 30 and float(changed[:, 40:].max()) < 30

@@ -106,7 +106,8 @@ class Finishing(Painting):
         if self.blend == "change":
             change = weight * made / self.intensity.hu_per_unit
         else:
-            hu = self.intensity.to_hu(healthy.float())
+            low, high = generator.window  # as it was shown: gas and bone nearby are left alone
+            hu = self.intensity.to_hu(healthy.float()).clamp(low, high)
             if keeps_detail(generator):
                 made = made + self._lost(job, before, generator.window)
             change = weight * (made - hu) / self.intensity.hu_per_unit

@@ -42,6 +42,7 @@ def bench(
     """
     import torch
 
+    from tumorsynth.commands.shared import check_device
     from tumorsynth.measure import call_times, patch_and_label, peak_mib
     from tumorsynth.synthesizer import SynthesizeTumor
 
@@ -49,6 +50,7 @@ def bench(
         torch.set_num_threads(threads)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
     where = torch.device(device)
     image, label = patch_and_label(side, device=where)
     synth = SynthesizeTumor(generator, count=1, size_mm=size_mm)

@@ -63,10 +63,10 @@ class Compiled:
             return network(*inputs)
         parts = []
         for part in zip(*(x.split(in_parts(len(x))) for x in inputs), strict=True):
-            run = self._run(network, part)
-            if run is None:
-                return network(*inputs)
             try:
+                run = self._run(network, part)
+                if run is None:
+                    return network(*inputs)
                 parts.append(run(*part).clone())  # a CUDA graph's next pass writes over its answer
             except torch.cuda.OutOfMemoryError:
                 raise

@@ -125,8 +125,8 @@ def draw_contrast(config: ContrastConfig, level: Tensor, seeds: Sequence[int] | 
     """(B,) HU for tissue of these levels; the middle of the range without seeds."""
     # a stream of its own: the seed's first draws are the noise
     shares = [
-        float(torch.rand((), generator=torch.Generator().manual_seed(seed ^ 0x636F6E74)))
-        for seed in seeds or []
+        float(torch.rand((), generator=stream, dtype=torch.float32))
+        for stream in (torch.Generator().manual_seed(seed ^ 0x636F6E74) for seed in seeds or [])
     ]
     share = onto(torch.tensor(shares or [0.5], dtype=level.dtype), level.device)
     drawn = config.low + (config.high - config.low) * share.expand(level.shape)

@@ -77,7 +77,9 @@ class ContrastPrior:
         where the tumour has none."""
         # a stream of its own: the seed's first draws are the noise
         stream = torch.Generator().manual_seed(seed ^ 0x7072696F)
-        kind, place, has_rim, rim, has_core, middle = torch.rand(6, generator=stream).tolist()
+        kind, place, has_rim, rim, has_core, middle = torch.rand(
+            6, generator=stream, dtype=torch.float32
+        ).tolist()
         bounds = torch.tensor(self.shares, dtype=torch.float64).cumsum(0) / sum(self.shares)
         low, high = (self.hypo, self.iso, self.hyper)[int((bounds <= kind).sum().clamp(max=2))]
         scale = 1.0
@@ -132,7 +134,9 @@ def _structure(mask: Tensor, structure: tuple[float, float], seed: int) -> Tenso
     added = rim_hu * torch.exp(-0.5 * ((depth - 1.5) / 1.0).square())
     if core_hu != 0:
         stream = torch.Generator().manual_seed(seed ^ 0x636F7265)
-        rough = gaussian_filter(torch.randn(mask.shape, generator=stream), [3.0] * 3)
+        rough = gaussian_filter(
+            torch.randn(mask.shape, generator=stream, dtype=torch.float32), [3.0] * 3
+        )
         rough = onto(rough / rough.std(), mask.device)
         within = depth / depth.max() - 0.5 + 0.12 * rough
         added = added + core_hu * torch.sigmoid(within / 0.06)

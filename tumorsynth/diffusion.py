@@ -190,7 +190,8 @@ def draw_noise(
                 f"noise must be drawn from CPU generators, got one on {generator.device}; "
                 "pass torch.Generator('cpu').manual_seed(seed)"
             )
-    draws = [torch.randn(steps + 1, *shape, generator=generator) for generator in generators]
+    size = (steps + 1, *shape)  # float32 also where the default is another: it draws other numbers
+    draws = [torch.randn(size, generator=one, dtype=torch.float32) for one in generators]
     return torch.stack(draws, dim=1).to(device)
 
 

@@ -410,6 +410,19 @@ class Generator:
         factor, sides = self.autoencoder.config.factor, crop.shape[2:]
         if near is None:
             near = (slice(0, sides[0]), slice(0, sides[1]), slice(0, sides[2]))
+        fits = len(near) == 3 and all(
+            isinstance(n, slice)
+            and isinstance(n.start, int)
+            and isinstance(n.stop, int)
+            and n.step in (None, 1)
+            and 0 <= n.start < n.stop <= side
+            for n, side in zip(near, sides, strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"near must be three slices within the crop of {tuple(sides)}, each with a start "
+                f"and a stop, got {near!r}; pass for example (slice(20, 44),) * 3, or None for all"
+            )
         x, y, z = (
             slice(n.start // factor * factor, min(-(-n.stop // factor) * factor, side))
             for n, side in zip(near, sides, strict=True)

@@ -74,7 +74,8 @@ def channel_sums(x: Tensor, scratch: Tensor | None = None) -> Tensor:
     few = len(x) if x.device.type != "cpu" else max(1, 2**20 // max(1, x[0].numel()))
     sums = torch.zeros(2, x.shape[-1], dtype=torch.float64, device=x.device)
     if scratch is None:
-        scratch = torch.empty(x[:few].shape, device=x.device)  # not another tensor as large as x
+        shape = x[:few].shape  # not another tensor as large as x
+        scratch = torch.empty(shape, dtype=torch.float32, device=x.device)
     for part in x.split(few):
         wide, count = scratch[: len(part)], part[..., 0].numel()
         if part.dtype != torch.float32:

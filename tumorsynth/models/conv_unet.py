@@ -84,6 +84,12 @@ class ConvUNet(nn.Module):
         self.head = Conv3d(widths[0], c.latent_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        multiple = 2 ** len(self.shrinks)
+        if any(side % multiple for side in x_t.shape[2:]):
+            raise ValueError(
+                f"d, h and w of a latent must be multiples of {multiple}, got "
+                f"{tuple(x_t.shape[2:])}; pass a crop whose sides fit"
+            )
         time = self.time(_sinusoids(t, self.config.time_channels).to(x_t.dtype))
         x = self.stem(cpu_layout(torch.cat([x_t, cond], dim=1)))
         skips = []
