@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth import masks
-from tumorsynth._jobs import Settings
+from tumorsynth._jobs import Settings, hull
 from tumorsynth._room import Ground
 from tumorsynth.bulge import Surroundings, check_bulge
 from tumorsynth.contrast_priors import ContrastPrior
@@ -131,7 +130,7 @@ class Placing(Settings):
         around = None if present is None else present.grown(self.gap_mm, frame.spacing)
         parts += [] if around is None else [around]
         parts += [] if finite and not self.bulge else [tuple(slice(0, n) for n in label.shape)]
-        part = _hull(parts, label.shape)
+        part = hull(parts or [(slice(0, 1),) * 3], label.shape)  # of no use, but a box, around none
         forbid = None if finite else ~image[part].isfinite()
         if around is not None:
             if forbid is None:
@@ -146,12 +145,3 @@ class Placing(Settings):
         start, shape = (x.start, y.start, z.start), (label.shape[0], label.shape[1], label.shape[2])
         ground = Ground(label[part], self.organ_labels, forbid, start, shape)
         return ground if on_cpu(label) else ground.on_cpu()
-
-
-def _hull(parts: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, slice, slice]:
-    """The box around some boxes, within the shape; of no use, but a box, around none."""
-    x, y, z = (
-        slice(min(s.start for s in along), min(n, max(s.stop for s in along)))
-        for n, *along in zip(shape, *(parts or [(slice(0, 1),) * 3]), strict=True)
-    )
-    return x, y, z

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tumorsynth._arguments import any_bool
 from tumorsynth.devices import on_cpu, onto
+from tumorsynth.geometry import box_around
 
 NEAR_MM, FAR_MM = 2, 6  # where the tissue around a tumour is measured
 ENOUGH = 50  # voxels of it
@@ -159,11 +160,8 @@ def _around(tumor_mask: Tensor, margin: int) -> tuple[slice, ...]:
     it on a GPU, which would have to be waited for, and where a sample has none."""
     if not on_cpu(tumor_mask) or not bool(tumor_mask.flatten(1).any(1).all()):
         return (slice(None),) * 5
-    found = tumor_mask.flatten(0, 1).any(0)
-    box = []
-    for axis in range(3):
-        hits = found.movedim(axis, 0).flatten(1).any(1).nonzero()
-        box.append(slice(max(0, int(hits[0]) - margin), int(hits[-1]) + margin + 1))
+    box = box_around(tumor_mask.flatten(0, 1).any(0), margin)
+    assert box is not None
     return (slice(None), slice(None), *box)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from tumorsynth.blend import gaussian_filter
 from tumorsynth.contrast import FLOOR_HU, SCALES, core, grown
 from tumorsynth.devices import onto
-from tumorsynth.texture import box_around
+from tumorsynth.geometry import box_around
+from tumorsynth.texture import MARGIN
 
 Range = tuple[float, float]
 CROSS = (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1)))
@@ -119,7 +120,7 @@ def structured(
     """
     if structure == (0.0, 0.0):
         return change
-    box = box_around(tumor_mask)
+    box = box_around(tumor_mask, MARGIN)
     if box is None:
         return change
     change = change.clone()

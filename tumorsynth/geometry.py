@@ -234,3 +234,16 @@ def _along(volume: Tensor, axis: int, weights: Tensor) -> Tensor:
         return volume
     weights = onto(weights.to(volume.dtype), volume.device)
     return torch.movedim(torch.tensordot(weights, volume, dims=([1], [axis])), 0, axis)
+
+
+def box_around(mask: Tensor, margin: int) -> tuple[slice, slice, slice] | None:
+    """The mask's bounding box and a margin in voxels; None for an empty mask."""
+    plane = mask.any(0)
+    lines = torch.cat([mask.any(2).any(1), plane.any(1), plane.any(0)]).cpu()  # one wait for a GPU
+    found = []
+    for line in lines.split(list(mask.shape)):
+        hits = line.nonzero()
+        if not len(hits):
+            return None
+        found.append(slice(max(0, int(hits[0]) - margin), int(hits[-1]) + margin + 1))
+    return found[0], found[1], found[2]

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tumorsynth._arguments import any_bool
 from tumorsynth.devices import onto
+from tumorsynth.geometry import box_around
 from tumorsynth.intensity import HU_HIGH, HU_LOW
-from tumorsynth.texture import box_around
 
 HU_SPAN = HU_HIGH - HU_LOW  # of a crop's values, 0 to 1
 _MARGIN = 12  # mm around the tumour where the change is computed; it fades out over the last 4

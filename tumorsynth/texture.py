@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tumorsynth.blend import gaussian_filter
 from tumorsynth.contrast import core
+from tumorsynth.geometry import box_around
 
 # Kernels make noise less alike than edges wide: a scan blurred to 1.3 mm had a grain of 0.97 mm.
 WIDER = 1.4
@@ -97,7 +98,7 @@ def match(
     slow variation, around the tumour's own profile from outline to middle, is replaced by what
     the scan had there, without its vessels.
     """
-    box = box_around(tumor_mask)
+    box = box_around(tumor_mask, MARGIN)
     if box is None:
         return change
     mask, old = tumor_mask[box], change[box]
@@ -170,16 +171,3 @@ def _width(ratio: float, far: int) -> float:
         p = (low + high) / 2
         low, high = (p, high) if (1 - p**far**2) / (1 - p) < ratio else (low, p)
     return 0.0 if p < 1e-6 else 0.5 / math.sqrt(-math.log(min(p, 1 - 1e-6)))
-
-
-def box_around(mask: Tensor, margin: int = MARGIN) -> tuple[slice, slice, slice] | None:
-    """The mask's bounding box and a margin in voxels; None for an empty mask."""
-    plane = mask.any(0)
-    lines = torch.cat([mask.any(2).any(1), plane.any(1), plane.any(0)]).cpu()  # one wait for a GPU
-    found = []
-    for line in lines.split(list(mask.shape)):
-        hits = line.nonzero()
-        if not len(hits):
-            return None
-        found.append(slice(max(0, int(hits[0]) - margin), int(hits[-1]) + margin + 1))
-    return found[0], found[1], found[2]
