@@ -94,7 +94,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def spreads(clocks: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """`tumorsynth.measure.times` as medians and quartiles."""
+    """`tumorsynth.commands.timing.times` as medians and quartiles."""
     return {clock: spread(values) for clock, values in clocks.items()}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import tumorsynth as ts
-from tumorsynth.preview import save_preview
+from tumorsynth.scans.preview import save_preview
 
 ct = ts.make_phantom(spacing=(1.5, 1.5, 3.0), seed=0)  # yours: (1, X, Y, Z) in Hounsfield units
 synth = ts.SynthesizeTumor(organ_labels=1, tumor_label=20, count=2, size_mm=(10, 20))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import tumorsynth as ts
-from tumorsynth.preview import save_preview
+from tumorsynth.scans.preview import save_preview
 
 TUMOR = 20
 folder = Path("whole_scan")

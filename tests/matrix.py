@@ -46,15 +46,15 @@ def _nnunet(version: str, **others: str) -> Row:
         f"nnunet {version}",
         "nnunetv2",
         tuple(f"{name}=={pin}" for name, pin in pins.items()),
-        ("tests/test_nnunet.py",),
+        ("tests/nnunet/test_nnunet.py",),
         "pass"
         if version.startswith("2.8")
-        else "from tumorsynth._nnunet_shim import install; install()",
+        else "from tumorsynth.nnunet.shim import install; install()",
     )
 
 
 MONAI = ("tests/test_monai.py", "tests/test_monai_loaders.py")
-TORCHIO = ("tests/test_torchio.py",)
+TORCHIO = ("tests/torchio/test_torchio.py",)
 LIGHTNING = ("tests/test_lightning.py",)
 ROWS = (
     Row("monai 1.4", "monai", ("monai==1.4.0", "numpy==1.26.4"), MONAI),  # it wants numpy < 2
@@ -66,7 +66,7 @@ ROWS = (
         "torchio 2 alpha",
         "torchio",
         ("torchio==2.0.0a2", "torch-interpol", "loguru", "tyro", "docstring_parser", "typeguard"),
-        ("tests/test_torchio2.py",),
+        ("tests/torchio/test_torchio2.py",),
     ),
     Row("lightning 2.2", "lightning", ("lightning==2.2.5", "setuptools==75.8.0"), LIGHTNING),
     Row("lightning newest", "lightning", ("lightning",), LIGHTNING),

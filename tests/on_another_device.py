@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tumorsynth as ts
-from tumorsynth.contrast import ContrastConfig
+from tumorsynth.appearance.contrast import ContrastConfig
+from tumorsynth.commands.timing import crop_and_mask, patch_and_label
 from tumorsynth.devices import onto
-from tumorsynth.diffusion import draw_noise
-from tumorsynth.measure import crop_and_mask, patch_and_label
+from tumorsynth.generators.sampling import draw_noise
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig

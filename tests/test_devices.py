@@ -14,7 +14,8 @@ from test_concurrency import SCANS
 from tiny import tiny_crop, tiny_generator
 
 import tumorsynth as ts
-from tumorsynth import devices, weights
+from tumorsynth import devices
+from tumorsynth.generators import store as weights
 
 MPS = torch.device("mps")
 
@@ -48,7 +49,7 @@ def test_a_missing_operator_is_worked_around_and_said_once():
 
 def test_a_generator_goes_to_the_cpu_where_its_device_lacks_an_operator(monkeypatch):
     """torch's meta device, which lacks every result, in place of a real one."""
-    monkeypatch.setattr("tumorsynth.weights.check_device", lambda device: None)
+    monkeypatch.setattr("tumorsynth.generators.store.check_device", lambda device: None)
     expected = ts.SynthesizeTumor(tiny_generator(), size_mm=(3, 7), count=1)(*SCANS[2], seed=0)
     synth = ts.SynthesizeTumor(tiny_generator(), size_mm=(3, 7), count=1, device="meta")
     own = synth.handle.get("cpu")
@@ -237,7 +238,7 @@ def test_a_network_that_predicts_noise_denoises_in_full_float32(monkeypatch, pre
     seen, before = [], tf32()
     generator = tiny_generator(prediction=prediction, codes=8)
     monkeypatch.setattr(
-        "tumorsynth.generator.full_float32", lambda kind: devices.full_float32("cuda")
+        "tumorsynth.generators.diffusion.full_float32", lambda kind: devices.full_float32("cuda")
     )
     torch.backends.cudnn.allow_tf32 = True
     for network in (generator.denoiser, generator.autoencoder.encoder):

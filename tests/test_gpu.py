@@ -1,15 +1,13 @@
-"""The checks of benchmarks/gpu_checks.py: all on a GPU, and on the CPU that they run at all."""
+"""The checks of benchmarks/gpu/gpu_checks.py: all on a GPU, and on the CPU that they run at all."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-gpu_checks = pytest.importorskip("gpu_checks", reason="needs the benchmarks beside the tests")
+gpu_checks = pytest.importorskip(
+    "benchmarks.gpu.gpu_checks", reason="needs the benchmarks beside the tests"
+)
 NAMES = [check.__name__ for check in gpu_checks.CHECKS]
 
 

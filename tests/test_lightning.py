@@ -14,7 +14,7 @@ L = pytest.importorskip("lightning", reason="needs Lightning")
 from tiny import tiny_generator  # noqa: E402
 
 import tumorsynth as ts  # noqa: E402
-from tumorsynth.gate import Gate  # noqa: E402
+from tumorsynth.appearance.gate import Gate  # noqa: E402
 from tumorsynth.lightning import TumorSynthCallback  # noqa: E402
 
 SETTINGS = {"generator": "hu2023", "count": 1, "size_mm": (8, 10)}

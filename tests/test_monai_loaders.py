@@ -66,7 +66,7 @@ def test_set_determinism_reproduces():
 
 
 def test_each_rank_of_a_distributed_training_makes_its_own(monkeypatch):
-    """From one seed on all ranks; tests/test_distributed.py has real ones."""
+    """From one seed on all ranks; tests/training/test_distributed.py has real ones."""
     batch = list_data_collate([sample("tensor")] * 2)
     kinds = (transform, lambda: BatchSynthesizeTumord("image", **SETTINGS))
     for make, given in zip(kinds, (sample("tensor"), batch), strict=True):
@@ -100,7 +100,7 @@ def test_workers_and_epochs_do_not_repeat_each_other(loader, persistent):
     assert all(torch.equal(a, b) for a, b in zip(first, epochs(), strict=True))
 
 
-@pytest.mark.slow  # each imports torch and MONAI anew; tests/test_concurrency.py has the core's
+@pytest.mark.slow  # each imports torch and MONAI anew; tests/pipeline/test_concurrency.py has the core's
 def test_spawned_workers_make_what_forked_ones_make():
     data = Dataset([sample("tensor")], transform().set_random_state(0))
 

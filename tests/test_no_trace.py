@@ -9,7 +9,7 @@ from scipy import ndimage
 from tiny import tiny_generator
 
 import tumorsynth as ts
-from tumorsynth.blend import reach
+from tumorsynth.appearance.blend import reach
 from tumorsynth.phantom import LABELS
 
 ORGANS = {

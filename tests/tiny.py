@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tumorsynth.generator import Generator, SamplerConfig
+from tumorsynth.generators.diffusion import Generator, SamplerConfig
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig

@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tumorsynth.gate import Gate
-    from tumorsynth.generator import Generator
-    from tumorsynth.handcrafted import HandcraftedGenerator
+    from tumorsynth.appearance.gate import Gate
+    from tumorsynth.generators.diffusion import Generator
+    from tumorsynth.generators.handcrafted import HandcraftedGenerator
+    from tumorsynth.generators.store import load_generator
     from tumorsynth.intensity import HU, Scaled, ZScore
     from tumorsynth.phantom import Phantom, make_phantom
     from tumorsynth.synthesizer import SynthesizeTumor
-    from tumorsynth.weights import load_generator
 
     __version__: str
 
@@ -36,14 +36,14 @@ __all__ = [
 
 _MODULE_OF = {
     "HU": "intensity",
-    "Gate": "gate",
-    "Generator": "generator",
-    "HandcraftedGenerator": "handcrafted",
+    "Gate": "appearance.gate",
+    "Generator": "generators.diffusion",
+    "HandcraftedGenerator": "generators.handcrafted",
     "Phantom": "phantom",
     "Scaled": "intensity",
     "SynthesizeTumor": "synthesizer",
     "ZScore": "intensity",
-    "load_generator": "weights",
+    "load_generator": "generators.store",
     "make_phantom": "phantom",
 }
 

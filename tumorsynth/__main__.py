@@ -2,7 +2,7 @@
 
 import sys
 
-from tumorsynth.cli import main
+from tumorsynth.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

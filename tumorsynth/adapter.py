@@ -12,9 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tumorsynth import masks
-from tumorsynth._arguments import check_keywords
-from tumorsynth.inputs import check_grid, check_input, check_tumor_label, check_whole, plain
+from tumorsynth.arguments import check_keywords
+from tumorsynth.pipeline.validation import (
+    check_grid,
+    check_input,
+    check_tumor_label,
+    check_whole,
+    plain,
+)
+from tumorsynth.placement import place as masks
 from tumorsynth.synthesizer import SynthesizeTumor
 
 # The core's keyword arguments with their defaults, but for p: a framework has its own word for it.

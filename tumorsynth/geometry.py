@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tumorsynth._arguments import any_bool
+from tumorsynth.arguments import any_bool
 from tumorsynth.devices import onto
 
 Ints3 = tuple[int, int, int]

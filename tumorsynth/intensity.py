@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from tumorsynth._arguments import is_bool
+from tumorsynth.arguments import is_bool
 
 # the window of the published generators and of those for abdominal organs (paper E.2), mapped to
 # [0, 1]; a generator's own is ``generator.window``

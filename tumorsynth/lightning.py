@@ -26,9 +26,9 @@ except ImportError:
             'tumorsynth.lightning needs Lightning: pip install "tumorsynth[lightning]"'
         ) from error
 
-from tumorsynth._arguments import check_keywords, check_probability
 from tumorsynth.adapter import SETTINGS, Adapter
-from tumorsynth.generator import per_sample_seeds
+from tumorsynth.arguments import check_keywords, check_probability
+from tumorsynth.generators.diffusion import per_sample_seeds
 
 __all__ = ["TumorSynthCallback"]
 

@@ -34,8 +34,8 @@ try:
 except ImportError as error:
     raise ImportError('tumorsynth.monai needs MONAI: pip install "tumorsynth[monai]"') from error
 
-from tumorsynth._arguments import check_keywords, check_probability
 from tumorsynth.adapter import SETTINGS, Adapter
+from tumorsynth.arguments import check_keywords, check_probability
 
 __all__ = [
     "BatchSynthesizeTumorD",

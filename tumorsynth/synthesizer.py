@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tumorsynth import masks
-from tumorsynth._arguments import check_probability
-from tumorsynth._finishing import Finishing
-from tumorsynth._jobs import Job, Pushing, Room, left_alone
-from tumorsynth._painting import GPU_BATCH
-from tumorsynth._placing import Placing
-from tumorsynth.blend import BLENDS
-from tumorsynth.bulge import check_bulge
-from tumorsynth.contrast import check_contrast
-from tumorsynth.contrast_priors import ContrastPrior, get_contrast_prior
+from tumorsynth.appearance.blend import BLENDS
+from tumorsynth.appearance.contrast import check_contrast
+from tumorsynth.appearance.contrast_priors import ContrastPrior, get_contrast_prior
+from tumorsynth.appearance.gate import Gate, check_gate
+from tumorsynth.appearance.mass_effect import MassEffect, check_mass_effect, push_aside
+from tumorsynth.arguments import check_probability
 from tumorsynth.devices import or_on_cpu, parse_device, plain_defaults
-from tumorsynth.gate import Gate, check_gate
-from tumorsynth.generator import Generator, per_sample_seeds
+from tumorsynth.generators.diffusion import Generator, per_sample_seeds
+from tumorsynth.generators.handcrafted import HandcraftedGenerator
+from tumorsynth.generators.store import Handle
 from tumorsynth.geometry import Frame
-from tumorsynth.handcrafted import HandcraftedGenerator
-from tumorsynth.inputs import (
+from tumorsynth.intensity import HU, Intensity
+from tumorsynth.pipeline.finish import Finishing
+from tumorsynth.pipeline.paint import GPU_BATCH
+from tumorsynth.pipeline.place import Placing
+from tumorsynth.pipeline.records import Job, Pushing, Room, left_alone
+from tumorsynth.pipeline.validation import (
     check_grid,
     check_input,
     check_params,
@@ -36,11 +37,10 @@ from tumorsynth.inputs import (
     frames_of,
     plain,
 )
-from tumorsynth.intensity import HU, Intensity
-from tumorsynth.mask_shapes import read_shapes
-from tumorsynth.masks import LocalMask, Skip
-from tumorsynth.mass_effect import MassEffect, check_mass_effect, push_aside
-from tumorsynth.weights import Handle
+from tumorsynth.placement import place as masks
+from tumorsynth.placement.exophytic import check_bulge
+from tumorsynth.placement.place import LocalMask, Skip
+from tumorsynth.placement.user_shapes import read_shapes
 
 
 class SynthesizeTumor(Placing, Finishing):
@@ -66,13 +66,13 @@ class SynthesizeTumor(Placing, Finishing):
     sigma_mm: feather of the edge, a number or (lo, hi) drawn per tumour; by default (0.5, 1.5), and
         (0, 4) with blend="difftumor", as published. With blend="change" it is never narrower than
         the scan itself is sharp.
-    gate: True, or a :class:`tumorsynth.gate.Gate` with limits of your own: tumours are scored, made
+    gate: True, or a :class:`tumorsynth.appearance.gate.Gate` with limits of your own: tumours are scored, made
         again with the next seed if a score is beyond its limits, and skipped, saying why, if that
         does not help. The scores are in the report.
     gap_mm: organ left between two tumours; merge=True lets them touch.
     mass_effect: share of a tumour's volume, 0 to 0.9, that makes its room by pushing the tissue
         around it aside, in image and label; the rest takes the place of tissue. "auto": none below
-        20 mm, growing to 0.6 at 50 mm; or a :class:`tumorsynth.mass_effect.MassEffect`. Off by
+        20 mm, growing to 0.6 at 50 mm; or a :class:`tumorsynth.appearance.mass_effect.MassEffect`. Off by
         default: then nothing but the tumours changes.
     bulge: whether tumours stick out of the organ, into unlabelled fat around it: True as often and
         as far as in the masks of size_mm="kidney" or "cyst", or the share of a tumour's volume

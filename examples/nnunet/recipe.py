@@ -21,7 +21,7 @@ import nibabel as nib
 import numpy as np
 
 import tumorsynth as ts
-from tumorsynth import _nnunet_shim
+from tumorsynth.nnunet import shim
 
 CASES = 5
 LABELS = {"background": 0, "liver": 1, "tumor": 2}
@@ -68,7 +68,7 @@ def main() -> None:
         "nnUNet_results": str(base / "nnUNet_results"),
         "nnUNet_n_proc_DA": "1",
         "nnUNet_def_n_proc": "1",
-        "nnUNet_extTrainer": str(_nnunet_shim.folder()),  # nnU-Net 2.8 and later
+        "nnUNet_extTrainer": str(shim.folder()),  # nnU-Net 2.8 and later
         # one epoch of few steps; a real training leaves "trainer" out
         "TUMORSYNTH_NNUNET": os.environ.get(
             "TUMORSYNTH_NNUNET",

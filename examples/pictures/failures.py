@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 import tumorsynth as ts
-from tumorsynth.blend import gaussian_filter
-from tumorsynth.masks import LocalMask, TumorParams
+from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.phantom import LABELS
+from tumorsynth.placement.place import LocalMask, TumorParams
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402 (after the backend)

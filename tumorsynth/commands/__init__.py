@@ -1,1 +1,1 @@
-"""The commands of ``tumorsynth``, one file for each job; `tumorsynth.cli` puts them together."""
+"""The commands of ``tumorsynth``, one file for each job; `tumorsynth.commands.main` puts them together."""

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from tumorsynth import nifti
-from tumorsynth.cases import check_outputs, output_paths, synthesize_scan
 from tumorsynth.commands.progress import progress_bar, summary
 from tumorsynth.commands.shared import (
     Device,
@@ -19,6 +17,8 @@ from tumorsynth.commands.shared import (
     count_range,
     synthesizer,
 )
+from tumorsynth.scans import nifti
+from tumorsynth.scans.cases import check_outputs, output_paths, synthesize_scan
 
 
 def demo(

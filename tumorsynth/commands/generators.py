@@ -27,7 +27,7 @@ def convert(
             raise FileNotFoundError(f"no such file: {path}")
     if (out / "card.json").exists() and not overwrite:
         raise ValueError(f"{out} holds a generator; choose another folder or add --overwrite")
-    from tumorsynth.generator import Generator
+    from tumorsynth.generators.diffusion import Generator
 
     Generator.from_difftumor(autoencoder, denoiser).save(out)
     print(f"wrote {out}; use it with --generator {out}")
@@ -42,7 +42,7 @@ def info(
 
     Prints the card of NAME after checking its files against it; without NAME, the bundled ones.
     """
-    from tumorsynth import weights
+    from tumorsynth.generators import store as weights
 
     names = weights.bundled_names() if name is None else [name]
     if name is not None and name != weights.HANDCRAFTED:
@@ -80,7 +80,7 @@ def _of_autoencoder(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _file(folder: Path, card: dict[str, Any]) -> str:
-    from tumorsynth.weights import MODEL
+    from tumorsynth.generators.store import MODEL
 
     words = f"{(folder / MODEL).stat().st_size / 1e6:.1f} MB, sha256 agrees"
     if "config_sha256" in card:

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 import tumorsynth
-from tumorsynth import nifti
-from tumorsynth.cases import check_outputs, find_pairs, output_paths, sweep, synthesize_scan
 from tumorsynth.commands.progress import progress_bar, summary
 from tumorsynth.commands.shared import Out, Overwrite, fail, synthesizer
+from tumorsynth.scans import nifti
+from tumorsynth.scans.cases import check_outputs, find_pairs, output_paths, sweep, synthesize_scan
 
 
 def replay(
@@ -38,7 +38,7 @@ def replay(
     what `synthesize` writes. The generator's weights and the scan are checked against the report,
     and the new voxels too: exit code 1 where they are not the same.
     """
-    from tumorsynth.replay import (
+    from tumorsynth.scans.replay import (
         bundled_generator,
         check_scan,
         read_report,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tumorsynth import nifti
+from tumorsynth.scans import nifti
 
 if TYPE_CHECKING:
     from tumorsynth.intensity import HU, Scaled
@@ -80,13 +80,13 @@ def synthesizer(
 ) -> SynthesizeTumor:
     # now, and not after the work is done
     nifti.require_nibabel()
-    from tumorsynth.preview import require_matplotlib
+    from tumorsynth.scans.preview import require_matplotlib
 
     require_matplotlib()
     import torch
 
+    from tumorsynth.generators.store import default_generator, load_generator
     from tumorsynth.synthesizer import SynthesizeTumor
-    from tumorsynth.weights import default_generator, load_generator
 
     check_device(device)
     if threads is not None:

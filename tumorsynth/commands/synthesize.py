@@ -8,16 +8,6 @@ from typing import Annotated
 
 import typer
 
-from tumorsynth.cases import (
-    check_outputs,
-    find_pairs,
-    forget,
-    made_otherwise,
-    only_run,
-    settings,
-    sweep,
-)
-from tumorsynth.collection import Clock, Outcome, Task, in_processes, outcome, run_one
 from tumorsynth.commands.progress import number, progress_bar, summary
 from tumorsynth.commands.shared import (
     Count,
@@ -35,6 +25,16 @@ from tumorsynth.commands.shared import (
     share,
     synthesizer,
 )
+from tumorsynth.scans.cases import (
+    check_outputs,
+    find_pairs,
+    forget,
+    made_otherwise,
+    only_run,
+    settings,
+    sweep,
+)
+from tumorsynth.scans.collection import Clock, Outcome, Task, in_processes, outcome, run_one
 
 
 def synthesize(
@@ -141,7 +141,7 @@ def synthesize(
     if engine not in ("processes", "ray"):
         raise ValueError(f"--engine must be processes or ray, got {engine!r}")
     if engine == "ray":
-        from tumorsynth.ray import on_ray  # a missing package is said now
+        from tumorsynth.scans.ray import on_ray  # a missing package is said now
     cases = find_pairs(ct, label)
     if not 0 <= seed <= 2**63 - len(cases):
         raise ValueError(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tumorsynth import nifti
-from tumorsynth.cases import by_name
+from tumorsynth.scans import nifti
+from tumorsynth.scans.cases import by_name
 
 if TYPE_CHECKING:
     from tumorsynth.evaluation.metrics import CaseScores

@@ -189,7 +189,7 @@ def save_map(
     path: Path | str, panels: dict[str, tuple[np.ndarray, Sequence[Any]]], columns: int = 2
 ) -> None:
     """A PNG of maps side by side: title to (points (n, 2), classes (n,))."""
-    from tumorsynth.preview import require_matplotlib
+    from tumorsynth.scans.preview import require_matplotlib
 
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

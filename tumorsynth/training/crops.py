@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.contrast import ContrastConfig, contrast_of, grown, level_around
+from tumorsynth.appearance.contrast import ContrastConfig, contrast_of, grown, level_around
 from tumorsynth.training.config import DenoiserTraining
 from tumorsynth.training.data import Case, Tumor, augment
 from tumorsynth.training.outlines import alone, smoothed

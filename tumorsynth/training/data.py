@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.intensity import HU_HIGH, HU_LOW
-from tumorsynth.nifti import write_atomic
+from tumorsynth.scans.nifti import write_atomic
 
 PACKED_HU = (-1024, 600)  # what any window of a generator may need
 LEAST_HU = 50  # between the darkest and the brightest voxel of any scan: fat and muscle alone

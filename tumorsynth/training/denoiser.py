@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tumorsynth.contrast import ContrastConfig, contrast_of, level_around
-from tumorsynth.diffusion import q_sample, target
-from tumorsynth.generator import Generator
+from tumorsynth.appearance.contrast import ContrastConfig, contrast_of, level_around
+from tumorsynth.generators.diffusion import Generator
+from tumorsynth.generators.sampling import q_sample, target
 from tumorsynth.training.config import (
     PRESETS,
     DataConfig,

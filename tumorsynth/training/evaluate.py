@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tumorsynth.generator import Generator
+from tumorsynth.generators.diffusion import Generator
 from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.training.data import Case, load_pack
 from tumorsynth.training.measures import summary
@@ -148,8 +148,8 @@ def tumors(
 
 
 def main() -> None:
+    from tumorsynth.generators.store import find_folder, read_card, read_folder
     from tumorsynth.training.folders import KIND, read_autoencoder
-    from tumorsynth.weights import find_folder, read_card, read_folder
 
     parser = argparse.ArgumentParser(
         prog="python -m tumorsynth.training.evaluate",

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from tumorsynth._config_check import check_bounds
-from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
-from tumorsynth.training.data import Case
-from tumorsynth.weights import (
+from tumorsynth.generators.config_check import check_bounds
+from tumorsynth.generators.store import (
     CARD,
     FORMAT,
     MODEL,
@@ -29,6 +27,8 @@ from tumorsynth.weights import (
     read_folder,
     write_folder,
 )
+from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
+from tumorsynth.training.data import Case
 
 KIND = "autoencoder"
 UNMEASURED = "stopped before it was measured; the same command with --resume does it"

@@ -8,15 +8,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tumorsynth.contrast import ContrastConfig
-from tumorsynth.diffusion import Prediction, cosine_schedule
-from tumorsynth.generator import SamplerConfig
+from tumorsynth.appearance.contrast import ContrastConfig
+from tumorsynth.generators.diffusion import SamplerConfig
+from tumorsynth.generators.sampling import Prediction, cosine_schedule
+from tumorsynth.generators.store import find_folder, read_folder
 from tumorsynth.models.autoencoder import LIGHT, Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 from tumorsynth.training.config import AutoencoderTraining, DenoiserTraining
 from tumorsynth.training.folders import origin, read_autoencoder
-from tumorsynth.weights import find_folder, read_folder
 
 NETWORKS = {
     "tiny": replace(LIGHT, encoder_widths=(16, 32), decoder_widths=(32, 16)),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.contrast import contrast_of, level_around
+from tumorsynth.appearance.contrast import contrast_of, level_around
 from tumorsynth.training.data import Case, Tumor, components
 
 DEEPEST = 100  # voxels that say how far the middle of a tumour differs from the tissue around it

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.generator import Generator
+from tumorsynth.generators.diffusion import Generator
 from tumorsynth.synthesizer import SynthesizeTumor
 from tumorsynth.training.data import Case, DataProblems, components, find_tumors, to_unit
 from tumorsynth.training.measures import distance, summary, tumor_statistics

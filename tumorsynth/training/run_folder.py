@@ -151,7 +151,7 @@ def written(run: RunFolder) -> Iterator[None]:
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """ValueError while another run trains into this folder; the first of a run's processes asks."""
-    from tumorsynth.cases import only_run
+    from tumorsynth.scans.cases import only_run
 
     first = all(os.environ.get(name, "0") == "0" for name in RANKS)
     if first:

@@ -1,0 +1,76 @@
+"""Do drawn outlines look like real ones?
+
+    python benchmarks/realism/outlines.py TUMOR_SHAPES_DIR -o FOLDER [--organ liver kidney]
+
+20 real outlines and 20 drawn ones of the same diameters, each in its largest axial slice and at its
+own scale, for each organ: FOLDER/liver.png and FOLDER/kidney.png. To be looked at, and not to be
+passed on without the masks' terms: the liver's are the Medical Segmentation Decathlon's (Antonelli
+et al. 2022, CC BY-SA 4.0), the kidney's KiTS23's (Heller et al. 2023, CC BY-NC-SA 4.0). So FOLDER
+must not lie in this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import HERE
+from benchmarks.realism.shapes import FILES, LARGEST, SMALLEST, drawn_mask, real_masks
+from tumorsynth.placement.size_priors import PRIORS
+
+
+def picture(name: str, folder: Path, path: Path, seed: int = 0) -> None:
+    """20 real outlines in blue, and below them 20 drawn with the same diameters in red."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found, diameters = real_masks(folder / FILES[name])
+    fits = np.flatnonzero((diameters >= SMALLEST) & (diameters <= LARGEST[name]))
+    chosen = np.sort(np.random.default_rng(seed).choice(fits, 20, replace=False))
+    chosen = chosen[diameters[chosen].argsort()]
+    fig, axes = plt.subplots(4, 10, figsize=(10, 4.3))
+    for k, which in enumerate(chosen):
+        size = float(diameters[which])
+        row, column = divmod(k, 10)
+        for block, mask in ((0, found[which]), (2, drawn_mask(PRIORS[name], size, seed + k))):
+            axis = axes[block + row, column]
+            plane = np.pad(mask[:, :, mask.sum((0, 1)).argmax()], 2)
+            axis.contour(plane.T.astype(float), [0.5], colors="C3" if block else "C0")
+            at = np.argwhere(plane).mean(0)
+            axis.set_xlim(at[0] - size, at[0] + size)
+            axis.set_ylim(at[1] - size, at[1] + size)
+            axis.set_aspect("equal")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(f"{size:.0f} mm", fontsize=7, pad=2)
+    for block, kind in ((0, "real"), (2, "drawn")):
+        for row in (block, block + 1):
+            axes[row, 0].set_ylabel(kind, fontsize=9)
+    fig.tight_layout(pad=0.3)
+    fig.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(fig)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("shapes", type=Path, metavar="TUMOR_SHAPES_DIR")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--organ", nargs="+", choices=sorted(FILES), default=["liver", "kidney"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    if args.out.resolve().is_relative_to(HERE.parent):
+        parser.error(f"FOLDER must lie outside of the repository, got {args.out}: see the terms")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for organ in args.organ:
+        picture(organ, args.shapes, args.out / f"{organ}.png", args.seed)
+        print(args.out / f"{organ}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""How many denoising steps does a tumour need: time and quality over T = 1, 2, 4, 8, 50?
+
+    python benchmarks/speed/steps.py [--generator liver-early] [--draws 12] [--device cuda]
+
+The paper's figure 6 asks it of networks that were trained anew for each T. Here one network,
+trained with its own T, is sampled with others: n steps have the noise levels of the cosine
+schedule of n steps, and the network is told the time at which its own schedule has that level,
+``T (k + 1) / n - 1``, at least 0 (the first level, all noise, keeps 1e-4 of the signal at most).
+For divisors of T these are times it was trained for; between them it interpolates.
+
+Scores are those of the quality gate (`tumorsynth.appearance.gate.measure`), in the liver of the phantom, the
+same masks and seeds for all; "healthy" is what they say of the same outlines without a tumour. The
+difference to the generator's own T is of the same seed, whose noise is drawn anew for each T, so
+that it holds the variety of tumours as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tumorsynth as ts
+from benchmarks.common import arguments, clock, parse, picture, spread, spreads, write
+from tumorsynth.appearance.gate import measure
+from tumorsynth.commands.timing import crop_and_mask, times
+from tumorsynth.generators.diffusion import Generator
+from tumorsynth.phantom import LABELS
+from tumorsynth.placement import place as masks
+
+STEPS = (1, 2, 4, 8, 50)
+SCORES = ("contrast_hu", "noise_ratio", "edge_mm")
+
+
+class Retimed(nn.Module):
+    """A denoiser of ``trained`` steps, told its own time of the levels of ``steps`` steps."""
+
+    def __init__(self, inner: nn.Module, trained: int, steps: int) -> None:
+        super().__init__()
+        self.inner, self.rate = inner, trained / steps
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return self.inner(x_t, ((t + 1) * self.rate - 1).clamp(min=0), cond)
+
+
+def with_steps(generator: Generator, steps: int) -> Generator:
+    trained = generator.sampler.timesteps
+    other = generator.with_sampler(method="ddpm", timesteps=steps, steps=steps)
+    if steps != trained:
+        other.denoiser = Retimed(generator.denoiser, trained, steps).eval()
+    return other
+
+
+def drawn(
+    ct: ts.Phantom, device: torch.device, draws: int, generator: Generator
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """HU, tumour mask and organ of crops, (1, 1, side, side, side): one tumour in each."""
+    label = ct.label[0]
+    box = masks.organ_box(label, LABELS["liver"])
+    found, seed = [], 0
+    while len(found) < draws:
+        rng = torch.Generator().manual_seed(seed)
+        seed += 1
+        (tumor,) = masks.place(label, LABELS["liver"], box, ct.spacing, size_mm=(8, 20), rng=rng)
+        if isinstance(tumor, masks.Skip):
+            continue
+        side, where = generator.crop_size, []
+        for start, length, n in zip(tumor.start, tumor.mask.shape, label.shape, strict=True):
+            first = min(max(0, start + length // 2 - side // 2), n - side)
+            where.append(slice(first, first + side))
+        whole = torch.zeros(label.shape, dtype=torch.bool)
+        whole[tumor.slices] = tumor.mask
+        at = tuple(where)
+        organ = label[at] == LABELS["liver"]
+        parts = ct.image[0][at], whole[at], organ
+        found.append(tuple(part[None, None].to(device) for part in parts))
+    return found
+
+
+def scores_of(hu: Tensor, mask: Tensor, organ: Tensor) -> dict[str, float | None]:
+    return measure(hu[0, 0].cpu(), mask[0, 0].cpu(), organ[0, 0].cpu(), (1.0, 1.0, 1.0))
+
+
+def summary(rows: list[dict[str, float | None]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in SCORES:
+        values = [row[name] for row in rows if row[name] is not None]
+        found[name] = spread(values) if values else None
+    return found
+
+
+def main() -> None:
+    parser = arguments(__doc__, "steps", repeats=3)
+    parser.add_argument("--generator", default="liver-early")
+    parser.add_argument("--draws", type=int, default=12)
+    args = parse(parser)
+    generator = ts.load_generator(args.generator, args.device)
+    low, high = generator.window
+    cases = drawn(ts.make_phantom(seed=0), args.device, args.draws, generator)
+    own: list[Tensor] = []
+    rows: list[dict[str, Any]] = []
+    for steps in sorted(STEPS, key=lambda s: s != generator.sampler.timesteps):  # its own first
+        other = with_steps(generator, steps)
+        scores, away = [], []
+        for seed, (hu, mask, organ) in enumerate(cases):
+            crop = ((hu - low) / (high - low)).clamp(0, 1)
+            made = hu + other.change(crop, mask, seed=seed) * (high - low)
+            scores.append(scores_of(made, mask, organ))
+            if len(own) < len(cases):
+                own.append(made)
+            away.append(float((made - own[seed])[mask].square().mean().sqrt()))
+        crop, mask = crop_and_mask(generator.crop_size, device=args.device)
+
+        def run(other: Generator = other, crop: Tensor = crop, mask: Tensor = mask) -> Tensor:
+            return other.change(crop, mask, seed=0)
+
+        rows.append(
+            {
+                "steps": steps,
+                "change": spreads(times(run, args.device, args.repeats)),
+                **summary(scores),
+                "rms_hu_to_own": spread(away),
+            }
+        )
+        print(rows[-1], flush=True)
+    rows.sort(key=lambda row: row["steps"])
+    results = {
+        "generator": args.generator,
+        "trained_steps": generator.sampler.timesteps,
+        "tumours": len(cases),
+        "threads_used": args.threads,
+        "healthy": summary([scores_of(*case) for case in cases]),
+        "rows": rows,
+    }
+    write(args.output, results)
+
+    ms, words = clock(args.device)
+
+    def draw(axes: Any) -> None:
+        x = [row["steps"] for row in rows]
+        axes[0].plot(x, [row["change"][ms]["median"] for row in rows], "o-")
+        axes[0].set(xscale="log", yscale="log", xlabel="steps", ylabel=f"ms of {words} a tumour")
+        for name, unit in (("contrast_hu", "contrast, HU"), ("noise_ratio", "noise ratio")):
+            index = 1 if name == "contrast_hu" else 2
+            middle = [(row[name] or {"median": math.nan})["median"] for row in rows]
+            bars = [
+                [abs((row[name] or {}).get(q, math.nan) - m) for row, m in zip(rows, middle)]  # noqa: B905
+                for q in ("q25", "q75")
+            ]
+            axes[index].errorbar(x, middle, yerr=bars, fmt="o-", capsize=3)
+            axes[index].set(xscale="log", xlabel="steps", ylabel=unit)
+
+    picture(args.output, draw, panels=3)
+
+
+if __name__ == "__main__":
+    main()

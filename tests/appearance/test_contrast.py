@@ -1,0 +1,300 @@
+"""Contrast of a tumour: measured as defined, drawn as configured, and what is asked comes out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_crop, tiny_generator
+
+import tumorsynth as ts
+from tumorsynth.appearance.contrast import (
+    FLOOR_HU,
+    ContrastConfig,
+    check_contrast,
+    contrast_of,
+    core,
+    draw_contrast,
+    grown,
+    level_around,
+    own_level,
+    shift,
+)
+
+TISSUE = (20.0, 220.0)
+SIDE = 40
+
+
+def volume(level=100.0, noise=0.0, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return level + noise * torch.randn(1, 1, SIDE, SIDE, SIDE, generator=rng)
+
+
+def tumor(radius=8.0):
+    axes = torch.meshgrid(*[torch.arange(SIDE) - SIDE // 2] * 3, indexing="ij")
+    return (sum(a.square() for a in axes) <= radius**2)[None, None]
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+def test_level_is_the_tissues_whatever_the_tumour_and_what_else_is_near():
+    hu, mask = volume(100.0, noise=10.0), tumor()
+    hu[..., : SIDE // 2 - 9] = -100.0  # fat on one side, right beside the tumour
+    hu[mask] = 20.0
+    hu[0, 0, 0] = 1000.0  # bone, far away
+    assert float(level_around(hu, mask, TISSUE)) == pytest.approx(100, abs=1)
+
+
+def test_level_outside_the_tissues_range_is_still_the_surroundings():
+    hu = volume(-820.0)
+    assert float(level_around(hu, tumor(), TISSUE)) == pytest.approx(-820)
+
+
+def test_level_of_a_crop_that_the_tumour_fills_is_finite():
+    hu = volume(60.0)
+    assert math.isfinite(float(level_around(hu, tumor(40.0), TISSUE)))
+
+
+def test_every_sample_is_measured_on_its_own():
+    hu = torch.cat([volume(100.0), volume(50.0)])
+    mask = torch.cat([tumor(8.0), tumor(4.0)])
+    levels = level_around(hu, mask, TISSUE)
+    assert levels.tolist() == [100.0, 50.0]
+    hu[mask] -= 30.0
+    assert contrast_of(hu, mask, levels).tolist() == pytest.approx([-30.0, -30.0])
+
+
+def test_core_is_the_tumour_without_its_rim_unless_little_would_be_left():
+    big, small = tumor(8.0), tumor(2.0)
+    assert int(core(big).sum()) < int(big.sum())
+    assert bool((core(big) <= big).all())
+    assert torch.equal(core(small), small)
+
+
+def test_box_dilation_is_that_of_all_axes_at_once():
+    mask = tumor(3.0).float()
+    at_once = torch.nn.functional.max_pool3d(mask, 5, stride=1, padding=2)
+    assert torch.equal(grown(mask, 2), at_once)
+
+
+# -- drawing --------------------------------------------------------------------------------------
+
+
+def test_drawn_contrasts_fill_the_range_and_repeat_with_the_seed():
+    config = ContrastConfig(-60, -20, reference_hu=None)
+    drawn = draw_contrast(config, torch.full((500,), 100.0), list(range(500)))
+    assert -60 <= float(drawn.min()) < -57
+    assert -23 < float(drawn.max()) <= -20
+    again = draw_contrast(config, torch.full((1,), 100.0), [17])
+    assert float(again) == float(drawn[17])
+
+
+def test_fainter_in_tissue_that_is_less_enhanced_and_never_fluid():
+    config = ContrastConfig(-60, -40, reference_hu=110.0)
+    drawn = draw_contrast(config, torch.tensor([110.0, 55.0]), [3, 3])
+    assert float(drawn[1]) == pytest.approx(float(drawn[0]) / 2)
+    fatty = float(draw_contrast(config, torch.tensor([22.0]), [3]))
+    assert 22.0 + fatty >= FLOOR_HU - 1e-4
+    below = float(draw_contrast(config, torch.tensor([5.0]), [3]))
+    assert below == 0.0  # darker than the floor already: not pushed up, nor down
+
+
+def test_shift_sets_what_is_wanted_and_ends_two_voxels_beyond():
+    hu, mask = volume(100.0, noise=5.0), tumor()
+    level = level_around(hu, mask, TISSUE)
+    added = shift(hu, mask, level, torch.tensor([-37.0]))
+    assert float(contrast_of(hu + added, mask, level)) == pytest.approx(-37, abs=1e-3)
+    assert not bool(added[~(grown(mask.float(), 2) > 0)].any())
+
+
+def test_a_tumour_in_a_bright_kidney_has_no_bright_rim():
+    rng = torch.Generator().manual_seed(0)
+    image = 215 + 12 * torch.randn(1, 64, 64, 64, generator=rng)
+    label = torch.ones(image.shape, dtype=torch.uint8)
+    synth = ts.SynthesizeTumor("liver-early", count=1, size_mm=18, contrast_hu=-60)
+    for seed in range(3):
+        made, new = synth(image, label, spacing=1.0, seed=seed)
+        inside = (new == 2).float()
+        around = (grown(inside[None], 2) > 0)[0] & (new != 2)
+        assert float((made - image)[around].mean()) < 5  # it was 14
+        inner = (grown(1 - inside[None], 1) == 0)[0]
+        assert float((made - image)[inner].mean()) == pytest.approx(-60, abs=8)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), "dark", (1, 2, 3), 5000, [], True, (None, 3)])
+def test_contrast_that_is_none_is_refused(wrong):
+    with pytest.raises(ValueError, match="contrast_hu must be"):
+        check_contrast(wrong)
+
+
+def test_contrast_may_be_a_number_or_a_pair_the_darker_first():
+    assert check_contrast(None) is None
+    assert check_contrast(-30) == (-30.0, -30.0)
+    assert check_contrast((-50, -20)) == (-50.0, -20.0)
+    with pytest.raises(ValueError, match=r"the darker first, got \(-20, -50\)"):
+        check_contrast((-20, -50))
+
+
+def test_config_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="low <= high"):
+        ContrastConfig(-10, -20)
+
+
+# -- generators -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("way", ["change", "inpaint"])
+def test_a_generator_paints_the_contrast_asked_for(way, taught):
+    """Random weights paint anything: what is asked comes out all the same."""
+    generator = tiny_generator(contrast=ContrastConfig() if taught else None)
+    crop, mask = tiny_crop(2)
+    made = getattr(generator, way)(crop, mask, seed=[1, 2], contrast_hu=[-40.0, 25.0])
+    painted = (crop + made if way == "change" else made) * 425 - 175
+    level = level_around(crop * 425 - 175, mask, TISSUE)
+    assert contrast_of(painted, mask, level).tolist() == pytest.approx([-40.0, 25.0], abs=2)
+
+
+def test_a_taught_generator_draws_its_own_and_is_told_it():
+    generator = tiny_generator(contrast=ContrastConfig(-60, -50, None))
+    crop, mask = tiny_crop()
+    level = level_around(crop * 425 - 175, mask, TISSUE)
+    own = contrast_of((crop + generator.change(crop, mask, 5)) * 425 - 175, mask, level)
+    assert -60.5 < float(own) < -49.5
+    # told something else it paints something else, and not by the shift alone
+    a, b = (generator.condition(crop, mask, torch.tensor([c])) for c in (-50.0, 50.0))
+    assert torch.equal(a[:, :9], b[:, :9])
+    assert torch.equal(a[:, 9:], -b[:, 9:])
+    assert bool(a[:, 9:].any())
+
+
+def test_a_batch_is_its_samples():
+    generator = tiny_generator(contrast=ContrastConfig())
+    crop, mask = tiny_crop(2)
+    both = generator.change(crop, mask, [4, 9])
+    for k, seed in enumerate((4, 9)):
+        one = generator.change(crop[k : k + 1], mask[k : k + 1], seed)
+        assert torch.allclose(both[k : k + 1], one, atol=1e-5)
+
+
+def test_what_a_generator_was_taught_is_in_its_folder(tmp_path):
+    generator = tiny_generator(contrast=ContrastConfig(-700, -300, None, (-950, -600)))
+    loaded = ts.load_generator(generator.save(tmp_path / "g"))
+    assert loaded.sampler == generator.sampler
+    crop, mask = tiny_crop()
+    assert torch.equal(loaded.change(crop, mask, 1), generator.change(crop, mask, 1))
+
+
+def test_as_many_contrasts_as_samples():
+    crop, mask = tiny_crop()
+    with pytest.raises(ValueError, match="one for each of the 1 samples"):
+        tiny_generator().change(crop, mask, 0, contrast_hu=[1.0, 2.0])
+
+
+def test_a_window_of_its_own_means_other_hu():
+    """The same crop in [0, 1] is lung in a lung generator's window."""
+    taught = ContrastConfig(600, 700, None, (-950, -600))
+    wide = tiny_generator(window=(-1000.0, 250.0), contrast=taught)
+    crop = torch.full((1, 1, 32, 32, 32), 0.15)  # -812 HU
+    _, mask = tiny_crop()
+    made = (crop + wide.change(crop, mask, 3)) * 1250 - 1000
+    assert 590 < float(contrast_of(made, mask, torch.tensor([-812.5]))) < 710
+
+
+# -- the one line ---------------------------------------------------------------------------------
+
+
+def scan(level=100.0):
+    rng = torch.Generator().manual_seed(1)
+    image = level + 8 * torch.randn(1, 64, 64, 64, generator=rng)
+    label = torch.zeros(1, 64, 64, 64, dtype=torch.uint8)
+    label[:, 8:56, 8:56, 8:56] = 1
+    return image, label
+
+
+@pytest.mark.parametrize("generator", ["hu2023", "tiny"])
+def test_one_line_with_a_contrast(generator):
+    image, label = scan()
+    synth = ts.SynthesizeTumor(
+        tiny_generator() if generator == "tiny" else generator,
+        count=1,
+        size_mm=14,
+        contrast_hu=(-45, -35),
+        sigma_mm=0.5,
+    )
+    new, new_label = synth(image, label, seed=3)
+    (record,) = synth.report
+    assert -45 <= record["contrast_hu"] <= -35
+    mask = (new_label == 2)[None]
+    level = level_around(new[None], mask, TISSUE)
+    assert float(contrast_of(new[None], mask, level)) == pytest.approx(record["contrast_hu"], abs=6)
+
+
+def test_contrast_alters_no_other_draw_and_is_replayed():
+    image, label = scan()
+    plain = ts.SynthesizeTumor("hu2023", count=2)
+    asked = ts.SynthesizeTumor("hu2023", count=2, contrast_hu=(-80, -20))
+    _, label_plain = plain(image, label, seed=5)
+    new, label_asked = asked(image, label, seed=5)
+    assert torch.equal(label_plain, label_asked)
+    drawn = [t["contrast_hu"] for t in asked.params[0]["tumors"]]
+    assert len(set(drawn)) == 2
+    # params replay it, also where another contrast is set
+    other = ts.SynthesizeTumor("hu2023", count=2, contrast_hu=10)
+    again, _ = other(image, label, params=asked.params)
+    assert torch.equal(again, new)
+
+
+def test_params_of_before_there_was_a_contrast_still_replay():
+    image, label = scan()
+    synth = ts.SynthesizeTumor("hu2023", count=1)
+    new, _ = synth(image, label, seed=2)
+    for tumor_params in synth.params[0]["tumors"]:
+        del tumor_params["contrast_hu"]
+    again, _ = synth(image, label, params=synth.params)
+    assert torch.equal(again, new)
+
+
+def test_an_asked_contrast_is_to_what_the_tumour_replaces():
+    """A fatty pancreas: what lies around in the range of solid tissue are its neighbours."""
+    crop, mask = tiny_crop()
+    hu = torch.full_like(crop, 60.0)
+    hu[..., 8:24, 8:24, 8:24] = -10.0
+    crop = (hu + 175) / 425
+    made = tiny_generator().change(crop, mask, 0, contrast_hu=-30.0) * 425
+    assert float(made[core(mask)].mean()) == pytest.approx(-30, abs=1)
+
+
+@pytest.mark.parametrize("tissue", [60.0, 110.0, 230.0])
+def test_an_asked_contrast_is_to_tissue_like_what_is_replaced(tissue):
+    """Also in a bright kidney beside fat: not the darker half of it, and not the fat."""
+    torch.manual_seed(0)
+    hu = torch.full((1, 1, 40, 40, 40), tissue) + 20 * torch.randn(1, 1, 40, 40, 40)
+    mask = torch.zeros(1, 1, 40, 40, 40, dtype=torch.bool)
+    mask[..., 14:26, 14:26, 14:26] = True
+    hu[..., 28:, :, :] = -90.0
+    assert float(own_level(hu, mask)) == pytest.approx(tissue, abs=3)
+    lonely = torch.where(mask, hu, torch.tensor(-1000.0))
+    assert float(own_level(lonely, mask)) == pytest.approx(tissue, abs=3)
+
+
+def test_the_three_measures_of_contrast_agree_in_an_even_organ():
+    """As contrast.py says: that of a crop, the gate's and the training reports'."""
+    from tumorsynth.appearance.gate import measure
+    from tumorsynth.training.measures import tumor_statistics
+
+    rng = torch.Generator().manual_seed(0)
+    hu = 110 + 12 * torch.randn(40, 40, 40, generator=rng)
+    axes = torch.meshgrid(*[torch.arange(40) - 20.0] * 3, indexing="ij")
+    tumor = sum(a.square() for a in axes).sqrt() < 8
+    hu[tumor] -= 40
+    organ = torch.ones_like(tumor) & ~tumor
+    batch, mask = hu[None, None], tumor[None, None]
+    found = [
+        float(contrast_of(batch, mask, level_around(batch, mask, (20.0, 220.0)))),
+        measure(hu, tumor, organ, (1.0, 1.0, 1.0))["contrast_hu"],
+        tumor_statistics(hu, tumor, organ)[0],
+    ]
+    assert found == pytest.approx([-40.0] * 3, abs=1.5)

@@ -1,0 +1,1 @@
+"""What a tumour looks like in its scan: contrast, noise, edges, background, mass effect."""

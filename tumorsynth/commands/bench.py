@@ -1,0 +1,90 @@
+"""`tumorsynth bench`: what a tumour costs on the user's own machine, step by step."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def bench(
+    generator: Annotated[
+        str, typer.Option(help="A bundled name, a generator folder or a hub id.")
+    ] = "liver-early",
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1. [default: cuda if there is one]", show_default=False),
+    ] = None,
+    side: Annotated[
+        int, typer.Option(min=32, max=512, help="Side of the patch, in voxels of 1 mm.")
+    ] = 96,
+    size_mm: Annotated[
+        tuple[float, float],
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Range of the tumour's diameter in mm. [default: 15 20]",
+            show_default=False,
+        ),
+    ] = (15.0, 20.0),
+    repeats: Annotated[int, typer.Option(min=1, help="Calls that are timed.")] = 5,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads. [default: torch's own choice]", show_default=False),
+    ] = None,
+) -> None:
+    """Time one tumour in a patch, step by step, on this machine.
+
+    Medians after a warm-up. On a GPU the steps wait for it, so that they add up to more than the
+    whole call, which does not.
+    """
+    import torch
+
+    from tumorsynth.commands.shared import check_device
+    from tumorsynth.commands.timing import call_times, patch_and_label, peak_mib
+    from tumorsynth.synthesizer import SynthesizeTumor
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    where = torch.device(device)
+    image, label = patch_and_label(side, device=where)
+    synth = SynthesizeTumor(generator, count=1, size_mm=size_mm)
+    found = call_times(synth, image, label, repeats, spacing=1.0)
+    if not any(record["applied"] for record in synth.report):
+        raise ValueError(
+            f"no tumour was made in a patch of {side} voxels: {synth.report[0]['reason']}; "
+            "try a larger --side or a smaller --size-mm"
+        )
+    peak = peak_mib(lambda: synth(image, label, spacing=1.0, seed=0), where)
+    call = found.pop("call")
+    Console().print(_table(found), highlight=False)
+    whole = statistics.median(call["wall_ms"])
+    words = f"one call, {size_mm[0]:g} to {size_mm[1]:g} mm in a patch of {side}^3: {whole:.1f} ms"
+    typer.echo(words + ("" if peak is None else f", {peak:.0f} MiB of memory"))
+    typer.echo(f"{generator}, {_machine(where)}, torch {torch.__version__}")
+
+
+def _table(steps: dict[str, dict[str, list[float]]]) -> Table:
+    medians = {name: statistics.median(ms["wall_ms"]) for name, ms in steps.items()}
+    total = sum(medians.values())
+    table = Table(box=None)
+    table.add_column("step")
+    for heading in ("ms", "share"):
+        table.add_column(heading, justify="right")
+    for name, ms in medians.items():
+        table.add_row(name, f"{ms:.1f}", f"{ms / total:.0%}")
+    return table
+
+
+def _machine(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU with {threads} thread" + ("" if threads == 1 else "s")

@@ -1,0 +1,166 @@
+"""A procedural abdominal CT in the portal-venous phase: a healthy stand-in for a scan.
+
+Every structure is a signed distance evaluated on a coarse lattice fixed in the world, interpolated
+to the voxels of the structure's box and painted over what lies below with a soft edge, the
+scanner's blur. So the anatomy is a function of the position in mm and of the seed alone: any
+spacing and any field show the same patient. Only the noise belongs to the voxels.
+
+Axes are RAS: x grows to the patient's right, y to the front, z to the head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tumorsynth.arguments import any_bool, is_bool
+from tumorsynth.devices import plain_defaults
+from tumorsynth.phantom.anatomy import LABELS, Patient, paint_patient
+from tumorsynth.phantom.shapes import Box, Lattice, resample
+
+__all__ = ["LABELS", "Phantom", "make_phantom"]
+
+_FIELD_MM = (320.0, 260.0, 160.0)  # the default field, centred on 0
+_FOCUS_MM = (62.0, 12.0, 22.0)  # inside the liver: where ever smaller fields end up
+_EDGE_MM = 0.8  # half the width of a painted edge
+_NOISE_HU = 15.0  # standard deviation at the body's centre, two thirds of it far out
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """image: HU, float32 (1, X, Y, Z). label: uint8, same shape, values of LABELS, 0 elsewhere.
+
+    spacing: mm. affine: (4, 4) float64 from voxels to RAS mm, positive diagonal.
+    """
+
+    image: Tensor
+    label: Tensor
+    spacing: tuple[float, float, float]
+    affine: np.ndarray
+
+
+@plain_defaults()
+def make_phantom(
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    shape: Sequence[int] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Phantom:
+    """Make one healthy abdomen.
+
+    spacing: mm per voxel. shape: voxels (X, Y, Z); None covers 320 x 260 x 160 mm around the upper
+    abdomen, a smaller field is shifted towards the liver. seed: patient and noise; the patient
+    does not change with spacing or shape. Raises ValueError for what cannot be a grid or a seed.
+    """
+    dx, dy, dz = spacing = _three(spacing, float, "spacing", "positive numbers in mm")
+    if shape is None:
+        shape = [max(1, round(f / s)) for f, s in zip(_FIELD_MM, spacing, strict=True)]
+    shape = _three(shape, int, "shape", "positive whole numbers of voxels")
+    if is_bool(seed) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}.")
+
+    affine = np.diag([dx, dy, dz, 1.0])
+    for i in range(3):
+        centre = _FOCUS_MM[i] * max(0.0, 1 - shape[i] * spacing[i] / _FIELD_MM[i])
+        affine[i, 3] = centre - (shape[i] - 1) / 2 * spacing[i]
+
+    rng = torch.Generator().manual_seed(int(seed))
+    patient = Patient(rng)
+    canvas = _Canvas(patient, affine, shape, torch.device(device or "cpu"))
+    paint_patient(canvas.paint, patient)
+    image = canvas.image
+    image += _noise(shape, spacing, rng, image.device).mul_(canvas.noise_level())
+    return Phantom(image.clamp_(min=-1024.0)[None], canvas.label[None], spacing, affine)
+
+
+def _three(values: Sequence, kind: type, name: str, rule: str) -> tuple:
+    try:
+        found = tuple(kind(v) for v in values)
+        good = (
+            len(found) == 3
+            and not any_bool(list(values))
+            and all(
+                math.isfinite(f) and f > 0 and f == v for f, v in zip(found, values, strict=True)
+            )
+        )
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
+        raise ValueError(f"{name} must be three {rule}, got {values!r}.")
+    return found
+
+
+class _Canvas:
+    def __init__(
+        self, patient: Patient, affine: np.ndarray, shape: Sequence[int], device: torch.device
+    ):
+        self.patient = patient
+        self.axes = [
+            affine[i, 3] + affine[i, i] * torch.arange(shape[i], dtype=torch.float64)
+            for i in range(3)
+        ]
+        self.image = torch.full(tuple(shape), -1000.0, device=device)
+        self.label = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
+
+    def paint(
+        self,
+        box: Box,
+        step: float,
+        shape: Callable[[Lattice], Tensor],
+        *layers: tuple[float, float | Callable[[Lattice], Tensor], int | None],
+        only: int | None = None,
+    ) -> None:
+        """shape: distance on a lattice of step mm over the box, as far as it is in the field.
+        layers: depth in mm below the surface, HU, label (None keeps what is there). only: paint
+        over this label alone."""
+        cut, axes = [], []
+        for lo, hi, axis in zip(*box, self.axes, strict=True):
+            inside = slice(*torch.searchsorted(axis, torch.tensor([lo, hi]).to(axis)).tolist())
+            if inside.start == inside.stop:
+                return
+            cut.append(inside)
+            axes.append(axis[inside])
+        ends = [a[0].item() for a in axes], [a[-1].item() for a in axes]
+        lattice = Lattice(ends, step, self.patient.warp, self.patient.tile)
+
+        def voxels(values: Tensor) -> Tensor:
+            return resample(values.to(self.image.device), lattice.first, step, axes)
+
+        # 0.5 on the surface, 1 an edge's half width within
+        cover = voxels(0.5 - shape(lattice) * (0.5 / _EDGE_MM))
+        image, label = self.image[tuple(cut)], self.label[tuple(cut)]
+        if only is not None:
+            cover.masked_fill_(label != only, 0)
+        for depth, hu, value in layers:
+            deep = depth * 0.5 / _EDGE_MM
+            paint = voxels(hu(lattice)) if callable(hu) else torch.tensor(float(hu)).to(image)
+            image.lerp_(paint, (cover - deep).clamp_(0, 1))
+            if value is not None:
+                label.masked_fill_(cover > 0.5 + deep, value)
+
+    def noise_level(self) -> Tensor:
+        x, y, _ = (axis.float().to(self.image.device) for axis in self.axes)
+        far = (x[:, None] / 150) ** 2 + (y / 110) ** 2
+        return (_NOISE_HU * (0.65 + 0.35 * torch.exp(-0.8 * far)))[:, :, None]
+
+
+def _noise(
+    shape: Sequence[int], spacing: Sequence[float], rng: torch.Generator, device: torch.device
+) -> Tensor:
+    """Noise of unit variance with the spectrum of filtered back-projection: in the plane a ramp,
+    rolled off by the kernel; neighbours 1 mm apart correlate by about 0.3."""
+    white = torch.randn(*shape, generator=rng).to(device)
+    fx, fy, fz = (
+        torch.fft.fftfreq(n, s, device=device) for n, s in zip(shape, spacing, strict=True)
+    )
+    plane = (fx[:, None] ** 2 + fy**2).sqrt()  # cycles per mm
+    power = (0.3 + plane) * torch.exp(-((plane / 0.32) ** 2))
+    axial = torch.exp(-((fz / 0.36) ** 2))
+    power, axial = power / power.mean(), (axial / axial.mean())[: shape[2] // 2 + 1]
+    gain = (power[:, :, None] * axial).sqrt()
+    return torch.fft.irfftn(torch.fft.rfftn(white).mul_(gain), s=tuple(shape))

@@ -1,0 +1,1 @@
+"""The stages of `SynthesizeTumor`: validate, place, displace, paint, finish."""

@@ -1,0 +1,268 @@
+"""Is what the caller gave sound? If not, an error that says the rule, the value and the fix."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tumorsynth.arguments import any_bool, is_bool
+from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
+from tumorsynth.placement.organ import holds
+from tumorsynth.placement.place import MAX_COUNT
+from tumorsynth.placement.shape import TumorParams
+
+AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
+WHOLE_SLICE = 400  # voxels of 1 mm along two axes: rather a slice as scanned, of finer ones
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that torch computes in
+
+
+def plain(x: Tensor) -> Tensor:
+    """The same memory as a plain tensor, without the bookkeeping of a subclass (MetaTensor)."""
+    return x.as_subclass(Tensor) if type(x) is not Tensor else x
+
+
+def check_tumor_label(tumor_label: int, organ_labels: tuple[int, ...]) -> int:
+    """A whole number that is none of the organ's."""
+    try:
+        whole = not is_bool(tumor_label) and int(tumor_label) == tumor_label
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole or not -(2**63) <= tumor_label < 2**63:
+        raise ValueError(
+            f"tumor_label must be a whole number of at most 64 bits, got {tumor_label!r}; try 2"
+        )
+    if tumor_label in organ_labels:
+        raise ValueError(
+            f"tumor_label must differ from organ_labels, got {tumor_label} in {organ_labels}; "
+            "give the tumour a value of its own"
+        )
+    return int(tumor_label)
+
+
+def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
+    """Image and label that :class:`tumorsynth.SynthesizeTumor` can work on."""
+    for name, value in (("image", image), ("label", label)):
+        if not isinstance(value, Tensor):
+            fix = _to_tensor(name, value)
+            raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}; {fix}")
+        if value.is_nested or value.layout != torch.strided or value.is_quantized:
+            raise TypeError(
+                f"{name} must be a plain dense tensor, got a nested, sparse or quantised one; "
+                "convert it, for example with to_dense()"
+            )
+    if image.ndim not in (4, 5) or image.shape[-4] != 1 or 0 in image.shape:
+        raise ValueError(
+            "image must be (B, 1, X, Y, Z) or (1, X, Y, Z) with at least one voxel, got "
+            f"{tuple(image.shape)}; {_to_shape(tuple(image.shape))}"
+        )
+    if label.shape != image.shape:
+        fix = "resample it onto the image's grid"
+        if label.ndim == image.ndim and label.shape[-3:] == image.shape[-3:]:
+            fix = (
+                "make one map of its channels: a one-hot label with label.argmax(-4, keepdim=True)"
+            )
+        elif label.ndim == image.ndim - 1:
+            fix = "give it a channel with label.unsqueeze(-4)"
+        raise ValueError(
+            f"label must have the image's shape {tuple(image.shape)}, got {tuple(label.shape)}; "
+            f"{fix}"
+        )
+    if image.dtype not in FLOATS:
+        raise TypeError(
+            f"image must be floating point, got {image.dtype}; convert it with image.float()"
+        )
+    if label.is_complex() or (label.is_floating_point() and label.dtype not in FLOATS):
+        raise TypeError(
+            f"label must hold whole numbers, got {label.dtype}; convert it with label.long()"
+        )
+    if label.device != image.device:
+        raise ValueError(
+            f"image and label must be on one device, got {image.device} and {label.device}"
+        )
+    if image.device.type == "meta":
+        raise ValueError("image and label must hold voxels, but on the meta device they have none")
+    if label.dtype == torch.bool or not holds(label.dtype, tumor_label):
+        raise ValueError(
+            f"tumor_label {tumor_label} does not fit the label's dtype {label.dtype}; "
+            "convert the label, for example with label.to(torch.int16)"
+        )
+
+
+def check_whole(name: str, label: Tensor) -> None:
+    """Whole numbers alone: of a map that was interpolated, other classes would lie on each edge."""
+    if not label.is_floating_point():
+        return
+    for part in plain(label).split(16, dim=-3):  # pieces small enough for a cache: half the time
+        broken = part != part.round()
+        if bool(broken.any()):
+            raise ValueError(
+                f"{name} must hold whole numbers, got {float(part[broken][0]):.4g}; "
+                "resample labels with mode='nearest'"
+            )
+
+
+def _to_tensor(name: str, value: object) -> str:
+    """What to do about an image or a label that is no tensor."""
+    several = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(one, str | os.PathLike) for one in several):
+        return f"load the file first, with nibabel or the framework's reader, and pass its {name}"
+    if isinstance(value, np.ndarray):
+        return f"convert it with torch.as_tensor({name})"
+    if isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
+        return f"make a batch of it with torch.stack({name}), or pass one at a time"
+    if isinstance(value, list | tuple):
+        return f"convert it with torch.as_tensor(np.asarray({name}))"
+    if isinstance(value, Mapping):
+        return f"pass its entry of the {name}"
+    return "pass a tensor of its voxels"
+
+
+def _to_shape(shape: tuple[int, ...]) -> str:
+    """What to do about an image of another shape."""
+    if 0 in shape:
+        return "an axis has no voxel: look at the crop in front"
+    if len(shape) < 3 or (len(shape) in (3, 4) and shape[-3] == 1):
+        return "a tumour is three-dimensional: pass the volume that the slice is of"
+    if len(shape) == 3:
+        return "add the channel with image[None]"
+    if len(shape) == 4:
+        return (
+            f"if these are {shape[0]} scans, add the channel with image[:, None]; if they are "
+            "channels of one, pass the CT's alone, image[:1]"
+        )
+    if len(shape) == 5:
+        return "pass the CT's channel alone, image[:, :1]"
+    return "reshape it"
+
+
+def check_grid(
+    names: Sequence[Any],
+    affines: Sequence[Any],
+    fix: str = "resample one onto the other, or, where voxel lies on voxel, give both one affine",
+) -> None:
+    """Image, label and organ map must have one affine, those that have any.
+
+    names: what the user calls them. affines: 4x4, or (B, 4, 4) for a batch, or None.
+    """
+    given = zip(names, affines, strict=False)
+    had = [(name, np.asarray(a, dtype=float)) for name, a in given if a is not None]
+    for name, affine in had[1:]:
+        first, one = had[0]
+        if one.ndim == affine.ndim and len(one) != len(affine):
+            continue  # batches of different sizes, which are refused as such
+        apart = float(np.abs(affine - one).max())
+        if apart > AFFINE_TOLERANCE:
+            raise ValueError(
+                f"{first!r} and {name!r} must share one grid, but their affines differ by up to "
+                f"{apart:.3g} mm; {fix}"
+            )
+
+
+def check_hu(hu: Tensor) -> None:
+    """No 3 cm of a patient has all its HU within 3 of water: such an image was scaled already."""
+    highest = float(hu.nan_to_num(nan=0.0).abs().max())
+    if 0 < highest <= 3:
+        raise ValueError(
+            "image must be in Hounsfield units with intensity=HU(), but around a tumour no value "
+            f"is beyond +-{highest:.3g}; say how it was scaled with intensity=ts.Scaled(a_min, "
+            "a_max, b_min, b_max) or ts.ZScore(mean, std, low, high)"
+        )
+
+
+def check_scale(hu: Tensor, intensity: Any) -> None:
+    """No 3 cm of a patient has half of its HU beyond 5000: such an image has another scale."""
+    middle = float(hu.nan_to_num(nan=0.0).abs().median())
+    if middle > 5000:
+        raise ValueError(
+            f"image must be in the scale of intensity={intensity!r}, but around a tumour half of "
+            f"its values would be beyond +-{middle:.3g} HU; pass intensity=HU() for Hounsfield "
+            "units, or the numbers that the image was scaled with"
+        )
+
+
+def is_record(record: Any) -> bool:
+    """Whether this is one sample's record of ``SynthesizeTumor.params``."""
+    return isinstance(record, dict) and {"applied", "tumors"} <= record.keys()
+
+
+def check_params(params: Any, batch: int) -> None:
+    """``SynthesizeTumor.params`` of an earlier call, one record per sample."""
+    several = isinstance(params, Sequence) and not isinstance(params, str)
+    wrong = [record for record in params if not is_record(record)] if several else []
+    if not several or len(params) != batch or wrong:
+        found = type(params).__name__ if not several else f"{len(params)}"
+        found = f"{wrong[0]!r:.60} among them" if wrong else found
+        raise ValueError(
+            f"params must hold one record for each of the {batch} samples, got {found}; "
+            "pass synth.params of an earlier call with the same batch"
+        )
+    for record in params:
+        tumors, rejected = record["tumors"], record.get("rejected", ())
+        if not isinstance(tumors, list | tuple) or len(tumors) > MAX_COUNT:
+            raise ValueError(
+                f"a record's tumors must be a list of at most {MAX_COUNT}, got "
+                f"{len(tumors) if isinstance(tumors, list | tuple) else tumors!r}; "
+                "pass synth.params of an earlier call"
+            )
+        for values in tumors:
+            TumorParams.from_dict(values)
+        try:
+            fine = all(
+                0 <= int(i) < len(tumors) and isinstance(why, str) and why for i, why in rejected
+            )
+        except (TypeError, ValueError, OverflowError):
+            fine = False
+        if not fine:
+            raise ValueError(
+                f"a record's rejected must be pairs of a tumour's number and a reason, got "
+                f"{rejected!r}; pass synth.params of an earlier call"
+            )
+
+
+def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
+    """One frame per sample."""
+    batch = len(image) if image.ndim == 5 else 1
+    if spacing is not None and affine is not None:
+        raise ValueError("spacing and affine must not both be given; the affine holds the spacing")
+    if spacing is None and affine is None:
+        affine = getattr(image, "affine", None)  # a MetaTensor's
+    if affine is not None:
+        parts = _per_sample(affine, 2, batch, "affine must be 4x4 or (B, 4, 4)")
+        return [frame_from_affine(part) for part in parts]
+    if spacing is None:
+        shape = tuple(image.shape[-3:])
+        if sorted(shape)[1] >= WHOLE_SLICE:
+            warnings.warn(
+                f"spacing must be given where voxels are not of 1 mm, which are taken for an image "
+                f"of {shape} voxels; pass spacing=(dx, dy, dz) or affine=...",
+                stacklevel=2,
+            )
+        return [frame_from_spacing(1.0)] * batch
+    parts = _per_sample(spacing, 1, batch, "spacing must be (dx, dy, dz) in mm or (B, 3)")
+    return [frame_from_spacing(part) for part in parts]
+
+
+def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
+    """``value`` for each sample, where it has ``ndim`` dimensions for one and one more for all."""
+    try:
+        if value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value):
+            raise TypeError("complex numbers")
+        if any_bool(value):
+            raise TypeError("True and False")
+        tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+        tensor = plain(tensor)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{rule}, got {value!r}") from error
+    if tensor.ndim == 0 and ndim == 1:
+        return [float(tensor)] * batch
+    if tensor.ndim == ndim:
+        return [tensor.numpy()] * batch
+    if tensor.ndim == ndim + 1 and len(tensor) == batch:
+        return list(tensor.numpy())
+    raise ValueError(f"{rule} with B = {batch}, got shape {tuple(tensor.shape)}")

@@ -1,0 +1,1 @@
+"""Whole scans on disk: NIfTI files, pairing, single scans, collections, replay, previews."""

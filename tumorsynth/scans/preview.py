@@ -1,0 +1,266 @@
+"""A picture of what was done: three planes through each tumour, before and after.
+
+Radiological convention: the patient's right is on the left of the picture, anterior is up in
+axial planes and left in sagittal ones. Panels are drawn in mm, so anisotropic voxels keep their
+true shape. Nothing here touches pyplot: it is safe in threads and leaves the caller's figures be.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tumorsynth.geometry import frame_from_affine
+from tumorsynth.scans.nifti import write_atomic
+
+PANEL, GAP, HEADER, MARGIN = 2.3, 0.05, 0.32, 0.3  # inches
+COLUMNS = ("whole slice", "before", "after", "difference", "outline")
+# plane: axis across, axis down (of R, A, S), letters at its left, right, top, bottom
+PLANES = (("axial", 0, 1, "RLAP"), ("coronal", 0, 2, "RLSI"), ("sagittal", 1, 2, "APSI"))
+INK, PAPER, OUTLINE = "#d8d8d8", "#101010", "#ffd23f"
+
+SOFT_TISSUE, LUNG = (-100.0, 200.0), (-1150.0, 150.0)  # HU shown as black and as white
+AIRY_HU = -300.0  # tissue below this is lung
+
+
+def _to_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    frame = frame_from_affine(affine)
+    flips = tuple(slice(None, None, -1 if flip else 1) for flip in frame.flips)
+    return array.transpose(frame.axes)[flips]
+
+
+def _centre_to_ras(
+    centre: Sequence[float], shape: Sequence[int], affine: np.ndarray
+) -> tuple[int, ...]:
+    frame = frame_from_affine(affine)
+    along = zip(frame.axes, frame.flips, strict=True)
+    picked = [(int(round(centre[a])), shape[a], f) for a, f in along]
+    return tuple(int(np.clip(n - 1 - c if f else c, 0, n - 1)) for c, n, f in picked)
+
+
+def _plane(volume: np.ndarray, number: int, centre: Sequence[int]) -> np.ndarray:
+    """One plane of a RAS volume as a picture: rows from A or S down, columns from R or A."""
+    x, y, z = centre
+    plane = (volume[:, :, z], volume[:, y, :], volume[x, :, :])[number]
+    return plane[::-1, ::-1].T
+
+
+def render(
+    before: np.ndarray,
+    after: np.ndarray,
+    tumor: np.ndarray,
+    affine: np.ndarray,
+    tumors: Sequence[Mapping[str, Any]],
+    *,
+    window: tuple[float, float] | None = None,
+    zoom_mm: float = 90.0,
+    title: str = "",
+    max_tumors: int = 8,
+) -> Any:
+    """Draw the picture; returns a matplotlib Figure.
+
+    before, after: (X, Y, Z) HU. tumor: (X, Y, Z) bool, the new tumour voxels, for the outline.
+    affine: (4, 4), voxel to mm (RAS). tumors: report records; those with ``applied`` False are
+    left out, the others need ``centre_voxel`` and may have ``diameter_mm`` and ``hu_change``.
+    window: HU shown as black and as white; by default a lung's where the tumours replace lung, else
+        soft tissue's. zoom_mm: side of the magnified square, more for a tumour too large for it.
+    Without a tumour the middle of the scan is shown. At most
+    ``max_tumors`` are drawn; the title says so.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if window is None:
+        replaced = before[tumor]
+        airy = replaced.size > 0 and float(np.median(replaced)) < AIRY_HU
+        window = LUNG if airy else SOFT_TISSUE
+    placed = [t for t in tumors if t.get("applied", True)]
+    shown: list[Mapping[str, Any]] = list(placed[:max_tumors])
+    if len(placed) > len(shown):
+        title = f"{title}  (the first {len(shown)} of {len(placed)} tumours)".strip()
+    captions = [_caption(i, t) for i, t in enumerate(shown)]
+    if not shown:
+        shown = [{"centre_voxel": [n // 2 for n in before.shape]}]
+        captions = ["no tumour"]
+
+    width = MARGIN + len(COLUMNS) * (PANEL + GAP)
+    group = HEADER + 3 * (PANEL + GAP)
+    height = 2 * HEADER + len(shown) * group
+    figure = Figure(figsize=(width, height), dpi=100, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+
+    lie = frame_from_affine(affine)
+    spacing = np.array(lie.spacing)[list(lie.axes)]
+    old, new, mask = (_to_ras(v, affine) for v in (before, after, tumor))
+    # one HU scale for all differences, so that panels can be compared
+    change = np.abs(after[tumor] - before[tumor]) if tumor.any() else np.zeros(1)
+    span = float(max(20, 10 * np.ceil(np.nanpercentile(change, 99) / 10)))
+
+    def text(x: float, y: float, words: str, **style: Any) -> None:
+        # a file's name may hold what no font has, or what stands for a formula
+        words = "".join(c if c.isprintable() else "?" for c in words)
+        figure.text(x / width, 1 - y / height, words, color=INK, parse_math=False, **style)
+
+    text(MARGIN, 0.6 * HEADER, title, fontsize=10, va="center", weight="bold")
+    for column, name in enumerate(COLUMNS):
+        if name == "difference":
+            name = f"difference, ±{span:.0f} HU"
+        middle = MARGIN + column * (PANEL + GAP) + PANEL / 2
+        text(middle, 1.6 * HEADER, name, fontsize=8.5, va="center", ha="center")
+
+    for i, (tumor_record, caption) in enumerate(zip(shown, captions, strict=True)):
+        top = 2 * HEADER + i * group
+        text(MARGIN, top + HEADER / 2, caption, fontsize=9, va="center")
+        centre = _centre_to_ras(tumor_record["centre_voxel"], before.shape, affine)
+        side = max(zoom_mm, 1.6 * float(tumor_record.get("diameter_mm") or 0))
+        for number, (plane, across, down, letters) in enumerate(PLANES):
+            row = top + HEADER + number * (PANEL + GAP)
+            text(MARGIN / 2, row + PANEL / 2, plane, fontsize=8.5, va="center", ha="center",
+                 rotation=90)  # fmt: skip
+            pictures = [_plane(v, number, centre) for v in (old, new, mask)]
+            voxel = spacing[across], spacing[down]
+            shape = old.shape[across], old.shape[down]
+            # a picture's columns and rows run against its axes, see _plane
+            frame = [
+                _zoom(n - 1 - centre[axis], n, mm, side)
+                for axis, n, mm in zip((across, down), shape, voxel, strict=True)
+            ]
+            for column, name in enumerate(COLUMNS):
+                left = MARGIN + column * (PANEL + GAP)
+                place = (left / width, 1 - (row + PANEL) / height, PANEL / width, PANEL / height)
+                axes = figure.add_axes(place, facecolor="black")
+                axes.set_axis_off()
+                if name == "whole slice":
+                    whole = [(0.0, n * mm) for n, mm in zip(shape, voxel, strict=True)]
+                    _panel(axes, name, pictures, voxel, whole, window, span)
+                    _box(axes, frame)
+                    _letters(axes, letters)
+                else:
+                    _panel(axes, name, pictures, voxel, frame, window, span)
+                if name == "before":
+                    _ruler(axes)
+    return figure
+
+
+def require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "pictures need matplotlib; install it with: pip install 'tumorsynth[viz]'"
+        ) from error
+
+
+def save_preview(path: Path, *args: Any, **kwargs: Any) -> None:
+    """``render`` the picture and write it as PNG; the file appears whole or not at all."""
+    figure = render(*args, **kwargs)
+    style = {"facecolor": figure.get_facecolor(), "metadata": {"Software": None}}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        write_atomic(path, lambda file: figure.savefig(file, format="png", **style))
+
+
+def _caption(index: int, record: Mapping[str, Any]) -> str:
+    words = [f"tumour {index + 1}"]
+    if record.get("diameter_mm") is not None:
+        words.append(f"{record['diameter_mm']:.1f} mm")
+    if record.get("hu_change") is not None:
+        words.append(f"{record['hu_change']:+.0f} HU")
+    words.append("voxel " + ", ".join(str(int(round(c))) for c in record["centre_voxel"]))
+    return "   ".join(words)
+
+
+def _zoom(index: int, count: int, mm: float, side: float) -> tuple[float, float]:
+    """A stretch of ``side`` mm around a voxel, moved to lie inside the scan where it can."""
+    size = count * mm
+    low = (index + 0.5) * mm - side / 2
+    low = min(max(low, 0.0), size - side) if side <= size else (size - side) / 2
+    return low, low + side
+
+
+def _panel(
+    axes: Any,
+    name: str,
+    pictures: Sequence[np.ndarray],
+    voxel: tuple[float, float],
+    frame: Sequence[tuple[float, float]],
+    window: tuple[float, float],
+    span: float,
+) -> None:
+    """Draw what lies in the frame: ((left, right), (top, bottom)) in mm."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import LinearSegmentedColormap
+
+    rows, columns = pictures[0].shape
+    cut = [
+        (max(0, int(low // mm)), min(n, int(np.ceil(high / mm))))
+        for (low, high), mm, n in zip(frame, voxel, (columns, rows), strict=True)
+    ]
+    (c0, c1), (r0, r1) = cut
+    before, after, mask = (picture[r0:r1, c0:c1] for picture in pictures)
+    extent = (c0 * voxel[0], c1 * voxel[0], r1 * voxel[1], r0 * voxel[1])
+    style = {"extent": extent, "aspect": "equal", "interpolation": "antialiased"}
+    if name == "difference":
+        # black is no change: a dim halo shows that white paper would hide
+        cmap = LinearSegmentedColormap.from_list(
+            "change", ["#9be8ff", "#1585e0", "#000000", "#e0561b", "#ffe08a"]
+        )
+        with np.errstate(invalid="ignore"):  # inf - inf, in a scan that has them
+            change = after - before
+        axes.imshow(change, cmap=cmap, vmin=-span, vmax=span, **style)
+    else:
+        picture = before if name == "before" else after
+        axes.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1], **style)
+    if name == "outline":
+        edges = _edges(mask) * voxel + (extent[0], extent[3])
+        axes.add_collection(LineCollection(list(edges), colors=OUTLINE, linewidths=0.9))
+    axes.set_xlim(*frame[0])
+    axes.set_ylim(*frame[1][::-1])
+
+
+def _edges(mask: np.ndarray) -> np.ndarray:
+    """(N, 2, 2): the sides of voxels between mask and background, as (column, row) pairs."""
+    ring = np.pad(mask, 1)
+    row, column = np.nonzero(ring[:-1] != ring[1:])
+    across = np.stack([np.stack([column - 1, row], -1), np.stack([column, row], -1)], 1)
+    row, column = np.nonzero(ring[:, :-1] != ring[:, 1:])
+    down = np.stack([np.stack([column, row - 1], -1), np.stack([column, row], -1)], 1)
+    return np.concatenate([across, down]).astype(float)
+
+
+def _box(axes: Any, frame: Sequence[tuple[float, float]]) -> None:
+    from matplotlib.patches import Rectangle
+
+    (left, right), (top, bottom) = frame
+    style: dict[str, Any] = {"fill": False, "edgecolor": OUTLINE, "linewidth": 0.8}
+    axes.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
+
+
+def _write(axes: Any, x: float, y: float, words: str, **style: Any) -> None:
+    from matplotlib.patheffects import withStroke
+
+    around = [withStroke(linewidth=1.5, foreground="black")]  # legible on bone and on air
+    axes.text(x, y, words, color=INK, path_effects=around, transform=axes.transAxes, **style)
+
+
+def _letters(axes: Any, letters: str) -> None:
+    places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
+    sides = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
+    for letter, (x, y), (ha, va) in zip(letters, places, sides, strict=True):
+        _write(axes, x, y, letter, fontsize=7.5, ha=ha, va=va)
+
+
+def _ruler(axes: Any) -> None:
+    """A bar of 20 mm in the lower left corner."""
+    left, right = axes.get_xlim()
+    length = 20 / (right - left)
+    for width, colour in ((3.0, "black"), (1.5, INK)):
+        axes.plot([0.05, 0.05 + length], [0.05, 0.05], color=colour, linewidth=width,
+                  transform=axes.transAxes)  # fmt: skip
+    _write(axes, 0.05, 0.065, "20 mm", fontsize=6.5, va="bottom")
+    axes.set_xlim(left, right)

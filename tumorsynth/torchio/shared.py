@@ -1,0 +1,87 @@
+"""What the transforms for TorchIO 1 and 2 share. Nothing of TorchIO is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tumorsynth.adapter import Adapter
+from tumorsynth.generators.handcrafted import HandcraftedGenerator
+from tumorsynth.generators.store import bundled_names
+from tumorsynth.pipeline.validation import is_record
+
+RESAMPLE = "put tio.ToReferenceSpace or tio.Resample in front"
+# the name that TorchIO gives to a tensor, an array or an image which is no subject
+_UNNAMED = ("default_image_name", "tio_default_image")
+
+# what they led to is in params
+DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu", "mass_effect", "shapes", "bulge")
+
+
+def nameable(generator: Any, adapter: Adapter) -> Any:
+    """The generator as the history may hold it: a name, or a hand-crafted one's few numbers."""
+    source = adapter.synth.handle.source
+    if source is None and not isinstance(generator, HandcraftedGenerator):
+        raise ValueError(
+            "generator must have a name or a folder, since TorchIO's history keeps it, but this "
+            "one is in memory alone; save it with generator.save(folder) and pass the folder"
+        )
+    return generator if source is None else source
+
+
+def check_asked(image: Any, label: Any, organ: Any) -> None:
+    """Image, label and organ are different names, and no generator where a name is expected."""
+    names = [name for name in (image, label, organ) if name is not None]
+    if not isinstance(image, str) or image in bundled_names():
+        found = repr(image) if isinstance(image, str | list) else type(image).__name__
+        raise ValueError(
+            f"image must be the name of one of the subject's images, got {found}; the first "
+            "argument is the image's name, a generator goes to generator=..."
+        )
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"image, label and organ must be different names, got {names}")
+
+
+def check_names(transform: str, names: Sequence[str], there: Iterable[str]) -> None:
+    """The subject has images of all these names."""
+    there = list(there)
+    missing = [name for name in names if name not in there]
+    if missing and set(there) <= set(_UNNAMED):
+        raise TypeError(
+            f"{transform} needs an image and its label, but got one image alone; pass a subject: "
+            "tio.Subject(image=tio.ScalarImage(...), label=tio.LabelMap(...))"
+        )
+    if missing:
+        raise ValueError(
+            f"{transform} needs the image {', '.join(missing)}, but the subject has "
+            f"{', '.join(there)}; pass image=..., label=... with the names it has"
+        )
+
+
+def check_record(params: Any) -> dict[str, Any]:
+    """One record of ``SynthesizeTumor.params``, also in the list in which the core has it."""
+    record = params[0] if isinstance(params, list | tuple) and len(params) == 1 else params
+    if not is_record(record):
+        several = isinstance(params, list | tuple)
+        found = f"a list of {len(params)}" if several else f"{params!r:.60}"
+        raise ValueError(
+            "params must be the record of one sample, a dict with applied and tumors, got "
+            f"{found}; pass synth.params[0] of an earlier call, or what the history holds"
+        )
+    return record
+
+
+def spared(names: Iterable[str], include: Any, exclude: Any) -> bool:
+    """Whether TorchIO's include or exclude leave one of the images out."""
+    return any(
+        (exclude is not None and name in exclude) or (include is not None and name not in include)
+        for name in names
+    )
+
+
+def random_repr(transform: Any, p: float) -> str:
+    """What a random transform was asked for."""
+    names = f"image={transform.image!r}, label={transform.label!r}"
+    names += "" if transform.organ is None else f", organ={transform.organ!r}"
+    given = transform.adapter.described()
+    return f"{type(transform).__name__}({names}, p={p:g}{', ' if given else ''}{given})"
