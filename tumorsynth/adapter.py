@@ -20,7 +20,8 @@ from tumorsynth.pipeline.validation import (
     check_whole,
     plain,
 )
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.arguments import check_organ_labels
+from tumorsynth.placement.organ import is_organ
 from tumorsynth.synthesizer import SynthesizeTumor
 
 # The core's keyword arguments with their defaults, but for p: a framework has its own word for it.
@@ -68,7 +69,7 @@ class Adapter:
                     "label"
                 )
             self.tumor_label = check_tumor_label(self.tumor_label, ())
-            organs = masks.check_organ_labels(settings.get("organ_labels", (1,)))
+            organs = check_organ_labels(settings.get("organ_labels", (1,)))
             # in the map handed to the core, which is made for the call, a value that is free
             settings = {**settings, "organ_labels": organs, "tumor_label": max(organs) + 1}
         self.synth = SynthesizeTumor(**settings)
@@ -198,7 +199,7 @@ class Adapter:
         there, organ = plain(label), plain(organ)
         both = torch.zeros(organ.shape, dtype=torch.int64, device=organ.device)
         for value in self.synth.organ_labels:
-            both[masks.is_organ(organ, (value,))] = value
+            both[is_organ(organ, (value,))] = value
         both[there == self.tumor_label] = self.synth.tumor_label
         return both
 

@@ -9,7 +9,7 @@ selection where the spacing is 1 mm.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,93 @@ from tumorsynth.devices import onto
 
 Ints3 = tuple[int, int, int]
 Floats3 = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Box:
+    """Part of a volume: the voxels with start <= index < stop along each axis.
+
+    Only `slices` needs the box to lie inside a volume; use `within` to get there.
+
+    Example:
+        >>> organ = Box((10, 0, 4), (30, 20, 9))
+        >>> part = organ.grown(5).within(Box.whole(label.shape))
+        >>> label[part.slices]
+    """
+
+    start: Ints3
+    stop: Ints3
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """Return the box of a whole volume of this shape."""
+        return cls((0, 0, 0), _ints3(shape))
+
+    @classmethod
+    def at(cls, start: Sequence[int], shape: Sequence[int]) -> Box:
+        """Return the box of this shape that starts at ``start``."""
+        return cls(_ints3(start), _ints3(a + n for a, n in zip(start, shape, strict=True)))
+
+    @classmethod
+    def of_slices(cls, slices: Sequence[slice]) -> Box:
+        """Return the box that three slices of step 1 select."""
+        return cls(_ints3(s.start for s in slices), _ints3(s.stop for s in slices))
+
+    @classmethod
+    def hull(cls, boxes: Iterable[Box]) -> Box:
+        """Return the smallest box that contains all of at least one box."""
+        boxes = list(boxes)
+        return cls(
+            _ints3(map(min, zip(*(box.start for box in boxes), strict=True))),
+            _ints3(map(max, zip(*(box.stop for box in boxes), strict=True))),
+        )
+
+    @property
+    def shape(self) -> Ints3:
+        """Voxels along each axis."""
+        return _ints3(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def is_empty(self) -> bool:
+        return min(self.shape) <= 0
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """Index of the box in its volume: ``volume[box.slices]``."""
+        if min(self.start) < 0:  # numpy and torch would count from the other end
+            raise ValueError(f"{self} must start inside its volume; use .within(...) first")
+        x, y, z = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+        return x, y, z
+
+    def grown(self, voxels: int | Sequence[int]) -> Box:
+        """Return the box with this many more voxels on each side, one number or one per axis."""
+        by = [voxels] * 3 if isinstance(voxels, int) else voxels
+        return Box(
+            _ints3(a - n for a, n in zip(self.start, by, strict=True)),
+            _ints3(b + n for b, n in zip(self.stop, by, strict=True)),
+        )
+
+    def grown_mm(self, mm: float, spacing: Sequence[float]) -> Box:
+        """Return the box with a margin of at least this many mm, and one voxel more."""
+        return self.grown([math.ceil(mm / s) + 1 for s in spacing])
+
+    def within(self, outer: Box) -> Box:
+        """Return the part of the box inside ``outer``; empty if they share no voxel."""
+        start = _ints3(max(a, o) for a, o in zip(self.start, outer.start, strict=True))
+        stop = zip(start, self.stop, outer.stop, strict=True)
+        return Box(start, _ints3(max(a, min(b, o)) for a, b, o in stop))
+
+    def relative_to(self, outer: Box) -> Box:
+        """Return the same voxels, counted from the start of ``outer``."""
+        return Box(
+            _ints3(a - o for a, o in zip(self.start, outer.start, strict=True)),
+            _ints3(b - o for b, o in zip(self.stop, outer.start, strict=True)),
+        )
+
+
+def _ints3(values: Iterable[int]) -> Ints3:
+    x, y, z = values
+    return x, y, z
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tumorsynth.arguments import is_bool
 # the window of the published generators and of those for abdominal organs (paper E.2), mapped to
 # [0, 1]; a generator's own is ``generator.window``
 HU_LOW, HU_HIGH = -175.0, 250.0
+BONE_HU = 240.0  # tissue outside the organ counts as bone from here on
 
 
 @runtime_checkable

@@ -37,9 +37,17 @@ from tumorsynth.pipeline.validation import (
     frames_of,
     plain,
 )
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.arguments import (
+    MAX_GAP_MM,
+    MAX_SIGMA_MM,
+    check_count,
+    check_organ_labels,
+    check_range,
+    check_size,
+)
 from tumorsynth.placement.exophytic import check_bulge
-from tumorsynth.placement.place import LocalMask, Skip
+from tumorsynth.placement.place import place_from_params
+from tumorsynth.placement.types import LocalMask, Skip
 from tumorsynth.placement.user_shapes import read_shapes
 
 
@@ -111,11 +119,11 @@ class SynthesizeTumor(Placing, Finishing):
     ):
         super().__init__()
         self.handle = Handle(generator)
-        self.organ_labels = masks.check_organ_labels(organ_labels)
+        self.organ_labels = check_organ_labels(organ_labels)
         self.tumor_label = check_tumor_label(tumor_label, self.organ_labels)
         self.p = check_probability("p", p)
-        masks.check_count(count)
-        masks.check_size(size_mm)
+        check_count(count)
+        check_size(size_mm)
         self.count, self.size_mm = count, size_mm
         if not isinstance(intensity, Intensity) or isinstance(intensity, type):
             raise TypeError(
@@ -133,8 +141,8 @@ class SynthesizeTumor(Placing, Finishing):
             self.contrast_hu = contrast_hu
         else:
             self.contrast_hu = check_contrast(contrast_hu)
-        self.sigma_mm = masks.check_range("sigma_mm", sigma_mm, 0.0, masks.MAX_SIGMA_MM)
-        self.gap_mm = masks.check_range("gap_mm", gap_mm, 0.0, masks.MAX_GAP_MM)[0]
+        self.sigma_mm = check_range("sigma_mm", sigma_mm, 0.0, MAX_SIGMA_MM)
+        self.gap_mm = check_range("gap_mm", gap_mm, 0.0, MAX_GAP_MM)[0]
         self.merge = bool(merge)
         self.compute_device = None if device is None else parse_device(device)
         self.gate = check_gate(gate)
@@ -332,14 +340,13 @@ class SynthesizeTumor(Placing, Finishing):
             )
             before = part, image[part].clone(), label[part].clone()
             image[part], label[part] = moved, moved_label
-        again = masks.draw(
+        again = place_from_params(
             tumor.params,
-            self._ground(image, label, frame),
-            self.organ_labels,
+            self._region(image, label, frame),
             frame.spacing,
-            others=later,
+            earlier=later,
             gap_mm=self.gap_mm,
-            around=self._around(image, label, frame) if tumor.params.bulge > 0 else None,
+            growth=self._growth(image, label, frame) if tumor.params.bulge > 0 else None,
         )
         if isinstance(again, Skip):
             return Room(again, before, largest)

@@ -26,9 +26,12 @@ from scipy.stats import ks_2samp
 
 import tumorsynth as ts
 from benchmarks.common import spread, write
-from tumorsynth.placement import place as masks
-from tumorsynth.placement.exophytic import Surroundings
+from tumorsynth.placement.exophytic import ExophyticRegion
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.place import place
+from tumorsynth.placement.settings import PlacementSettings
 from tumorsynth.placement.size_priors import PRIORS
+from tumorsynth.placement.types import Skip
 
 SOURCES = {"kidney": "kits23_tumor", "cyst": "kits23_cyst"}
 LARGEST_MM = {"kidney": 60.0, "cyst": 40.0}
@@ -84,21 +87,14 @@ def drawn(name: str, kidneys: list[Organ], diameters: np.ndarray) -> tuple[np.nd
     for k, diameter in enumerate(diameters):
         label, spacing = kidneys[k % len(kidneys)]
         hu = torch.where(label > 0, 150.0, -100.0)
-        box = masks.organ_box(label, 1)
+        region = OrganRegion.of_label(label, 1)
+        rng = torch.Generator().manual_seed(k)
         start = time.process_time()
-        (tumor,) = masks.place(
-            label,
-            1,
-            box,
-            spacing,
-            size_mm=float(diameter),
-            prior=prior,
-            rng=torch.Generator().manual_seed(k),
-            bulge=prior,
-            around=Surroundings(hu, label, (1,), spacing, ts.HU()),
-        )
+        settings = PlacementSettings(size_mm=float(diameter), prior=prior, bulge=prior)
+        growth = ExophyticRegion(hu, label, (1,), spacing, ts.HU())
+        (tumor,) = place(region, spacing, settings, rng, growth)
         took.append(1e3 * (time.process_time() - start))
-        if isinstance(tumor, masks.Skip):
+        if isinstance(tumor, Skip):
             continue
         inside, kidney = np.zeros(label.shape, bool), label.numpy() > 0
         inside[tumor.slices] = tumor.mask.numpy()

@@ -23,7 +23,10 @@ from scipy import ndimage
 import tumorsynth as ts
 from benchmarks.common import spread, write
 from tumorsynth.appearance.gate import LIMITS, Gate, measure
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.place import place
+from tumorsynth.placement.settings import PlacementSettings
+from tumorsynth.placement.types import Skip
 
 OPEN = Gate(**dict.fromkeys(LIMITS))
 
@@ -60,12 +63,12 @@ def nothing(
     hu: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...], organ: int, draws: int
 ) -> tuple[list[dict], list[float]]:
     """Scores of outlines without a tumour, and the ms of one core that each took."""
-    box = masks.organ_box(label, organ)
+    region, settings = OrganRegion.of_label(label, organ), PlacementSettings(size_mm=(8, 20))
     found, times = [], []
     for seed in range(draws):
         rng = torch.Generator().manual_seed(seed)
-        (tumor,) = masks.place(label, organ, box, spacing, size_mm=(8, 20), rng=rng)
-        if isinstance(tumor, masks.Skip):
+        (tumor,) = place(region, spacing, settings, rng)
+        if isinstance(tumor, Skip):
             continue
         part = around(tumor.slices, spacing)
         whole = torch.zeros(label.shape, dtype=torch.bool)

@@ -21,7 +21,10 @@ import torch
 import tumorsynth as ts
 from benchmarks.common import spread, write
 from tumorsynth.appearance.mass_effect import displacement, push_aside
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.place import place
+from tumorsynth.placement.settings import PlacementSettings
+from tumorsynth.placement.types import TumorParams
 from tumorsynth.placement.user_shapes import outline_of
 
 SHARE = 0.5
@@ -62,7 +65,7 @@ def measure(ct: ts.Phantom, size: float, draws: int) -> dict:
         (record,) = pushing.report
         if not record["applied"]:
             continue
-        params = masks.TumorParams.from_dict(pushing.params[0]["tumors"][0])
+        params = TumorParams.from_dict(pushing.params[0]["tumors"][0])
         alone, (where, after, _, largest) = milliseconds(
             lambda p=params: push_aside(image, label, p, ct.spacing, (1,), 20, ts.HU())
         )
@@ -87,12 +90,12 @@ def shapes_cost(ct: ts.Phantom, draws: int) -> dict:
     mask = (x / 14) ** 2 + (y / 10) ** 2 + (z / 8) ** 2 < 1
     reading = [milliseconds(lambda: outline_of(mask, (1, 1, 1)))[0] for _ in range(draws)]
     outline = outline_of(mask, (1, 1, 1))
-    box = masks.organ_box(ct.label[0], 1)
+    region = OrganRegion.of_label(ct.label[0], 1)
 
     def placed(seed: int, outlines: list[str]) -> float:
         rng = torch.Generator().manual_seed(seed)
-        given = {"size_mm": 24, "rng": rng, "outlines": outlines}
-        return milliseconds(lambda: masks.place(ct.label[0], 1, box, ct.spacing, **given))[0]
+        settings = PlacementSettings(size_mm=24, outlines=outlines)
+        return milliseconds(lambda: place(region, ct.spacing, settings, rng))[0]
 
     return {
         "read_a_mask_ms": spread(reading),

@@ -19,7 +19,10 @@ import torch
 from scipy import ndimage
 
 from benchmarks.common import spread, write
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.place import place
+from tumorsynth.placement.settings import PlacementSettings
+from tumorsynth.placement.types import Skip
 
 
 def measure(path: Path, draws: int, size_mm: tuple[float, float]) -> dict:
@@ -27,15 +30,16 @@ def measure(path: Path, draws: int, size_mm: tuple[float, float]) -> dict:
     label = torch.from_numpy(np.asarray(scan.dataobj).astype(np.uint8))
     spacing = [float(s) for s in scan.header.get_zooms()[:3]]
     start = time.perf_counter()
-    box = masks.organ_box(label, 1)
+    region = OrganRegion.of_label(label, 1)
     box_ms = (time.perf_counter() - start) * 1e3
+    settings = PlacementSettings(size_mm=size_mm)
     times, diameters, reasons = [], [], Counter()
     for seed in range(draws):
         rng = torch.Generator().manual_seed(seed)
         start = time.perf_counter()
-        (result,) = masks.place(label, 1, box, spacing, size_mm=size_mm, count=1, rng=rng)
+        (result,) = place(region, spacing, settings, rng)
         times.append((time.perf_counter() - start) * 1e3)
-        if isinstance(result, masks.Skip):
+        if isinstance(result, Skip):
             reasons[result.reason] += 1
             continue
         tumor = torch.zeros(label.shape, dtype=torch.bool)
@@ -66,11 +70,12 @@ def main() -> None:
         rows.append(measure(path, args.draws, size_mm))
         print(rows[-1])
     cube = torch.ones(96, 96, 96, dtype=torch.uint8)
-    box, times = masks.organ_box(cube, 1), []
+    region, times = OrganRegion.of_label(cube, 1), []
+    settings = PlacementSettings(size_mm=size_mm)
     for seed in range(args.draws):
         rng = torch.Generator().manual_seed(seed)
         start = time.perf_counter()
-        masks.place(cube, 1, box, (1, 1, 1), size_mm=size_mm, count=1, rng=rng)
+        place(region, (1, 1, 1), settings, rng)
         times.append((time.perf_counter() - start) * 1e3)
     write(
         "organ_masks",

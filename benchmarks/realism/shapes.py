@@ -24,8 +24,12 @@ from scipy.spatial import ConvexHull
 from scipy.stats import ks_2samp
 
 from benchmarks.common import write
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.place import place, place_from_params
+from tumorsynth.placement.rasterize import flatness
+from tumorsynth.placement.settings import PlacementSettings
 from tumorsynth.placement.size_priors import PRIORS, SizePrior
+from tumorsynth.placement.types import LocalMask, Skip, TumorParams
 
 FEATURES = ("elongation", "flatness", "sphericity", "smooth_sphericity", "slice_convexity")
 FILES = {"liver": "msd_liver_tumor.npz", "kidney": "kits23.npz", "cyst": "kits23_cyst.npz"}
@@ -43,12 +47,12 @@ def drawn_mask(prior: SizePrior, diameter: float, seed: int) -> np.ndarray:
     axes, roughness = prior.draw_shape(diameter, gen)
     turn = torch.nn.functional.normalize(torch.randn(4, generator=gen), dim=0).tolist()
     side = int(2.6 * diameter) + 9
-    params = masks.TumorParams(
+    params = TumorParams(
         (side // 2,) * 3, diameter, axes, tuple(turn), roughness, seed, 0, 1.0, diameter
     )
     organ = torch.ones(side, side, side, dtype=torch.bool)
-    tumor = masks.draw(params, organ, 1, (1.0, 1.0, 1.0))
-    assert isinstance(tumor, masks.LocalMask), tumor
+    tumor = place_from_params(params, OrganRegion.of_label(organ, 1), (1.0, 1.0, 1.0))
+    assert isinstance(tumor, LocalMask), tumor
     return tumor.mask.numpy()
 
 
@@ -138,15 +142,14 @@ def placed(name: str, folder: Path, draws: int) -> dict:
         scan = nib.load(file)
         label = torch.from_numpy(np.asarray(scan.dataobj).astype(np.uint8))
         spacing = [float(s) for s in scan.header.get_zooms()[:3]]
-        box = masks.organ_box(label, 1)
+        region = OrganRegion.of_label(label, 1)
+        settings = PlacementSettings(size_mm=(8, 30), prior=name)
         for seed in range(draws):
-            (tumor,) = masks.place(
-                label, 1, box, spacing, size_mm=(8, 30), prior=name, rng=rng(seed)
-            )
-            if isinstance(tumor, masks.Skip):
+            (tumor,) = place(region, spacing, settings, rng(seed))
+            if isinstance(tumor, Skip):
                 reasons += 1
                 continue
-            flat.append(masks.flatness(tumor.mask, spacing))
+            flat.append(flatness(tumor.mask, spacing))
             ratio.append(tumor.diameter_mm / tumor.params.drawn_mm)
     return {
         "organs": len(files),

@@ -2,7 +2,7 @@
 
     python benchmarks/speed/placing.py [--organs ORGAN_MASK_DIR] [--repeats 100]
 
-`masks.place` on a CPU, once the organ's box is known: tumours in a ball of 72 mm in a patch of
+`place` on a CPU, once the organ's box is known: tumours in a ball of 72 mm in a patch of
 96^3, alone and together, and with --organs of 5 to 20 mm in real organs (label 1). "stage" is all
 that `SynthesizeTumor` does until a sample's masks are there: it looks for the organ and for tumours
 that are there already, whether the image is finite, and where fat is that a tumour may bulge into.
@@ -23,7 +23,10 @@ from torch import Tensor
 
 import tumorsynth as ts
 from benchmarks.common import arguments, parse, spread, write
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.place import place
+from tumorsynth.placement.settings import PlacementSettings
+from tumorsynth.placement.types import LocalMask
 
 ISO = (1.0, 1.0, 1.0)
 PATCH, RADIUS = 96, 36.0
@@ -47,16 +50,16 @@ def measure(run: Callable[[int], list[Any]], tumours: int, repeats: int) -> dict
         results = run(seed % repeats)
         if seed >= 0:
             times.append((time.process_time() - start) * 1e3)
-            made += sum(isinstance(r, masks.LocalMask) for r in results)
+            made += sum(isinstance(r, LocalMask) for r in results)
     return {"cpu_ms": spread(times), "placed": made, "asked": tumours * repeats}
 
 
 def placing(label: Tensor, spacing: Any, repeats: int, **options: Any) -> dict[str, Any]:
-    box = masks.organ_box(label, 1)
+    region, settings = OrganRegion.of_label(label, 1), PlacementSettings(**options)
 
     def run(seed: int) -> list[Any]:
         rng = torch.Generator().manual_seed(seed)
-        return masks.place(label, 1, box, spacing, rng=rng, **options)
+        return place(region, spacing, settings, rng)
 
     return measure(run, options.get("count", 1), repeats)
 
@@ -81,7 +84,7 @@ def stage(label: Tensor, repeats: int, **options: Any) -> dict[str, Any]:
         except Placed:
             pass
     times = [ms for ms, _ in seen[WARM:]]
-    made = sum(isinstance(r, masks.LocalMask) for _, results in seen[WARM:] for r in results)
+    made = sum(isinstance(r, LocalMask) for _, results in seen[WARM:] for r in results)
     return {"cpu_ms": spread(times), "placed": made, "asked": repeats}
 
 

@@ -28,7 +28,10 @@ from tumorsynth.appearance.gate import measure
 from tumorsynth.commands.timing import crop_and_mask, times
 from tumorsynth.generators.diffusion import Generator
 from tumorsynth.phantom import LABELS
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.place import place
+from tumorsynth.placement.settings import PlacementSettings
+from tumorsynth.placement.types import Skip
 
 STEPS = (1, 2, 4, 8, 50)
 SCORES = ("contrast_hu", "noise_ratio", "edge_mm")
@@ -58,13 +61,14 @@ def drawn(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """HU, tumour mask and organ of crops, (1, 1, side, side, side): one tumour in each."""
     label = ct.label[0]
-    box = masks.organ_box(label, LABELS["liver"])
+    region = OrganRegion.of_label(label, LABELS["liver"])
+    settings = PlacementSettings(size_mm=(8, 20))
     found, seed = [], 0
     while len(found) < draws:
         rng = torch.Generator().manual_seed(seed)
         seed += 1
-        (tumor,) = masks.place(label, LABELS["liver"], box, ct.spacing, size_mm=(8, 20), rng=rng)
-        if isinstance(tumor, masks.Skip):
+        (tumor,) = place(region, ct.spacing, settings, rng)
+        if isinstance(tumor, Skip):
             continue
         side, where = generator.crop_size, []
         for start, length, n in zip(tumor.start, tumor.mask.shape, label.shape, strict=True):

@@ -22,7 +22,7 @@ from torch import Tensor
 import tumorsynth as ts
 from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.phantom import LABELS
-from tumorsynth.placement.place import LocalMask, TumorParams
+from tumorsynth.placement.types import LocalMask, TumorParams
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402 (after the backend)

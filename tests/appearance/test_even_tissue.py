@@ -8,7 +8,7 @@ from torch.nn.functional import max_pool3d
 
 import tumorsynth as ts
 from tumorsynth.appearance.background import MOST_BEYOND, fill, tissue
-from tumorsynth.placement.shape import TumorParams
+from tumorsynth.placement.types import TumorParams
 
 PARAMS = TumorParams((24, 24, 24), 15.0, (1.0,) * 3, (1.0, 0, 0, 0), 0.0, 0, 0, 1.0, 15.0)
 BULGING = TumorParams(

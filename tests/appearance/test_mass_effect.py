@@ -15,8 +15,8 @@ import tumorsynth as ts
 from tumorsynth.adapter import Adapter
 from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.mass_effect import MAX_SHARE, REACH, MassEffect, displacement, push_aside
-from tumorsynth.placement.place import TumorParams
 from tumorsynth.placement.shape import Shape
+from tumorsynth.placement.types import TumorParams
 
 TINY = tiny_generator()
 ISO = (1.0, 1.0, 1.0)

@@ -21,7 +21,7 @@ from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.codebook import Codebook
 from tumorsynth.models.conv import Conv3d, cpu_layout, pad_replicate
 from tumorsynth.pipeline.paint import GPU_BATCH
-from tumorsynth.placement.place import organ_box
+from tumorsynth.placement.organ import organ_box
 from tumorsynth.synthesizer import SynthesizeTumor
 
 needs_mkldnn = pytest.mark.skipif(
@@ -183,7 +183,7 @@ def test_each_network_is_one_graph_for_torch_compile(kind):
 
 def test_an_organ_is_looked_for_in_slabs(monkeypatch):
     """Memory as large as the label was nine tenths of the time."""
-    monkeypatch.setattr("tumorsynth.placement.organ.SLAB", 2**12)
+    monkeypatch.setattr("tumorsynth.placement.organ.SLAB_VOXELS", 2**12)
     label = torch.zeros(40, 32, 48, dtype=torch.uint8)
     label[10:20, 5:9, 30:40] = 1
     for given in (label, label.permute(2, 1, 0), label.bool()):

@@ -23,7 +23,10 @@ from tiny import tiny_generator
 import tumorsynth as ts
 from tumorsynth.appearance.blend import reach
 from tumorsynth.geometry import frame_from_affine
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.place import place
+from tumorsynth.placement.settings import PlacementSettings
+from tumorsynth.placement.types import LocalMask
 
 TINY = tiny_generator()
 ISO = (1.0, 1.0, 1.0)
@@ -512,9 +515,8 @@ def test_the_generator_sees_the_patient_whichever_way_the_array_lies(generator):
     """One tumour, drawn once, in all 48 orientations of the array: painted alike."""
     image, label = scan((40, 36, 32))
     transform = synth(generator=generator)
-    box = masks.organ_box(label[0], (1,))
-    rng = torch.Generator().manual_seed(1)
-    (tumor,) = masks.place(label[0], (1,), box, ISO, size_mm=9, count=1, rng=rng)
+    region, rng = OrganRegion.of_label(label[0], 1), torch.Generator().manual_seed(1)
+    (tumor,) = place(region, ISO, PlacementSettings(size_mm=9), rng)
     generator = transform.handle.get("cpu")
 
     def paint(axes, flips):
@@ -530,9 +532,7 @@ def test_the_generator_sees_the_patient_whichever_way_the_array_lies(generator):
         index = whole.nonzero()
         start, stop = index.min(0).values.tolist(), (index.max(0).values + 1).tolist()
         part = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        local = masks.LocalMask(
-            tumor.params, tuple(start), whole[part], tumor.voxels, tumor.diameter_mm
-        )
+        local = LocalMask(tumor.params, tuple(start), whole[part], tumor.voxels, tumor.diameter_mm)
         new_image = reoriented(image[0], axes, flips).clone()
         new_label = reoriented(label[0], axes, flips).clone()
         job = transform._crop((0, 0, 0), new_image, new_label, local, frame, generator)

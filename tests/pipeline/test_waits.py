@@ -11,7 +11,7 @@ from tiny import tiny_generator
 from torch import Tensor
 
 from tumorsynth.appearance.contrast import ContrastConfig
-from tumorsynth.placement.place import organ_box
+from tumorsynth.placement.organ import organ_box
 from tumorsynth.synthesizer import SynthesizeTumor
 
 SHAPE = (60, 52, 44)
@@ -134,7 +134,7 @@ def test_a_device_draws_the_same_tumours_from_a_cut_out_of_the_label(monkeypatch
 )
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_organs_box_is_the_least_around_its_voxels(monkeypatch, dtype, reverse):
-    monkeypatch.setattr("tumorsynth.placement.organ.SLAB", 5000)
+    monkeypatch.setattr("tumorsynth.placement.organ.SLAB_VOXELS", 5000)
     label = torch.zeros(30, 40, 50)
     label[3:17, 5:9, 20:44], label[25, 30, 7] = 3, 5
     label[0, 0, 0], label[29, 39, 49] = 4, 99

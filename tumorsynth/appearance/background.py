@@ -20,8 +20,9 @@ from tumorsynth.appearance.blend import feather, gaussian_filter
 from tumorsynth.appearance.mass_effect import evenness
 from tumorsynth.appearance.noise import WIDER
 from tumorsynth.devices import onto
-from tumorsynth.placement.allowed import dilate, is_organ
-from tumorsynth.placement.shape import TumorParams
+from tumorsynth.placement.allowed import dilate
+from tumorsynth.placement.organ import is_organ
+from tumorsynth.placement.types import TumorParams
 
 SPARE_MM = 3.0  # the edges of generators' tumours reach this far into them
 FAT_HU = -20.0  # an organ's voxels below this are fat that its label covers

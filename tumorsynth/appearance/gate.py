@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth.arguments import any_bool, is_bool
-from tumorsynth.placement.place import flatness
+from tumorsynth.placement.rasterize import flatness
 
 Scorer = Callable[[Tensor, Tensor, tuple[float, float, float]], float]
 

@@ -27,17 +27,17 @@ from torch import Tensor
 
 from tumorsynth.arguments import is_bool
 from tumorsynth.devices import onto
-from tumorsynth.intensity import Intensity
-from tumorsynth.placement.allowed import is_organ
-from tumorsynth.placement.shape import Shape, TumorParams, fibonacci
+from tumorsynth.intensity import BONE_HU, Intensity
+from tumorsynth.placement.organ import is_organ
+from tumorsynth.placement.shape import Shape, fibonacci_sphere
+from tumorsynth.placement.types import TumorParams
 
 REACH = 2.2  # level beyond which nothing moves
 MAX_SHARE = 0.9  # 1 would draw the tumour's whole inside out of one point
 SQUEEZE = 0.5  # room made on a ray, at most this much of what is left up to the next stop
-BONE_HU = 240.0  # tissue outside of the organ from here on does not move
 FROM_MM, TO_MM, AUTO_SHARE = 20.0, 50.0, 0.6  # "auto": none up to FROM_MM, AUTO_SHARE from TO_MM
 NODES = 14  # points from the centre to the reach where the displacement is computed, on each side
-RAYS = fibonacci(384)
+RAYS = fibonacci_sphere(384)
 SPREAD = 0.15  # radians over which neighbouring rays are averaged
 WINDOW_MM = 2.0  # to each side, where a voxel's surroundings are told from noise
 EVEN = 0.1  # the part of an organ that is taken to show nothing but noise
@@ -177,7 +177,7 @@ def displacement(
         part.append(slice(low, high))
     grid = torch.stack(torch.meshgrid(*nodes, indexing="ij"), -1)
     flat = grid.reshape(-1, 3)
-    own = flat @ (shape.turn / shape.half_axes)
+    own = flat @ (shape.rotation / shape.half_axes)
     length = own.norm(dim=1).clamp_min(1e-9)
     near = length < REACH * 1.1 * float(shape.radius(RAYS).max())
     points, own, length = flat[near], own[near], length[near]

@@ -16,7 +16,7 @@ from tumorsynth.generators.diffusion import Generator
 from tumorsynth.generators.handcrafted import HandcraftedGenerator
 from tumorsynth.pipeline.paint import Painting
 from tumorsynth.pipeline.records import NOTHING, Draft, Job, left_alone
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.organ import is_organ
 
 
 class Finishing(Painting):
@@ -77,7 +77,7 @@ class Finishing(Painting):
         values[here] = draft.after
         inside = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
         inside[here] = job.inside
-        organ = masks.is_organ(label[around], self.organ_labels)
+        organ = is_organ(label[around], self.organ_labels)
         hu, asked_hu = self.intensity.to_hu(values.float()), job.tumor.params.contrast_hu
         return gate.scores(hu, inside, organ, spacing, asked_hu)
 

@@ -24,8 +24,9 @@ from tumorsynth.geometry import Frame, plan_crop
 from tumorsynth.intensity import HU
 from tumorsynth.pipeline.records import Job, Settings, feather_mm, hull, region
 from tumorsynth.pipeline.validation import check_hu, check_scale
-from tumorsynth.placement import place as masks
-from tumorsynth.placement.place import LocalMask, Skip
+from tumorsynth.placement.organ import is_organ
+from tumorsynth.placement.sample import sample_contrast_hu
+from tumorsynth.placement.types import LocalMask, Skip, SkipCode
 
 CONTEXT_MM = 16.0  # at least this much of the scan on each side of a tumour goes into its crop
 GPU_BATCH = 8  # crops in one pass of the networks; halved where memory does not suffice
@@ -73,7 +74,7 @@ class Painting(Settings):
         here = tissue(local, label[where], self.organ_labels, there, generator.window)
         unseen = here.unseen(generator.window)
         if unseen is not None:
-            return Skip(unseen, tumor.params.drawn_mm)
+            return Skip(SkipCode.OUTSIDE_WINDOW, unseen, tumor.params.drawn_mm)
         filled = fill(local, here, there, frame.spacing, grain_mm, tumor.params, generator.window)
         part = tuple(
             slice(w.start - g.start, w.stop - g.start)
@@ -119,7 +120,7 @@ class Painting(Settings):
             contrast_hu, structure = self.contrast_hu.draw(seed, params.diameter_mm, level)
             params = replace(params, contrast_hu=contrast_hu, structure_hu=structure)
         else:
-            contrast = masks.draw_contrast_hu(self.contrast_hu, seed)
+            contrast = sample_contrast_hu(self.contrast_hu, seed)
             params = replace(params, contrast_hu=contrast)
         return replace(job, tumor=replace(job.tumor, params=params))
 
@@ -129,7 +130,7 @@ class Painting(Settings):
         """How sharp the sample (X, Y, Z) is around a tumour, in mm along its axes."""
         x, y, z = neighbourhood(tumor.start, tumor.mask.shape, frame.spacing)
         hu = self.intensity.to_hu(image[x, y, z].float())
-        organ = masks.is_organ(label[x, y, z], self.organ_labels)
+        organ = is_organ(label[x, y, z], self.organ_labels)
         return grain(hu, organ, frame.spacing)
 
     def _generate(

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.contrast_priors import ContrastPrior
-from tumorsynth.devices import on_cpu
-from tumorsynth.geometry import Frame
-from tumorsynth.pipeline.records import Settings, hull
-from tumorsynth.placement import place as masks
-from tumorsynth.placement.allowed import Ground
-from tumorsynth.placement.exophytic import Surroundings, check_bulge
-from tumorsynth.placement.place import Box, LocalMask, Skip, TumorParams
+from tumorsynth.geometry import Box, Frame
+from tumorsynth.pipeline.records import Settings
+from tumorsynth.placement.allowed import dilate
+from tumorsynth.placement.exophytic import ExophyticRegion, check_bulge
+from tumorsynth.placement.organ import OrganRegion, is_organ, organ_box
+from tumorsynth.placement.place import place, place_from_params
+from tumorsynth.placement.settings import PlacementSettings
+from tumorsynth.placement.types import LocalMask, Skip, SkipCode, TumorParams
 
 NOT_FINITE = "{:.0%} of the organ's voxels in the image are NaN or infinite; export the scan again"
 
@@ -41,40 +42,36 @@ class Placing(Settings):
         if float(torch.rand((), generator=rng, dtype=torch.float64)) >= self.p:
             record.update(applied=False, reason=f"left alone (p = {self.p:g})")
             return record, []
-        box = masks.organ_box(label, self.organ_labels)
+        box = organ_box(label, self.organ_labels)
         if box is None:
             record.update(
                 applied=False, reason=f"no organ: no voxel has a label of {self.organ_labels}"
             )
             return record, []
-        bulge = check_bulge(self.bulge, self.size_mm)
-        results = masks.place(
-            self._ground(image, label, frame, box),
-            self.organ_labels,
-            box,
-            frame.spacing,
+        settings = PlacementSettings(
             size_mm=self.size_mm,
             count=self.count,
-            rng=rng,
             sigma_mm=self.sigma_mm,
             contrast_hu=None if isinstance(self.contrast_hu, ContrastPrior) else self.contrast_hu,
             gap_mm=self.gap_mm,
             merge=self.merge,
             outlines=self.outlines,
-            bulge=bulge,
-            around=None if bulge is None else self._around(image, label, frame),
+            bulge=check_bulge(self.bulge, self.size_mm),
         )
+        region = self._region(image, label, frame, box)
+        growth = None if settings.bulge is None else self._growth(image, label, frame)
+        results = place(region, frame.spacing, settings, rng, growth)
         if results and all(isinstance(r, Skip) for r in results):
             share = self._not_finite(image, label)
             if share > 0.5:
-                results = [Skip(NOT_FINITE.format(share))] * len(results)
+                results = [Skip(SkipCode.NOT_FINITE, NOT_FINITE.format(share))] * len(results)
         results = [r if isinstance(r, Skip) else self._with_room(r) for r in results]
         record["tumors"] = [r.params.to_dict() for r in results if isinstance(r, LocalMask)]
         return record, results
 
     def _not_finite(self, image: Tensor, label: Tensor) -> float:
         """The share of the organ (X, Y, Z) in which the image is NaN or infinite."""
-        organ = masks.is_organ(label, self.organ_labels)
+        organ = is_organ(label, self.organ_labels)
         return float((organ & ~image.isfinite()).sum()) / max(1, int(organ.sum()))
 
     def _with_room(self, tumor: LocalMask) -> LocalMask:
@@ -91,57 +88,62 @@ class Placing(Settings):
         results: list[LocalMask | Skip] = []
         if not replay["tumors"]:
             return results
-        ground = self._ground(image, label, frame)
+        region = self._region(image, label, frame)
         bulging = any(values.get("bulge", 0) for values in replay["tumors"])
-        around = self._around(image, label, frame) if bulging else None
+        growth = self._growth(image, label, frame) if bulging else None
         for values in replay["tumors"]:
             earlier = [] if self.merge else [r for r in results if isinstance(r, LocalMask)]
             results.append(
-                masks.draw(
+                place_from_params(
                     TumorParams.from_dict(values),
-                    ground,
-                    self.organ_labels,
+                    region,
                     frame.spacing,
-                    others=earlier,
+                    earlier=earlier,
                     gap_mm=self.gap_mm,
-                    around=around,
+                    growth=growth,
                 )
             )
         return results
 
-    def _around(self, image: Tensor, label: Tensor, frame: Frame) -> Surroundings:
-        """Where the tumours of a sample (X, Y, Z) may bulge to; on the CPU, as the ground."""
-        return Surroundings(
+    def _growth(self, image: Tensor, label: Tensor, frame: Frame) -> ExophyticRegion:
+        """Return where tumours of a sample (X, Y, Z) may grow beyond the organ, on the CPU."""
+        return ExophyticRegion(
             image.cpu(), label.cpu(), self.organ_labels, frame.spacing, self.intensity
         )
 
-    def _ground(self, image: Tensor, label: Tensor, frame: Frame, box: Box | None = None) -> Ground:
-        """What tumours are placed on in a sample (X, Y, Z): the organ, and the voxels that no
-        tumour may take, as they are not finite or next to a tumour that is there already.
+    def _region(
+        self, image: Tensor, label: Tensor, frame: Frame, box: Box | None = None
+    ) -> OrganRegion:
+        """Return the organ of a sample (X, Y, Z), on the CPU.
 
-        Always on the CPU: placing is many small decisions, each of which a GPU would be waited for.
-        box: the organ's, if known.
+        Forbids voxels that are not finite, and the tumours that are there already with their gap.
+        Placement makes many small decisions; on a GPU each would need a synchronisation.
+
+        Args:
+            box: the organ's, if known.
         """
-        box = box or masks.organ_box(label, self.organ_labels)
-        present = None if self.merge else masks.organ_box(label, self.tumor_label)
+        box = box or organ_box(label, self.organ_labels)
+        whole = Box.whole(label.shape)
+        present = None if self.merge else organ_box(label, self.tumor_label)
         finite = bool(image.sum(dtype=torch.float32).isfinite())
-        gap_mm = 0.0 if self.merge else self.gap_mm  # tumours take voxels beyond the organ
-        parts: list[tuple[slice, ...]] = [] if box is None else [box.grown(gap_mm, frame.spacing)]
-        around = None if present is None else present.grown(self.gap_mm, frame.spacing)
-        parts += [] if around is None else [around]
-        parts += [] if finite and not self.bulge else [tuple(slice(0, n) for n in label.shape)]
-        part = hull(parts or [(slice(0, 1),) * 3], label.shape)  # of no use, but a box, around none
-        forbid = None if finite else ~image[part].isfinite()
-        if around is not None:
-            if forbid is None:
-                forbid = torch.zeros_like(label[part], dtype=torch.bool)
-            near = masks.dilate(label[around] == self.tumor_label, self.gap_mm, frame.spacing)
-            there = [
-                slice(a.start - p.start, a.stop - p.start)
-                for a, p in zip(around, part, strict=True)
-            ]
-            forbid[tuple(there)] |= near
-        x, y, z = part
-        start, shape = (x.start, y.start, z.start), (label.shape[0], label.shape[1], label.shape[2])
-        ground = Ground(label[part], self.organ_labels, forbid, start, shape)
-        return ground if on_cpu(label) else ground.on_cpu()
+        parts = []
+        if box is not None:  # tumours take voxels beyond the organ
+            parts.append(box.grown_mm(0.0 if self.merge else self.gap_mm, frame.spacing))
+        if present is not None:
+            present = present.grown_mm(self.gap_mm, frame.spacing).within(whole)
+            parts.append(present)
+        if not finite or self.bulge:
+            parts.append(whole)
+        # without an organ any part will do, as long as it has a voxel
+        part = Box.hull(parts or [Box((0, 0, 0), (1, 1, 1))]).within(whole)
+        forbidden = None if finite else ~image[part.slices].isfinite()
+        if present is not None:
+            if forbidden is None:
+                forbidden = torch.zeros_like(label[part.slices], dtype=torch.bool)
+            tumors = label[present.slices] == self.tumor_label
+            near = dilate(tumors, self.gap_mm, frame.spacing)
+            forbidden[present.relative_to(part).slices] |= near
+        region = OrganRegion(
+            label[part.slices], self.organ_labels, box, forbidden, part, whole.shape
+        )
+        return region.to_cpu()

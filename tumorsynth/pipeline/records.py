@@ -19,7 +19,7 @@ from tumorsynth.devices import onto
 from tumorsynth.generators.store import Handle
 from tumorsynth.geometry import CropGrid
 from tumorsynth.intensity import Intensity
-from tumorsynth.placement.place import LocalMask, Skip
+from tumorsynth.placement.types import LocalMask, Skip
 
 NOTHING = "the generator leaves this tissue as it is"
 

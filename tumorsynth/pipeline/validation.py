@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tumorsynth.arguments import any_bool, is_bool
 from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
+from tumorsynth.placement.arguments import MAX_COUNT
 from tumorsynth.placement.organ import holds
-from tumorsynth.placement.place import MAX_COUNT
-from tumorsynth.placement.shape import TumorParams
+from tumorsynth.placement.types import TumorParams
 
 AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
 WHOLE_SLICE = 400  # voxels of 1 mm along two axes: rather a slice as scanned, of finer ones

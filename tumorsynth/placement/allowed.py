@@ -1,10 +1,10 @@
-"""The room for a tumour: which voxels it may take."""
+"""Allowed voxels: the organ, without forbidden voxels and without other tumours and their gap."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,195 +13,181 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tumorsynth.placement.organ import as_array, carries
-from tumorsynth.placement.organ import is_organ as is_organ
-from tumorsynth.placement.shape import Bools
-
-if TYPE_CHECKING:
-    from tumorsynth.placement.exophytic import Surroundings
-    from tumorsynth.placement.rasterize import LocalMask
-
-Indices = NDArray[np.int64]
+from tumorsynth.geometry import Box
+from tumorsynth.placement.organ import OrganRegion, as_array, carries
+from tumorsynth.placement.types import Bools, GrowthRegion, Indices, LocalMask
 
 
-class Ground(NamedTuple):
-    """What tumours are placed on: a sample's label and forbidden voxels, or the part of both that
-    has every voxel of the organ and every forbidden one.
+class PointLookup(NamedTuple):
+    """What `AllowedVoxels.lookup` knows of some voxels.
 
-    label: (X, Y, Z), of which ``labels`` are the organ. forbid: bool, the same shape. start: where
-    they lie in the sample, of ``shape`` voxels.
+    allowed: whether a tumour may take the voxel.
+    unobstructed: whether the voxel lies in the sample and is neither forbidden nor taken. A tumour
+        that is cut where this is False ends in a flat face, unlike at the organ's own surface.
     """
 
-    label: Tensor
-    labels: tuple[int, ...]
-    forbid: Tensor | None
-    start: tuple[int, int, int]
-    shape: tuple[int, int, int]
-
-    @classmethod
-    def whole(cls, label: Tensor, labels: tuple[int, ...], forbid: Tensor | None) -> Ground:
-        x, y, z = label.shape
-        return cls(label, labels, forbid, (0, 0, 0), (x, y, z))
-
-    def on_cpu(self) -> Ground:
-        """The same on the CPU: one wait for a GPU."""
-        code = is_organ(self.label, self.labels).to(torch.uint8)
-        if self.forbid is not None:
-            code += 2 * self.forbid.to(torch.uint8)
-        code = code.cpu()
-        forbid = None if self.forbid is None else code > 1
-        return Ground(code & 1, (1,), forbid, self.start, self.shape)
+    allowed: Bools
+    unobstructed: Bools
 
 
-class Field:
-    """Where a tumour may be: organ, less forbidden voxels, less other tumours and their gap.
+class AllowedVoxels:
+    """Where tumours may be placed in one sample.
 
-    Voxels are counted from the sample's first, also where the ground is a part of it. ``around``,
-    of a tumour that bulges, is where it may be beyond the organ.
+    Voxel indices and boxes are those of the whole sample, also where the region is a part of it.
+    Methods that take a ``growth`` region also allow the voxels where a tumour may grow beyond the
+    organ.
+
+    Args:
+        region: the organ, on the CPU.
+        spacing: mm per voxel.
+        gap_mm: distance between two tumours, at least one voxel.
     """
 
-    def __init__(self, ground: Ground, spacing: tuple[float, float, float], gap_mm: float) -> None:
-        self.label, self.labels = as_array(ground.label, ground.labels)
-        self._memory, self._steps = _in_memory(self.label)
-        self.forbid = None if ground.forbid is None else ground.forbid.numpy()
-        self.start, self.shape = ground.start, ground.shape
+    def __init__(
+        self, region: OrganRegion, spacing: tuple[float, float, float], gap_mm: float
+    ) -> None:
+        self.organ_box, self.part = region.organ_box, region.part
+        self.sample_box = Box.whole(region.sample_shape)
         self.spacing, self.gap_mm = spacing, gap_mm
         self.voxel_mm3 = math.prod(spacing)
-        self.others: list[tuple[list[int], Bools]] = []
-        self._taken: Bools | None = None  # of the ground's shape: by ``others``, or forbidden
-        self._known = 0  # how many of them are in it
+        self._label, self._labels = as_array(region.label, region.organ_labels)
+        self._flat_label = _FlatView(self._label)
+        self._forbidden = None if region.forbidden is None else region.forbidden.numpy()
+        self._taken: list[_Taken] = []
+        self._blocked: Bools | None = None  # shaped like the region's label
+        self._blocked_by = 0  # how many of ``_taken`` are in ``_blocked``
 
-    def take(self, other: LocalMask) -> None:
-        """From here on no tumour may lie within the gap of this one, or next to it."""
-        # A box-shaped dilation by ceil(gap / spacing): whatever is left is more than gap away;
-        # no further than the volume: a wide gap in small voxels has no end
-        gap = [max(1, math.ceil(self.gap_mm / s - 1e-6)) for s in self.spacing]
-        below = [min(g, s) for g, s in zip(gap, other.start, strict=True)]
-        above = [
-            max(0, min(g, n - s - m))
-            for g, n, s, m in zip(gap, self.shape, other.start, other.mask.shape, strict=True)
-        ]
-        (x, y, z), (x1, y1, z1) = below, above
-        padded = F.pad(other.mask.cpu(), (z, z1, y, y1, x, x1))
-        start = [s - g for s, g in zip(other.start, below, strict=True)]
-        self.others.append((start, dilate(padded, self.gap_mm, self.spacing).numpy()))
+    def keep_clear_of(self, tumor: LocalMask) -> None:
+        """Forbid a tumour's voxels, and the gap around it, to all later tumours."""
+        # no further than the sample: a wide gap in small voxels would need endless memory
+        box = tumor.box.grown(_gap_voxels(self.gap_mm, self.spacing)).within(self.sample_box)
+        (x, y, z), (x1, y1, z1) = (
+            [a - b for a, b in zip(tumor.start, box.start, strict=True)],
+            [b - a for a, b in zip(tumor.box.stop, box.stop, strict=True)],
+        )
+        padded = F.pad(tumor.mask.cpu(), (z, z1, y, y1, x, x1))
+        self._taken.append(_Taken(box, dilate(padded, self.gap_mm, self.spacing).numpy()))
 
-    def at(self, index: Indices, around: Surroundings | None = None) -> tuple[Bools, Bools]:
-        """For voxel indices (3, ...): may a tumour be there, and is only the organ in the way.
+    def lookup(self, index: Indices, growth: GrowthRegion | None = None) -> PointLookup:
+        """Look up scattered voxels (3, ...), which may lie outside the sample.
 
-        The second is False beyond the volume, and where a voxel is forbidden or taken: a tumour cut
-        there ends in a straight line, which the organ's own surface does not make.
+        Of a growth region this uses the quick estimate.
         """
-        local, known = _within(index, self.start, self.label.shape)
-        organ = self._organ(local, known)
-        if around is not None:
-            organ |= around.near(torch.from_numpy(index)).numpy()
-        open_ = known
-        if self.shape != self.label.shape:
-            _, open_ = _within(index, (0, 0, 0), self.shape)
-        taken = self._map()
-        if taken is not None:
-            memory, steps = _in_memory(taken)
-            open_ = open_ & ~(known & memory.take(_position(local, steps), mode="clip"))
-        return organ & open_, open_
+        local = _LocalIndex(index, self.part)
+        allowed = self._organ_at(local)
+        if growth is not None:
+            allowed |= growth.likely_at(torch.from_numpy(index)).numpy()
+        unobstructed = local.inside
+        if self.part != self.sample_box:
+            unobstructed = _LocalIndex(index, self.sample_box).inside
+        blocked = self._blocked_voxels()
+        if blocked is not None:
+            hits = _FlatView(blocked).take(local.index)
+            unobstructed = unobstructed & ~(local.inside & hits)
+        return PointLookup(allowed & unobstructed, unobstructed)
 
-    def organ_at(self, index: Indices) -> Bools:
-        """Which voxels (3, ...) are the organ's, of indices that may lie beyond the volume."""
-        return self._organ(*_within(index, self.start, self.label.shape))
+    def is_organ_at(self, index: Indices) -> Bools:
+        """Return which voxels (3, ...), which may lie outside the sample, are the organ."""
+        return self._organ_at(_LocalIndex(index, self.part))
 
-    def _organ(self, local: list[Indices], known: Bools) -> Bools:
-        values = self._memory.take(_position(local, self._steps), mode="clip")
-        organ = carries(values, self.labels)
-        organ &= known
+    def mask_in(self, box: Box, growth: GrowthRegion | None = None) -> Bools:
+        """Return which voxels of a box inside the sample a tumour may take."""
+        allowed = np.zeros(box.shape, dtype=bool)
+        here, there = _common_slices(box, self.part)
+        allowed[here] = carries(self._label[there], self._labels)
+        if growth is not None:
+            allowed |= growth.mask_in(box).numpy()
+        if self._forbidden is not None:
+            allowed[here] &= ~self._forbidden[there]
+        for taken in self._taken:
+            here, there = _common_slices(box, taken.box)
+            allowed[here] &= ~taken.mask[there]
+        return allowed
+
+    def organ_on_grid(self, slices: Sequence[slice]) -> Bools:
+        """Return which voxels of strided slices, from the region's start on, are the organ."""
+        starts = zip(slices, self.part.start, strict=True)
+        local = tuple(slice(s.start - a, s.stop - a, s.step) for s, a in starts)
+        return carries(self._label[local], self._labels)
+
+    def _organ_at(self, local: _LocalIndex) -> Bools:
+        organ = carries(self._flat_label.take(local.index), self._labels)
+        organ &= local.inside
         return organ
 
-    def local(
-        self, start: Sequence[int], stop: Sequence[int], around: Surroundings | None = None
-    ) -> Bools:
-        """Where in a box, which must lie in the volume, a tumour may be."""
-        here, there = _common(start, stop, self.start, self.label.shape)
-        free = np.zeros([b - a for a, b in zip(start, stop, strict=True)], dtype=bool)
-        free[here] = carries(self.label[there], self.labels)
-        if around is not None:
-            free |= around.local(start, stop).numpy()
-        if self.forbid is not None:
-            free[here] &= ~self.forbid[there]
-        for other_start, mask in self.others:
-            here, there = _common(start, stop, other_start, mask.shape)
-            free[here] &= ~mask[there]
-        return free
-
-    def organ(self, where: Sequence[slice]) -> Bools:
-        """Which voxels of a part of the sample are the organ's; the ground must reach its start."""
-        begin = zip(where, self.start, strict=True)
-        part = tuple(slice(w.start - s, w.stop - s, w.step) for w, s in begin)
-        return carries(self.label[part], self.labels)
-
-    def _map(self) -> Bools | None:
-        """Forbidden and taken voxels of the ground: to look up many points in, however many others
-        there are."""
-        if self._taken is None:
-            if not self.others:
-                return self.forbid
-            shape = self.label.shape
-            self._taken = np.zeros(shape, bool) if self.forbid is None else self.forbid.copy()
-        for start, mask in self.others[self._known :]:
-            stop = [a + n for a, n in zip(start, mask.shape, strict=True)]
-            here, there = _common(start, stop, self.start, self.label.shape)
-            self._taken[there] |= mask[here]
-        self._known = len(self.others)
-        return self._taken
+    def _blocked_voxels(self) -> Bools | None:
+        """Forbidden and taken voxels in one array, so that a lookup costs the same for many
+        tumours as for one."""
+        if self._blocked is None:
+            if not self._taken:
+                return self._forbidden
+            forbidden = self._forbidden
+            self._blocked = (
+                np.zeros(self._label.shape, bool) if forbidden is None else forbidden.copy()
+            )
+        for taken in self._taken[self._blocked_by :]:
+            here, there = _common_slices(taken.box, self.part)
+            self._blocked[there] |= taken.mask[here]
+        self._blocked_by = len(self._taken)
+        return self._blocked
 
 
-def _within(
-    index: Indices, start: Sequence[int], shape: Sequence[int]
-) -> tuple[list[Indices], Bools]:
-    """Indices (3, ...) counted from ``start``, along each axis; which of them are in the shape."""
-    local = [i - s for i, s in zip(index, start, strict=True)]
-    # seen as unsigned, what lies below 0 lies far beyond the shape: one comparison for both ends
-    x, y, z = (i.view(np.uint64) < n for i, n in zip(local, shape, strict=True))
-    x &= y
-    x &= z
-    return local, x
+class _Taken(NamedTuple):
+    """A tumour and the gap around it."""
+
+    box: Box
+    mask: Bools
 
 
-def _in_memory(values: NDArray[Any]) -> tuple[NDArray[Any], list[int]]:
-    """An array (X, Y, Z) as a line, whatever its layout, and how far apart neighbours lie in it.
+class _LocalIndex:
+    """Voxel indices (3, ...) counted from a box's start, and which of them lie inside the box."""
 
-    To look up many voxels by one index each is several times as fast as by three.
+    def __init__(self, index: Indices, box: Box) -> None:
+        self.index = [i - a for i, a in zip(index, box.start, strict=True)]
+        # as unsigned numbers, indices below 0 are huge: one comparison covers both ends
+        x, y, z = (i.view(np.uint64) < n for i, n in zip(self.index, box.shape, strict=True))
+        x &= y
+        x &= z
+        self.inside: Bools = x
+
+
+class _FlatView:
+    """A flat view of an array (X, Y, Z) in any memory layout.
+
+    Looking up many voxels by one index each is several times as fast as by three.
     """
-    steps = [stride // values.itemsize for stride in values.strides]
-    length = 1 + sum((n - 1) * step for n, step in zip(values.shape, steps, strict=True))
-    return as_strided(values, (length,), (values.itemsize,), writeable=False), steps
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._steps = [stride // values.itemsize for stride in values.strides]
+        length = 1 + sum((n - 1) * s for n, s in zip(values.shape, self._steps, strict=True))
+        self._flat = as_strided(values, (length,), (values.itemsize,), writeable=False)
+
+    def take(self, index: Sequence[Indices]) -> NDArray[Any]:
+        """Return the values at indices along X, Y, Z; of those outside, some other value."""
+        x, y, z = (i * step for i, step in zip(index, self._steps, strict=True))
+        x += y
+        x += z
+        return self._flat.take(x, mode="clip")
 
 
-def _position(local: Sequence[Indices], steps: Sequence[int]) -> Indices:
-    """Where voxels lie in the line of `_in_memory`."""
-    x, y, z = (i * step for i, step in zip(local, steps, strict=True))
-    x += y
-    x += z
-    return x
+def _common_slices(box: Box, other: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Return the voxels that two boxes share, as slices of either."""
+    common = box.within(other)
+    return common.relative_to(box).slices, common.relative_to(other).slices
 
 
-def _common(
-    start: Sequence[int], stop: Sequence[int], there: Sequence[int], shape: Sequence[int]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """What a box shares with a volume that starts ``there``: its slices in either."""
-    box, volume = [], []
-    for a, b, s, n in zip(start, stop, there, shape, strict=True):
-        first, last = max(a, s), min(b, s + n)
-        box.append(slice(first - a, max(last, first) - a))
-        volume.append(slice(first - s, max(last, first) - s))
-    return tuple(box), tuple(volume)
+def _gap_voxels(gap_mm: float, spacing: Sequence[float]) -> list[int]:
+    """Return a gap in voxels, at least one: whatever lies further apart than this keeps it."""
+    return [max(1, math.ceil(gap_mm / s - 1e-6)) for s in spacing]
 
 
 def dilate(mask: Tensor, gap_mm: float, spacing: Sequence[float]) -> Tensor:
-    """A bool mask (X, Y, Z) grown by a box of gap_mm, at least one voxel, to each side."""
+    """Return a bool mask (X, Y, Z) grown by a box of gap_mm, at least one voxel, on each side."""
     out = mask.clone()
-    for axis, s in enumerate(spacing):
+    for axis, gap in enumerate(_gap_voxels(gap_mm, spacing)):
         size = out.shape[axis]
-        wanted, reached = min(max(1, math.ceil(gap_mm / s - 1e-6)), size - 1), 0
-        while reached < wanted:  # what is grown by k to both sides grows by up to 2 k + 1 at once
+        wanted, reached = min(gap, size - 1), 0
+        while reached < wanted:  # a mask grown by k can grow by 2 k + 1 at once
             step = min(2 * reached + 1, wanted - reached, size - 1)
             before = out.clone()
             out.narrow(axis, step, size - step).logical_or_(before.narrow(axis, 0, size - step))

@@ -1,4 +1,4 @@
-"""The arguments that tell which tumours are asked for: how many, how large, where; checked."""
+"""Checks of the arguments that say which tumours are wanted: how many, how large, where."""
 
 from __future__ import annotations
 
@@ -8,36 +8,41 @@ from itertools import islice
 from numbers import Integral
 from typing import Any
 
-import torch
-
 from tumorsynth.arguments import any_bool, is_bool
 from tumorsynth.placement.size_priors import SizePrior, get_prior
 
-# What may be asked for, so that no call takes the machine's memory or does not end
+# Limits that keep every call within reasonable time and memory
 MAX_COUNT = 100
-MAX_LABELS = 1000
-SIZES_MM = (0.1, 200.0)
+MAX_ORGAN_LABELS = 1000
+SIZE_LIMITS_MM = (0.1, 200.0)
 MAX_SIGMA_MM = 20.0
 MAX_GAP_MM = 100.0
-ADVICE = {
+FIXES = {
     "size_mm": 'pass for example size_mm=(5, 20), in mm, or a named prior: size_mm="liver"',
     "sigma_mm": "pass for example sigma_mm=(0.5, 1.5), in mm, or None",
 }
 
 
 def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
-    """One whole number or several, of any number type, as a tuple; ValueError if they are not."""
+    """Return organ labels as a tuple of ints.
+
+    Args:
+        labels: one whole number or several, of any number type.
+
+    Raises:
+        ValueError: if they are not whole numbers of at most 64 bits.
+    """
     found: tuple[int, ...] = ()
     try:
         given: list[Any] = (
-            list(islice(labels, MAX_LABELS + 1)) if isinstance(labels, Iterable) else [labels]
+            list(islice(labels, MAX_ORGAN_LABELS + 1)) if isinstance(labels, Iterable) else [labels]
         )
-    except TypeError:  # a 0-d array says it can be iterated over
+    except TypeError:  # a 0-d array claims to be iterable
         given = [labels]
     try:
         if (
             not isinstance(labels, str)
-            and len(given) <= MAX_LABELS
+            and len(given) <= MAX_ORGAN_LABELS
             and all(not is_bool(v) and int(v) == v and -(2**63) <= int(v) < 2**63 for v in given)
         ):
             found = tuple(int(v) for v in given)
@@ -45,14 +50,14 @@ def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
         pass
     if not found:
         raise ValueError(
-            f"organ_labels must be a whole number or at most {MAX_LABELS}, of at most 64 bits, got "
-            f"{repr(labels)[:200]}; try organ_labels=(1,)"
+            f"organ_labels must be a whole number or at most {MAX_ORGAN_LABELS}, of at most 64 "
+            f"bits, got {repr(labels)[:200]}; try organ_labels=(1,)"
         )
     return found
 
 
 def check_spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
-    """mm per voxel along X, Y, Z; ValueError unless three positive finite numbers."""
+    """Return mm per voxel along X, Y, Z; raise ValueError unless three positive finite numbers."""
     values = tuple(float(s) for s in spacing)
     if len(values) != 3 or not all(math.isfinite(s) and s > 0 for s in values):
         raise ValueError(
@@ -65,7 +70,17 @@ def check_spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
 def check_range(
     name: str, value: float | Sequence[float], least: float, most: float
 ) -> tuple[float, float]:
-    """(lo, hi) from a number or a pair, lo >= least, hi <= most."""
+    """Return (lo, hi) of a number or a pair.
+
+    Args:
+        name: the argument's name, for the error.
+        value: a number, which stands for lo and hi, or (lo, hi).
+        least: smallest allowed lo.
+        most: largest allowed hi.
+
+    Raises:
+        ValueError: unless least <= lo <= hi <= most.
+    """
     try:
         pair = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * 2
     except (TypeError, ValueError, OverflowError):
@@ -73,26 +88,27 @@ def check_range(
     if len(pair) != 2 or any_bool(value) or not least <= pair[0] <= pair[1] <= most:  # NaN included
         raise ValueError(
             f"{name} must be a number or (lo, hi) with {least:g} <= lo <= hi <= {most:g}, "
-            f"got {value!r}; {ADVICE.get(name, f'pass {name}=1')}"
+            f"got {value!r}; {FIXES.get(name, f'pass {name}=1')}"
         )
     return pair[0], pair[1]
 
 
-def sizes(
-    size_mm: float | Sequence[float] | str | SizePrior, prior: str | SizePrior | None
-) -> tuple[float, float, SizePrior | None, SizePrior]:
-    """lo, hi, the prior that sizes come from (None: log-uniform), the prior of the shapes."""
-    if isinstance(size_mm, (str, SizePrior)):
-        sizes = get_prior(size_mm)
-        return *sizes.range_mm, sizes, get_prior(prior or sizes)
-    lo, hi = check_range("size_mm", size_mm, *SIZES_MM)
-    return lo, hi, None, get_prior(prior or "liver")
+def check_size(size_mm: float | Sequence[float] | str | SizePrior) -> None:
+    """Raise ValueError unless this is a size, a range of sizes or a known prior."""
+    if isinstance(size_mm, str | SizePrior):
+        get_prior(size_mm)
+    else:
+        check_range("size_mm", size_mm, *SIZE_LIMITS_MM)
 
 
-def draw_count(count: int | Sequence[int] | None, prior: SizePrior, rng: torch.Generator) -> int:
-    """How many tumours: the number, one of (lo, hi), or for None one of the prior's."""
+def check_count(count: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Return (lo, hi) of a number of tumours; None, for the prior's own counts, passes through.
+
+    Raises:
+        ValueError: unless whole numbers with 0 <= lo <= hi <= MAX_COUNT.
+    """
     if count is None:
-        return prior.draw_count(rng)
+        return None
     pair = tuple(count) if isinstance(count, Sequence) else (count, count)
     whole = len(pair) == 2 and all(isinstance(c, Integral) and not is_bool(c) for c in pair)
     if not whole or not 0 <= pair[0] <= pair[1] <= MAX_COUNT:
@@ -101,14 +117,4 @@ def draw_count(count: int | Sequence[int] | None, prior: SizePrior, rng: torch.G
             f"got {count!r}; pass count=1, count=(1, 3), or None for as many as the prior's cases "
             "have"
         )
-    return int(torch.randint(int(pair[0]), int(pair[1]) + 1, (), generator=rng))
-
-
-def check_size(size_mm: float | Sequence[float] | str | SizePrior) -> None:
-    """Raise ValueError where `masks.place` would."""
-    sizes(size_mm, None)
-
-
-def check_count(count: int | Sequence[int] | None) -> None:
-    """Raise ValueError where `masks.place` would."""
-    draw_count(count, get_prior("liver"), torch.Generator())
+    return int(pair[0]), int(pair[1])

@@ -1,148 +1,203 @@
-"""Where a tumour's centre may go: random voxels of the organ, judged a few at a time.
+"""Candidate centres: random voxels of the organ, ranked a few at a time.
 
-A tumour takes the first centre that suits it, so the rest are judged only where none does.
+Placement takes the first centre that fits, so most candidates are never ranked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from tumorsynth.placement.allowed import Field, Indices
-from tumorsynth.placement.exophytic import Surroundings
-from tumorsynth.placement.organ import Box
-from tumorsynth.placement.rasterize import FEW
-from tumorsynth.placement.shape import BALL_LEVEL, MAX_LEVEL, Bools, Floats, Shape
+from tumorsynth.placement.allowed import AllowedVoxels
+from tumorsynth.placement.rasterize import MIN_SHAPED_VOXELS
+from tumorsynth.placement.shape import BALL_LEVEL, MAX_LEVEL, Shape
+from tumorsynth.placement.types import Bools, Floats, GrowthRegion, Indices
 
-Single = NDArray[np.float32]
+Shares = NDArray[np.float32]
 
-CENTRE_DRAWS = 1024  # random points in the organ's box; those in the organ are candidates
-MAX_CANDIDATES = 256  # of these, how many are scored
-FIRST = 8  # of which this many at once, to begin with, and then twice as many as so far
-MARGIN_MM = 2.0  # a tumour that is not to touch the capsule stays this far from it
-OFFSETS = 2  # places tried around each voxel of the organ for a tumour that bulges
-LEAST_REACH = 0.9  # of its volume, that a tumour can have, or it is not tried
-NEAR = 0.08  # how far the share of a place beyond the organ may be from the one drawn
-BLOCKED = 0.05  # of its volume, that may lie where no tumour can be
-IN_BALL = BALL_LEVEL.numpy()
-# Levels of SPHERE's directions, uniform in volume: the bits of their numbers reversed, since the
-# golden ratio is in the directions already
-IN_SPHERE = np.array([int(f"{k:08b}"[::-1], 2) + 0.5 for k in range(256)]) / 256
-IN_SPHERE = MAX_LEVEL * IN_SPHERE ** (1 / 3)
+BOX_SAMPLES = 1024  # random points in the organ's box; those in the organ are candidates
+MAX_CANDIDATES = 256
+FIRST_BATCH = 8  # candidates ranked in the first batch; each later one is twice all before it
+# A tumour at the capsule: share of its inner sample points that are allowed
+CAPSULE_SHARE_RANGE = (0.75, 0.97)
+CAPSULE_MARGIN_MM = 2.0  # distance from the capsule of tumours that must not touch it
+MIN_REACHABLE_SHARE = 0.9  # of a tumour's volume that must be reachable, or the centre is left out
+OFFSETS_PER_VOXEL = 2  # centres tried around each candidate for an exophytic tumour
+MAX_OFFSET = 1.3  # of such a centre from its candidate, in largest half-axes
+EXOPHYTIC_TOLERANCE = 0.08  # accepted error of the share beyond the organ
+MAX_BLOCKED_SHARE = 0.05  # of an exophytic tumour's volume
+BALL_LEVELS = BALL_LEVEL.numpy()
+# Levels for SPHERE's directions, uniform in volume. Bit reversal, since the golden ratio is in the
+# directions already.
+SPHERE_LEVELS = np.array([int(f"{k:08b}"[::-1], 2) + 0.5 for k in range(256)]) / 256
+SPHERE_LEVELS = MAX_LEVEL * SPHERE_LEVELS ** (1 / 3)
 
 
-def candidates(field: Field, box: Box, rng: torch.Generator) -> Indices:
-    """Up to MAX_CANDIDATES random voxels (M, 3) where a tumour may be, uniform in the organ."""
+def sample_candidates(allowed: AllowedVoxels, rng: torch.Generator) -> Indices:
+    """Sample up to MAX_CANDIDATES allowed voxels (M, 3), uniform in the organ."""
+    box = allowed.organ_box
+    if box is None:
+        return np.zeros((0, 3), dtype=np.int64)
     start, stop = np.array([box.start, box.stop])
-    u = torch.rand(CENTRE_DRAWS, 3, generator=rng, dtype=torch.float64).T.contiguous().numpy()
+    u = torch.rand(BOX_SAMPLES, 3, generator=rng, dtype=torch.float64).T.contiguous().numpy()
     index = start[:, None] + (u * (stop - start)[:, None]).astype(np.int64)
-    hits = index[:, field.at(index)[0]].T
-    if len(hits) < MAX_CANDIDATES // 8:  # the organ is a sliver of its box: look at every voxel
-        free = np.stack(field.local(box.start, box.stop).nonzero(), 1)
+    hits = index[:, allowed.lookup(index).allowed].T
+    if len(hits) < MAX_CANDIDATES // 8:  # the organ fills little of its box: search all of it
+        free = np.stack(allowed.mask_in(box).nonzero(), 1)
         pick = (torch.rand(MAX_CANDIDATES, generator=rng) * len(free)).long().numpy()
         hits = free[pick] + start if len(free) else free
     return hits[:MAX_CANDIDATES]
 
 
-def within(
-    shape: Shape, field: Field, centres: Indices, touch: bool, keep: bool
-) -> Iterator[Indices]:
-    """Centres (M, 3) for a tumour in the organ, at its capsule or away from it, best first.
-
-    Hopeless ones are left out, unless asked to keep the best of them: it tells what would fit.
-    """
-    # uniform in the volume of level <= MAX_LEVEL; then the rim, a margin around level 1
-    rim = shape.rim * (1 + MARGIN_MM / np.linalg.norm(shape.rim, axis=1, keepdims=True))
-    offsets = _offsets(shape, field, np.concatenate([shape.ball * IN_BALL[:, None], rim]))
-    core = IN_BALL <= 1
-    n = len(core)
-    small = shape.volume_mm3 < FEW * field.voxel_mm3  # points say little about so few voxels
-
-    def judge(index: Indices) -> tuple[Bools, Single, Single]:
-        free, open_ = field.at(index)
-        reach = _share(free[:, :n]) * MAX_LEVEL**3  # volume that could be had / asked for
-        inside = _share(free[:, :n][:, core])
-        # by the volume's border or another tumour, which are no capsule
-        cut = ~open_.all(1)
-        if touch:
-            liked = (inside >= 0.75) & (inside <= 0.97) & ~cut
-        else:
-            liked = (inside == 1) & free[:, n:].all(1)
-        return liked, inside - cut, reach
-
-    return _best_first(judge, centres, offsets, -1.0 if small else LEAST_REACH, keep)
-
-
-def beyond(
+def rank_inside(
     shape: Shape,
-    field: Field,
-    organ: Indices,
+    allowed: AllowedVoxels,
+    candidates: Indices,
+    *,
+    touches_capsule: bool,
+    keep_best: bool,
+) -> Iterator[Indices]:
+    """Rank centres for a tumour inside the organ.
+
+    Args:
+        shape: the tumour's shape.
+        allowed: where it may be.
+        candidates: (M, 3), voxels of the organ.
+        touches_capsule: whether the organ's surface should cut it, or stay clear of it.
+        keep_best: whether to return the best centre even if all are hopeless; rasterising there
+            tells which size would fit.
+
+    Yields:
+        Centres (3,), best first, without those that leave too little room.
+    """
+    # a ball of points uniform in the volume up to MAX_LEVEL, and a rim just outside level 1
+    rim = shape.rim * (1 + CAPSULE_MARGIN_MM / np.linalg.norm(shape.rim, axis=1, keepdims=True))
+    offsets = _voxel_offsets(
+        shape, allowed, np.concatenate([shape.ball * BALL_LEVELS[:, None], rim])
+    )
+    core = BALL_LEVELS <= 1
+    n = len(core)
+
+    def judge(index: Indices) -> _Verdict:
+        free, unobstructed = allowed.lookup(index)
+        inside = _share(free[:, :n][:, core])
+        # the sample's border and other tumours are no capsule
+        cut = ~unobstructed.all(1)
+        if touches_capsule:
+            low, high = CAPSULE_SHARE_RANGE
+            suitable = (inside >= low) & (inside <= high) & ~cut
+        else:
+            suitable = (inside == 1) & free[:, n:].all(1)
+        return _Verdict(suitable, inside - cut, _share(free[:, :n]) * MAX_LEVEL**3)
+
+    # sample points say little about a tumour of few voxels
+    tiny = shape.volume_mm3 < MIN_SHAPED_VOXELS * allowed.voxel_mm3
+    min_reachable = -1.0 if tiny else MIN_REACHABLE_SHARE
+    return _best_first(judge, candidates, offsets, min_reachable, keep_best)
+
+
+def rank_exophytic(
+    shape: Shape,
+    allowed: AllowedVoxels,
+    candidates: Indices,
     share: float,
-    around: Surroundings,
+    growth: GrowthRegion,
     rng: torch.Generator,
 ) -> Iterator[Indices]:
-    """Centres for a tumour of which this share is to lie beyond the organ, best first.
+    """Rank centres for a tumour that lies partly beyond the organ.
 
-    organ: (M, 3), random voxels of it. Centres lie around them, also beyond the organ.
+    Args:
+        shape: the tumour's shape.
+        allowed: where it may be.
+        candidates: (M, 3), voxels of the organ. Centres lie at and around them.
+        share: of the tumour's volume that should lie beyond the organ.
+        growth: where it may grow to.
+        rng: the tumour's own generator.
+
+    Yields:
+        Centres (3,), best first.
     """
-    count = OFFSETS * len(organ)
-    direction = F.normalize(torch.randn(count, 3, generator=rng, dtype=torch.float64), dim=1)
-    radius = float(shape.half_axes.max()) * 1.3
-    away = direction * radius * torch.rand(count, 1, generator=rng, dtype=torch.float64)
-    steps = np.rint(away.numpy() / field.spacing).astype(np.int64)
-    centres = np.concatenate([organ, np.tile(organ, (OFFSETS, 1)) + steps])
-    centres = centres[((centres >= 0) & (centres < field.shape)).all(1)]
-    core = IN_SPHERE <= 1
+    centres = _around_candidates(shape, allowed, candidates, rng)
+    core = SPHERE_LEVELS <= 1
 
-    def judge(index: Indices) -> tuple[Bools, Single, Single]:
-        free, _ = field.at(index, around)
+    def judge(index: Indices) -> _Verdict:
+        free = allowed.lookup(index, growth).allowed
         blocked = 1 - _share(free[:, core])
-        inside = _share((free & field.organ_at(index))[:, core])
-        off = np.abs(1 - blocked - inside - share)
-        score = np.maximum(off, NEAR) + np.maximum(blocked, BLOCKED)
-        return (off <= NEAR) & (blocked <= BLOCKED), -score, _share(free) * MAX_LEVEL**3
+        inside = _share((free & allowed.is_organ_at(index))[:, core])
+        error = np.abs(1 - blocked - inside - share)
+        suitable = (error <= EXOPHYTIC_TOLERANCE) & (blocked <= MAX_BLOCKED_SHARE)
+        penalty = np.maximum(error, EXOPHYTIC_TOLERANCE) + np.maximum(blocked, MAX_BLOCKED_SHARE)
+        return _Verdict(suitable, -penalty, _share(free) * MAX_LEVEL**3)
 
-    offsets = _offsets(shape, field, shape.sphere * IN_SPHERE[:, None])
-    return _best_first(judge, centres, offsets, LEAST_REACH, keep=False)
-
-
-def _offsets(shape: Shape, field: Field, points: Floats) -> Indices:
-    """Voxels (3, N) from the centre's, in which points (N, 3), mm from the centre, lie."""
-    found = np.rint(points / field.spacing + shape.offset.numpy())
-    return np.ascontiguousarray(found.T, dtype=np.int64)
+    offsets = _voxel_offsets(shape, allowed, shape.sphere * SPHERE_LEVELS[:, None])
+    return _best_first(judge, centres, offsets, MIN_REACHABLE_SHARE, keep_best=False)
 
 
-def _share(found: Bools) -> Single:
-    return found.mean(1, dtype=np.float32)
+def _around_candidates(
+    shape: Shape, allowed: AllowedVoxels, candidates: Indices, rng: torch.Generator
+) -> Indices:
+    """Return the candidates and OFFSETS_PER_VOXEL random voxels around each, within the sample."""
+    count = OFFSETS_PER_VOXEL * len(candidates)
+    direction = F.normalize(torch.randn(count, 3, generator=rng, dtype=torch.float64), dim=1)
+    radius = float(shape.half_axes.max()) * MAX_OFFSET
+    away = direction * radius * torch.rand(count, 1, generator=rng, dtype=torch.float64)
+    steps = np.rint(away.numpy() / allowed.spacing).astype(np.int64)
+    centres = np.concatenate([candidates, np.tile(candidates, (OFFSETS_PER_VOXEL, 1)) + steps])
+    return centres[((centres >= 0) & (centres < allowed.sample_box.stop)).all(1)]
+
+
+def _voxel_offsets(shape: Shape, allowed: AllowedVoxels, points: Floats) -> Indices:
+    """Return the voxels (3, N) of points (N, 3), counted from the centre voxel.
+
+    points: in mm from the true centre.
+    """
+    offsets = np.rint(points / allowed.spacing + shape.offset.numpy())
+    return np.ascontiguousarray(offsets.T, dtype=np.int64)
+
+
+def _share(hits: Bools) -> Shares:
+    return hits.mean(1, dtype=np.float32)
+
+
+class _Verdict(NamedTuple):
+    """What some centres (M,) are worth."""
+
+    suitable: Bools
+    score: Shares
+    reachable: Shares  # volume within reach over the volume needed
 
 
 def _best_first(
-    judge: Callable[[Indices], tuple[Bools, Single, Single]],
+    judge: Callable[[Indices], _Verdict],
     centres: Indices,
     offsets: Indices,
-    least: float,
-    keep: bool,
+    min_reachable: float,
+    keep_best: bool,
 ) -> Iterator[Indices]:
-    """Those of centres (M, 3) that are liked, in their order, then the others by score.
+    """Yield suitable centres in their order, then the others by score.
 
-    judge: from the voxels (3, M, N) around centres, for each whether it is liked, its score and its
-    reach. Centres of less reach than ``least`` are left out; ``keep`` keeps the furthest reaching
-    if all are.
+    Args:
+        judge: rates centres by the voxels (3, M, N) around them.
+        centres: (M, 3).
+        offsets: (3, N), the voxels around a centre to look at.
+        min_reachable: centres that reach less are left out.
+        keep_best: whether to yield the farthest-reaching centre if all are left out.
     """
-    found, first, stop = [], 0, FIRST
+    verdicts, first, stop = [], 0, FIRST_BATCH
     while first < len(centres):
-        part = centres[first:stop]
-        liked, score, reach = judge(part.T[:, :, None] + offsets[:, None])
-        yield from part[liked & (reach >= least)]
-        found.append((liked, score, reach))
+        batch = centres[first:stop]
+        verdict = judge(batch.T[:, :, None] + offsets[:, None])
+        yield from batch[verdict.suitable & (verdict.reachable >= min_reachable)]
+        verdicts.append(verdict)
         first, stop = stop, 3 * stop
-    liked, score, reach = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    order = np.argsort(-np.where(liked, np.inf, score), kind="stable")
-    fits = order[reach[order] >= least]
-    yield from centres[fits[~liked[fits]]]
-    if keep and len(fits) == 0:
-        yield centres[order[reach[order].argmax()]]
+    suitable, score, reachable = (np.concatenate(parts) for parts in zip(*verdicts, strict=True))
+    order = np.argsort(-np.where(suitable, np.inf, score), kind="stable")
+    fits = order[reachable[order] >= min_reachable]
+    yield from centres[fits[~suitable[fits]]]
+    if keep_best and len(fits) == 0:
+        yield centres[order[reachable[order].argmax()]]

@@ -1,4 +1,4 @@
-"""Which voxels hang together, over faces, edges and corners."""
+"""26-connected components of small masks."""
 
 from __future__ import annotations
 
@@ -7,78 +7,87 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tumorsynth.placement.shape import Bools, Floats
+from tumorsynth.placement.types import Bools, Floats
 
-# along each axis, all but the last voxel and all but the first
-_NEXT = [
+MAX_REMOVED_COMPONENTS = 3  # components that `lowest_connected` may find too small, one by one
+MAX_COMPONENTS = 8  # of which `largest_component_voxels` takes the largest
+STEPS_PER_CHECK = 4  # dilations of a flood between two checks whether it still grows
+# along each axis: all but the last voxel, and all but the first
+_SHIFTED = [
     tuple((slice(None),) * axis + (part,) for part in (slice(None, -1), slice(1, None)))
     for axis in range(3)
 ]
 
 
 def lowest_connected(level: Floats, n: int) -> Bools | int:
-    """The n voxels of lowest level that hang together, or how many if there are fewer.
+    """Find n connected voxels of lowest level.
 
-    Every connected part of a sublevel set has a lowest voxel. So one local minimum means one
-    part, which is the rule; the flood is for shapes that the organ's surface cuts apart.
-    level: (X, Y, Z), infinite where no tumour may be.
+    Every component of a sublevel set has a local minimum, so a single minimum, the usual case,
+    proves the set connected. Only shapes that the organ's surface cuts apart need a flood.
+
+    Args:
+        level: (X, Y, Z), infinite where no tumour may be.
+        n: number of voxels.
+
+    Returns:
+        A bool mask (X, Y, Z), or, if no n voxels are connected, how many are.
     """
     found = 0
-    for _ in range(3):
+    for _ in range(MAX_REMOVED_COMPONENTS):
         finite = level[np.isfinite(level)]
         enough = len(finite) >= n
         grid = level
         if enough:
             grid = np.where(level <= np.partition(finite, n - 1)[n - 1], level, np.inf)
         mask = np.isfinite(grid)
-        parts = int(np.count_nonzero(mask & (grid <= _around(grid, np.minimum))))
-        if enough and parts == 1:
+        minima = int(np.count_nonzero(mask & (grid <= _over_neighbours(grid, np.minimum))))
+        if enough and minima == 1:
             return mask
-        if parts == 0:
+        if minima == 0:
             return 0
-        if parts == 1:  # all that there is, and too little
+        if minima == 1:
             return len(finite)
-        part = flood(mask, int(grid.argmin()))
-        found = int(part.sum())
+        component = flood(mask, int(grid.argmin()))
+        found = int(component.sum())
         if found == n:
-            return part
+            return component
         if not enough:
             break
-        level = np.where(mask & ~part, np.inf, level)
+        level = np.where(mask & ~component, np.inf, level)
     return found
 
 
 def flood(mask: Bools, seed: int) -> Bools:
-    """The connected part of a mask (X, Y, Z) that holds the voxel of flat index seed."""
-    part = np.zeros(mask.shape, dtype=bool)
-    part.flat[seed] = True
+    """Return the component of a mask (X, Y, Z) that holds the voxel of flat index ``seed``."""
+    component = np.zeros(mask.shape, dtype=bool)
+    component.flat[seed] = True
     size = 1
-    for _ in range(sum(mask.shape)):  # a path that winds more than this is not followed
-        for _ in range(4):
-            part = _around(part, np.logical_or) & mask
-        grown = int(part.sum())
+    for _ in range(sum(mask.shape)):  # bounds the time that a winding path can take
+        for _ in range(STEPS_PER_CHECK):
+            component = _over_neighbours(component, np.logical_or) & mask
+        grown = int(component.sum())
         if grown == size:
             break
         size = grown
-    return part
+    return component
 
 
-def largest_part(mask: Bools) -> int:
-    """Voxels of the largest connected part (X, Y, Z), among the first eight."""
+def largest_component_voxels(mask: Bools) -> int:
+    """Return the number of voxels of the largest of the first MAX_COMPONENTS components."""
     left, largest = mask.copy(), 0
-    for _ in range(8):  # what is smaller than so many parts is no organ
+    for _ in range(MAX_COMPONENTS):
         if not left.any():
             break
-        part = flood(left, int(left.argmax()))
-        largest = max(largest, int(part.sum()))
-        left &= ~part
+        component = flood(left, int(left.argmax()))
+        largest = max(largest, int(component.sum()))
+        left &= ~component
     return largest
 
 
-def _around(grid: NDArray[Any], combine: np.ufunc) -> NDArray[Any]:
-    """Of each voxel (X, Y, Z): its value combined with those of its 26 neighbours."""
-    for to, since in _NEXT:
+def _over_neighbours(grid: NDArray[Any], combine: np.ufunc) -> NDArray[Any]:
+    """Combine each voxel's value with those of its 26 neighbours."""
+    for before_last, after_first in _SHIFTED:
         before, grid = grid, grid.copy()
-        combine(grid[since], before[to], out=grid[since])
-        combine(grid[to], before[since], out=grid[to])
+        combine(grid[after_first], before[before_last], out=grid[after_first])
+        combine(grid[before_last], before[after_first], out=grid[before_last])
     return grid

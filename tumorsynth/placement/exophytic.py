@@ -1,8 +1,8 @@
-"""Tumours that bulge out of their organ: how far, and where they may go.
+"""Exophytic tumours: how far they grow out of their organ, and where they may go.
 
-A bulging tumour takes an uncut shape, of which a drawn share lies beyond the organ's label, in the
-fat around it. Before it is painted the organ is made to reach that far (`even_tissue`); from there
-on it is painted as one within the organ, by any generator.
+An exophytic tumour keeps its shape uncut, with a sampled share of its volume beyond the organ's
+label, in the fat around it. Before it is painted, `appearance.background` extends the organ's
+tissue that far; any generator then paints it like a tumour inside the organ.
 """
 
 from __future__ import annotations
@@ -14,26 +14,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.appearance.mass_effect import BONE_HU
-from tumorsynth.intensity import Intensity
-from tumorsynth.placement.allowed import dilate, is_organ
+from tumorsynth.geometry import Box
+from tumorsynth.intensity import BONE_HU, Intensity
+from tumorsynth.placement.allowed import dilate
+from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.size_priors import SizePrior, get_prior
+from tumorsynth.random_streams import substream
 
-MAX_BULGE = 0.9  # of a tumour's volume: the rest holds it to its organ
-LEAST = 0.02  # a smaller share than this is none
-FAT_HU = (-150.0, -20.0)  # mean of 3 mm; above is muscle, gut, an organ
-AIR_HU = -200.0  # mean of 3 mm; between the two may be the noise of fat, or not: as what is around
-MEAN_MM = 1.5  # to each side, where that mean is taken
-CLOSE_MM = 2.0  # strands in the fat and the blurred border of the organ are no obstacles
-AWAY_MM = 2.0  # from air and bone: the gut's wall and marrow can look like fat
+MAX_BULGE = 0.9  # share of a tumour's volume beyond the organ; the rest anchors it
+MIN_BULGE = 0.02  # smaller shares count as none
+FAT_HU_RANGE = (-150.0, -20.0)  # local mean; brighter is muscle, gut or another organ
+AIR_HU = -200.0  # local mean; between this and fat may be noisy fat: its surroundings decide
+MEAN_RADIUS_MM = 1.5  # the local mean reaches this far on each side
+FAT_REACH_MM = 2.0  # strands in fat and the organ's blurred border, up to this wide, are allowed
+CLEARANCE_MM = 2.0  # distance kept from air and bone: gut wall and marrow can look like fat
+HU_CLAMP = 1000.0  # HU are clamped to +- this and rounded, so that sums are exact on every device
 
 
 def check_bulge(
     bulge: bool | float | Sequence[float], size_mm: object
 ) -> SizePrior | tuple[float, float] | None:
-    """What a ``bulge=`` argument draws from: a prior, (low, high), or None for no bulging.
+    """Return the distribution that a ``bulge=`` argument asks for.
 
-    Raises ValueError for other values, and for True without a prior that knows of bulging.
+    Args:
+        bulge: False or None for no growth beyond the organ, a share of the tumour's volume,
+            (low, high), or True for the distribution of the prior in ``size_mm``.
+        size_mm: the ``size_mm=`` argument beside it.
+
+    Returns:
+        A prior, (low, high), or None for no growth beyond the organ.
+
+    Raises:
+        ValueError: for other values, and for True without a prior that has such a distribution.
     """
     if bulge is False or bulge is None:
         return None
@@ -41,9 +53,9 @@ def check_bulge(
         prior = get_prior(size_mm) if isinstance(size_mm, str | SizePrior) else None
         if prior is None or prior.bulge is None:
             raise ValueError(
-                'bulge=True needs size_mm="kidney" or "cyst", whose real masks tell how far they '
-                f"bulge, got size_mm={size_mm!r}; pass a share of the volume instead, bulge=0.3 or "
-                "bulge=(0, 0.5)"
+                'bulge=True needs size_mm="kidney" or "cyst", whose real masks show how far '
+                f"tumours bulge, got size_mm={size_mm!r}; pass a share of the volume instead, "
+                "bulge=0.3 or bulge=(0, 0.5)"
             )
         return prior
     try:
@@ -56,28 +68,43 @@ def check_bulge(
             "bulge must be the share of a tumour's volume beyond its organ, a number or (low, "
             f"high) from 0 to {MAX_BULGE}, or True for the prior's, got {bulge!r}; try (0, 0.5)"
         )
-    return None if high < LEAST else (low, high)
+    return None if high < MIN_BULGE else (low, high)
 
 
-def draw_bulge(
+def sample_bulge(
     source: SizePrior | tuple[float, float] | None, diameter_mm: float, seed: int
 ) -> float:
-    """The share beyond the organ of the tumour of this noise seed; 0 for one that stays inside."""
+    """Sample the share of a tumour's volume beyond the organ; 0 for one that stays inside.
+
+    It has a random stream of its own: no other quantity depends on it.
+
+    Args:
+        source: what `check_bulge` returned.
+        diameter_mm: the tumour's equivalent diameter.
+        seed: the tumour's noise seed.
+    """
     if source is None:
         return 0.0
-    rng = torch.Generator().manual_seed(seed ^ 0x62756C67)  # a stream apart from the noise
+    rng = substream(seed, "bulge")
     if isinstance(source, SizePrior):
         share = source.draw_bulge(diameter_mm, rng)
     else:
         low, high = source
         share = low + (high - low) * float(torch.rand((), generator=rng, dtype=torch.float64))
-    return 0.0 if share < LEAST else min(share, MAX_BULGE)
+    return 0.0 if share < MIN_BULGE else min(share, MAX_BULGE)
 
 
-class Surroundings:
-    """The fat around the organs of a sample (X, Y, Z): where its tumours may bulge to.
+class ExophyticRegion:
+    """The fat around the organs of a sample: a `GrowthRegion`.
 
-    Never air, bone, a voxel that is not finite, or one that has any label but 0.
+    Excludes air, bone, voxels that are not finite, and voxels with any label but 0.
+
+    Args:
+        image: (X, Y, Z), in the scale of ``intensity``.
+        label: (X, Y, Z).
+        organ_labels: values of the organ, which is never part of the region.
+        spacing: mm per voxel.
+        intensity: the image's scale.
     """
 
     def __init__(
@@ -90,57 +117,58 @@ class Surroundings:
     ) -> None:
         self.image, self.label, self.spacing, self.intensity = image, label, spacing, intensity
         self.organ_labels = organ_labels
-        self.bone, self.fat, self.air = BONE_HU, FAT_HU[0], AIR_HU
-        if intensity.limits is not None:  # a scale that ends shows bone and air as its ends
+        self.bone_hu, self.air_hu = BONE_HU, AIR_HU
+        self.min_fat_hu, self.max_fat_hu = FAT_HU_RANGE
+        if intensity.limits is not None:  # a clipped scale shows bone and air as its ends
             low, high = (
                 float(intensity.to_hu(torch.tensor(end, dtype=torch.float32)))
                 for end in intensity.limits
             )
-            self.bone = min(self.bone, high - 1)
-            self.fat, self.air = max(self.fat, low + 1), max(self.air, low + 1)
+            self.bone_hu = min(self.bone_hu, high - 1)
+            self.min_fat_hu, self.air_hu = max(self.min_fat_hu, low + 1), max(self.air_hu, low + 1)
 
-    def near(self, index: Tensor) -> Tensor:
-        """Which of these voxels (3, ...) are likely to do: a cheap look at their own values."""
+    def likely_at(self, index: Tensor) -> Tensor:
+        """Return which voxels (3, ...) look like fat, each by its own value alone: bool (...)."""
         x, y, z = (i.clamp(0, n - 1) for i, n in zip(index, self.label.shape, strict=True))
         hu = self.intensity.to_hu(self.image[x, y, z].float())
-        return self._unlabelled(self.label[x, y, z]) & (hu > self.fat) & (hu < FAT_HU[1])
+        fat = (hu > self.min_fat_hu) & (hu < self.max_fat_hu)
+        return self._unlabelled(self.label[x, y, z]) & fat
 
-    def local(self, start: Sequence[int], stop: Sequence[int]) -> Tensor:
-        """Which voxels of a box, which must lie in the volume, do: bool.
+    def mask_in(self, box: Box) -> Tensor:
+        """Return which voxels of a box inside the sample belong to the region: bool.
 
-        What is said of a voxel does not depend on the box: it is looked at with what is around.
+        The answer for a voxel does not depend on the box.
         """
-        by = [math.ceil((MEAN_MM + CLOSE_MM + AWAY_MM) / s) + 3 for s in self.spacing]
-        wide = tuple(
-            slice(max(0, a - n), min(m, b + n))
-            for a, b, n, m in zip(start, stop, by, self.label.shape, strict=True)
-        )
-        # whole HU: their sums are exact on every device
-        hu = self.intensity.to_hu(self.image[wide].float())
+        reach_mm = MEAN_RADIUS_MM + FAT_REACH_MM + CLEARANCE_MM
+        margin = [math.ceil(reach_mm / s) + 3 for s in self.spacing]
+        wide = box.grown(margin).within(Box.whole(self.label.shape))
+        hu = self.intensity.to_hu(self.image[wide.slices].float())
+        label = self.label[wide.slices]
         finite = hu.isfinite()
-        hu = hu.nan_to_num(nan=-1000.0, posinf=1000.0, neginf=-1000.0).clamp(-1000, 1000).round()
-        total, count = _sums(hu, self.spacing), _sums(torch.ones_like(hu), self.spacing)
-        fat = (total > self.fat * count) & (total < FAT_HU[1] * count)
-        bright = (hu >= self.bone) & ~is_organ(self.label[wide], self.organ_labels)
-        hard = (total <= self.air * count) | bright | ~finite
-        hard |= _sums((hu > self.fat).to(hu.dtype), self.spacing) == 0  # air, cut off at -150 HU
-        room = dilate(fat, CLOSE_MM, self.spacing) & ~dilate(hard, AWAY_MM, self.spacing)
-        room &= self._unlabelled(self.label[wide])
-        x, y, z = (
-            slice(a - w.start, b - w.start) for a, b, w in zip(start, stop, wide, strict=True)
-        )
-        return room[x, y, z]
+        hu = hu.nan_to_num(nan=-HU_CLAMP, posinf=HU_CLAMP, neginf=-HU_CLAMP)
+        hu = hu.clamp(-HU_CLAMP, HU_CLAMP).round()
+        total, count = _local_sums(hu, self.spacing), _local_sums(torch.ones_like(hu), self.spacing)
+        fat = (total > self.min_fat_hu * count) & (total < self.max_fat_hu * count)
+        bone = (hu >= self.bone_hu) & ~is_organ(label, self.organ_labels)
+        excluded = (total <= self.air_hu * count) | bone | ~finite
+        # a scale clipped at fat's lower limit shows air as a uniform value there
+        above_air = _local_sums((hu > self.min_fat_hu).to(hu.dtype), self.spacing)
+        excluded |= above_air == 0
+        region = dilate(fat, FAT_REACH_MM, self.spacing)
+        region &= ~dilate(excluded, CLEARANCE_MM, self.spacing)
+        region &= self._unlabelled(label)
+        return region[box.relative_to(wide).slices]
 
     def _unlabelled(self, label: Tensor) -> Tensor:
         return (label == 0) & ~is_organ(label, self.organ_labels)
 
 
-def _sums(values: Tensor, spacing: Sequence[float]) -> Tensor:
-    """Sums of (X, Y, Z) over MEAN_MM to each side, of what of it lies inside."""
+def _local_sums(values: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Sum values (X, Y, Z) over MEAN_RADIUS_MM on each side, leaving out what lies outside."""
     out = values[None, None]
     for axis, s in enumerate(spacing):
         kernel, padding = [1, 1, 1], [0, 0, 0]
-        padding[axis] = min(round(MEAN_MM / s), (values.shape[axis] - 1) // 2)
+        padding[axis] = min(round(MEAN_RADIUS_MM / s), (values.shape[axis] - 1) // 2)
         kernel[axis] = 2 * padding[axis] + 1
         if padding[axis]:
             out = F.avg_pool3d(out, kernel, 1, padding, divisor_override=1)

@@ -1,4 +1,4 @@
-"""Where the organ is in a label: which voxels carry its values, and the box around them."""
+"""The organ in a label: which voxels belong to it, the box around them, and `OrganRegion`."""
 
 from __future__ import annotations
 
@@ -14,71 +14,127 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tumorsynth.devices import on_cpu
+from tumorsynth.geometry import Box
 from tumorsynth.placement.arguments import check_organ_labels
-from tumorsynth.placement.shape import Bools
+from tumorsynth.placement.types import Bools
 
-SLAB = 2**20  # voxels of a label that are looked at together on a CPU
+SLAB_VOXELS = 2**20  # voxels of a label that are searched at a time on a CPU
 
 
 @dataclass(frozen=True)
-class Box:
-    """Voxels start <= index < stop along each axis."""
+class OrganRegion:
+    """The part of a sample that matters for placement: its organ, and what no tumour may take.
 
-    start: tuple[int, int, int]
-    stop: tuple[int, int, int]
+    Args:
+        label: (X, Y, Z), all of the sample's label or a part with every voxel of the organ.
+        organ_labels: the label's values that are the organ.
+        organ_box: tight box around the organ in the sample; None if it has no voxel.
+        forbidden: bool, shaped like ``label``: voxels no tumour may take; None for none.
+        part: where ``label`` lies in the sample.
+        sample_shape: voxels of the whole sample.
+    """
 
-    def grown(self, by_mm: float, spacing: Sequence[float]) -> tuple[slice, slice, slice]:
-        """Slices of the box and at least this much and a voxel around it."""
-        by = [math.ceil(by_mm / s) + 1 for s in spacing]
-        x, y, z = (
-            slice(max(0, a - n), b + n) for a, b, n in zip(self.start, self.stop, by, strict=True)
-        )
-        return x, y, z
+    label: Tensor
+    organ_labels: tuple[int, ...]
+    organ_box: Box | None
+    forbidden: Tensor | None
+    part: Box
+    sample_shape: tuple[int, int, int]
+
+    @classmethod
+    def of_label(
+        cls, label: Tensor, organ_labels: int | Iterable[int], forbidden: Tensor | None = None
+    ) -> OrganRegion:
+        """Return the region of a whole label.
+
+        Args:
+            label: (X, Y, Z), whole numbers of any dtype on any device.
+            organ_labels: the value or values that are the organ.
+            forbidden: bool (X, Y, Z), voxels no tumour may take.
+
+        Raises:
+            ValueError: if the shapes do not fit or ``organ_labels`` are not whole numbers.
+        """
+        labels = check_organ_labels(organ_labels)
+        box = organ_box(label, labels)
+        if forbidden is not None and (
+            forbidden.shape != label.shape or forbidden.dtype != torch.bool
+        ):
+            raise ValueError(
+                f"forbidden must be bool and shaped like label {tuple(label.shape)}, got "
+                f"{forbidden.dtype} {tuple(forbidden.shape)}; pass for example image.isnan()"
+            )
+        whole = Box.whole(label.shape)
+        return cls(label, labels, box, forbidden, whole, whole.shape)
+
+    def to_cpu(self) -> OrganRegion:
+        """Return the region on the CPU, after one host-device synchronisation."""
+        if on_cpu(self.label):
+            return self
+        code = is_organ(self.label, self.organ_labels).to(torch.uint8)
+        if self.forbidden is not None:
+            code += 2 * self.forbidden.to(torch.uint8)
+        code = code.cpu()
+        forbidden = None if self.forbidden is None else code > 1
+        return OrganRegion(code & 1, (1,), self.organ_box, forbidden, self.part, self.sample_shape)
 
 
 def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
-    """The tight box around all voxels (X, Y, Z) carrying one of the labels; None if none does."""
+    """Return the tight box around all voxels that carry one of the labels.
+
+    Args:
+        label: (X, Y, Z), any dtype and device.
+        organ_labels: one value or several.
+
+    Returns:
+        The box, or None if no voxel carries one of the labels.
+    """
     if label.ndim != 3:
-        raise ValueError(f"label must be (X, Y, Z), got shape {tuple(label.shape)}")
+        raise ValueError(
+            f"label must be (X, Y, Z), got shape {tuple(label.shape)}; pass one sample without "
+            "its channel, label[0]"
+        )
     labels = check_organ_labels(organ_labels)
-    order = sorted(range(3), key=label.stride, reverse=True)  # a NIfTI's is the reverse
+    # search along the memory's slowest axis; a NIfTI's memory has its axes in reverse
+    order = sorted(range(3), key=label.stride, reverse=True)
     label = label.permute(order)
     if on_cpu(label):
-        planes, across = _seen(*as_array(label, labels))
-        lines: list[Bools] = [planes, *(np.logical_or.reduce(across, axis) for axis in (1, 0))]
+        planes, across = _planes_and_lines_with(*as_array(label, labels))
+        hits: list[Bools] = [planes, *(np.logical_or.reduce(across, axis) for axis in (1, 0))]
     else:
         organ = is_organ(label, labels)
-        there = organ.any(0)
-        found = torch.cat([organ.any(2).any(1), there.any(1), there.any(0)]).cpu()  # one wait
-        lines = [line.numpy() for line in found.split(list(label.shape))]
+        projected = organ.any(0)
+        flags = torch.cat([organ.any(2).any(1), projected.any(1), projected.any(0)])
+        # one host-device synchronisation
+        hits = [line.numpy() for line in flags.cpu().split(list(label.shape))]
     start, stop = [0, 0, 0], [0, 0, 0]
-    for axis, line in zip(order, lines, strict=True):
-        hits = np.flatnonzero(line)
-        if len(hits) == 0:
+    for axis, line in zip(order, hits, strict=True):
+        index = np.flatnonzero(line)
+        if len(index) == 0:
             return None
-        start[axis], stop[axis] = int(hits[0]), int(hits[-1]) + 1
+        start[axis], stop[axis] = int(index[0]), int(index[-1]) + 1
     return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
 
 
-def _seen(values: NDArray[Any], labels: Sequence[int]) -> tuple[Bools, Bools]:
-    """Which planes of values (X, Y, Z) have one of the labels, and which lines along X (Y, Z).
+def _planes_and_lines_with(values: NDArray[Any], labels: Sequence[int]) -> tuple[Bools, Bools]:
+    """Find which planes (X,) and which lines along X (Y, Z) hold one of the labels.
 
-    By slabs that fit a cache: fresh memory as large as the label would cost more than the looking.
+    Searches slabs that fit a cache: an array as large as the label costs more than the search.
     """
     length, *sides = values.shape
-    slab = max(1, SLAB // max(1, math.prod(sides)))
-    line, plane = np.zeros(length, dtype=bool), np.zeros(sides, dtype=bool)
+    slab = max(1, SLAB_VOXELS // max(1, math.prod(sides)))
+    planes, lines = np.zeros(length, dtype=bool), np.zeros(sides, dtype=bool)
     for first in range(0, length, slab):
         hits = carries(values[first : first + slab], labels)
         if hits.any():
-            line[first : first + slab] = hits.any((1, 2))
-            plane |= np.logical_or.reduce(hits, 0)
-    return line, plane
+            planes[first : first + slab] = hits.any((1, 2))
+            lines |= np.logical_or.reduce(hits, 0)
+    return planes, lines
 
 
 def as_array(label: Tensor, labels: Sequence[int]) -> tuple[NDArray[Any], list[int]]:
-    """A label on the CPU in its own memory, for `carries`, and those of the labels it may have."""
-    if label.dtype is torch.bfloat16:  # which numpy does not have
+    """Return a CPU label as an array that shares its memory, and the labels its dtype can hold."""
+    if label.dtype is torch.bfloat16:  # unknown to numpy
         label, labels = is_organ(label, labels), (1,)
     values = label.numpy()
     held = [value for value in labels if holds(label.dtype, value)]
@@ -86,7 +142,7 @@ def as_array(label: Tensor, labels: Sequence[int]) -> tuple[NDArray[Any], list[i
 
 
 def carries(values: NDArray[Any], labels: Sequence[int]) -> Bools:
-    """As `is_organ`, of an array whose type has all of the labels."""
+    """Return where an array has one of the labels, all of which its dtype must hold."""
     if not labels:
         return np.zeros(values.shape, dtype=bool)
     found: Bools = values == labels[0]
@@ -96,10 +152,10 @@ def carries(values: NDArray[Any], labels: Sequence[int]) -> Bools:
 
 
 def is_organ(label: Tensor, labels: Sequence[int]) -> Tensor:
-    """Where the label (X, Y, Z) has one of the values: bool."""
+    """Return where a label has one of the values: bool, of the same shape."""
     organ = None
     for value in labels:
-        if holds(label.dtype, value):  # or torch would compare with what it wraps or rounds to
+        if holds(label.dtype, value):  # torch compares with the wrapped or rounded value otherwise
             here = label == value
             organ = here if organ is None else organ.logical_or_(here)
     return torch.zeros_like(label, dtype=torch.bool) if organ is None else organ
@@ -107,5 +163,5 @@ def is_organ(label: Tensor, labels: Sequence[int]) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def holds(dtype: torch.dtype, value: int) -> bool:
-    """Whether a dtype has this very number; 257 in uint8 would be 1."""
+    """Return whether a dtype can hold this number; 257 in uint8 would become 1."""
     return torch.tensor(value).to(dtype).item() == value

@@ -1,275 +1,244 @@
-"""Where a synthetic tumour sits and which voxels it takes, in mm, on the label's own grid.
+"""Place tumours: decide which voxels of an organ each tumour takes, on the label's own grid.
 
-A tumour is a deformed ellipsoid: the level of a point x (mm from the centre) is
-|x| / r(direction), r an ellipsoid's radius times a smooth random function of direction. Sets of
-equal level are star-shaped. The tumour is the organ's n voxels of lowest level, n from the volume
-asked for, so that its volume is right to half a voxel also where the organ's surface cuts it.
+`place` goes through these steps for every tumour:
 
-Nothing here costs more for a larger volume, except `organ_box`, which looks at every voxel once.
-It is done on the CPU, where a label on a GPU is copied to, and levels are float64: the same tumours
-everywhere. numpy works on what is small: there torch takes longer to begin than to finish.
+1. `sample` draws its size, shape and seeds.
+2. `centres` samples candidate centres in the allowed voxels and ranks them.
+3. `rasterize` turns the shape at a centre into voxels. If they do not fit, the next centre is
+   tried, then a smaller size.
+
+Only `organ_box` looks at every voxel of the volume, once; everything else costs the same in a
+larger one. Placement runs on the CPU, with numpy for small arrays (torch has more overhead per
+call) and levels in float64, so that every machine places the same tumours.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from tumorsynth.devices import on_cpu
-from tumorsynth.placement import centres as _centres
-from tumorsynth.placement.allowed import Field, Ground
-from tumorsynth.placement.allowed import dilate as dilate
-from tumorsynth.placement.arguments import MAX_COUNT as MAX_COUNT
-from tumorsynth.placement.arguments import (
-    MAX_GAP_MM,
-    MAX_SIGMA_MM,
-    check_organ_labels,
-    check_range,
-    check_spacing,
-    draw_count,
-    sizes,
+from tumorsynth.placement.allowed import AllowedVoxels
+from tumorsynth.placement.arguments import check_spacing
+from tumorsynth.placement.centres import rank_exophytic, rank_inside, sample_candidates
+from tumorsynth.placement.components import largest_component_voxels
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.rasterize import (
+    MIN_SMOOTH_VOXELS,
+    equivalent_diameter,
+    flatness,
+    rasterize,
+    snap_diameter,
 )
-from tumorsynth.placement.arguments import check_count as check_count
-from tumorsynth.placement.arguments import check_size as check_size
-from tumorsynth.placement.components import largest_part
-from tumorsynth.placement.exophytic import Surroundings, draw_bulge
-from tumorsynth.placement.organ import Box as Box
-from tumorsynth.placement.organ import is_organ as is_organ
-from tumorsynth.placement.organ import organ_box as organ_box
-from tumorsynth.placement.rasterize import FEW, equivalent_diameter, flatness, on_grid, voxels
-from tumorsynth.placement.rasterize import LocalMask as LocalMask
+from tumorsynth.placement.sample import SEED_LIMIT, SampledTumor, sample_tumor
+from tumorsynth.placement.settings import PlacementSettings, SizeRange
 from tumorsynth.placement.shape import Shape
-from tumorsynth.placement.shape import TumorParams as TumorParams
-from tumorsynth.placement.size_priors import SizePrior
-
-TRIES_PER_SIZE = 4  # candidates drawn in full before the tumour is made smaller
-HOPELESS = 8  # tumours in a row without room, after which no more are tried
-SIZE_STEPS = 5  # sizes tried, from the one drawn down to the smallest allowed
-MIN_FLATNESS = (
-    0.33  # shortest / longest axis once the organ has cut it: 95 % of real ones have more
+from tumorsynth.placement.types import (
+    GrowthRegion,
+    Indices,
+    LocalMask,
+    Skip,
+    SkipCode,
+    TumorParams,
 )
-OUTLINE_BEND = 0.06  # relative amplitude by which a real outline is bent, standard deviation
+
+CENTRES_PER_SIZE = 4  # centres rasterised before the tumour is made smaller
+SIZE_STEPS = 5  # sizes tried, from the sampled one down to the smallest allowed
+MAX_FAILED_TUMORS = 8  # tumours in a row without room, after which no more are tried
+MIN_FLATNESS = 0.33  # shortest / longest axis once the organ cuts a tumour; 95 % of real ones
+MAX_OWN_FLATNESS_LOSS = 0.7  # a shape that is flat by itself may become flatter by this factor
 MAX_ORGAN_SHARE = 0.25  # of the organ, that a tumour of a prior's size may take
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A tumour that was not made, and why."""
-
-    reason: str
-    drawn_mm: float | None = None
+COARSE_POINTS = 24  # along each axis of the grid on which the organ's volume is estimated
 
 
 @torch.no_grad()
 def place(
-    label: Tensor | Ground,
-    organ_labels: int | Iterable[int],
-    box: Box | None,
+    region: OrganRegion,
     spacing: Sequence[float],
-    *,
-    size_mm: float | Sequence[float] | str | SizePrior,
-    count: int | Sequence[int] | None = 1,
+    settings: PlacementSettings,
     rng: torch.Generator,
-    sigma_mm: float | Sequence[float] = 1.0,
-    contrast_hu: tuple[float, float] | None = None,
-    gap_mm: float = 2.0,
-    merge: bool = False,
-    prior: str | SizePrior | None = None,
-    forbid: Tensor | None = None,
-    outlines: Sequence[str] = (),
-    bulge: SizePrior | tuple[float, float] | None = None,
-    around: Surroundings | None = None,
+    growth: GrowthRegion | None = None,
 ) -> list[LocalMask | Skip]:
-    """Draw `count` tumours inside the organ, or, with `bulge`, partly beyond it.
+    """Place tumours in an organ.
 
-    label: (X, Y, Z), whole numbers of any dtype, any device; or a `Ground`, which has organ_labels
-        and forbid in it. box: from `organ_box`. spacing: mm.
-    size_mm: equivalent diameter: a number, (lo, hi) drawn log-uniformly, or a named prior, whose
-        tumours take at most a quarter of the organ's largest connected part, or are its smallest.
-    count: a number, (lo, hi) inclusive, or None for the prior's own counts per case.
-    rng: CPU generator of this sample; one seed per tumour is taken from it.
-    sigma_mm: feather, a number or (lo, hi) drawn uniformly. It is only carried in the params.
-    contrast_hu: (lo, hi) drawn uniformly; carried likewise, and no other draw depends on it.
-    gap_mm: at least this much organ between two tumours, and always a voxel; merge: they may touch.
-    prior: shapes and capsule contact; by default the one named in size_mm, else "liver".
-    forbid: bool (X, Y, Z), voxels no tumour may take.
-    outlines: of real masks (`mask_shapes`), one of which each tumour has, turned, mirrored or not,
-        slightly bent and brought to its size, instead of the prior's shapes.
-    bulge: what the share beyond the organ is drawn from (`bulge.check_bulge`); no other draw
-        depends on it. around: where that may be, needed with it.
+    A tumour that does not fit is made smaller, down to the smallest size allowed, before it is
+    skipped. The number of attempts is bounded.
 
-    Returns one LocalMask (with its params) or Skip (with a reason) per tumour asked for. A tumour
-    for which there is no room is made smaller, down to lo, before it is given up; the number of
-    attempts is bounded (TRIES_PER_SIZE x SIZE_STEPS).
+    Args:
+        region: the organ, on any device.
+        spacing: mm per voxel.
+        settings: how many tumours, how large, and what they look like.
+        rng: the sample's CPU generator. Each tumour takes one seed from it and draws everything
+            else from that seed, so that tumours do not depend on each other's draws.
+        growth: where tumours may grow beyond the organ; without it ``settings.bulge`` has no
+            effect.
+
+    Returns:
+        One `LocalMask` or `Skip` for each tumour, in order.
+
+    Example:
+        >>> region = OrganRegion.of_label(label, organ_labels=1)
+        >>> settings = PlacementSettings(size_mm=(5, 20), count=3)
+        >>> place(region, (0.8, 0.8, 2.5), settings, torch.Generator().manual_seed(0))
     """
     spacing = check_spacing(spacing)
-    ground = _ground(label, organ_labels, forbid)
-    lo, hi, size_prior, shape_prior = sizes(size_mm, prior)
-    sigma = check_range("sigma_mm", sigma_mm, 0.0, MAX_SIGMA_MM)
-    gap = check_range("gap_mm", gap_mm, 0.0, MAX_GAP_MM)[0]
-    wanted = draw_count(count, shape_prior, rng)
-    seeds = torch.randint(1 << 48, (wanted,), generator=rng).tolist()
-    if box is None:
-        return [Skip(f"no organ: the label has no voxel of {list(ground.labels)}")] * wanted
+    wanted = settings.draw_count(rng)
+    seeds = torch.randint(SEED_LIMIT, (wanted,), generator=rng).tolist()
+    if region.organ_box is None:
+        reason = f"no organ: the label has no voxel of {list(region.organ_labels)}"
+        return [Skip(SkipCode.NO_ORGAN, reason)] * wanted
 
-    field = Field(ground, spacing, gap)
-    if size_prior is not None:
-        # priors know nothing of how small an organ, or the part of it in a patch, may be
-        organ_mm3 = _largest_organ(field, box) * field.voxel_mm3
-        hi = min(hi, max(lo, equivalent_diameter(MAX_ORGAN_SHARE * organ_mm3)))
+    allowed = AllowedVoxels(region.to_cpu(), spacing, settings.gap_mm)
+    sizes = _sizes_for(settings, allowed)
     results: list[LocalMask | Skip] = []
-    in_vain = 0
+    failed_in_a_row = 0
     for seed in seeds:
-        if in_vain == HOPELESS:  # each try costs as much as the organ is large
-            reason = f"no room for a tumour of {lo:.3g} mm or more in the organ"
-            results.append(Skip(f"{reason}: none of the {HOPELESS} before it found any"))
+        if failed_in_a_row == MAX_FAILED_TUMORS:  # each attempt searches the organ
+            reason = f"{_no_room(sizes)}: none of the {MAX_FAILED_TUMORS} before it found any"
+            results.append(Skip(SkipCode.NO_ROOM, reason))
             continue
-        if results and isinstance(results[-1], LocalMask) and not merge:
-            field.take(results[-1])
-        child = torch.Generator().manual_seed(seed)
-        if size_prior is None:
-            drawn = lo * (hi / lo) ** float(torch.rand((), generator=child, dtype=torch.float64))
-        else:
-            drawn = size_prior.draw_diameter(lo, hi, child)
-        axes, roughness = shape_prior.draw_shape(drawn, child)
-        quaternion = F.normalize(torch.randn(4, generator=child, dtype=torch.float64), dim=0)
-        u_sigma, u_touch = torch.rand(2, generator=child, dtype=torch.float64).tolist()
-        shape_seed, noise_seed = torch.randint(1 << 48, (2,), generator=child).tolist()
-        w, x, y, z = quaternion.tolist()
-        params = TumorParams(
-            centre=(0, 0, 0),
-            diameter_mm=drawn,
-            axes=axes,
-            rotation=(w, x, y, z),
-            roughness=roughness,
-            shape_seed=shape_seed,
-            seed=noise_seed,
-            sigma_mm=sigma[0] + (sigma[1] - sigma[0]) * u_sigma,
-            drawn_mm=drawn,
-            contrast_hu=draw_contrast_hu(contrast_hu, noise_seed),
-            bulge=draw_bulge(bulge, drawn, noise_seed) if around is not None else 0.0,
-        )
-        if outlines:
-            chosen = int(torch.randint(len(outlines), (), generator=child))
-            params = replace(
-                params, axes=(1.0, 1.0, 1.0), roughness=OUTLINE_BEND, outline=outlines[chosen]
-            )
-        touch = u_touch < shape_prior.touch_probability(drawn)
-        beyond = around if params.bulge > 0 else None
-        result = _fit(params, field, box, lo, hi, touch, beyond, child)
-        in_vain = 0 if isinstance(result, LocalMask) else in_vain + 1
+        if results and isinstance(results[-1], LocalMask) and not settings.merge:
+            allowed.keep_clear_of(results[-1])
+        tumor_rng = torch.Generator().manual_seed(seed)
+        sampled = sample_tumor(settings, sizes, growth is not None, tumor_rng)
+        result = _fit(sampled, allowed, sizes, growth, tumor_rng)
+        failed_in_a_row = 0 if isinstance(result, LocalMask) else failed_in_a_row + 1
         results.append(result)
     return results
 
 
 @torch.no_grad()
-def draw(
+def place_from_params(
     params: TumorParams,
-    label: Tensor | Ground,
-    organ_labels: int | Iterable[int],
+    region: OrganRegion,
     spacing: Sequence[float],
     *,
-    others: Sequence[LocalMask] = (),
+    earlier: Sequence[LocalMask] = (),
     gap_mm: float = 2.0,
-    forbid: Tensor | None = None,
-    around: Surroundings | None = None,
+    growth: GrowthRegion | None = None,
 ) -> LocalMask | Skip:
-    """The voxels of one tumour, from its params alone: what `place` drew, drawn again.
+    """Place one tumour again, from its params alone.
 
-    others: the tumours placed before it, in order (none if merging was allowed); label, gap_mm,
-    forbid and around as given to `place`.
+    Args:
+        params: of a tumour that `place` returned.
+        region: the organ that it was placed in.
+        spacing: mm per voxel.
+        earlier: the tumours placed before it, in order; none if tumours may merge.
+        gap_mm: organ left between two tumours.
+        growth: where tumours may grow beyond the organ.
+
+    Raises:
+        ValueError: if the centre lies outside the sample.
     """
-    ground = _ground(label, organ_labels, forbid)
-    if not all(0 <= c < n for c, n in zip(params.centre, ground.shape, strict=True)):
+    shape = region.sample_shape
+    if not all(0 <= c < n for c, n in zip(params.centre, shape, strict=True)):
         raise ValueError(
-            f"the tumour's centre {params.centre} lies outside the label {ground.shape}; "
+            f"the tumour's centre {params.centre} lies outside the label {shape}; "
             "params replay only on a label of the shape they were drawn for"
         )
-    field = Field(ground, check_spacing(spacing), gap_mm)
-    for other in others:
-        field.take(other)
-    result = voxels(params, Shape(params), field, around if params.bulge > 0 else None)
+    allowed = AllowedVoxels(region.to_cpu(), check_spacing(spacing), gap_mm)
+    for tumor in earlier:
+        allowed.keep_clear_of(tumor)
+    result = rasterize(params, Shape(params), allowed, growth if params.bulge > 0 else None)
     if isinstance(result, LocalMask):
         return result
-    return Skip(f"the organ leaves no room for the tumour of {params.diameter_mm:.1f} mm here")
-
-
-def _ground(
-    label: Tensor | Ground, organ_labels: int | Iterable[int], forbid: Tensor | None
-) -> Ground:
-    labels = check_organ_labels(organ_labels)
-    if isinstance(label, Ground):
-        return label if on_cpu(label.label) else label.on_cpu()
-    if label.ndim != 3:
-        raise ValueError(f"label must be (X, Y, Z), got shape {tuple(label.shape)}")
-    if forbid is not None and (forbid.shape != label.shape or forbid.dtype != torch.bool):
-        raise ValueError(
-            f"forbid must be bool and shaped like label {tuple(label.shape)}, "
-            f"got {forbid.dtype} {tuple(forbid.shape)}"
-        )
-    ground = Ground.whole(label, labels, forbid)
-    return ground if on_cpu(label) else ground.on_cpu()
+    reason = f"the organ leaves no room for the tumour of {params.diameter_mm:.1f} mm here"
+    return Skip(SkipCode.NO_ROOM, reason)
 
 
 def _fit(
-    params: TumorParams,
-    field: Field,
-    box: Box,
-    lo: float,
-    hi: float,
-    touch: bool,
-    around: Surroundings | None,
+    sampled: SampledTumor,
+    allowed: AllowedVoxels,
+    sizes: SizeRange,
+    growth: GrowthRegion | None,
     rng: torch.Generator,
 ) -> LocalMask | Skip:
-    """Find a centre for the shape, making it smaller if need be."""
-    organ = _centres.candidates(field, box, rng)
-    if len(organ) == 0:
-        return Skip("no room: other tumours or forbidden voxels fill the organ", params.drawn_mm)
-    best = 0
-    drawn = params.drawn_mm
-    steps = SIZE_STEPS if drawn > lo * 1.01 else 1
-    for step in range(steps):
-        wanted = drawn * (lo / drawn) ** (step / max(steps - 1, 1))
-        params = replace(params, diameter_mm=on_grid(wanted, lo, hi, field.voxel_mm3))
-        shape = Shape(params)
-        # A shape may be flat by itself; what the organ leaves of it must not be a sliver.
-        flattest = min(MIN_FLATNESS, 0.7 * shape.flatness())
-        if around is None:
-            ranked = _centres.within(shape, field, organ, touch, keep=step == steps - 1)
-        else:
-            ranked = _centres.beyond(shape, field, organ, params.bulge, around, rng)
-        for centre in islice(ranked, TRIES_PER_SIZE):
+    """Find a centre for a tumour, making it smaller if need be."""
+    params = sampled.params
+    if params.bulge == 0:
+        growth = None
+    candidates = sample_candidates(allowed, rng)
+    if len(candidates) == 0:
+        reason = "no room: other tumours or forbidden voxels fill the organ"
+        return Skip(SkipCode.NO_ROOM, reason, params.drawn_mm)
+    most_voxels = 0
+    for step, diameter_mm in enumerate(diameters := _shrinking_diameters(params, sizes)):
+        diameter_mm = snap_diameter(diameter_mm, *sizes, allowed.voxel_mm3)
+        smaller = replace(params, diameter_mm=diameter_mm)
+        shape = Shape(smaller)
+        last = step == len(diameters) - 1
+        centres = _rank(sampled, shape, allowed, candidates, growth, rng, keep_best=last)
+        # a shape may be flat by itself, but the organ must not cut it down to a sliver
+        min_flatness = min(MIN_FLATNESS, MAX_OWN_FLATNESS_LOSS * shape.flatness())
+        for centre in islice(centres, CENTRES_PER_SIZE):
             x, y, z = centre.tolist()
-            result = voxels(replace(params, centre=(x, y, z)), shape, field, around)
+            result = rasterize(replace(smaller, centre=(x, y, z)), shape, allowed, growth)
             if isinstance(result, int):
-                best = max(best, result)
-            elif result.voxels < 4 * FEW or flatness(result.mask, field.spacing) >= flattest:
+                most_voxels = max(most_voxels, result)
+            elif (
+                result.voxels < MIN_SMOOTH_VOXELS
+                or flatness(result.mask, allowed.spacing) >= min_flatness
+            ):
                 return result
-    reason = f"no room for a tumour of {lo:.3g} mm or more in the organ"
-    largest = equivalent_diameter(best * field.voxel_mm3)
-    if 0 < largest < lo:
-        reason += f"; largest that fits: {largest:.1f} mm"
-    return Skip(reason, params.drawn_mm)
+    reason = _no_room(sizes)
+    largest_mm = equivalent_diameter(most_voxels * allowed.voxel_mm3)
+    if 0 < largest_mm < sizes.low:
+        reason += f"; largest that fits: {largest_mm:.1f} mm"
+    return Skip(SkipCode.NO_ROOM, reason, params.drawn_mm)
 
 
-def _largest_organ(field: Field, box: Box) -> int:
-    """Voxels of the organ's largest connected part (one kidney of two), to a few per cent: it is
-    looked at on a grid of at most 24 points along each axis."""
-    where = box.grown(0, field.spacing)
-    steps = [max(1, math.ceil((s.stop - s.start) / 24)) for s in where]
-    coarse = [slice(s.start + n // 2, s.stop, n) for s, n in zip(where, steps, strict=True)]
-    return largest_part(field.organ(coarse)) * math.prod(steps)
+def _rank(
+    sampled: SampledTumor,
+    shape: Shape,
+    allowed: AllowedVoxels,
+    candidates: Indices,
+    growth: GrowthRegion | None,
+    rng: torch.Generator,
+    *,
+    keep_best: bool,
+) -> Iterator[Indices]:
+    """Rank centres inside the organ, or, with a growth region, partly beyond it."""
+    if growth is not None:
+        return rank_exophytic(shape, allowed, candidates, sampled.params.bulge, growth, rng)
+    touches = sampled.touches_capsule
+    return rank_inside(shape, allowed, candidates, touches_capsule=touches, keep_best=keep_best)
 
 
-def draw_contrast_hu(range_hu: tuple[float, float] | None, seed: int) -> float | None:
-    """HU asked of the tumour of this noise seed, uniform in the range; None without one."""
-    if range_hu is None:
-        return None
-    rng = torch.Generator().manual_seed(seed ^ 0x6875)  # a stream apart from the noise
-    return range_hu[0] + (range_hu[1] - range_hu[0]) * float(torch.rand((), generator=rng))
+def _shrinking_diameters(params: TumorParams, sizes: SizeRange) -> list[float]:
+    """Return the sizes to try, from the sampled one to the smallest, in equal ratios."""
+    sampled_mm = params.drawn_mm
+    if sampled_mm <= sizes.low * 1.01:
+        return [sampled_mm]
+    ratio = sizes.low / sampled_mm
+    return [sampled_mm * ratio ** (step / (SIZE_STEPS - 1)) for step in range(SIZE_STEPS)]
+
+
+def _sizes_for(settings: PlacementSettings, allowed: AllowedVoxels) -> SizeRange:
+    """Return the range of sizes; a prior's, which knows no organ, ends at MAX_ORGAN_SHARE."""
+    sizes = settings.size_range
+    if settings.size_prior is None:
+        return sizes
+    organ_mm3 = _largest_organ_voxels(allowed) * allowed.voxel_mm3
+    cap_mm = max(sizes.low, equivalent_diameter(MAX_ORGAN_SHARE * organ_mm3))
+    return SizeRange(sizes.low, min(sizes.high, cap_mm))
+
+
+def _largest_organ_voxels(allowed: AllowedVoxels) -> int:
+    """Estimate the voxels of the organ's largest component (one kidney of two) on a coarse grid."""
+    box = allowed.organ_box
+    assert box is not None
+    slices = []
+    for a, b in zip(box.start, box.stop, strict=True):
+        start, stop = max(0, a - 1), b + 1
+        step = max(1, math.ceil((stop - start) / COARSE_POINTS))
+        slices.append(slice(start + step // 2, stop, step))
+    return largest_component_voxels(allowed.organ_on_grid(slices)) * math.prod(
+        s.step for s in slices
+    )
+
+
+def _no_room(sizes: SizeRange) -> str:
+    return f"no room for a tumour of {sizes.low:.3g} mm or more in the organ"

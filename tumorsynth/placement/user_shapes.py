@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.placement.components import flood
-from tumorsynth.placement.shape import RINGS
+from tumorsynth.placement.shape import OUTLINE_RINGS as RINGS
 
 MAX_SHAPES = 10_000
 FEWEST = 30  # voxels that an outline can be told from

@@ -1,0 +1,204 @@
+"""The data that placement takes and returns: a tumour's params, its voxels, or why it has none."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from enum import Enum
+from numbers import Real
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tumorsynth.arguments import is_bool
+from tumorsynth.geometry import Box
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TumorParams:
+    """Everything random about one tumour: with the label and the spacing it fixes every voxel.
+
+    Args:
+        centre: voxel of the sample's grid.
+        diameter_mm: equivalent diameter d; the tumour's volume is pi / 6 d^3.
+        axes: half-axes relative to d / 2, longest first, with product 1.
+        rotation: unit quaternion (w, x, y, z).
+        roughness: relative amplitude of the surface (standard deviation).
+        shape_seed: seeds the surface and the centre's place within its voxel.
+        seed: seeds the generator's noise.
+        sigma_mm: feather.
+        drawn_mm: sampled diameter, before placement made the tumour smaller to fit.
+        contrast_hu: requested contrast; None leaves it to the generator.
+        displaced: share of the volume that pushes tissue aside instead of replacing it.
+        fixed_capsule: whether the organ's surface stays in place when tissue is pushed aside.
+        outline: outline of a real mask (see `user_shapes`); "" for an ellipsoid.
+        structure_hu: contrast of the rim and of the necrotic core.
+        bulge: share of the volume that should lie beyond the organ.
+    """
+
+    centre: tuple[int, int, int]
+    diameter_mm: float
+    axes: tuple[float, float, float]
+    rotation: tuple[float, float, float, float]
+    roughness: float
+    shape_seed: int
+    seed: int
+    sigma_mm: float
+    drawn_mm: float
+    contrast_hu: float | None = None
+    displaced: float = 0.0
+    fixed_capsule: bool = False
+    outline: str = ""
+    structure_hu: tuple[float, float] = (0.0, 0.0)
+    bulge: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict of numbers, strings and tuples of numbers, ready for JSON."""
+        return {name: getattr(self, name) for name in PARAM_NAMES}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TumorParams:
+        """Return the params of a `to_dict`, also after JSON turned its tuples into lists.
+
+        Raises:
+            ValueError: for missing, unknown or out-of-range values, before a replay works on them.
+        """
+        if not isinstance(values, dict) or not (
+            set(REQUIRED_PARAMS) <= set(values) <= set(PARAM_NAMES)
+        ):
+            found = sorted(map(str, values)) if isinstance(values, dict) else repr(values)
+            raise ValueError(
+                f"a tumour's params must hold {', '.join(REQUIRED_PARAMS)}, got {found}; "
+                "pass synth.params of an earlier call of this version"
+            )
+        for name, bounds in PARAM_BOUNDS.items():
+            value = values.get(name)
+            optional = name not in REQUIRED_PARAMS
+            if not (value is None and optional) and not bounds.allow(value):
+                raise ValueError(
+                    f"a tumour's {name} must be {bounds.length} number(s) from {bounds.low:g} to "
+                    f"{bounds.high:g}, got {value!r}; pass synth.params of an earlier call"
+                )
+        for name, wanted in (("fixed_capsule", bool), ("outline", str)):
+            if not isinstance(values.get(name, wanted()), wanted):
+                raise ValueError(
+                    f"a tumour's {name} must be of type {wanted.__name__}, got {values[name]!r}; "
+                    "pass synth.params of an earlier call"
+                )
+        known: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**known)
+
+
+class ParamBounds(NamedTuple):
+    """How many numbers a param holds, and their range; whole numbers where ``low`` is an int."""
+
+    length: int
+    low: float
+    high: float
+
+    def allow(self, value: object) -> bool:
+        """Whether a value read from JSON is within these bounds."""
+        several = isinstance(value, list | tuple)
+        parts: list[Any] = [*value] if isinstance(value, list | tuple) else [value]
+        kind: Any = int if isinstance(self.low, int) else Real
+        return (
+            several == (self.length > 1)
+            and len(parts) == self.length
+            and all(isinstance(v, kind) and not is_bool(v) for v in parts)
+            and all(self.low <= v <= self.high for v in parts)
+        )
+
+
+PARAM_NAMES = tuple(f.name for f in fields(TumorParams))
+REQUIRED_PARAMS = tuple(f.name for f in fields(TumorParams) if f.default is MISSING)
+PARAM_BOUNDS: dict[str, ParamBounds] = {
+    "centre": ParamBounds(3, 0, 2**31),
+    "diameter_mm": ParamBounds(1, 0.001, 1000.0),
+    "axes": ParamBounds(3, 0.01, 100.0),
+    "rotation": ParamBounds(4, -1.001, 1.001),
+    "roughness": ParamBounds(1, 0.0, 10.0),
+    "shape_seed": ParamBounds(1, 0, 2**63 - 1),
+    "seed": ParamBounds(1, 0, 2**63 - 1),
+    "sigma_mm": ParamBounds(1, 0.0, 20.0),
+    "drawn_mm": ParamBounds(1, 0.001, 1000.0),
+    "contrast_hu": ParamBounds(1, -1500.0, 1500.0),
+    "structure_hu": ParamBounds(2, -1500.0, 1500.0),
+    "displaced": ParamBounds(1, 0.0, 0.9),
+    "bulge": ParamBounds(1, 0.0, 0.9),
+}
+
+
+@dataclass(frozen=True)
+class LocalMask:
+    """The voxels of one tumour, in the tight box around them.
+
+    Args:
+        params: what the voxels follow from.
+        start: the box's first voxel in the sample.
+        mask: bool (X, Y, Z), on the CPU; every face of the box holds a voxel of the tumour.
+        voxels: how many voxels of the mask are the tumour.
+        diameter_mm: exact equivalent diameter of these voxels.
+
+    Example:
+        >>> label[tumor.slices][tumor.mask] = tumor_label
+    """
+
+    params: TumorParams
+    start: tuple[int, int, int]
+    mask: Tensor
+    voxels: int
+    diameter_mm: float
+
+    @property
+    def box(self) -> Box:
+        """The part of the sample that ``mask`` covers."""
+        return Box.at(self.start, self.mask.shape)
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """Index of ``mask`` in the sample."""
+        return self.box.slices
+
+
+class SkipCode(str, Enum):
+    """Why a tumour, or a whole sample, was skipped."""
+
+    NOT_SELECTED = "not_selected"  # the probability p left the sample out
+    NO_ORGAN = "no_organ"  # the label has no voxel of the organ
+    NO_ROOM = "no_room"  # the tumour does not fit into the allowed voxels
+    NOT_FINITE = "not_finite"  # the image is NaN or infinite in most of the organ
+    OUTSIDE_WINDOW = "outside_window"  # the generator's HU window misses the organ
+    GATE = "gate"  # the gate rejected every attempt
+    NO_VISIBLE_CHANGE = "no_visible_change"  # the tumour would change too few of its voxels
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A tumour that was not made.
+
+    Args:
+        code: why, for programs.
+        reason: why, for people.
+        drawn_mm: sampled diameter; None if none was sampled.
+    """
+
+    code: SkipCode
+    reason: str
+    drawn_mm: float | None = None
+
+
+class GrowthRegion(Protocol):
+    """Where a tumour may grow beyond its organ."""
+
+    def likely_at(self, index: Tensor) -> Tensor:
+        """Return a quick estimate of which voxels (3, ...) a tumour may take: bool (...)."""
+
+    def mask_in(self, box: Box) -> Tensor:
+        """Return exactly which voxels of a box inside the sample a tumour may take: bool."""
