@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from tumorsynth.arguments import check_keywords
+from tumorsynth.pipeline.place import PlacedSample, skip_sample
+from tumorsynth.pipeline.requests import skip_records
 from tumorsynth.pipeline.validation import (
     check_grid,
     check_input,
@@ -22,6 +24,7 @@ from tumorsynth.pipeline.validation import (
 )
 from tumorsynth.placement.arguments import check_organ_labels
 from tumorsynth.placement.organ import is_organ
+from tumorsynth.placement.types import Skip, SkipCode
 from tumorsynth.synthesizer import SynthesizeTumor
 
 # The core's keyword arguments with their defaults, but for p: a framework has its own word for it.
@@ -116,26 +119,21 @@ class Adapter:
         if organ is not None or self.healthy_only or _is_wide(label):
             check_input(work_image, label, self.tumor_label)
         left = self._left_alone(image, label, leave)
-        if left and len(left) == _batch(image):
-            self.synth.report = [_record(sample, left[sample]) for sample in left]
-            self.synth.params = [_params(left[sample]) for sample in left]
+        if left and len(left) == _batch(image):  # nothing to check, nothing to load
+            skipped = [PlacedSample(skip_sample(left[b]), []) for b in sorted(left)]
+            self.synth.report = [record.to_dict() for record in skip_records(skipped)]
+            self.synth.params = [sample.to_params() for sample in skipped]
             return image, label
         if organ is not None:
             work_label = self._organ_and_tumor(label, organ)
         elif _is_wide(label):
             work_label = label.to(torch.int64)
         else:
-            work_label = label.clone() if left else label
-        for sample in left:  # all of it tumour, in which the core finds no organ to change
-            plain(work_label)[sample] = self.synth.tumor_label
+            work_label = label
 
-        new_image, new_label, report, params = self._run(work_image, work_label, **call)
-        for sample, reason in left.items():
-            params[sample] = _params(reason)
-        self.synth.params = params
-        self.synth.report = [
-            _record(r["sample"], left[r["sample"]]) if r["sample"] in left else r for r in report
-        ]
+        new_image, new_label, self.synth.report, self.synth.params = self._run(
+            work_image, work_label, exclude=left, **call
+        )
 
         if new_image is work_image:  # the core's way of saying that nothing was to be done
             return image, label
@@ -153,25 +151,27 @@ class Adapter:
 
     def _left_alone(
         self, image: Tensor, label: Tensor, leave: Sequence[bool] | None
-    ) -> dict[int, str]:
-        """Which samples are not to be changed, and why."""
-        left: dict[int, str] = {}
+    ) -> dict[int, Skip]:
+        """Return which samples are not to be changed, and why."""
+        left: dict[int, Skip] = {}
         if self.healthy_only:
             labels = plain(label) if label.ndim == 5 else plain(label)[None]
             ill = (labels == self.tumor_label).flatten(1).any(1).tolist()
-            left = {b: "left alone (holds a tumour already)" for b, one in enumerate(ill) if one}
+            skip = Skip(SkipCode.HAS_TUMOR, "left alone (holds a tumour already)")
+            left = {b: skip for b, has_tumor in enumerate(ill) if has_tumor}
         if leave is not None:
             if len(leave) != _batch(image):
                 raise ValueError(
                     f"there must be one answer for each of the {_batch(image)} samples, "
                     f"got {len(leave)}; give one bool per sample of the batch"
                 )
-            left |= {b: "left alone (as asked)" for b, one in enumerate(leave) if one}
+            skip = Skip(SkipCode.EXCLUDED, "left alone (as asked)")
+            left |= {b: skip for b, excluded in enumerate(leave) if excluded}
         return left
 
     def _run(self, image: Tensor, label: Tensor, **call: Any) -> tuple[Any, ...]:
         try:
-            return self.synth.made(image, label, **call)
+            return self.synth.synthesize(image, label, **call)
         except RuntimeError as error:
             if "forked subprocess" not in str(error):  # torch's own words
                 raise
@@ -206,15 +206,6 @@ class Adapter:
 
 def _batch(image: Tensor) -> int:
     return len(image) if image.ndim == 5 else 1
-
-
-def _record(sample: int, reason: str) -> dict[str, Any]:
-    return {"sample": sample, "index": 0, "applied": False, "reason": reason}
-
-
-def _params(reason: str) -> dict[str, Any]:
-    """What the core keeps of a sample that it left alone; replays as such."""
-    return {"seed": None, "applied": False, "tumors": [], "reason": reason}
 
 
 def _is_wide(x: object) -> bool:

@@ -1,105 +1,106 @@
-"""`SynthesizeTumor`: the one line. `made` reads as the way of the data, top to bottom; the stages'
-own work is in `_placing`, `_painting` and `_finishing`, what goes between them in `_jobs`."""
+"""`SynthesizeTumor`: adds tumours to a batch. `synthesize` shows the stages in order."""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterable, Sequence
-from functools import partial
-from itertools import zip_longest
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tumorsynth.appearance.blend import BLENDS
-from tumorsynth.appearance.contrast import check_contrast
-from tumorsynth.appearance.contrast_priors import ContrastPrior, get_contrast_prior
-from tumorsynth.appearance.gate import Gate, check_gate
-from tumorsynth.appearance.mass_effect import MassEffect, check_mass_effect, push_aside
+from tumorsynth.appearance.contrast_priors import ContrastPrior
+from tumorsynth.appearance.gate import Gate
+from tumorsynth.appearance.mass_effect import MassEffect
 from tumorsynth.arguments import check_probability
-from tumorsynth.devices import or_on_cpu, parse_device, plain_defaults
-from tumorsynth.generators.diffusion import Generator, per_sample_seeds
-from tumorsynth.generators.handcrafted import HandcraftedGenerator
+from tumorsynth.devices import parse_device, plain_defaults
+from tumorsynth.generators.diffusion import per_sample_seeds
+from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
-from tumorsynth.geometry import Frame
 from tumorsynth.intensity import HU, Intensity
-from tumorsynth.pipeline.finish import Finishing
-from tumorsynth.pipeline.paint import GPU_BATCH
-from tumorsynth.pipeline.place import Placing
-from tumorsynth.pipeline.records import Job, Pushing, Room, left_alone
-from tumorsynth.pipeline.validation import (
-    check_grid,
-    check_input,
-    check_params,
-    check_tumor_label,
-    check_whole,
-    frames_of,
-    plain,
-)
-from tumorsynth.placement.arguments import (
-    MAX_GAP_MM,
-    MAX_SIGMA_MM,
-    check_count,
-    check_organ_labels,
-    check_range,
-    check_size,
-)
-from tumorsynth.placement.exophytic import check_bulge
-from tumorsynth.placement.place import place_from_params
-from tumorsynth.placement.types import LocalMask, Skip
-from tumorsynth.placement.user_shapes import read_shapes
+from tumorsynth.pipeline.call import Call
+from tumorsynth.pipeline.displace import displace_and_paint
+from tumorsynth.pipeline.finish import paint_and_finish
+from tumorsynth.pipeline.paint import Painter
+from tumorsynth.pipeline.place import PlacedSample, not_selected, place_samples
+from tumorsynth.pipeline.records import Record, split_batch
+from tumorsynth.pipeline.requests import request_tumors, skip_records
+from tumorsynth.pipeline.settings import check_settings
+from tumorsynth.pipeline.validation import check_batch, check_params
+from tumorsynth.placement.types import Skip
 
 
-class SynthesizeTumor(Placing, Finishing):
+class Synthesis(NamedTuple):
+    """What one call made: image and label, and an entry of report and params as on the module."""
+
+    image: Tensor
+    label: Tensor
+    report: list[dict[str, Any]]
+    params: list[dict[str, Any]]
+
+
+class SynthesizeTumor(nn.Module):
     """Adds synthetic tumours, image and label, to a batch of CT volumes or patches.
 
-    generator: a bundled name ("liver-early", "hu2023"), a generator folder, a hub id, or a loaded
-        :class:`tumorsynth.Generator`. Loaded once per process and device, on first use.
-    organ_labels: label values in which a tumour may sit (one int or several).
-    tumor_label: the value its voxels get.
-    p: probability per sample.
-    count: tumours per sample, at most 100, a number or (lo, hi) inclusive; None: as often as the
-        prior's cases.
-    size_mm: equivalent diameter (of the sphere of the same volume), a number or (lo, hi) drawn
-        log-uniformly, or a named prior: "liver", "kidney", "pancreas", "cyst", "lung".
-    intensity: what the image's values mean: ``HU()``, ``Scaled(...)`` or ``ZScore(...)``.
-    blend: "change" adds the difference the generator makes and keeps the scan's own noise;
-        "difftumor" blends the decoded voxels as published, with the scan's noise where the
-        generator keeps it.
-    contrast_hu: HU between a tumour and the tissue around it, negative for darker, a number or
-        (lo, hi) drawn per tumour; or a prior of an organ and a phase ("liver-portal",
-        "kidney-arterial", "pancreas-unenhanced", ...) or a ContrastPrior, with rims and necrotic
-        cores; by default the generator's own, made for its organ.
-    sigma_mm: feather of the edge, a number or (lo, hi) drawn per tumour; by default (0.5, 1.5), and
-        (0, 4) with blend="difftumor", as published. With blend="change" it is never narrower than
-        the scan itself is sharp.
-    gate: True, or a :class:`tumorsynth.appearance.gate.Gate` with limits of your own: tumours are scored, made
-        again with the next seed if a score is beyond its limits, and skipped, saying why, if that
-        does not help. The scores are in the report.
-    gap_mm: organ left between two tumours; merge=True lets them touch.
-    mass_effect: share of a tumour's volume, 0 to 0.9, that makes its room by pushing the tissue
-        around it aside, in image and label; the rest takes the place of tissue. "auto": none below
-        20 mm, growing to 0.6 at 50 mm; or a :class:`tumorsynth.appearance.mass_effect.MassEffect`. Off by
-        default: then nothing but the tumours changes.
-    bulge: whether tumours stick out of the organ, into unlabelled fat around it: True as often and
-        as far as in the masks of size_mm="kidney" or "cyst", or the share of a tumour's volume
-        beyond the organ's label, 0 to 0.9, a number or (lo, hi) drawn per tumour. Off by default:
-        then labels change within the organ alone.
-    device: where the generator runs; by default the image's device. Images come back to their own.
+    After a call, ``report`` has one dict per tumour, or per reason for none, and ``params``
+    replays the call.
 
-    shapes: real tumour masks whose shapes the tumours have, turned, mirrored, slightly bent and
-        brought to size: a folder of NIfTI files, or a list of files and of (mask, spacing).
+    Args:
+        generator: a bundled name ("liver-early", "lung", "hu2023"), a generator folder, a hub id,
+            or a loaded generator: :class:`tumorsynth.Generator` or anything else that is a
+            :class:`tumorsynth.TumorGenerator`. A name loads once per process and device, on first
+            use.
+        organ_labels: label values in which a tumour may sit, one int or several.
+        tumor_label: the value that a tumour's voxels get.
+        p: probability that a sample gets tumours.
+        count: tumours per sample, at most 100: a number, (lo, hi) inclusive, or None for as many
+            as the size prior's cases have.
+        size_mm: equivalent diameter (of the sphere of the same volume): a number, (lo, hi) drawn
+            log-uniformly, or a prior: "liver", "kidney", "pancreas", "cyst", "lung".
+        intensity: what the image's values mean: ``HU()``, ``Scaled(...)`` or ``ZScore(...)``.
+        blend: "change" adds the difference that the generator makes and keeps the scan's own
+            noise; "difftumor" blends the decoded voxels, as published.
+        contrast_hu: HU between a tumour and the tissue around it, negative for darker: a number,
+            (lo, hi) drawn per tumour, or a prior of an organ and a phase ("liver-portal",
+            "kidney-arterial", "pancreas-unenhanced", ...) with rims and necrotic cores. None
+            leaves the contrast to the generator.
+        sigma_mm: feather of the edge, a number or (lo, hi) drawn per tumour. None means
+            (0.5, 1.5), and (0, 4) with blend="difftumor", as published. With blend="change" the
+            feather is never sharper than the scan.
+        gap_mm: organ left between two tumours.
+        merge: let tumours touch.
+        device: where the generator runs; None for the image's device. Results come back to the
+            image's device.
+        gate: True, or a :class:`tumorsynth.Gate` with your own limits: tumours are scored, made
+            again with the next seed if a score is out of its limits, and skipped if that does not
+            help. The report has the scores.
+        mass_effect: share of a tumour's volume, 0 to 0.9, that pushes the tissue around it aside,
+            in image and label; the rest replaces tissue. "auto" is 0 below 20 mm and grows to 0.6
+            at 50 mm; or a :class:`tumorsynth.MassEffect`. With 0 nothing but the tumours changes.
+        shapes: real tumour masks that give the tumours their shapes, turned, mirrored, slightly
+            bent and scaled: a folder of NIfTI files, or a list of files or of (mask, spacing).
+        bulge: exophytic growth, into unlabelled fat around the organ: True for as often and as far
+            as in the masks behind size_mm="kidney" or "cyst", or the share of a tumour's volume
+            beyond the organ's label, 0 to 0.9, a number or (lo, hi) drawn per tumour. With False
+            labels change inside the organ only.
 
-    Called as ``synth(image, label, spacing=..., seed=...)``; see :meth:`forward`. After a call
-    ``synth.report`` has one dict per tumour, or per reason for none, and ``synth.params`` replays
-    the call.
+    Raises:
+        ValueError: for an argument that is out of range or unknown.
+        TypeError: for an argument of the wrong type.
+        FileNotFoundError: for an unknown generator.
+
+    Example:
+        >>> synth = ts.SynthesizeTumor(organ_labels=1, tumor_label=2, count=(1, 3))
+        >>> image, label = synth(image, label, spacing=(0.8, 0.8, 2.5), seed=7)
+        >>> synth.report[0]["diameter_mm"]
     """
 
     @plain_defaults()
     def __init__(
         self,
-        generator: str | os.PathLike[str] | Generator | HandcraftedGenerator = "liver-early",
+        generator: str | os.PathLike[str] | TumorGenerator = "liver-early",
         organ_labels: int | Iterable[int] = (1,),
         tumor_label: int = 2,
         p: float = 1.0,
@@ -117,42 +118,13 @@ class SynthesizeTumor(Placing, Finishing):
         shapes: Any = None,
         bulge: bool | float | Sequence[float] = False,
     ):
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.handle = Handle(generator)
-        self.organ_labels = check_organ_labels(organ_labels)
-        self.tumor_label = check_tumor_label(tumor_label, self.organ_labels)
-        self.p = check_probability("p", p)
-        check_count(count)
-        check_size(size_mm)
-        self.count, self.size_mm = count, size_mm
-        if not isinstance(intensity, Intensity) or isinstance(intensity, type):
-            raise TypeError(
-                f"intensity must be ts.HU(), ts.Scaled(...) or ts.ZScore(...), got {intensity!r}"
-            )
-        self.intensity = intensity
-        if blend not in BLENDS:
-            raise ValueError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r}")
-        self.blend = blend
-        if sigma_mm is None:
-            sigma_mm = (0.5, 1.5) if blend == "change" else (0.0, 4.0)
-        if isinstance(contrast_hu, str):
-            self.contrast_hu = get_contrast_prior(contrast_hu)
-        elif isinstance(contrast_hu, ContrastPrior):
-            self.contrast_hu = contrast_hu
-        else:
-            self.contrast_hu = check_contrast(contrast_hu)
-        self.sigma_mm = check_range("sigma_mm", sigma_mm, 0.0, MAX_SIGMA_MM)
-        self.gap_mm = check_range("gap_mm", gap_mm, 0.0, MAX_GAP_MM)[0]
-        self.merge = bool(merge)
-        self.compute_device = None if device is None else parse_device(device)
-        self.gate = check_gate(gate)
-        self.mass_effect = check_mass_effect(mass_effect)
-        self.outlines = read_shapes(shapes)
-        check_bulge(bulge, size_mm)
-        self.bulge = bulge
+        self.handle = Handle(arguments.pop("generator"))
+        self.settings = check_settings(**arguments)
         self.report: list[dict[str, Any]] = []
         self.params: list[dict[str, Any]] = []
-        self._together = GPU_BATCH
+        self.painter = Painter(self.handle)
 
     @torch.no_grad()
     def forward(
@@ -165,30 +137,33 @@ class SynthesizeTumor(Placing, Finishing):
         seed: int | Sequence[int] | None = None,
         params: Sequence[dict[str, Any]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A new (image, label) with tumours; the inputs are left as they are, and come back
-        themselves where no sample gets a tumour.
+        """Return a new (image, label) with tumours; the inputs stay as they are.
 
-        image: (B, 1, X, Y, Z) or (1, X, Y, Z), floating point, in the scale of ``intensity``.
-        label: the same shape, whole numbers of any dtype.
-        spacing: mm per voxel along X, Y, Z: three numbers, or (B, 3). affine: 4x4 or (B, 4, 4),
-            voxel to RAS mm, instead: gives the orientation as well. Without either a MetaTensor's
-            affine is taken, else 1 mm.
-        seed: one int (sample b of a batch uses seed + b) or one per sample; by default drawn from
-            torch's global generator. It alone decides what the call does to a sample.
-        params: ``synth.params`` of an earlier call, to be repeated bit by bit.
+        Where no sample gets a tumour, the inputs themselves come back. Afterwards ``report`` and
+        ``params`` are those of this call.
 
-        Raises ValueError or TypeError for input that cannot work. Where an organ is absent or has
-        no room the sample comes back unchanged and the report says why.
+        Args:
+            image: (B, 1, X, Y, Z) or (1, X, Y, Z), floating point, in the scale of ``intensity``.
+            label: the same shape, whole numbers of any dtype.
+            spacing: mm per voxel along X, Y, Z: three numbers, or (B, 3).
+            affine: 4x4 or (B, 4, 4), voxel to RAS mm, instead; gives the orientation as well.
+                Without either, a MetaTensor's affine counts, else 1 mm.
+            seed: one int (sample b uses seed + b) or one per sample; by default drawn from torch's
+                global generator. It alone decides what the call does to a sample.
+            params: ``synth.params`` of an earlier call, to repeat bit by bit.
+
+        Raises:
+            ValueError: for input that cannot work. An organ that is absent or has no room is no
+                error: the report says why the sample is unchanged.
+            TypeError: for input of the wrong type.
         """
-        image, label, report, params = self.made(
-            image, label, spacing, affine=affine, seed=seed, params=params
-        )
-        self.report, self.params = report, params
-        return image, label
+        made = self.synthesize(image, label, spacing, affine=affine, seed=seed, params=params)
+        self.report, self.params = made.report, made.params
+        return made.image, made.label
 
     @torch.no_grad()
     @plain_defaults()
-    def made(
+    def synthesize(
         self,
         image: Tensor,
         label: Tensor,
@@ -197,165 +172,94 @@ class SynthesizeTumor(Placing, Finishing):
         affine: Any = None,
         seed: int | Sequence[int] | None = None,
         params: Sequence[dict[str, Any]] | None = None,
-    ) -> tuple[Tensor, Tensor, list[dict[str, Any]], list[dict[str, Any]]]:
-        """As :meth:`forward`, with the report and the params of this very call: for several threads
-        with one transform, whose ``report`` is of the call that ended last."""
-        check_input(image, label, self.tumor_label)
-        check_whole("label", label)
-        batched = image.ndim == 5
-        if spacing is None and affine is None:
-            check_grid(("image", "label"), [getattr(x, "affine", None) for x in (image, label)])
-        frames = frames_of(image, spacing, affine)
+        exclude: Mapping[int, Skip] | None = None,
+    ) -> Synthesis:
+        """Return what `forward` makes with its report and params, and keep neither.
+
+        For several threads with one transform, and for adapters.
+
+        Args:
+            image: as for `forward`, like the others.
+            label: the same shape.
+            spacing: mm per voxel.
+            affine: voxel to RAS mm.
+            seed: one int, or one per sample.
+            params: of an earlier call.
+            exclude: why samples of these numbers are left alone.
+        """
+        settings, exclude = self.settings, exclude or {}
+        frames = check_batch(image, label, settings.tumor_label, spacing, affine)
         if params is not None:
             check_params(params, len(frames))
-        if self.p == 0 and params is None:  # nothing to draw, nothing to load
-            reason = f"left alone (p = {self.p:g})"
-            report = [left_alone(b, 0, reason) for b in range(len(frames))]
-            left: dict[str, Any] = {
-                "seed": None,
-                "applied": False,
-                "tumors": [],
-                "reason": reason,
-            }
-            return image, label, report, [dict(left) for _ in frames]
+        elif settings.p == 0:  # nothing to draw, nothing to load
+            placed = [PlacedSample(not_selected(settings, None), []) for _ in frames]
+            return _synthesis(image, label, skip_records(placed), placed)
         seeds = [0] * len(frames) if params is not None else per_sample_seeds(seed, len(frames))
-
-        # plain views: same memory, no subclass (MetaTensor) bookkeeping per operation
-        images = plain(image) if batched else plain(image)[None]
-        labels = plain(label) if batched else plain(label)[None]
-
-        report = []
-        new_params: list[dict[str, Any]] = []
-        jobs: list[Job] = []
-        pushing: dict[int, list[Pushing]] = {}
-        generator = self._generator_for(image.device)
-        # a caller's autocast would do the resampling and the feather in half precision
+        generator = self.handle.get(settings.device or image.device)
+        call = Call(settings, generator, self.painter)
+        samples = split_batch(image, label, frames)
+        # a caller's autocast would resample and feather in half precision
         with torch.autocast(image.device.type, enabled=False):
-            for b, frame in enumerate(frames):
-                sample = images[b, 0], labels[b, 0], frame, seeds[b], params[b] if params else None
-                record, results = or_on_cpu(
-                    "placing tumours", image.device, partial(self._masks, *sample)
-                )
-                new_params.append(record)
-                if not record["applied"]:
-                    report.append(left_alone(b, 0, record.get("reason", "left alone")))
-                number = 0
-                rejected = {int(i): reason for i, reason in record.get("rejected", ())}
-                placed = [r for r in results if isinstance(r, LocalMask)]
-                makes_room = any(tumor.params.displaced > 0 for tumor in placed)
-                for i, result in enumerate(results):
-                    if isinstance(result, Skip):
-                        report.append(left_alone(b, i, result.reason))
-                        continue
-                    place = b, i, number
-                    number += 1
-                    if place[2] in rejected:  # only now: they took room from the later ones
-                        report.append(left_alone(b, i, rejected[place[2]]))
-                    elif makes_room:
-                        later = [] if self.merge else placed[number:]
-                        pushing.setdefault(b, []).append((place, result, later))
-                    else:
-                        target = images[b, 0], labels[b, 0]
-                        job = self._crop(place, *target, result, frame, generator)
-                        if isinstance(job, Skip):
-                            report.append(left_alone(b, i, job.reason))
-                            continue
-                        jobs.append(job if params else self._drawn(job, record, generator))
-            if jobs or pushing:  # what nothing is done to is not copied either
+            placed = place_samples(settings, samples, seeds, params, exclude)
+            requests = request_tumors(call, samples, placed)
+            if requests:  # otherwise the inputs come back themselves
                 image, label = image.clone(), label.clone()
-                images = plain(image) if batched else plain(image)[None]
-                labels = plain(label) if batched else plain(label)[None]
-            for job, change in self._generate(jobs, generator):
-                target = images[job.sample, 0], labels[job.sample, 0]
-                drawn = None if params is not None else new_params[job.sample]
-                report.append(self._finish(job, change, *target, generator, drawn))
-            # one tumour after the other in a sample, but those of several samples together
-            for part in zip_longest(*pushing.values()):
-                together = [one for one in part if one is not None]
-                drawn_for = None if params is not None else new_params
-                report += self._push(together, images, labels, frames, generator, drawn_for)
+                samples = split_batch(image, label, frames)
+            records = requests.records
+            records += paint_and_finish(call, requests.paint, samples, placed)
+            records += displace_and_paint(call, requests.displace, samples, placed)
+        return _synthesis(image, label, records, placed)
 
-        report.sort(key=lambda r: (r["sample"], r["index"]))
-        return image, label, report, new_params
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments by name, as checked; the generator by its name or folder."""
+        names = inspect.signature(SynthesizeTumor).parameters
+        return {
+            name: self.handle.source if name == "generator" else getattr(self.settings, name)
+            for name in names
+        }
 
-    # -- the steps ---------------------------------------------------------------------------------
+    @property
+    def organ_labels(self) -> tuple[int, ...]:
+        """Label values in which a tumour may sit."""
+        return self.settings.organ_labels
 
-    def _generator_for(self, device: torch.device) -> Generator | HandcraftedGenerator:
-        return self.handle.get(self.compute_device or device)
+    @property
+    def tumor_label(self) -> int:
+        """The value that a tumour's voxels get."""
+        return self.settings.tumor_label
 
-    def _push(
-        self,
-        pushing: Sequence[Pushing],
-        images: Tensor,
-        labels: Tensor,
-        frames: Sequence[Frame],
-        generator: Generator | HandcraftedGenerator,
-        drawn: list[dict[str, Any]] | None,
-    ) -> list[dict[str, Any]]:
-        """A tumour with mass effect in each of some samples, in place: tissue is pushed aside, the
-        tumour drawn in the room made, then all as ever. Where it comes to nothing, so does the
-        push."""
-        samples = [(b, images[b, 0], labels[b, 0], frames[b]) for (b, _, _), _, _ in pushing]
-        rooms = [
-            self._room(one, *sample[1:], generator)
-            for one, sample in zip(pushing, samples, strict=True)
-        ]
-        jobs = [room.content for room in rooms if isinstance(room.content, Job)]
-        if drawn is not None:
-            jobs = [self._drawn(job, drawn[job.sample], generator) for job in jobs]
-        records = {}
-        for job, made in self._generate(jobs, generator):
-            b, record = job.sample, None if drawn is None else drawn[job.sample]
-            target = images[b, 0], labels[b, 0]
-            records[b] = self._finish(job, made, *target, generator, record)
-        for (place, _, _), room, (b, image, label, _) in zip(pushing, rooms, samples, strict=True):
-            if isinstance(room.content, Skip):
-                records[b] = left_alone(place[0], place[1], room.content.reason)
-            if records[b]["applied"]:
-                records[b]["displaced_mm"] = room.displaced_mm
-            elif room.before is not None:
-                part, image[part], label[part] = room.before
-        return list(records.values())
+    @property
+    def intensity(self) -> Intensity:
+        """What the image's values mean."""
+        return self.settings.intensity
 
-    def _room(
-        self,
-        pushing: Pushing,
-        image: Tensor,
-        label: Tensor,
-        frame: Frame,
-        generator: Generator | HandcraftedGenerator,
-    ) -> Room:
-        """Room made for a tumour of a sample (X, Y, Z), in place, and its job there."""
-        place, tumor, later = pushing
-        before, largest = None, 0.0
-        if tumor.params.displaced > 0:
-            part, moved, moved_label, largest = push_aside(
-                image,
-                label,
-                tumor.params,
-                frame.spacing,
-                self.organ_labels,
-                self.tumor_label,
-                self.intensity,
-            )
-            before = part, image[part].clone(), label[part].clone()
-            image[part], label[part] = moved, moved_label
-        again = place_from_params(
-            tumor.params,
-            self._region(image, label, frame),
-            frame.spacing,
-            earlier=later,
-            gap_mm=self.gap_mm,
-            growth=self._growth(image, label, frame) if tumor.params.bulge > 0 else None,
-        )
-        if isinstance(again, Skip):
-            return Room(again, before, largest)
-        return Room(self._crop(place, image, label, again, frame, generator), before, largest)
+    @property
+    def p(self) -> float:
+        """Probability that a sample gets tumours; can be set."""
+        return self.settings.p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.settings = replace(self.settings, p=check_probability("p", value))
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the generator runs, None for the image's device; can be set."""
+        return self.settings.device
+
+    @device.setter
+    def device(self, value: torch.device | str | None) -> None:
+        device = None if value is None else parse_device(value)
+        self.settings = replace(self.settings, device=device)
 
     def extra_repr(self) -> str:
-        return (
-            f"generator={self.handle.source!r}, organ_labels={self.organ_labels}, "
-            f"tumor_label={self.tumor_label}, p={self.p:g}, count={self.count}, "
-            f"size_mm={self.size_mm}, intensity={self.intensity}, blend={self.blend!r}, "
-            f"contrast_hu={self.contrast_hu}, gate={self.gate}, mass_effect={self.mass_effect}"
-        )
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _synthesis(
+    image: Tensor, label: Tensor, records: list[Record], placed: Sequence[PlacedSample]
+) -> Synthesis:
+    records.sort(key=lambda record: (record.sample, record.index))
+    report = [record.to_dict() for record in records]
+    return Synthesis(image, label, report, [sample.to_params() for sample in placed])

@@ -23,6 +23,9 @@ from torch import Tensor
 
 import tumorsynth as ts
 from benchmarks.common import arguments, parse, spread, write
+from tumorsynth.geometry import frame_from_spacing
+from tumorsynth.pipeline.place import place_sample
+from tumorsynth.pipeline.records import Sample
 from tumorsynth.placement.organ import OrganRegion
 from tumorsynth.placement.place import place
 from tumorsynth.placement.settings import PlacementSettings
@@ -31,10 +34,6 @@ from tumorsynth.placement.types import LocalMask
 ISO = (1.0, 1.0, 1.0)
 PATCH, RADIUS = 96, 36.0
 WARM = 5  # calls that are not counted
-
-
-class Placed(Exception):
-    """What comes after placing is not of interest."""
 
 
 def ball() -> Tensor:
@@ -65,27 +64,19 @@ def placing(label: Tensor, spacing: Any, repeats: int, **options: Any) -> dict[s
 
 
 def stage(label: Tensor, repeats: int, **options: Any) -> dict[str, Any]:
-    """The whole of placing, of a call that is stopped there."""
+    """The whole of placing, as a call does it."""
     rng = torch.Generator().manual_seed(0)
     image = torch.where(label == 1, 110.0, -90.0) + 12 * torch.randn(label.shape, generator=rng)
-    seen: list[Any] = []
-
-    class Stopped(ts.SynthesizeTumor):
-        def _masks(self, *given: Any) -> Any:
-            start = time.process_time()
-            _, results = super()._masks(*given)
-            seen.append(((time.process_time() - start) * 1e3, results))
-            raise Placed
-
-    synth = Stopped("hu2023", tumor_label=2, count=1, **options)
+    synth = ts.SynthesizeTumor("hu2023", tumor_label=2, count=1, **options)
+    sample = Sample(0, image, label, frame_from_spacing(ISO))
+    times, placed = [], 0
     for seed in range(-WARM, repeats):
-        try:
-            synth(image[None], label[None], spacing=ISO, seed=seed % repeats)
-        except Placed:
-            pass
-    times = [ms for ms, _ in seen[WARM:]]
-    made = sum(isinstance(r, LocalMask) for _, results in seen[WARM:] for r in results)
-    return {"cpu_ms": spread(times), "placed": made, "asked": repeats}
+        start = time.process_time()
+        found = place_sample(synth.settings, sample, seed % repeats, image.device)
+        if seed >= 0:
+            times.append((time.process_time() - start) * 1e3)
+            placed += sum(isinstance(r, LocalMask) for r in found.results)
+    return {"cpu_ms": spread(times), "placed": placed, "asked": repeats}
 
 
 def main() -> None:

@@ -22,6 +22,11 @@ from torch import Tensor
 import tumorsynth as ts
 from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.phantom import LABELS
+from tumorsynth.pipeline.call import Call
+from tumorsynth.pipeline.finish import paint_and_finish
+from tumorsynth.pipeline.paint import request_painting
+from tumorsynth.pipeline.place import PlacedSample
+from tumorsynth.pipeline.records import Sample, SampleParams, TumorId
 from tumorsynth.placement.types import LocalMask, TumorParams
 
 matplotlib.use("agg")
@@ -75,10 +80,11 @@ class Case:
         tumor = LocalMask(params, tuple(low), mask[box], int(mask.sum()), size_mm)
         frame = ts.geometry.frame_from_spacing(SPACING)
         image, label = self.image[0].clone(), self.label[0].clone()
-        generator = synth._generator_for(image.device)
-        job = synth._crop((0, 0, 0), image, label, tumor, frame, generator)
-        ((job, made),) = synth._generate([job], generator)
-        synth._finish(job, made, image, label, generator, None)
+        sample = Sample(0, image, label, frame)
+        call = Call(synth.settings, synth.handle.get(image.device), synth.painter)
+        request = request_painting(call.settings, call.generator, TumorId(0, 0, 0), sample, tumor)
+        placed = PlacedSample(SampleParams(None), [], replayed={})
+        paint_and_finish(call, [request], [sample], [placed])
         return image, label == 20
 
     def now(self, centre: tuple[int, int, int], size_mm: float, **more: Any) -> Any:

@@ -15,6 +15,7 @@ import tumorsynth as ts
 from tumorsynth.adapter import Adapter
 from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.mass_effect import MAX_SHARE, REACH, MassEffect, displacement, push_aside
+from tumorsynth.pipeline.paint import Painter
 from tumorsynth.placement.shape import Shape
 from tumorsynth.placement.types import TumorParams
 
@@ -300,7 +301,7 @@ def test_tumours_of_several_samples_go_through_the_networks_together(monkeypatch
         return torch.cat([inner(c, m, seed=[s]) for c, m, s in parts])  # to the last bit
 
     monkeypatch.setattr(transform.handle.get("cpu"), "change", change)
-    monkeypatch.setattr(ts.SynthesizeTumor, "_batch", lambda self, device: self._together)
+    monkeypatch.setattr(Painter, "_batch_size", lambda self, device: self.batch_limit)
     found = transform(images, labels, spacing=ISO, seed=[3, 4, 1])
     made = [sum(r["sample"] == b and r["applied"] for r in report) for b in (0, 2)]
     assert sorted(made) == [1, 2] and passes == [2, 1]

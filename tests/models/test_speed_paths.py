@@ -20,7 +20,7 @@ from tumorsynth.models import conv, unet
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.codebook import Codebook
 from tumorsynth.models.conv import Conv3d, cpu_layout, pad_replicate
-from tumorsynth.pipeline.paint import GPU_BATCH
+from tumorsynth.pipeline.paint import GPU_BATCH, Painter
 from tumorsynth.placement.organ import organ_box
 from tumorsynth.synthesizer import SynthesizeTumor
 
@@ -354,7 +354,7 @@ def patch() -> tuple[Tensor, Tensor]:
 
 
 def test_where_a_gpus_memory_ends_fewer_crops_go_together_and_that_is_said_once(monkeypatch):
-    monkeypatch.setattr(SynthesizeTumor, "_batch", lambda self, device: self._together)
+    monkeypatch.setattr(Painter, "_batch_size", lambda self, device: self.batch_limit)
     generator, batches = tiny_generator(), []
     image, label = patch()
     make = dict(count=7, size_mm=5.0, gap_mm=1.0)
@@ -378,7 +378,7 @@ def test_where_a_gpus_memory_ends_fewer_crops_go_together_and_that_is_said_once(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         synth(image, label, spacing=1.0, seed=3)  # it remembers
-    assert set(batches) == {1} and SynthesizeTumor(generator)._together == GPU_BATCH
+    assert set(batches) == {1} and SynthesizeTumor(generator).painter.batch_limit == GPU_BATCH
 
 
 def test_a_single_crop_that_does_not_fit_is_an_error(monkeypatch):

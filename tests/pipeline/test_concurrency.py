@@ -41,7 +41,7 @@ def test_one_transform_in_several_threads(generator):
         image, label = SCANS[k % 3]
         if k % 2:
             image, label = torch.stack([image] * 2), torch.stack([label] * 2)
-        return synth.made(image, label, seed=k)
+        return synth.synthesize(image, label, seed=k)
 
     expected = [call(k) for k in range(12)]
     with ThreadPoolExecutor(6) as pool:

@@ -23,6 +23,11 @@ from tiny import tiny_generator
 import tumorsynth as ts
 from tumorsynth.appearance.blend import reach
 from tumorsynth.geometry import frame_from_affine
+from tumorsynth.pipeline.call import Call
+from tumorsynth.pipeline.finish import paint_and_finish
+from tumorsynth.pipeline.paint import request_painting
+from tumorsynth.pipeline.place import PlacedSample
+from tumorsynth.pipeline.records import Sample, SampleParams, TumorId
 from tumorsynth.placement.organ import OrganRegion
 from tumorsynth.placement.place import place
 from tumorsynth.placement.settings import PlacementSettings
@@ -30,6 +35,7 @@ from tumorsynth.placement.types import LocalMask
 
 TINY = tiny_generator()
 ISO = (1.0, 1.0, 1.0)
+REPLAYED = PlacedSample(SampleParams(None), [], replayed={})
 
 
 def scan(shape=(56, 52, 48), spacing=ISO, seed=0):
@@ -85,7 +91,7 @@ def check(transform, image, label, new_image, new_label, spacing=ISO):
         assert int(relabelled.sum()) == made_voxels or (
             transform.merge and 0 < int(relabelled.sum()) < made_voxels  # one over the other
         )
-        m = reach(max(r["sigma_mm"] for r in records), spacing, transform.blend)
+        m = reach(max(r["sigma_mm"] for r in records), spacing, transform.settings.blend)
         grown = ndimage.maximum_filter(relabelled.numpy(), [2 * r + 1 for r in m])
         allowed = torch.from_numpy(grown)
         assert same(before[~allowed], after[~allowed])
@@ -104,7 +110,7 @@ def check(transform, image, label, new_image, new_label, spacing=ISO):
             assert r["volume_mm3"] == pytest.approx(volume)
             assert r["diameter_mm"] == pytest.approx((6 * volume / np.pi) ** (1 / 3))
             assert r["peak_weight"] <= 1 + 1e-6
-            if transform.blend == "change":
+            if transform.settings.blend == "change":
                 assert r["peak_weight"] == 1
     return made
 
@@ -535,9 +541,10 @@ def test_the_generator_sees_the_patient_whichever_way_the_array_lies(generator):
         local = LocalMask(tumor.params, tuple(start), whole[part], tumor.voxels, tumor.diameter_mm)
         new_image = reoriented(image[0], axes, flips).clone()
         new_label = reoriented(label[0], axes, flips).clone()
-        job = transform._crop((0, 0, 0), new_image, new_label, local, frame, generator)
-        ((job, made),) = transform._generate([job], generator)
-        transform._finish(job, made, new_image, new_label, generator, None)
+        sample = Sample(0, new_image, new_label, frame)
+        request = request_painting(transform.settings, generator, TumorId(0, 0, 0), sample, local)
+        call = Call(transform.settings, generator, transform.painter)
+        paint_and_finish(call, [request], [sample], [REPLAYED])
         back = [axes.index(a) for a in range(3)]
         flip = [i for i in range(3) if flips[i]]
         assert new_image.shape == torch.Size(shape)

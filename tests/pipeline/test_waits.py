@@ -11,6 +11,7 @@ from tiny import tiny_generator
 from torch import Tensor
 
 from tumorsynth.appearance.contrast import ContrastConfig
+from tumorsynth.pipeline import finish
 from tumorsynth.placement.organ import organ_box
 from tumorsynth.synthesizer import SynthesizeTumor
 
@@ -65,17 +66,17 @@ def test_what_stays_as_it_is_waits_least(monkeypatch):
 
 
 def test_blending_a_tumour_waits_once(monkeypatch):
-    inner, counts = SynthesizeTumor._draft, []
+    inner, counts = finish.blend_candidate, []
     image, label = scan()
     with pretended(monkeypatch, image, label) as gpu:
 
         def watched(*args):
             before = gpu.count()
-            draft = inner(*args)
+            candidate = inner(*args)
             counts.append(gpu.count() - before)
-            return draft
+            return candidate
 
-        monkeypatch.setattr(SynthesizeTumor, "_draft", watched)
+        monkeypatch.setattr(finish, "blend_candidate", watched)
         SynthesizeTumor(tiny_generator(), count=2, size_mm=9.0)(image, label, spacing=1.0, seed=0)
     assert counts == [1, 1]
 

@@ -117,7 +117,7 @@ def test_pickled_cheap_and_replayed_without_the_masks():
     synth = ts.SynthesizeTumor(
         "hu2023", organ_labels=1, tumor_label=20, size_mm=(12, 20), shapes=shapes
     )
-    assert len(pickle.dumps(synth.outlines)) < 2000
+    assert len(pickle.dumps(synth.settings.shapes)) < 2000
     image, label = synth(ct.image, ct.label, spacing=ct.spacing, seed=4)
     assert any(r["applied"] for r in synth.report)
     params = json.loads(json.dumps(synth.params))

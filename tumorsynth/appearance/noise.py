@@ -86,6 +86,20 @@ def softening(grain_mm: Sequence[float]) -> tuple[float, float, float]:
     return a, b, c
 
 
+def feather_mm(sigma_mm: float, grain_mm: Sequence[float]) -> tuple[float, float, float]:
+    """Return the feather along each axis: as drawn, and never sharper than the scan.
+
+    Args:
+        sigma_mm: standard deviation drawn for the tumour.
+        grain_mm: :func:`grain` of the scan.
+    """
+    a, b, c = (
+        max(math.hypot(sigma_mm, softer), g)
+        for softer, g in zip(softening(grain_mm), grain_mm, strict=True)
+    )
+    return a, b, c
+
+
 def match(
     crop: Tensor, change: Tensor, tumor_mask: Tensor, grain_mm: Sequence[float], even: bool
 ) -> Tensor:

@@ -57,7 +57,7 @@ def replay(
         threads=told.get("threads", 1),
         **synthesizer_options(told),
     )
-    same_generator(told, synth.handle.get(synth.compute_device or "cpu").card)
+    same_generator(told, synth.handle.get(synth.device or "cpu").card)
     mask.check_label_fits(synth.tumor_label)
     out.mkdir(parents=True, exist_ok=True)
     sweep([pair], out)

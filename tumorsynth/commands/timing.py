@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth.generators.diffusion import Generator
+from tumorsynth.pipeline import finish, place, requests
 from tumorsynth.synthesizer import SynthesizeTumor
 
 # steps of a call, in the order of the data
@@ -155,15 +156,15 @@ def call_times(
     the calls with steps wait for it at every step, the whole calls do not.
     where: ``spacing`` or ``affine``.
     """
-    device = synth.compute_device or image.device
+    device = synth.device or image.device
     generator: Any = synth.handle.get(device)
     run = partial(synth, image, label, seed=0, **where)
     whole = times(run, device, repeats)
     steps: list[tuple[Any, str, str]] = [
-        (synth, "_masks", "place"),
-        (synth, "_crop", "crop"),
-        (synth, "_draft", "blend"),
-        (synth, "_write", "blend"),
+        (place, "place_sample", "place"),
+        (requests, "request_painting", "crop"),
+        (finish, "blend_candidate", "blend"),
+        (finish, "write", "blend"),
     ]
     if isinstance(generator, Generator):
         steps += [
@@ -186,8 +187,7 @@ def call_times(
             run()
             laps.append(watch.spent)
     finally:
-        for owner, name, _ in [*steps, (synth, "forward", "")]:
-            owner.__dict__.pop(name, None)
+        watch.unwrap()
     found = {"call": whole}
     for key in sorted({key for lap in laps for key in lap}, key=ORDER.index):
         both = [lap.get(key, (0.0, 0.0)) for lap in laps]
@@ -196,11 +196,12 @@ def call_times(
 
 
 class Watch:
-    """Times methods of objects, each without the watched ones it calls."""
+    """Times methods of objects and functions of modules, each without the watched ones inside."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.spent: dict[str, tuple[float, float]] = {}
+        self._wrapped: list[tuple[Any, str, Any]] = []
 
     def _now(self) -> tuple[float, float]:
         synchronise(self.device)
@@ -224,4 +225,13 @@ class Watch:
                 old = self.spent.get(key, (0.0, 0.0))
                 self.spent[key] = old[0] + own[0], old[1] + own[1]
 
+        self._wrapped.append((owner, name, owner.__dict__.get(name)))
         owner.__dict__[name] = run
+
+    def unwrap(self) -> None:
+        """Put back everything that was wrapped."""
+        for owner, name, own in reversed(self._wrapped):
+            owner.__dict__.pop(name)
+            if own is not None:
+                owner.__dict__[name] = own
+        self._wrapped.clear()

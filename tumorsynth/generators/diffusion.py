@@ -95,6 +95,11 @@ class Generator:
         return self.sampler.contrast is not None and self.sampler.contrast.even
 
     @property
+    def keeps_detail(self) -> bool:
+        """Whether `inpaint` keeps the scan's own noise; published autoencoders blur it."""
+        return self.autoencoder.config.detail_channels > 0
+
+    @property
     def crop_size(self) -> int:
         return self.sampler.crop_size
 

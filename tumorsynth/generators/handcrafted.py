@@ -27,6 +27,7 @@ from tumorsynth.arguments import any_bool
 from tumorsynth.devices import onto
 from tumorsynth.geometry import box_around
 from tumorsynth.intensity import HU_HIGH, HU_LOW
+from tumorsynth.models.slabs import Near
 
 HU_SPAN = HU_HIGH - HU_LOW  # of a crop's values, 0 to 1
 _MARGIN = 12  # mm around the tumour where the change is computed; it fades out over the last 4
@@ -100,6 +101,7 @@ class HandcraftedGenerator:
     crop_multiple = 1
     own_edge = False  # of a change: it carries on beyond the mask
     even = False  # its texture is meant
+    keeps_detail = True  # of the scan: it adds to the crop
     window = (HU_LOW, HU_HIGH)
 
     def __init__(self, config: HandcraftedConfig | None = None) -> None:
@@ -125,13 +127,14 @@ class HandcraftedGenerator:
         tumor_mask: Tensor,
         seed: int | Sequence[int],
         contrast_hu: float | Sequence[float] | None = None,
+        near: Near | None = None,
     ) -> Tensor:
         """The crop with a tumour, blended by the method's own soft edge.
 
         crop: (B, 1, X, Y, Z) floating, 0 = -175 HU, 1 = 250 HU, 1 mm voxels. tumor_mask: bool, same
         shape. seed: one int (sample b uses seed + b), or one per sample. contrast_hu: HU above the
-        organ (or, negative, below), one number or one per sample, instead of the config's. NaN and
-        inf in the crop stay where they are.
+        organ (or, negative, below), one number or one per sample, instead of the config's. near: not
+        needed, all is computed. NaN and inf in the crop stay where they are.
         Raises ValueError or TypeError for input of another kind.
         """
         return crop + self._run(crop, tumor_mask, seed, contrast_hu, with_edge=True)
@@ -142,6 +145,7 @@ class HandcraftedGenerator:
         tumor_mask: Tensor,
         seed: int | Sequence[int],
         contrast_hu: float | Sequence[float] | None = None,
+        near: Near | None = None,
     ) -> Tensor:
         """Tumour minus healthy, (B, 1, X, Y, Z) in the crop's scale, always finite.
 

@@ -27,14 +27,13 @@ from tumorsynth.devices import check_device, plain_defaults
 from tumorsynth.generators.card import readable_card
 from tumorsynth.generators.diffusion import Generator, build, config_of
 from tumorsynth.generators.handcrafted import HandcraftedGenerator
+from tumorsynth.generators.protocol import TumorGenerator
 
 MODEL, CARD, READABLE = "model.safetensors", "card.json", "CARD.md"
 HANDCRAFTED = "hu2023"
 FORMAT = 1  # of the folder; raised when an older reader could not read it rightly
 
-AnyGenerator = Generator | HandcraftedGenerator
-
-_loaded: dict[tuple[str, str], AnyGenerator] = {}
+_loaded: dict[tuple[str, str], TumorGenerator] = {}
 _usable: set[torch.device] = set()
 _lock = threading.Lock()
 
@@ -67,7 +66,7 @@ def default_generator() -> str:
 
 def load_generator(
     name_or_path: str | os.PathLike[str], device: torch.device | str | None = None
-) -> AnyGenerator:
+) -> TumorGenerator:
     """A bundled generator by name, a folder, or a hub id (``owner/name``, needs huggingface_hub).
 
     The same generator on the same device is loaded once per process and shared. ``device`` None
@@ -104,15 +103,15 @@ class Handle:
     unless the generator exists in memory alone.
     """
 
-    def __init__(self, generator: str | os.PathLike[str] | AnyGenerator):
+    def __init__(self, generator: str | os.PathLike[str] | TumorGenerator):
         if isinstance(generator, str | os.PathLike):
             self.source: str | None = os.fspath(generator)
-            self._held: AnyGenerator | None = None
+            self._held: TumorGenerator | None = None
             if self.source != HANDCRAFTED:
                 read_card(find_folder(self.source))  # a wrong name is said now, not in a worker
-        elif isinstance(generator, Generator | HandcraftedGenerator):
-            # the hand-crafted one is all settings and no weights: it travels as it is
-            self.source = generator.source if isinstance(generator, Generator) else None
+        elif isinstance(generator, TumorGenerator) and not isinstance(generator, type):
+            # one without a source, such as the hand-crafted one, travels as it is
+            self.source = getattr(generator, "source", None)
             self._held = generator
         else:
             raise TypeError(
@@ -120,7 +119,7 @@ class Handle:
                 f"{type(generator).__name__}; bundled are {', '.join(bundled_names())}"
             )
 
-    def get(self, device: torch.device | str) -> AnyGenerator:
+    def get(self, device: torch.device | str) -> TumorGenerator:
         """The generator on a device."""
         device = torch.device(device)
         if device.type != "cpu" and device not in _usable:

@@ -1,13 +1,12 @@
-"""Painting, the second stage of `SynthesizeTumor`: a tumour's crop through a generator."""
+"""Paint: cut the crop around a tumour, run a generator on it, match the result to the scan."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,211 +15,218 @@ from tumorsynth.appearance.background import SPARE_MM, fill, tissue
 from tumorsynth.appearance.blend import reach
 from tumorsynth.appearance.contrast import own_level
 from tumorsynth.appearance.contrast_priors import ContrastPrior, structured
-from tumorsynth.appearance.noise import grain, match, neighbourhood, softening
+from tumorsynth.appearance.noise import feather_mm, grain, match, neighbourhood, softening
 from tumorsynth.devices import onto, or_on_cpu
-from tumorsynth.generators.diffusion import Generator
-from tumorsynth.generators.handcrafted import HandcraftedGenerator
-from tumorsynth.geometry import Frame, plan_crop
+from tumorsynth.generators.protocol import TumorGenerator
+from tumorsynth.generators.store import Handle
+from tumorsynth.geometry import Box, CropGrid, Floats3, plan_crop
 from tumorsynth.intensity import HU
-from tumorsynth.pipeline.records import Job, Settings, feather_mm, hull, region
+from tumorsynth.pipeline.records import PaintRequest, Sample, TumorId
+from tumorsynth.pipeline.settings import Settings
 from tumorsynth.pipeline.validation import check_hu, check_scale
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.sample import sample_contrast_hu
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
 
-CONTEXT_MM = 16.0  # at least this much of the scan on each side of a tumour goes into its crop
+CONTEXT_MM = 16.0  # of the scan on each side of a tumour, at least, that its crop shows
 GPU_BATCH = 8  # crops in one pass of the networks; halved where memory does not suffice
 
 
-class Painting(Settings):
-    """From a tumour's voxels to what the generator makes of the crop around them."""
+def request_painting(
+    settings: Settings, generator: TumorGenerator, id: TumorId, sample: Sample, tumor: LocalMask
+) -> PaintRequest | Skip:
+    """Cut the crop around a tumour, in the generator's scale and on its grid.
 
-    def _crop(
-        self,
-        place: tuple[int, int, int],
-        image: Tensor,
-        label: Tensor,
-        tumor: LocalMask,
-        frame: Frame,
-        generator: Generator | HandcraftedGenerator,
-    ) -> Job | Skip:
-        """The crop around a tumour on the generator's grid, in [0, 1], and the mask on it; or why
-        this generator cannot paint there."""
-        stop = [s + n for s, n in zip(tumor.start, tumor.mask.shape, strict=True)]
-        grain_mm = (0.0, 0.0, 0.0)
-        if self.blend == "change":
-            grain_mm = self._grain(image, label, tumor, frame)
-        sigma_mm = feather_mm(tumor.params.sigma_mm, grain_mm)
-        feathered = reach(sigma_mm, frame.spacing, self.blend, softening(grain_mm))
-        margin = max(n * s for n, s in zip(feathered, frame.spacing, strict=True)) + 2
-        grid = plan_crop(
-            frame,
-            (image.shape[0], image.shape[1], image.shape[2]),
-            tumor.start,
-            stop,
-            min_side=generator.crop_size,
-            multiple=generator.crop_multiple,
-            margin_mm=max(CONTEXT_MM, margin),
-        )
-        hu = self.intensity.to_hu(image[grid.source].float())
-        if isinstance(self.intensity, HU):
-            check_hu(hu)
-        else:
-            check_scale(hu, self.intensity)
-        spare = (math.ceil((SPARE_MM + 1) / s) for s in frame.spacing)
-        reached = [max(n, m) for n, m in zip(feathered, spare, strict=True)]
-        where, there = region(tumor, reached, image.shape, image.device)
-        local = self.intensity.to_hu(image[where].float())
-        here = tissue(local, label[where], self.organ_labels, there, generator.window)
-        unseen = here.unseen(generator.window)
-        if unseen is not None:
-            return Skip(SkipCode.OUTSIDE_WINDOW, unseen, tumor.params.drawn_mm)
-        filled = fill(local, here, there, frame.spacing, grain_mm, tumor.params, generator.window)
-        part = tuple(
-            slice(w.start - g.start, w.stop - g.start)
-            for w, g in zip(where, grid.source, strict=True)
-        )
-        if filled is not None:
-            hu = hu.clone()  # the sample itself, where its scale is HU
-            hu[part] += filled.shown_hu
+    Returns:
+        The request, or a Skip where the generator cannot paint in this tissue.
+
+    Raises:
+        ValueError: if the image around the tumour cannot be in the scale of ``intensity``.
+    """
+    frame, spacing, to_hu = sample.frame, sample.frame.spacing, settings.intensity.to_hu
+    grain_mm = (0.0, 0.0, 0.0)
+    if settings.blend == "change":
+        grain_mm = _grain_around(settings, sample, tumor)
+    sigma_mm = feather_mm(tumor.params.sigma_mm, grain_mm)
+    feathered = reach(sigma_mm, spacing, settings.blend, softening(grain_mm))
+    margin_mm = max(n * s for n, s in zip(feathered, spacing, strict=True)) + 2
+    whole = Box.whole(sample.image.shape)
+    grid = plan_crop(
+        frame,
+        whole.shape,
+        tumor.box.start,
+        tumor.box.stop,
+        min_side=generator.crop_size,
+        multiple=generator.crop_multiple,
+        margin_mm=max(CONTEXT_MM, margin_mm),
+    )
+    hu = to_hu(sample.image[grid.source].float())
+    if isinstance(settings.intensity, HU):
+        check_hu(hu)
+    else:
+        check_scale(hu, settings.intensity)
+    spare = (math.ceil((SPARE_MM + 1) / s) for s in spacing)
+    region = tumor.box.grown([max(n, m) for n, m in zip(feathered, spare, strict=True)])
+    region = region.within(whole)
+    inside = torch.zeros(region.shape, dtype=torch.bool, device=sample.image.device)
+    inside[tumor.box.relative_to(region).slices] = onto(tumor.mask, sample.image.device)
+
+    local_hu = to_hu(sample.image[region.slices].float())
+    local_label = sample.label[region.slices]
+    surrounding = tissue(local_hu, local_label, settings.organ_labels, inside, generator.window)
+    unseen = surrounding.unseen(generator.window)
+    if unseen is not None:
+        return Skip(SkipCode.OUTSIDE_WINDOW, unseen, tumor.params.drawn_mm)
+    filled = fill(local_hu, surrounding, inside, spacing, grain_mm, tumor.params, generator.window)
+    in_crop = region.relative_to(Box.of_slices(grid.source)).slices
+    if filled is not None:
+        hu = hu.clone()  # to_hu may return the sample itself
+        hu[in_crop] += filled.shown_hu
+    low, high = generator.window
+    hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
+    outline = _mask_on_grid(grid, inside, in_crop, hu)
+    shown = outline if filled is None else _mask_on_grid(grid, filled.shown, in_crop, hu)
+    return PaintRequest(
+        id=id,
+        tumor=tumor,
+        grid=grid,
+        crop=grid.cut((hu - low) / (high - low)),
+        crop_mask=shown,
+        crop_outline=outline,
+        grain_mm=grain_mm,
+        region=region,
+        inside=inside,
+        outside_share=0.0 if filled is None else surrounding.outside_share,
+        fill=filled,
+    )
+
+
+def with_contrast(
+    settings: Settings, generator: TumorGenerator, request: PaintRequest, seed: int
+) -> PaintRequest:
+    """Return the request with this noise seed and the contrast that follows from it."""
+    params = replace(request.tumor.params, seed=seed)
+    if isinstance(settings.contrast_hu, ContrastPrior):
         low, high = generator.window
-        hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
-        crop = grid.cut((hu - low) / (high - low))
+        hu = request.crop[None, None] * (high - low) + low
+        level = float(own_level(hu, request.crop_mask[None, None]))
+        contrast_hu, structure = settings.contrast_hu.draw(seed, params.diameter_mm, level)
+        params = replace(params, contrast_hu=contrast_hu, structure_hu=structure)
+    else:
+        contrast = sample_contrast_hu(settings.contrast_hu, seed)
+        params = replace(params, contrast_hu=contrast)
+    return replace(request, tumor=replace(request.tumor, params=params))
 
-        def on_crop(inside: Tensor) -> Tensor:
-            whole = torch.zeros_like(hu)
-            whole[part] = inside.to(hu.dtype)
-            share = grid.cut(whole)
-            # half a voxel's share, or less where a tumour is smaller than the generator's voxels
-            return share >= (0.5 * share.max()).clamp(max=0.5)
 
-        outline = on_crop(there)
-        shown = outline if filled is None else on_crop(filled.shown)
-        outside = 0.0 if filled is None else here.outside_share
-        return Job(
-            *place, tumor, grid, crop, shown, outline, grain_mm, where, there, outside, filled
-        )
+class Painter:
+    """Runs a generator on crops, several at a time on a GPU.
 
-    def _drawn(
-        self, job: Job, record: dict[str, Any], generator: Generator | HandcraftedGenerator
-    ) -> Job:
-        """The job with what a contrast prior draws for it, noted in the sample's params."""
-        if isinstance(self.contrast_hu, ContrastPrior):
-            job = self._coloured(job, generator, job.tumor.params.seed)
-            record["tumors"][job.number] = job.tumor.params.to_dict()
-        return job
+    Args:
+        handle: the transform's generator, on any device.
+    """
 
-    def _coloured(self, job: Job, generator: Generator | HandcraftedGenerator, seed: int) -> Job:
-        """The job with this noise seed, and the contrast that goes with it."""
-        params = replace(job.tumor.params, seed=seed)
-        if isinstance(self.contrast_hu, ContrastPrior):
-            low, high = generator.window
-            hu = job.crop[None, None] * (high - low) + low
-            level = float(own_level(hu, job.crop_mask[None, None]))
-            contrast_hu, structure = self.contrast_hu.draw(seed, params.diameter_mm, level)
-            params = replace(params, contrast_hu=contrast_hu, structure_hu=structure)
-        else:
-            contrast = sample_contrast_hu(self.contrast_hu, seed)
-            params = replace(params, contrast_hu=contrast)
-        return replace(job, tumor=replace(job.tumor, params=params))
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self.batch_limit = GPU_BATCH  # lowered for good where a GPU's memory is too small
 
-    def _grain(
-        self, image: Tensor, label: Tensor, tumor: LocalMask, frame: Frame
-    ) -> tuple[float, float, float]:
-        """How sharp the sample (X, Y, Z) is around a tumour, in mm along its axes."""
-        x, y, z = neighbourhood(tumor.start, tumor.mask.shape, frame.spacing)
-        hu = self.intensity.to_hu(image[x, y, z].float())
-        organ = is_organ(label[x, y, z], self.organ_labels)
-        return grain(hu, organ, frame.spacing)
+    def paint(
+        self, settings: Settings, generator: TumorGenerator, requests: Sequence[PaintRequest]
+    ) -> Iterator[tuple[PaintRequest, Tensor]]:
+        """Yield each request with what the generator makes of it, (side, side, side) in HU.
 
-    def _generate(
-        self, jobs: list[Job], generator: Generator | HandcraftedGenerator
-    ) -> Iterable[tuple[Job, Tensor]]:
-        """Each job with what the generator makes of it, (side, side, side) in HU.
-
-        Crops go through the networks together on a GPU and one by one on a CPU, where together is
-        no faster and the last bit of a convolution depends on the batch.
+        The result is a change with blend="change", and a tumour with blend="difftumor". On a CPU
+        crops go one by one: a batch is no faster there, and the last bit of a convolution depends
+        on it.
         """
-        device = self.compute_device or (jobs[0].crop.device if jobs else torch.device("cpu"))
-        for side in sorted({job.grid.side for job in jobs}):
-            left = [job for job in jobs if job.grid.side == side]
-            while left:
-                part = left[: self._batch(device)]
-                paint = partial(self._paint, part, generator)
-                made = or_on_cpu("the generator", device, paint)
-                if made is None:  # outside of the exception, which holds on to what did not fit
-                    self._halve(len(part))
+        if not requests:
+            return
+        device, blend = settings.device or requests[0].crop.device, settings.blend
+        for side in sorted({request.grid.side for request in requests}):
+            waiting = [request for request in requests if request.grid.side == side]
+            while waiting:
+                batch = waiting[: self._batch_size(device)]
+                run = partial(self._run_generator, batch, generator, blend)
+                generated = or_on_cpu("the generator", device, run)
+                if generated is None:  # outside the exception, which holds on to the memory
+                    self._halve_batch(len(batch))
                     continue
-                left = left[len(part) :]
-                yield from zip(part, self._matched(part, made, generator), strict=True)
+                waiting = waiting[len(batch) :]
+                for request, one in zip(batch, generated, strict=True):
+                    yield request, one if blend != "change" else _matched(request, one, generator)
 
-    def _matched(
-        self, part: list[Job], made: Tensor, generator: Generator | HandcraftedGenerator
-    ) -> list[Tensor]:
-        """What was made of some jobs: changes no sharper and no lumpier than their scan, with the
-        rims and cores that were drawn."""
-        if self.blend != "change":
-            return list(made)
-        low, high = generator.window
-        matched = []
-        for job, change in zip(part, made, strict=True):
-            crop = job.crop.to(change.device) * (high - low) + low
-            grain_mm = [job.grain_mm[axis] for axis in job.grid.frame.axes]  # along the crop's axes
-            change = match(crop, change, job.crop_mask, grain_mm, generator.even)
-            tumor = job.tumor.params
-            matched.append(structured(change, job.crop_outline, tumor.structure_hu, tumor.seed))
-        return matched
+    def _batch_size(self, device: torch.device) -> int:
+        return 1 if device.type == "cpu" else self.batch_limit
 
-    def _batch(self, device: torch.device) -> int:
-        return 1 if device.type == "cpu" else self._together
-
-    def _paint(
+    def _run_generator(
         self,
-        part: list[Job],
-        generator: Generator | HandcraftedGenerator,
+        batch: Sequence[PaintRequest],
+        generator: TumorGenerator,
+        blend: str,
         device: torch.device,
     ) -> Tensor | None:
-        """What the generator makes of some jobs, (jobs, side, side, side) in HU; None where the
-        GPU's memory does not hold them together."""
+        """Return (batch, side, side, side) in HU; None if a GPU's memory does not hold the batch."""
         if device.type == "cpu" != generator.device.type:  # in place of its own
             generator = self.handle.get(device)
-        run = generator.change if self.blend == "change" else generator.inpaint
-        drawn = [job.tumor.params for job in part]
-        parts: dict[str, Any] = {}
-        if isinstance(generator, Generator):
-            parts["near"] = hull([job.near for job in part], part[0].crop.shape)
+        run = generator.change if blend == "change" else generator.inpaint
+        params = [request.tumor.params for request in batch]
+        needed = Box.hull([request.needed for request in batch])
+        # with_contrast draws a contrast for all tumours of a call, or for none
+        contrasts = [one.contrast_hu for one in params if one.contrast_hu is not None]
         try:
-            crops = onto(torch.stack([job.crop for job in part])[:, None], device)
-            inside = onto(torch.stack([job.crop_mask for job in part])[:, None], device)
+            crops = onto(torch.stack([request.crop for request in batch])[:, None], device)
+            masks = onto(torch.stack([request.crop_mask for request in batch])[:, None], device)
             with torch.autocast(device.type, enabled=False):
-                made = run(
+                generated = run(
                     crops,
-                    inside,
-                    seed=[params.seed for params in drawn],
-                    contrast_hu=_asked([params.contrast_hu for params in drawn]),
-                    **parts,
+                    masks,
+                    seed=[one.seed for one in params],
+                    contrast_hu=contrasts or None,
+                    near=needed.slices,
                 )
         except torch.cuda.OutOfMemoryError:
-            if len(part) == 1:
+            if len(batch) == 1:
                 raise
             return None
         low, high = generator.window
-        made = made[:, 0].to(part[0].crop.device) * (high - low)
-        return made if self.blend == "change" else made + low
+        generated = generated[:, 0].to(batch[0].crop.device) * (high - low)
+        return generated if blend == "change" else generated + low
 
-    def _halve(self, tried: int) -> None:
-        """Fewer crops in one pass from now on; says so the first time."""
-        if self._together == GPU_BATCH:
+    def _halve_batch(self, tried: int) -> None:
+        """Run fewer crops at a time from now on; warn the first time."""
+        if self.batch_limit == GPU_BATCH:
             warnings.warn(
                 f"the GPU's memory does not hold {tried} crops at once: going on with "
                 f"{tried // 2}, and fewer if need be",
                 stacklevel=2,
             )
-        self._together = tried // 2
+        self.batch_limit = tried // 2
         torch.cuda.empty_cache()
 
 
-def _asked(contrasts: list[float | None]) -> list[float] | None:
-    """The contrasts that tumours were drawn with; one call draws them for all or for none."""
-    asked = [contrast for contrast in contrasts if contrast is not None]
-    return asked or None
+def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -> Tensor:
+    """Match a change to the sharpness and the noise of its scan, and add rim and core."""
+    low, high = generator.window
+    crop = request.crop.to(change.device) * (high - low) + low
+    grain_mm = [request.grain_mm[axis] for axis in request.grid.frame.axes]
+    change = match(crop, change, request.crop_mask, grain_mm, generator.even)
+    params = request.tumor.params
+    return structured(change, request.crop_outline, params.structure_hu, params.seed)
+
+
+def _grain_around(settings: Settings, sample: Sample, tumor: LocalMask) -> Floats3:
+    """Return the width of the scan's noise grain around a tumour, along the tensor's axes."""
+    near = neighbourhood(tumor.start, tumor.mask.shape, sample.frame.spacing)
+    hu = settings.intensity.to_hu(sample.image[near].float())
+    organ = is_organ(sample.label[near], settings.organ_labels)
+    return grain(hu, organ, sample.frame.spacing)
+
+
+def _mask_on_grid(
+    grid: CropGrid, mask: Tensor, where: tuple[slice, slice, slice], like: Tensor
+) -> Tensor:
+    """Resample a mask of a part of the grid's source: half a voxel's share counts, or less where
+    the tumour is smaller than the generator's voxels."""
+    whole = torch.zeros_like(like)
+    whole[where] = mask.to(like.dtype)
+    share = grid.cut(whole)
+    return share >= (0.5 * share.max()).clamp(max=0.5)

@@ -1,149 +1,220 @@
-"""Placing, the first stage of `SynthesizeTumor`: which tumours a sample gets, and their voxels."""
+"""Place a sample's tumours: from its seed, or from params, to the voxels of each tumour."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tumorsynth.appearance.contrast_priors import ContrastPrior
-from tumorsynth.geometry import Box, Frame
-from tumorsynth.pipeline.records import Settings
+from tumorsynth.devices import or_on_cpu
+from tumorsynth.geometry import Box
+from tumorsynth.pipeline.records import Sample, SampleParams
+from tumorsynth.pipeline.settings import Settings
 from tumorsynth.placement.allowed import dilate
-from tumorsynth.placement.exophytic import ExophyticRegion, check_bulge
+from tumorsynth.placement.exophytic import ExophyticRegion
 from tumorsynth.placement.organ import OrganRegion, is_organ, organ_box
 from tumorsynth.placement.place import place, place_from_params
-from tumorsynth.placement.settings import PlacementSettings
-from tumorsynth.placement.types import LocalMask, Skip, SkipCode, TumorParams
+from tumorsynth.placement.types import LocalMask, Skip, SkipCode
 
-NOT_FINITE = "{:.0%} of the organ's voxels in the image are NaN or infinite; export the scan again"
+MAX_NOT_FINITE_SHARE = 0.5  # of the organ; beyond it, that is why no tumour found room
 
 
-class Placing(Settings):
-    """From a sample's seed, or its params, to the voxels of its tumours."""
+@dataclass(frozen=True)
+class PlacedSample:
+    """The tumours of one sample, before any of them is painted.
 
-    def _masks(
-        self,
-        image: Tensor,
-        label: Tensor,
-        frame: Frame,
-        seed: int,
-        replay: dict[str, Any] | None,
-        device: torch.device,
-    ) -> tuple[dict[str, Any], list[LocalMask | Skip]]:
-        """Which tumours one sample (X, Y, Z) gets: drawn from the seed, or again from params."""
-        image, label = image.to(device), label.to(device)
-        if replay is not None:
-            return dict(replay), self._redraw(image, label, frame, replay)
-        rng = torch.Generator().manual_seed(seed)
-        record: dict[str, Any] = {"seed": seed, "applied": True, "tumors": []}
-        if float(torch.rand((), generator=rng, dtype=torch.float64)) >= self.p:
-            record.update(applied=False, reason=f"left alone (p = {self.p:g})")
-            return record, []
-        box = organ_box(label, self.organ_labels)
-        if box is None:
-            record.update(
-                applied=False, reason=f"no organ: no voxel has a label of {self.organ_labels}"
+    Args:
+        params: what is random about the sample.
+        results: one entry for each tumour asked for, in order.
+        replayed: the entry of ``params`` that this repeats; None for a new sample.
+    """
+
+    params: SampleParams
+    results: list[LocalMask | Skip]
+    replayed: Mapping[str, Any] | None = None
+
+    @property
+    def drawn(self) -> SampleParams | None:
+        """The params, while they are being drawn; None on a replay."""
+        return None if self.replayed is not None else self.params
+
+    def to_params(self) -> dict[str, Any]:
+        """Return the sample's entry of ``synth.params``."""
+        return self.params.to_dict() if self.replayed is None else dict(self.replayed)
+
+
+def place_samples(
+    settings: Settings,
+    samples: Sequence[Sample],
+    seeds: Sequence[int],
+    replayed: Sequence[Mapping[str, Any]] | None = None,
+    exclude: Mapping[int, Skip] | None = None,
+) -> list[PlacedSample]:
+    """Place the tumours of a batch.
+
+    Args:
+        settings: of the transform.
+        samples: of the batch.
+        seeds: one for each sample; without effect on a replay.
+        replayed: params of an earlier call, to place the same tumours.
+        exclude: why samples of these numbers get no tumour.
+    """
+    placed = []
+    for sample in samples:
+        excluded = (exclude or {}).get(sample.number)
+        if excluded is not None:
+            placed.append(PlacedSample(skip_sample(excluded), []))
+            continue
+        work: Callable[[torch.device], PlacedSample]
+        if replayed is None:
+            work = partial(place_sample, settings, sample, seeds[sample.number])
+        else:
+            work = partial(replay_sample, settings, sample, replayed[sample.number])
+        placed.append(or_on_cpu("placing tumours", sample.image.device, work))
+    return placed
+
+
+def place_sample(
+    settings: Settings, sample: Sample, seed: int, device: torch.device
+) -> PlacedSample:
+    """Sample and place the tumours of one sample.
+
+    Args:
+        settings: of the transform.
+        sample: the scan or patch.
+        seed: what everything about the sample's tumours follows from.
+        device: where to search the label.
+    """
+    sample = sample.to(device)
+    rng = torch.Generator().manual_seed(seed)
+    if float(torch.rand((), generator=rng, dtype=torch.float64)) >= settings.p:
+        return PlacedSample(not_selected(settings, seed), [])
+    box = organ_box(sample.label, settings.organ_labels)
+    if box is None:
+        reason = f"no organ: no voxel has a label of {settings.organ_labels}"
+        return PlacedSample(SampleParams(seed, SkipCode.NO_ORGAN, reason), [])
+    placement = settings.placement
+    region = organ_region(settings, sample, box)
+    growth = None if placement.bulge is None else growth_region(settings, sample)
+    results = place(region, sample.frame.spacing, placement, rng, growth)
+    if results and all(isinstance(result, Skip) for result in results):
+        share = _not_finite_share(settings, sample)
+        if share > MAX_NOT_FINITE_SHARE:
+            reason = f"{share:.0%} of the organ's voxels in the image are NaN or infinite; "
+            results = [Skip(SkipCode.NOT_FINITE, reason + "export the scan again")] * len(results)
+    results = [r if isinstance(r, Skip) else _with_displacement(settings, r) for r in results]
+    tumors = [result.params for result in results if isinstance(result, LocalMask)]
+    return PlacedSample(SampleParams(seed, tumors=tumors), results)
+
+
+def skip_sample(skip: Skip) -> SampleParams:
+    """Return the params of a sample that is skipped for this reason before anything is drawn."""
+    return SampleParams(None, skip.code, skip.reason)
+
+
+def not_selected(settings: Settings, seed: int | None) -> SampleParams:
+    """Return the params of a sample that the probability p leaves out."""
+    return SampleParams(seed, SkipCode.NOT_SELECTED, f"left alone (p = {settings.p:g})")
+
+
+def replay_sample(
+    settings: Settings, sample: Sample, recorded: Mapping[str, Any], device: torch.device
+) -> PlacedSample:
+    """Place the tumours of recorded params again.
+
+    Args:
+        settings: of the transform.
+        sample: the scan or patch that the params were drawn for.
+        recorded: an entry of ``synth.params``.
+        device: where to search the label.
+    """
+    params = SampleParams.from_dict(recorded)
+    results: list[LocalMask | Skip] = []
+    if not params.tumors:
+        return PlacedSample(params, results, recorded)
+    sample = sample.to(device)
+    placement = settings.placement
+    region = organ_region(settings, sample)
+    growth = None
+    if any(tumor.bulge for tumor in params.tumors):
+        growth = growth_region(settings, sample)
+    for tumor in params.tumors:
+        earlier = [] if placement.merge else [r for r in results if isinstance(r, LocalMask)]
+        results.append(
+            place_from_params(
+                tumor,
+                region,
+                sample.frame.spacing,
+                earlier=earlier,
+                gap_mm=placement.gap_mm,
+                growth=growth,
             )
-            return record, []
-        settings = PlacementSettings(
-            size_mm=self.size_mm,
-            count=self.count,
-            sigma_mm=self.sigma_mm,
-            contrast_hu=None if isinstance(self.contrast_hu, ContrastPrior) else self.contrast_hu,
-            gap_mm=self.gap_mm,
-            merge=self.merge,
-            outlines=self.outlines,
-            bulge=check_bulge(self.bulge, self.size_mm),
         )
-        region = self._region(image, label, frame, box)
-        growth = None if settings.bulge is None else self._growth(image, label, frame)
-        results = place(region, frame.spacing, settings, rng, growth)
-        if results and all(isinstance(r, Skip) for r in results):
-            share = self._not_finite(image, label)
-            if share > 0.5:
-                results = [Skip(SkipCode.NOT_FINITE, NOT_FINITE.format(share))] * len(results)
-        results = [r if isinstance(r, Skip) else self._with_room(r) for r in results]
-        record["tumors"] = [r.params.to_dict() for r in results if isinstance(r, LocalMask)]
-        return record, results
+    return PlacedSample(params, results, recorded)
 
-    def _not_finite(self, image: Tensor, label: Tensor) -> float:
-        """The share of the organ (X, Y, Z) in which the image is NaN or infinite."""
-        organ = is_organ(label, self.organ_labels)
-        return float((organ & ~image.isfinite()).sum()) / max(1, int(organ.sum()))
 
-    def _with_room(self, tumor: LocalMask) -> LocalMask:
-        """The tumour, with how much tissue it pushes aside in its params."""
-        share = self.mass_effect.share_at(tumor.params.diameter_mm)
-        if share == 0:
-            return tumor
-        fixed = self.mass_effect.capsule == "fixed"
-        return replace(tumor, params=replace(tumor.params, displaced=share, fixed_capsule=fixed))
+def growth_region(settings: Settings, sample: Sample) -> ExophyticRegion:
+    """Return where a sample's tumours may grow beyond the organ, on the CPU."""
+    return ExophyticRegion(
+        sample.image.cpu(),
+        sample.label.cpu(),
+        settings.organ_labels,
+        sample.frame.spacing,
+        settings.intensity,
+    )
 
-    def _redraw(
-        self, image: Tensor, label: Tensor, frame: Frame, replay: dict[str, Any]
-    ) -> list[LocalMask | Skip]:
-        results: list[LocalMask | Skip] = []
-        if not replay["tumors"]:
-            return results
-        region = self._region(image, label, frame)
-        bulging = any(values.get("bulge", 0) for values in replay["tumors"])
-        growth = self._growth(image, label, frame) if bulging else None
-        for values in replay["tumors"]:
-            earlier = [] if self.merge else [r for r in results if isinstance(r, LocalMask)]
-            results.append(
-                place_from_params(
-                    TumorParams.from_dict(values),
-                    region,
-                    frame.spacing,
-                    earlier=earlier,
-                    gap_mm=self.gap_mm,
-                    growth=growth,
-                )
-            )
-        return results
 
-    def _growth(self, image: Tensor, label: Tensor, frame: Frame) -> ExophyticRegion:
-        """Return where tumours of a sample (X, Y, Z) may grow beyond the organ, on the CPU."""
-        return ExophyticRegion(
-            image.cpu(), label.cpu(), self.organ_labels, frame.spacing, self.intensity
-        )
+def organ_region(settings: Settings, sample: Sample, box: Box | None = None) -> OrganRegion:
+    """Return the organ of a sample, on the CPU.
 
-    def _region(
-        self, image: Tensor, label: Tensor, frame: Frame, box: Box | None = None
-    ) -> OrganRegion:
-        """Return the organ of a sample (X, Y, Z), on the CPU.
+    Forbids voxels that are not finite, and the tumours that are there already with their gap.
+    Placement makes many small decisions; on a GPU each would need a synchronisation.
 
-        Forbids voxels that are not finite, and the tumours that are there already with their gap.
-        Placement makes many small decisions; on a GPU each would need a synchronisation.
+    Args:
+        settings: of the transform.
+        sample: the scan or patch.
+        box: around the organ, if known.
+    """
+    image, label, spacing = sample.image, sample.label, sample.frame.spacing
+    gap_mm, merge = settings.placement.gap_mm, settings.placement.merge
+    box = box or organ_box(label, settings.organ_labels)
+    whole = Box.whole(label.shape)
+    present = None if merge else organ_box(label, settings.tumor_label)
+    finite = bool(image.sum(dtype=torch.float32).isfinite())
+    parts = []
+    if box is not None:  # tumours take voxels beyond the organ
+        parts.append(box.grown_mm(0.0 if merge else gap_mm, spacing))
+    if present is not None:
+        present = present.grown_mm(gap_mm, spacing).within(whole)
+        parts.append(present)
+    if not finite or settings.placement.bulge is not None:
+        parts.append(whole)
+    # without an organ any part will do, as long as it has a voxel
+    part = Box.hull(parts or [Box((0, 0, 0), (1, 1, 1))]).within(whole)
+    forbidden = None if finite else ~image[part.slices].isfinite()
+    if present is not None:
+        if forbidden is None:
+            forbidden = torch.zeros_like(label[part.slices], dtype=torch.bool)
+        near = dilate(label[present.slices] == settings.tumor_label, gap_mm, spacing)
+        forbidden[present.relative_to(part).slices] |= near
+    local = label[part.slices]
+    return OrganRegion(local, settings.organ_labels, box, forbidden, part, whole.shape).to_cpu()
 
-        Args:
-            box: the organ's, if known.
-        """
-        box = box or organ_box(label, self.organ_labels)
-        whole = Box.whole(label.shape)
-        present = None if self.merge else organ_box(label, self.tumor_label)
-        finite = bool(image.sum(dtype=torch.float32).isfinite())
-        parts = []
-        if box is not None:  # tumours take voxels beyond the organ
-            parts.append(box.grown_mm(0.0 if self.merge else self.gap_mm, frame.spacing))
-        if present is not None:
-            present = present.grown_mm(self.gap_mm, frame.spacing).within(whole)
-            parts.append(present)
-        if not finite or self.bulge:
-            parts.append(whole)
-        # without an organ any part will do, as long as it has a voxel
-        part = Box.hull(parts or [Box((0, 0, 0), (1, 1, 1))]).within(whole)
-        forbidden = None if finite else ~image[part.slices].isfinite()
-        if present is not None:
-            if forbidden is None:
-                forbidden = torch.zeros_like(label[part.slices], dtype=torch.bool)
-            tumors = label[present.slices] == self.tumor_label
-            near = dilate(tumors, self.gap_mm, frame.spacing)
-            forbidden[present.relative_to(part).slices] |= near
-        region = OrganRegion(
-            label[part.slices], self.organ_labels, box, forbidden, part, whole.shape
-        )
-        return region.to_cpu()
+
+def _not_finite_share(settings: Settings, sample: Sample) -> float:
+    """Return the share of the organ in which the image is NaN or infinite."""
+    organ: Tensor = is_organ(sample.label, settings.organ_labels)
+    return float((organ & ~sample.image.isfinite()).sum()) / max(1, int(organ.sum()))
+
+
+def _with_displacement(settings: Settings, tumor: LocalMask) -> LocalMask:
+    """Return the tumour with its share of displaced tissue in its params."""
+    share = settings.mass_effect.share_at(tumor.params.diameter_mm)
+    if share == 0:
+        return tumor
+    fixed = settings.mass_effect.capsule == "fixed"
+    return replace(tumor, params=replace(tumor.params, displaced=share, fixed_capsule=fixed))

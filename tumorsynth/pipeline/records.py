@@ -1,146 +1,255 @@
-"""What goes between the stages of `SynthesizeTumor`: settings, a tumour's job, its draft."""
+"""What the stages of `SynthesizeTumor` pass to each other, and what a call reports."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tumorsynth.appearance.background import SPARE_MM, Fill
-from tumorsynth.appearance.contrast_priors import ContrastPrior
-from tumorsynth.appearance.gate import Gate
-from tumorsynth.appearance.mass_effect import MassEffect
-from tumorsynth.appearance.noise import MARGIN, softening
-from tumorsynth.devices import onto
-from tumorsynth.generators.store import Handle
-from tumorsynth.geometry import CropGrid
-from tumorsynth.intensity import Intensity
-from tumorsynth.placement.types import LocalMask, Skip
-
-NOTHING = "the generator leaves this tissue as it is"
+from tumorsynth.appearance.noise import MARGIN, feather_mm
+from tumorsynth.geometry import Box, CropGrid, Floats3, Frame
+from tumorsynth.pipeline.validation import plain
+from tumorsynth.placement.types import LocalMask, SkipCode, TumorParams
 
 
-class Settings(nn.Module):
-    """What a transform was told, as its stages read it; checked and set by `SynthesizeTumor`."""
+class Sample(NamedTuple):
+    """One scan or patch of a batch.
 
-    handle: Handle
-    organ_labels: tuple[int, ...]
-    tumor_label: int
-    p: float
-    count: Any
-    size_mm: Any
-    intensity: Intensity
-    blend: str
-    contrast_hu: tuple[float, float] | ContrastPrior | None
-    sigma_mm: tuple[float, float]
-    gap_mm: float
-    merge: bool
-    compute_device: torch.device | None
-    gate: Gate | None
-    mass_effect: MassEffect
-    outlines: Any
-    bulge: Any
-    _together: int  # crops in one pass of the networks on a GPU
+    Args:
+        number: its place in the batch.
+        image: (X, Y, Z), in the user's intensity scale.
+        label: (X, Y, Z), whole numbers.
+        frame: how its axes lie in the patient.
+    """
+
+    number: int
+    image: Tensor
+    label: Tensor
+    frame: Frame
+
+    def to(self, device: torch.device) -> Sample:
+        """Return the sample with image and label on a device."""
+        return self._replace(image=self.image.to(device), label=self.label.to(device))
 
 
-@dataclass
-class Job:
-    """One tumour on its way through the generator."""
-
-    sample: int
-    index: int  # among the sample's tumours and skips
-    number: int  # among the sample's params
-    tumor: LocalMask
-    grid: CropGrid
-    crop: Tensor  # (side, side, side) in [0, 1]
-    crop_mask: Tensor  # bool, the same shape: the tumour as the generator is shown it
-    crop_outline: Tensor  # and as it will be
-    grain_mm: tuple[float, float, float]  # how sharp the scan is there, along the tensor's axes
-    where: tuple[slice, slice, slice]  # the part of the sample that the feather reaches
-    inside: Tensor  # bool, the tumour there
-    outside_share: float  # of the tumour, beyond the organ
-    fill: Fill | None = None  # even tissue in place of fat, or of a lung's vessels
-
-    @property
-    def sigma_mm(self) -> tuple[float, float, float]:
-        """The feather along the tensor's axes: as drawn, and seen as softly as the scan sees."""
-        return feather_mm(self.tumor.params.sigma_mm, self.grain_mm)
-
-    @property
-    def near(self) -> tuple[slice, slice, slice]:
-        """The part of the crop that is read once it is painted: what the feather reaches, and where
-        the change is matched to the scan."""
-        a, b, c = (
-            slice(s, s + n) for s, n in zip(self.tumor.start, self.tumor.mask.shape, strict=True)
-        )
-        by = MARGIN + (0 if self.fill is None else math.ceil(SPARE_MM) + 1)
-        wider = [slice(n.start - by, n.stop + by) for n in self.grid.near((a, b, c))]
-        return hull([self.grid.near(self.where), wider], self.crop.shape)
-
-
-# place, tumour as placed, and the sample's tumours that are still to come
-Pushing = tuple[tuple[int, int, int], LocalMask, list[LocalMask]]
+def split_batch(image: Tensor, label: Tensor, frames: Sequence[Frame]) -> list[Sample]:
+    """Return the samples of a batch as views of its memory, without a subclass's bookkeeping."""
+    images, labels = plain(image), plain(label)
+    if image.ndim == 4:
+        images, labels = images[None], labels[None]
+    return [Sample(b, images[b, 0], labels[b, 0], frame) for b, frame in enumerate(frames)]
 
 
 @dataclass(frozen=True)
-class Room:
-    """What came of pushing tissue aside for a tumour, and how to take it back."""
+class TumorId:
+    """Which tumour of a call this is.
 
-    content: Job | Skip
-    before: tuple[tuple[slice, ...], Tensor, Tensor] | None  # the part, its image and its label
-    displaced_mm: float  # at most
+    Args:
+        sample: number of its sample in the batch.
+        index: number among the sample's tumours and skips; the order of the report.
+        number: number among the tumours in the sample's params.
+    """
+
+    sample: int
+    index: int
+    number: int
 
 
-@dataclass
-class Draft:
-    """What one tumour would make of its part of the sample."""
+@dataclass(frozen=True)
+class PaintRequest:
+    """One placed tumour, ready for a generator.
+
+    Args:
+        id: which tumour of the call this is.
+        tumor: its voxels and params.
+        grid: where the crop lies in the sample.
+        crop: (side, side, side) in [0, 1], the generator's view of the healthy tissue.
+        crop_mask: bool, same shape: the tumour as the generator sees it.
+        crop_outline: bool, same shape: the tumour as it will be labelled.
+        grain_mm: width of the scan's noise grain along the tensor's axes.
+        region: the part of the sample that the feather reaches.
+        inside: bool, the tumour in that region.
+        outside_share: share of the tumour beyond the organ.
+        fill: even tissue painted under the tumour first; None where nothing needs covering.
+    """
+
+    id: TumorId
+    tumor: LocalMask
+    grid: CropGrid
+    crop: Tensor
+    crop_mask: Tensor
+    crop_outline: Tensor
+    grain_mm: Floats3
+    region: Box
+    inside: Tensor
+    outside_share: float
+    fill: Fill | None = None
+
+    @property
+    def feather_mm(self) -> Floats3:
+        """Width of the feather along the tensor's axes, never sharper than the scan."""
+        return feather_mm(self.tumor.params.sigma_mm, self.grain_mm)
+
+    @property
+    def needed(self) -> Box:
+        """The part of the crop that is read after painting.
+
+        It holds what the feather reaches, and the voxels in which the change is matched to the
+        scan.
+        """
+        margin = MARGIN + (0 if self.fill is None else math.ceil(SPARE_MM) + 1)
+        feathered, matched = (
+            Box.of_slices(self.grid.near(box.slices)) for box in (self.region, self.tumor.box)
+        )
+        return Box.hull([feathered, matched.grown(margin)]).within(Box.whole(self.crop.shape))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tumour blended into its region, before it is accepted and written.
+
+    Args:
+        after: the region's image with the tumour.
+        peak_weight: largest blend weight in the tumour.
+        hu_change: mean change in the tumour, in HU.
+        visible: whether at least half of the tumour's voxels change.
+    """
 
     after: Tensor
     peak_weight: float
-    hu_change: float  # mean in the tumour
-    empty: bool  # nothing to be seen
+    hu_change: float
+    visible: bool
 
 
-def feather_mm(drawn_mm: float, grain_mm: Sequence[float]) -> tuple[float, float, float]:
-    a, b, c = (
-        max(math.hypot(drawn_mm, softer), g)
-        for softer, g in zip(softening(grain_mm), grain_mm, strict=True)
-    )
-    return a, b, c
+@dataclass(frozen=True)
+class SkipRecord:
+    """Report entry of a tumour, or a whole sample, that was left out.
+
+    Args:
+        sample: number of the sample in the batch.
+        index: number among the sample's tumours and skips.
+        code: why, for programs.
+        reason: why, for people.
+        scores: the gate's scores, where the gate rejected the tumour.
+    """
+
+    sample: int
+    index: int
+    code: SkipCode
+    reason: str
+    scores: dict[str, float | None] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of ``report``."""
+        entry: dict[str, Any] = {
+            "sample": self.sample,
+            "index": self.index,
+            "applied": False,
+            "code": self.code.value,
+            "reason": self.reason,
+        }
+        return entry if self.scores is None else {**entry, "scores": self.scores}
 
 
-def region(
-    tumor: LocalMask, margin: Sequence[int], size: Sequence[int], device: torch.device
-) -> tuple[tuple[slice, slice, slice], Tensor]:
-    """The tumour's box and a margin within the sample (X, Y, Z), and the tumour in it, bool."""
-    x, y, z = (
-        slice(max(0, s - m), min(n, s + length + m))
-        for s, length, m, n in zip(tumor.start, tumor.mask.shape, margin, size, strict=True)
-    )
-    inside = torch.zeros(
-        [part.stop - part.start for part in (x, y, z)], dtype=torch.bool, device=device
-    )
-    inside[
-        tuple(
-            slice(s - part.start, s - part.start + n)
-            for s, part, n in zip(tumor.start, (x, y, z), tumor.mask.shape, strict=True)
+@dataclass(frozen=True, kw_only=True)
+class TumorRecord:
+    """Report entry of a synthetic tumour.
+
+    Args:
+        sample: number of the sample in the batch.
+        index: number among the sample's tumours and skips.
+        centre_voxel: the tumour's voxel nearest to its centroid.
+        centre_mm: the same in patient coordinates (RAS); voxel x spacing without an affine.
+        diameter_mm: equivalent diameter of the labelled voxels.
+        requested_diameter_mm: sampled diameter, before placement made the tumour smaller to fit.
+        volume_mm3: volume of the labelled voxels.
+        label_voxels: how many voxels became ``tumor_label``.
+        hu_change: mean change in the tumour, in HU.
+        peak_weight: largest blend weight in the tumour.
+        sigma_mm: widest feather along an axis.
+        grain_mm: width of the scan's noise grain along the tensor's axes.
+        contrast_hu: requested contrast; None left it to the generator.
+        displaced_mm: largest displacement of the tissue around it.
+        outside_share: share of the tumour beyond the organ.
+        generator: name of the generator.
+        seed: seed of the generator's noise.
+        scores: the gate's scores, where there is a gate.
+    """
+
+    sample: int
+    index: int
+    centre_voxel: list[int]
+    centre_mm: list[float]
+    diameter_mm: float
+    requested_diameter_mm: float
+    volume_mm3: float
+    label_voxels: int
+    hu_change: float
+    peak_weight: float
+    sigma_mm: float
+    grain_mm: list[float]
+    contrast_hu: float | None
+    displaced_mm: float = 0.0
+    outside_share: float
+    generator: str
+    seed: int
+    scores: dict[str, float | None] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of ``report``."""
+        entry = {"sample": self.sample, "index": self.index, "applied": True, **asdict(self)}
+        if self.scores is None:
+            del entry["scores"]
+        return entry
+
+
+Record = SkipRecord | TumorRecord
+
+
+@dataclass
+class SampleParams:
+    """What is random about one sample; `to_dict` is an entry of ``synth.params``.
+
+    Args:
+        seed: the sample's seed; None where nothing was drawn.
+        code: why the sample was skipped; None if it was not.
+        reason: the same for people.
+        tumors: params of its tumours.
+        rejected: number and reason of each tumour that the gate rejected.
+    """
+
+    seed: int | None
+    code: SkipCode | None = None
+    reason: str = ""
+    tumors: list[TumorParams] = field(default_factory=list)
+    rejected: list[tuple[int, str]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of ``params``."""
+        entry: dict[str, Any] = {
+            "seed": self.seed,
+            "applied": self.code is None,
+            "tumors": [tumor.to_dict() for tumor in self.tumors],
+        }
+        if self.code is not None:
+            entry |= {"code": self.code.value, "reason": self.reason}
+        if self.rejected:
+            entry["rejected"] = [list(pair) for pair in self.rejected]
+        return entry
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> SampleParams:
+        """Return the params of an entry that `check_params` accepts, of any earlier version."""
+        code = None if entry["applied"] else SkipCode(entry.get("code", SkipCode.REPLAYED))
+        return cls(
+            entry.get("seed"),
+            code,
+            "" if code is None else entry.get("reason", "left alone"),
+            [TumorParams.from_dict(values) for values in entry["tumors"]],
+            [(int(number), reason) for number, reason in entry.get("rejected", ())],
         )
-    ] = onto(tumor.mask, device)
-    return (x, y, z), inside
-
-
-def hull(boxes: Sequence[Sequence[slice]], shape: Sequence[int]) -> tuple[slice, slice, slice]:
-    """The box around some boxes, within the shape."""
-    x, y, z = (
-        slice(max(0, min(s.start for s in along)), min(n, max(s.stop for s in along)))
-        for n, *along in zip(shape, *boxes, strict=True)
-    )
-    return x, y, z
-
-
-def left_alone(sample: int, index: int, reason: str) -> dict[str, Any]:
-    return {"sample": sample, "index": index, "applied": False, "reason": reason}

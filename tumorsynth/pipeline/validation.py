@@ -94,6 +94,22 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         )
 
 
+def check_batch(
+    image: Tensor, label: Tensor, tumor_label: int, spacing: Any, affine: Any
+) -> list[Frame]:
+    """Check everything that one call gets; return a frame for each sample.
+
+    Raises:
+        ValueError: for shapes, values, spacings or affines that cannot be or do not fit.
+        TypeError: for anything but dense tensors of a usable dtype.
+    """
+    check_input(image, label, tumor_label)
+    check_whole("label", label)
+    if spacing is None and affine is None:
+        check_grid(("image", "label"), [getattr(x, "affine", None) for x in (image, label)])
+    return frames_of(image, spacing, affine)
+
+
 def check_whole(name: str, label: Tensor) -> None:
     """Whole numbers alone: of a map that was interpolated, other classes would lie on each edge."""
     if not label.is_floating_point():

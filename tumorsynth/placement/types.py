@@ -171,6 +171,9 @@ class SkipCode(str, Enum):
     """Why a tumour, or a whole sample, was skipped."""
 
     NOT_SELECTED = "not_selected"  # the probability p left the sample out
+    HAS_TUMOR = "has_tumor"  # the label holds a tumour, and healthy_only is on
+    EXCLUDED = "excluded"  # the caller excluded the sample
+    REPLAYED = "replayed"  # the params skip it; an earlier version wrote them without a code
     NO_ORGAN = "no_organ"  # the label has no voxel of the organ
     NO_ROOM = "no_room"  # the tumour does not fit into the allowed voxels
     NOT_FINITE = "not_finite"  # the image is NaN or infinite in most of the organ

@@ -187,7 +187,7 @@ def settings(synth: SynthesizeTumor, *, name: str, label: str, seed: int) -> dic
     """What decides a scan's result, as its report names it, in JSON's own types."""
     import torch
 
-    card = synth.handle.get(synth.compute_device or "cpu").card
+    card = synth.handle.get(synth.device or "cpu").card
     options = ("organ_labels", "tumor_label", "p", "count", "size_mm", "blend", "contrast_hu")
     own = ("sigma_mm", "gap_mm", "merge", "mass_effect", "bulge")
     known = {
@@ -196,10 +196,10 @@ def settings(synth: SynthesizeTumor, *, name: str, label: str, seed: int) -> dic
         "label": label,
         "seed": seed,
         "generator": {key: card[key] for key in ("name", "sha256", "licence") if key in card},
-        "options": {key: getattr(synth, key) for key in (*options, *own)}
+        "options": {key: synth.options[key] for key in (*options, *own)}
         | {"intensity": {"kind": type(synth.intensity).__name__, **_fields(synth.intensity)}},
         # the last bit of a convolution depends on these
-        "device": (synth.compute_device or torch.device("cpu")).type,
+        "device": (synth.device or torch.device("cpu")).type,
         "threads": torch.get_num_threads(),
     }
     return json.loads(json.dumps(known, default=_plain))

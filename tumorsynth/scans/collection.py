@@ -264,7 +264,7 @@ def _work(
 
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
-    synth.compute_device = torch.device(device)
+    synth.device = torch.device(device)
     try:
         while True:
             pipe.send(outcome(synth, pipe.recv(), out))

@@ -139,7 +139,7 @@ class _Scans:
         with suppress(OSError):  # no such folder there: then only absolute paths are found
             os.chdir(cwd)
         torch.set_num_threads(threads)
-        synth.compute_device = torch.device(device)
+        synth.device = torch.device(device)
         self.synth, self.out = synth, out
 
     def do(self, task: Task) -> tuple[Outcome, str]:

@@ -1,0 +1,99 @@
+"""`TumorGenerator`: what a generator must offer to `SynthesizeTumor`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from tumorsynth.models.slabs import Near
+
+
+@runtime_checkable
+class TumorGenerator(Protocol):
+    """A source of tumours: anything with these members works as ``generator=``.
+
+    A crop is (B, 1, X, Y, Z) on a 1 mm grid, RAS, where 0 and 1 are the ends of ``window``. Results
+    may depend on the crop, the mask and the seed of each sample, never on its batch-mates.
+
+    Attributes:
+        name: name in reports.
+        window: HU that 0 and 1 in a crop stand for.
+        crop_size: smallest side of a crop, in voxels of 1 mm.
+        crop_multiple: sides of crops are multiples of this.
+        own_edge: whether a change fades out at the tumour's outline by itself.
+        even: whether a change is made as even inside as the tissue that it replaces.
+        keeps_detail: whether `inpaint` keeps the scan's own noise.
+        device: where it computes.
+        card: name, source, licence; free-form but for ``name``. Reports quote it.
+
+    Example:
+        >>> class Darker:
+        ...     name, window, crop_size, crop_multiple = "darker", (-175.0, 250.0), 64, 1
+        ...     own_edge, even, keeps_detail = False, False, True
+        ...     device, card = torch.device("cpu"), {"name": "darker"}
+        ...     def to(self, device):
+        ...         self.device = torch.device(device)
+        ...         return self
+        ...     def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        ...         return torch.full_like(crop, -40 / 425)
+        ...     def inpaint(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        ...         return crop + tumor_mask * self.change(crop, tumor_mask, seed)
+        >>> synth = ts.SynthesizeTumor(Darker(), organ_labels=1, tumor_label=2)
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def window(self) -> tuple[float, float]: ...
+    @property
+    def crop_size(self) -> int: ...
+    @property
+    def crop_multiple(self) -> int: ...
+    @property
+    def own_edge(self) -> bool: ...
+    @property
+    def even(self) -> bool: ...
+    @property
+    def keeps_detail(self) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def card(self) -> dict[str, Any]: ...
+
+    def to(self, device: torch.device | str) -> Any:
+        """Move to a device, in place; return self."""
+
+    def change(
+        self,
+        crop: Tensor,
+        tumor_mask: Tensor,
+        seed: Sequence[int],
+        *,
+        contrast_hu: float | Sequence[float] | None = None,
+        near: Near | None = None,
+    ) -> Tensor:
+        """Return tumour minus healthy tissue, in the crop's scale.
+
+        Args:
+            crop: (B, 1, X, Y, Z) in [0, 1].
+            tumor_mask: bool, same shape.
+            seed: one int for each sample.
+            contrast_hu: HU between the tumour and the tissue around it, one for each sample; None
+                leaves it to the generator.
+            near: the part of the crop, along X, Y and Z, that the caller reads.
+        """
+
+    def inpaint(
+        self,
+        crop: Tensor,
+        tumor_mask: Tensor,
+        seed: Sequence[int],
+        *,
+        contrast_hu: float | Sequence[float] | None = None,
+        near: Near | None = None,
+    ) -> Tensor:
+        """Return the crop with a tumour in the mask; arguments as for `change`."""
