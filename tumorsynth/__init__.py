@@ -1,7 +1,7 @@
 """Realistic synthetic tumours, image and label, for 3-D CT.
 
-The public names are loaded when they are first used (PEP 562): `import tumorsynth` reads no
-weights, asks no network and does not even import torch.
+Public names load on first use (PEP 562): `import tumorsynth` reads no weights, does not access the
+network and does not import torch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tumorsynth.appearance.contrast_priors import ContrastPrior
     from tumorsynth.appearance.gate import Gate
+    from tumorsynth.appearance.mass_effect import MassEffect
     from tumorsynth.generators.diffusion import Generator
     from tumorsynth.generators.handcrafted import HandcraftedGenerator
+    from tumorsynth.generators.protocol import TumorGenerator
     from tumorsynth.generators.store import load_generator
     from tumorsynth.intensity import HU, Scaled, ZScore
     from tumorsynth.phantom import Phantom, make_phantom
@@ -22,12 +25,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HU",
+    "ContrastPrior",
     "Gate",
     "Generator",
     "HandcraftedGenerator",
+    "MassEffect",
     "Phantom",
     "Scaled",
     "SynthesizeTumor",
+    "TumorGenerator",
     "ZScore",
     "__version__",
     "load_generator",
@@ -36,12 +42,15 @@ __all__ = [
 
 _MODULE_OF = {
     "HU": "intensity",
+    "ContrastPrior": "appearance.contrast_priors",
     "Gate": "appearance.gate",
     "Generator": "generators.diffusion",
     "HandcraftedGenerator": "generators.handcrafted",
+    "MassEffect": "appearance.mass_effect",
     "Phantom": "phantom",
     "Scaled": "intensity",
     "SynthesizeTumor": "synthesizer",
+    "TumorGenerator": "generators.protocol",
     "ZScore": "intensity",
     "load_generator": "generators.store",
     "make_phantom": "phantom",
@@ -56,7 +65,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # found at once from now on
+    globals()[name] = value  # from now on __getattr__ is not called for it
     return value
 
 

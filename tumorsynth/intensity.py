@@ -11,10 +11,13 @@ from torch import Tensor
 
 from tumorsynth.arguments import is_bool
 
-# the window of the published generators and of those for abdominal organs (paper E.2), mapped to
-# [0, 1]; a generator's own is ``generator.window``
+# HU that are 0 and 1 for the published generators and those for abdominal organs (paper E.2);
+# other generators have their own ``window``
 HU_LOW, HU_HIGH = -175.0, 250.0
 BONE_HU = 240.0  # tissue outside the organ counts as bone from here on
+
+HU_PER_UNIT_RANGE = (1e-6, 1e9)  # beyond, an image's numbers cannot hold a tumour's change
+MAX_VALUE = 1e9  # of the numbers that define a scale
 
 
 @runtime_checkable
@@ -22,28 +25,37 @@ class Intensity(Protocol):
     """An affine scale: HU = value x ``hu_per_unit`` + offset."""
 
     @property
-    def hu_per_unit(self) -> float: ...
+    def hu_per_unit(self) -> float:
+        """HU in one unit of the image."""
 
     @property
     def limits(self) -> tuple[float, float] | None:
-        """Lowest and highest value the scale can hold, in the user's units, where it clips."""
+        """Lowest and highest value the scale can hold, in image units; None if it does not clip."""
 
-    def to_hu(self, image: Tensor) -> Tensor: ...
+    def to_hu(self, image: Tensor) -> Tensor:
+        """Return an image in HU, in its own dtype."""
 
 
 @dataclass(frozen=True)
 class HU:
-    """The image is in Hounsfield units."""
+    """The image is in Hounsfield units.
+
+    Example:
+        >>> synth = ts.SynthesizeTumor(intensity=ts.HU())
+    """
 
     @property
     def hu_per_unit(self) -> float:
+        """HU in one unit of the image: 1."""
         return 1.0
 
     @property
     def limits(self) -> None:
+        """None: nothing is clipped."""
         return None
 
     def to_hu(self, image: Tensor) -> Tensor:
+        """Return the image itself."""
         return image
 
 
@@ -51,7 +63,18 @@ class HU:
 class Scaled:
     """HU in [a_min, a_max] mapped linearly to [b_min, b_max], as MONAI's ScaleIntensityRange does.
 
-    clip: values were clipped to [b_min, b_max] and shall stay inside.
+    Args:
+        a_min: HU that become ``b_min``.
+        a_max: HU that become ``b_max``.
+        b_min: lower end of the image's range.
+        b_max: upper end of the image's range.
+        clip: whether values are clipped to [b_min, b_max]; synthetic tumours then stay inside too.
+
+    Raises:
+        ValueError: unless a_min < a_max and b_min < b_max, all finite.
+
+    Example:
+        >>> synth = ts.SynthesizeTumor(intensity=ts.Scaled(-175, 250, 0, 1))
     """
 
     a_min: float = -175.0
@@ -62,7 +85,7 @@ class Scaled:
 
     def __post_init__(self) -> None:
         values = (self.a_min, self.a_max, self.b_min, self.b_max)
-        if not _numbers(*values) or not (self.a_min < self.a_max and self.b_min < self.b_max):
+        if not _are_numbers(*values) or not (self.a_min < self.a_max and self.b_min < self.b_max):
             raise ValueError(
                 f"Scaled needs finite a_min < a_max (HU) and b_min < b_max, got {values}; "
                 "pass the four numbers of the intensity scaling in front of this transform"
@@ -71,13 +94,16 @@ class Scaled:
 
     @property
     def hu_per_unit(self) -> float:
+        """HU in one unit of the image."""
         return (self.a_max - self.a_min) / (self.b_max - self.b_min)
 
     @property
     def limits(self) -> tuple[float, float] | None:
+        """(b_min, b_max), or None without ``clip``."""
         return (self.b_min, self.b_max) if self.clip else None
 
     def to_hu(self, image: Tensor) -> Tensor:
+        """Return an image in HU."""
         return (image - self.b_min) * self.hu_per_unit + self.a_min
 
 
@@ -85,7 +111,17 @@ class Scaled:
 class ZScore:
     """(HU clipped to [low, high] - mean) / std, as nnU-Net's CTNormalization does.
 
-    mean, std, low, high are in HU; low and high may be None when nothing was clipped.
+    Args:
+        mean: in HU.
+        std: in HU.
+        low: HU that the image was clipped to from below; None if it was not.
+        high: HU that the image was clipped to from above; None if it was not.
+
+    Raises:
+        ValueError: unless mean is finite, std > 0 and low < high.
+
+    Example:
+        >>> synth = ts.SynthesizeTumor(intensity=ts.ZScore(mean=100, std=40, low=-160, high=240))
     """
 
     mean: float
@@ -94,7 +130,7 @@ class ZScore:
     high: float | None = None
 
     def __post_init__(self) -> None:
-        if not (_numbers(self.mean, self.std) and self.std > 0):
+        if not (_are_numbers(self.mean, self.std) and self.std > 0):
             raise ValueError(
                 f"ZScore needs a finite mean and a std > 0 in HU, got mean={self.mean}, "
                 f"std={self.std}; take them from the dataset's fingerprint or plans"
@@ -103,9 +139,9 @@ class ZScore:
         ends = [end for end in (self.low, self.high) if end is not None]
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
-        if (
-            not all(isinstance(end, Real) and not is_bool(end) for end in ends) or not low < high
-        ):  # NaN included
+        real: Any = Real
+        # "not low < high" refuses NaN, too
+        if not all(isinstance(end, real) and not is_bool(end) for end in ends) or not low < high:
             raise ValueError(
                 f"ZScore needs low < high in HU, got low={self.low}, high={self.high}; "
                 "pass the values the image was clipped to, or None where it was not"
@@ -113,10 +149,12 @@ class ZScore:
 
     @property
     def hu_per_unit(self) -> float:
+        """HU in one unit of the image: the standard deviation."""
         return self.std
 
     @property
     def limits(self) -> tuple[float, float] | None:
+        """Normalised ``low`` and ``high``, or None if nothing was clipped."""
         if self.low is None and self.high is None:
             return None
         low = -math.inf if self.low is None else (self.low - self.mean) / self.std
@@ -124,18 +162,21 @@ class ZScore:
         return low, high
 
     def to_hu(self, image: Tensor) -> Tensor:
+        """Return an image in HU."""
         return image * self.std + self.mean
 
 
-def _numbers(*values: Any) -> bool:
-    """Numbers of a size that a HU or an image's value can have."""
+def _are_numbers(*values: Any) -> bool:
+    """Whether all are finite numbers of a plausible size."""
     real: Any = Real
-    return all(isinstance(v, real) and not is_bool(v) and -1e9 <= v <= 1e9 for v in values)
+    return all(
+        isinstance(v, real) and not is_bool(v) and -MAX_VALUE <= v <= MAX_VALUE for v in values
+    )
 
 
 def _check_unit(kind: str, hu_per_unit: float) -> None:
-    """Beyond these a change of a tumour's size is lost, or too large for the image's numbers."""
-    if not 1e-6 <= hu_per_unit <= 1e9:
+    low, high = HU_PER_UNIT_RANGE
+    if not low <= hu_per_unit <= high:
         raise ValueError(
             f"{kind} must make one unit of the image 1e-6 to 1e9 HU, got {hu_per_unit:g}; pass the "
             "numbers that the image was scaled with"

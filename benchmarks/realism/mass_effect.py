@@ -66,18 +66,19 @@ def measure(ct: ts.Phantom, size: float, draws: int) -> dict:
         if not record["applied"]:
             continue
         params = TumorParams.from_dict(pushing.params[0]["tumors"][0])
-        alone, (where, after, _, largest) = milliseconds(
+        alone, pushed = milliseconds(
             lambda p=params: push_aside(image, label, p, ct.spacing, (1,), 20, ts.HU())
         )
         _, source = displacement(params, image.shape, ct.spacing)
-        moved = (label[where] == 1) & (after != image[where])
+        where = pushed.region.slices
+        moved = (label[where] == 1) & (pushed.image != image[where])
         found = {
             "push_ms": alone,
             "call_ms": cost,
             "call_with_push_ms": more,
-            "largest_displacement_mm": largest,
+            "largest_displacement_mm": pushed.largest_mm,
             "least_determinant": least_determinant(source),
-            "noise_ratio": noise(after, moved) / noise(image[where], moved),
+            "noise_ratio": noise(pushed.image, moved) / noise(image[where], moved),
         }
         for key, value in found.items():
             rows.setdefault(key, []).append(value)

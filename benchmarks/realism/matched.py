@@ -34,7 +34,7 @@ import tumorsynth as ts
 from benchmarks.common import spread, write
 from benchmarks.realism.lesions import NOISE_SIGMA_MM, Lesion, _core, edge, noise_length
 from benchmarks.realism.tumor_quality import real_lesions, synthetic_lesions
-from tumorsynth.appearance.contrast_priors import ContrastPrior, structured
+from tumorsynth.appearance.contrast_priors import ContrastPrior, add_structure
 from tumorsynth.generators.handcrafted import HandcraftedConfig, HandcraftedGenerator
 from tumorsynth.pipeline import paint as _painting
 from tumorsynth.training.data import load_pack
@@ -66,8 +66,8 @@ def changed(hu: np.ndarray, scan: str) -> np.ndarray:
 def unmatched() -> Iterator[None]:
     """As it was before changes were matched to the scan."""
     with (
-        mock.patch.object(_painting, "match", lambda crop, change, *_: change),
-        mock.patch.object(_painting, "grain", lambda *_: (0.0, 0.0, 0.0)),
+        mock.patch.object(_painting, "match_to_scan", lambda crop, change, *_: change),
+        mock.patch.object(_painting, "measure_grain", lambda *_: (0.0, 0.0, 0.0)),
     ):
         yield
 
@@ -177,9 +177,9 @@ def cost(name: str, calls: int = 9) -> dict[str, Any]:
     image, label = 110 + 12 * noise, torch.ones(noise.shape, dtype=torch.uint8)
     prior = ContrastPrior(rim_share=1.0, core_share=1.0, core_from_mm=10.0)
     with (
-        mock.patch.object(_painting, "grain", timed("grain", _painting.grain)),
-        mock.patch.object(_painting, "match", timed("match", _painting.match)),
-        mock.patch.object(_painting, "structured", timed("rim and core", structured)),
+        mock.patch.object(_painting, "measure_grain", timed("grain", _painting.measure_grain)),
+        mock.patch.object(_painting, "match_to_scan", timed("match", _painting.match_to_scan)),
+        mock.patch.object(_painting, "add_structure", timed("rim and core", add_structure)),
     ):
         synth = ts.SynthesizeTumor(name, 1, 2, count=1, size_mm=(15, 20), contrast_hu=prior)
         for seed in range(calls):

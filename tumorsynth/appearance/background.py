@@ -1,11 +1,12 @@
-"""Even tissue in place of what would show through a tumour, before the tumour is painted.
+"""Background fill: even tissue where a tumour will be, before the tumour is painted.
 
-In the fat that a tumour bulges into, in a lung with its vessels, and in the fat that an organ's
-label covers, generators would paint something else than a tumour, or it would show through. What
-is inside the tumour's outline becomes even tissue of the organ's level there, with the scan's
-noise. Generators soften a tumour's edge on its inside too, which towards another tissue would leave
-a rind of the organ's level: so they are shown a tumour that reaches SPARE_MM further there, and
-what is beyond its outline is cut off, as sharply as the scan is.
+Other tissue would show through a tumour, or make a generator paint something else: the fat that an
+exophytic tumour grows into, the vessels of a lung, the fat that an organ's label covers. Inside the
+tumour's outline it becomes even tissue of the organ's level, with the scan's noise.
+
+Generators also soften a tumour's edge on its inside, which towards other tissue would leave a rind
+of the organ's level. They are therefore shown a tumour that extends EXTENSION_MM into other tissue,
+and what they paint beyond the outline is cut off, as sharply as the scan is.
 """
 
 from __future__ import annotations
@@ -17,123 +18,180 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.blend import feather, gaussian_filter
-from tumorsynth.appearance.mass_effect import evenness
-from tumorsynth.appearance.noise import WIDER
+from tumorsynth.appearance.local_noise import separate_noise
+from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA
 from tumorsynth.devices import onto
+from tumorsynth.geometry import Floats3
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.types import TumorParams
+from tumorsynth.random_streams import substream
 
-SPARE_MM = 3.0  # the edges of generators' tumours reach this far into them
-FAT_HU = -20.0  # an organ's voxels below this are fat that its label covers
-SOFT_HU, FAT_SHARE = 30.0, 0.02  # an organ that is not fat itself; what noise alone does not make
-LUNG_HU = -400.0  # tissue below this is lung
-BLUR_MM = 1.0  # of an organ's surface that is half fat
-GAP_MM = 2.0  # of lung that its label leaves out before the chest wall
-SIGNAL = 1.5  # as in `evenness`: what is left of an edge would show, noise is drawn anew
-MOST_BEYOND = 0.5  # of an organ's voxels, of which the generator sees no difference
-EVEN_GAIN = 0.1  # less of a voxel's difference from its surroundings than this is no noise
-
-
-@dataclass(frozen=True)
-class Fill:
-    """Even tissue where a tumour is to be. Of a part of the sample (X, Y, Z)."""
-
-    change_hu: Tensor  # that makes even tissue of the organ's level within the tumour's outline
-    shown_hu: Tensor  # the same for the generator: within the outline that it is shown
-    shown: Tensor  # bool, the tumour, and further on in other tissue
-    other: Tensor  # bool, the tissue that is not the organ's
-    weight: Tensor  # of what the generator makes there, and of the change
-    brightens: bool  # there alone: what is brighter than the tumour stays
+EXTENSION_MM = 3.0  # generators soften a tumour's edge up to this far inside
+MAX_FAT_HU = -20.0  # an organ's voxels below this are fat that its label covers
+MIN_SOFT_TISSUE_HU = 30.0  # level of an organ that is not fat itself
+MAX_FAT_SHARE = 0.02  # of a tumour, that noise alone may make look like fat
+MAX_LUNG_HU = -400.0  # tissue below this level is lung
+ORGAN_EDGE_MM = 1.0  # width of an organ's surface that is half fat
+CHEST_WALL_GAP_MM = 2.0  # lung that its label leaves out before the chest wall
+SIGNAL_RATIO = 1.5  # for `separate_noise`; low, since traces of an edge show and noise is redrawn
+MAX_NOISE_STRUCTURE = 0.1  # share of structure up to which a voxel shows noise alone
+MAX_SHARE_OUTSIDE_WINDOW = 0.5  # of an organ's voxels, whose differences a generator cannot see
 
 
 @dataclass(frozen=True)
-class Tissue:
-    """What a tumour is to be painted in."""
+class BackgroundFill:
+    """Even tissue where a tumour will be, for a part of the sample (X, Y, Z).
 
-    organ: Tensor  # bool, (X, Y, Z)
-    level_hu: float  # the organ's median; 0 where there is none
-    beyond: float  # share of the organ's voxels that are not within the generator's window
-    fat_share: float  # of the tumour's voxels, under the organ's label
-    outside_share: float  # of the tumour's voxels
+    Args:
+        change_hu: what makes even tissue within the tumour's outline.
+        generator_change_hu: the same within the outline that the generator is shown.
+        generator_mask: bool, the tumour that the generator is shown.
+        other_tissue: bool, tissue that is not the organ's.
+        weight: of the generator's change in ``other_tissue``.
+        keep_brighter: whether tissue brighter than the tumour stays in ``other_tissue``.
+    """
 
-    def unseen(self, window: tuple[float, float]) -> str | None:
-        """Why a generator with this window (HU) cannot paint here; None if it can."""
-        if self.beyond <= MOST_BEYOND:
+    change_hu: Tensor
+    generator_change_hu: Tensor
+    generator_mask: Tensor
+    other_tissue: Tensor
+    weight: Tensor
+    keep_brighter: bool
+
+
+@dataclass(frozen=True)
+class TissueAround:
+    """The tissue that a tumour will be painted in.
+
+    Args:
+        organ: bool (X, Y, Z).
+        level_hu: median of the organ; 0 without an organ.
+        share_outside_window: share of the organ's voxels beyond the generator's window.
+        fat_share: share of the tumour's voxels that are fat under the organ's label.
+        outside_share: share of the tumour's voxels beyond the organ's label.
+    """
+
+    organ: Tensor
+    level_hu: float
+    share_outside_window: float
+    fat_share: float
+    outside_share: float
+
+    def outside_window(self, window: tuple[float, float]) -> str | None:
+        """Return why a generator cannot paint here; None if it can.
+
+        Args:
+            window: HU that the generator sees.
+        """
+        if self.share_outside_window <= MAX_SHARE_OUTSIDE_WINDOW:
             return None
         low, high = window
         return (
             f"most of the organ around a tumour must lie within {low:g} to {high:g} HU, which the "
-            f"generator sees, but {self.beyond:.0%} of it does not (median "
+            f"generator sees, but {self.share_outside_window:.0%} of it does not (median "
             f'{self.level_hu:.0f} HU); pass generator="lung" (-1000 to 400 HU) if it is a lung, '
             "or look at intensity="
         )
 
 
-def tissue(
+def measure_tissue(
     hu: Tensor,
     label: Tensor,
     organ_labels: tuple[int, ...],
     inside: Tensor,
     window: tuple[float, float],
-) -> Tissue:
-    """What a tumour is to be painted in. hu, label, inside (bool, the tumour): (X, Y, Z), the
-    tumour and some mm around it. window: HU that the generator sees."""
+) -> TissueAround:
+    """Measure the tissue that a tumour will be painted in.
+
+    Args:
+        hu: (X, Y, Z), the tumour and some mm around it, before it is painted.
+        label: same shape.
+        organ_labels: label values of the organ.
+        inside: bool, same shape, the tumour.
+        window: HU that the generator sees.
+    """
     organ = is_organ(label, organ_labels)
     healthy = organ & hu.isfinite()
     level = torch.where(healthy, hu, torch.nan).nanmedian().nan_to_num(nan=0.0)
-    beyond = (healthy & ((hu <= window[0]) | (hu >= window[1]))).sum() / healthy.sum().clamp(min=1)
-    fat = (healthy & inside & (hu < FAT_HU)).sum() / inside.sum()
-    outside = (inside & ~organ).sum() / inside.sum()
-    # one wait for a GPU
-    told = torch.stack([level, *(share.to(level) for share in (beyond, fat, outside))]).tolist()
-    return Tissue(organ, *told)
+    invisible = healthy & ((hu <= window[0]) | (hu >= window[1]))
+    shares = (
+        invisible.sum() / healthy.sum().clamp(min=1),
+        (healthy & inside & (hu < MAX_FAT_HU)).sum() / inside.sum(),
+        (inside & ~organ).sum() / inside.sum(),
+    )
+    numbers = torch.stack([level, *(share.to(level) for share in shares)])
+    return TissueAround(organ, *numbers.tolist())  # one host-device synchronisation
 
 
-def fill(
+def fill_background(
     hu: Tensor,
-    here: Tissue,
+    tissue: TissueAround,
     inside: Tensor,
-    spacing: tuple[float, float, float],
+    spacing: Floats3,
     grain_mm: Sequence[float],
     params: TumorParams,
     window: tuple[float, float],
-) -> Fill | None:
-    """What makes even tissue of the organ's level within a tumour's outline, as sharp as the scan.
+) -> BackgroundFill | None:
+    """Compute even tissue of the organ's level within a tumour's outline, as sharp as the scan.
 
-    For tumours that bulge; in lungs, whose vessels would shine through the tumour, unless the
-    generator's window (HU) does not reach them; and where more than a little of the tumour is fat
-    that the organ's label covers, as it often does a kidney's sinus. None for all others.
+    Three kinds of tumours need it: exophytic ones; those in lungs, unless the generator's window
+    does not reach lung tissue; and those with more than a little fat under the organ's label, as in
+    a kidney's sinus.
 
-    hu, inside and here: as for and from :func:`tissue`. grain_mm: `texture.grain` along the axes.
-    The scan keeps its noise; where that cannot be told from an edge (the organ's old surface,
-    strands in the fat) noise like it is drawn from the seed.
+    The scan keeps its noise. Where noise cannot be told from an edge (the organ's surface, strands
+    in the fat), similar noise is drawn from the shape seed. In a lung, the fill also closes a gap
+    of up to CHEST_WALL_GAP_MM between nodule and chest wall, where the label often ends early.
 
-    In a lung, what lies between the nodule and the chest wall and is neither, since the label ends
-    before the wall, is filled like the nodule, up to GAP_MM.
+    Args:
+        hu: (X, Y, Z), the tumour and some mm around it, before it is painted.
+        tissue: from `measure_tissue`.
+        inside: bool, same shape, the tumour.
+        spacing: mm per voxel.
+        grain_mm: of the scan, along each axis.
+        params: the tumour.
+        window: HU that the generator sees.
+
+    Returns:
+        The fill, or None for all other tumours.
     """
-    organ, level = here.organ, here.level_hu
-    lung = level < LUNG_HU and window[0] < LUNG_HU
-    over_fat = level > SOFT_HU and here.fat_share > FAT_SHARE
-    if params.bulge == 0 and not lung and not over_fat:
+    is_lung = tissue.level_hu < MAX_LUNG_HU and window[0] < MAX_LUNG_HU
+    covers_fat = tissue.level_hu > MIN_SOFT_TISSUE_HU and tissue.fat_share > MAX_FAT_SHARE
+    if params.bulge == 0 and not is_lung and not covers_fat:
         return None
     finite = hu.isfinite()
     hu = torch.where(finite, hu, 0.0)
-    mean, gain = evenness(hu, organ, spacing, SIGNAL)
-    noise = (1 - gain) * (hu - mean)
-    even = organ & finite & (gain < EVEN_GAIN)
-    sd = noise[even].std() if int(even.sum()) > 1 else hu.new_tensor(0.0)
-    rng = torch.Generator().manual_seed(params.shape_seed ^ 0x66696C6C)
-    drawn = torch.randn(hu.shape, generator=rng)
-    drawn = gaussian_filter(drawn, [g / WIDER / s for g, s in zip(grain_mm, spacing, strict=True)])
-    drawn = onto(drawn / drawn.std().clamp(min=1e-6), hu.device)
-    noise = noise + (gain * (2 - gain)).sqrt() * sd * drawn
-    to_even = torch.where(finite, level + noise - hu, 0.0)
-    if lung:
-        other = ~organ
-    else:  # and the blurred border of the organ
-        other = dilate(~organ | (mean < FAT_HU), BLUR_MM, spacing)
-    shown = inside | (dilate(inside, SPARE_MM, spacing) & other)
-    reached = inside | (dilate(inside, GAP_MM, spacing) & other) if lung else inside
-    weight, wider = (feather(part, grain_mm, spacing, "change") for part in (reached, shown))
-    return Fill(weight * to_even, wider * to_even, shown, other, weight, lung)
+    mean, structure = separate_noise(hu, tissue.organ, spacing, SIGNAL_RATIO)
+    noise = (1 - structure) * (hu - mean)
+    even = tissue.organ & finite & (structure < MAX_NOISE_STRUCTURE)
+    noise_sd = noise[even].std() if int(even.sum()) > 1 else hu.new_tensor(0.0)
+    similar = onto(_unit_noise(hu.shape, params.shape_seed, grain_mm, spacing), hu.device)
+    noise = noise + (structure * (2 - structure)).sqrt() * noise_sd * similar
+    to_even = torch.where(finite, tissue.level_hu + noise - hu, 0.0)
+    if is_lung:
+        other_tissue = ~tissue.organ
+    else:  # with the blurred border of the organ
+        other_tissue = dilate(~tissue.organ | (mean < MAX_FAT_HU), ORGAN_EDGE_MM, spacing)
+    shown = inside | (dilate(inside, EXTENSION_MM, spacing) & other_tissue)
+    filled = inside
+    if is_lung:
+        filled = inside | (dilate(inside, CHEST_WALL_GAP_MM, spacing) & other_tissue)
+    weight, shown_weight = (feather(part, grain_mm, spacing, "change") for part in (filled, shown))
+    return BackgroundFill(
+        change_hu=weight * to_even,
+        generator_change_hu=shown_weight * to_even,
+        generator_mask=shown,
+        other_tissue=other_tissue,
+        weight=weight,
+        keep_brighter=is_lung,
+    )
+
+
+def _unit_noise(
+    shape: Sequence[int], shape_seed: int, grain_mm: Sequence[float], spacing: Floats3
+) -> Tensor:
+    """Noise of the scan's grain with standard deviation 1, on the CPU."""
+    noise = torch.randn(tuple(shape), generator=substream(shape_seed, "fill_noise"))
+    sigmas = [g / GRAIN_PER_NOISE_SIGMA / s for g, s in zip(grain_mm, spacing, strict=True)]
+    noise = gaussian_filter(noise, sigmas)
+    return noise / noise.std().clamp(min=1e-6)

@@ -1,13 +1,13 @@
-"""How far a tumour lies above or below the tissue around it: measured, drawn, and set.
+"""Contrast of a tumour: measure it in a painted crop, sample it, and shift a crop to it.
 
 Volumes here are (B, 1, X, Y, Z) in HU with 1 mm voxels. Contrast is the mean of a tumour's core
-minus the median of the tissue 2 to 6 mm away from it. Nothing waits for a GPU.
+minus the median of the tissue 2 to 6 mm away from it. On a GPU nothing here synchronises.
 
-Contrast is measured in two more places, each for what it has. This one steers a painted crop of the
-1 mm grid, where no organ's label is at hand, and stays within the crop. `gate.measure` judges the
-tumour as written, at any spacing, against the organ's label 2 to 8 mm away. `tumor_statistics` of
-the training reports, on the same shell, what figures of annotated tumours are compared with. In an
-even organ the three agree to within the noise; near vessels and other organs the shells differ.
+Two other places measure contrast, each with the data it has. This module steers a painted crop on
+the 1 mm grid, where no organ label is at hand. `gate.measure` judges the tumour as written, at any
+spacing, against the organ's label 2 to 8 mm away. `tumor_statistics` of the training reports uses
+this module's shell, as do the figures of annotated tumours. In an even organ the three agree to
+within the noise; near vessels and other organs their shells differ.
 """
 
 from __future__ import annotations
@@ -23,27 +23,36 @@ from torch import Tensor
 
 from tumorsynth.arguments import any_bool
 from tumorsynth.devices import on_cpu, onto
-from tumorsynth.geometry import box_around
+from tumorsynth.geometry import bounding_box
+from tumorsynth.random_streams import substream
 
-NEAR_MM, FAR_MM = 2, 6  # where the tissue around a tumour is measured
-ENOUGH = 50  # voxels of it
-ALIKE_HU = 50.0  # noise and all, of tissue that is like other tissue
-CORE = 20  # voxels that a tumour without its outermost layer needs, to be measured there
-KERNEL_SUM = 1 + 2 * math.exp(-0.5) + 2 * math.exp(-2)
-FLOOR_HU = 10.0  # fluid: solid tissue does not become darker than this
-SCALES = 0.3, 1.5  # of the contrast with the tissue's own level
+SHELL_MM = (2, 6)  # distances from a tumour between which the tissue around it is measured
+MIN_TISSUE_VOXELS = 50  # of the shell
+MAX_TISSUE_DIFFERENCE_HU = 50.0  # noise included, between voxels of the same tissue
+MIN_CORE_VOXELS = 20  # a smaller tumour is measured with its outermost layer
+SOFT_REACH_VOXELS = 2  # cutoff of the Gaussian of 1 voxel that softens a shift
+SOFT_KERNEL_SUM = 1 + 2 * math.exp(-0.5) + 2 * math.exp(-2)
+FLUID_HU = 10.0  # solid tissue does not become darker than this
+CONTRAST_SCALE_RANGE = (0.3, 1.5)  # of the scale by the tissue's own level
+MAX_CONTRAST_HU = 1500.0
 
 
 @dataclass(frozen=True)
 class ContrastConfig:
     """What a generator knows about contrast.
 
-    low, high: HU; drawn uniformly for a tumour for which none is asked.
-    reference_hu: the tissue for which low and high hold. They are scaled with the tissue's own
-        level, so that a tumour in an unenhanced organ is fainter; None leaves them.
-    tissue: HU that may be the tissue around; fat, air and bone next to it are not measured.
-    even: inside, the denoiser's tumours vary more over a few mm than real ones; blended, they take
-        the scan's own variation instead (`tumorsynth.appearance.noise`).
+    Args:
+        low: lowest contrast in HU that is sampled where none is requested.
+        high: highest one.
+        reference_hu: the tissue for which low and high hold. They scale with the tissue's own
+            level, so that a tumour in an unenhanced organ is fainter. None turns this off.
+        tissue: HU that count as tissue around a tumour; fat, air and bone are not measured.
+        even: whether a blended tumour takes the scan's own variation over a few mm inside, in
+            place of the denoiser's, which is larger than that of real tumours
+            (`tumorsynth.appearance.noise`).
+
+    Raises:
+        ValueError: if the numbers are not finite and in order.
     """
 
     low: float = -55.0
@@ -55,13 +64,20 @@ class ContrastConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tissue", tuple(float(hu) for hu in self.tissue))
         numbers = [self.low, self.high, *self.tissue, self.reference_hu or 1.0]
-        fine = len(self.tissue) == 2 and all(math.isfinite(n) for n in numbers)
-        if not (fine and self.low <= self.high and self.tissue[0] < self.tissue[1]):
+        valid = len(self.tissue) == 2 and all(math.isfinite(n) for n in numbers)
+        if not (valid and self.low <= self.high and self.tissue[0] < self.tissue[1]):
             raise ValueError(f"contrast needs finite low <= high and tissue low < high, got {self}")
 
 
 def check_contrast(contrast_hu: float | Sequence[float] | None) -> tuple[float, float] | None:
-    """(low, high) of a ``contrast_hu`` argument: None, a number, or (low, high)."""
+    """Return (low, high) of a ``contrast_hu=`` argument.
+
+    Args:
+        contrast_hu: a number, (low, high), or None for the generator's own contrast.
+
+    Raises:
+        ValueError: for anything else, and beyond 1500 HU.
+    """
     if contrast_hu is None:
         return None
     try:
@@ -71,7 +87,7 @@ def check_contrast(contrast_hu: float | Sequence[float] | None) -> tuple[float, 
         low, high = (float(v) for v in values)
     except (TypeError, ValueError):
         low = high = math.nan
-    if not -1500 <= low <= high <= 1500 or any_bool(contrast_hu):
+    if not -MAX_CONTRAST_HU <= low <= high <= MAX_CONTRAST_HU or any_bool(contrast_hu):
         raise ValueError(
             "contrast_hu must be HU above (or, negative, below) the tissue around the tumour, a "
             "number or (low, high) with -1500 <= low <= high <= 1500, the darker first, got "
@@ -82,105 +98,158 @@ def check_contrast(contrast_hu: float | Sequence[float] | None) -> tuple[float, 
 
 
 def level_around(hu: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]) -> Tensor:
-    """(B,): median HU of the tissue around each tumour; of all that is there where none is."""
-    box = _around(tumor_mask, FAR_MM + 1)
+    """Return the median HU of the tissue around each tumour, (B,).
+
+    Args:
+        hu: (B, 1, X, Y, Z).
+        tumor_mask: bool, same shape.
+        tissue: HU that count as tissue. Where too few voxels of the shell lie within, all of the
+            shell counts; without a shell, all of the crop.
+    """
+    box = _around_tumors(tumor_mask, SHELL_MM[1] + 1)
     hu, tumor_mask = hu[box], tumor_mask[box]
-    mask = tumor_mask.to(hu.dtype)
-    shell = (grown(mask, FAR_MM) > 0) & ~(grown(mask, NEAR_MM) > 0)
+    shell = _shell(tumor_mask, hu.dtype)
     for wider in (~tumor_mask, torch.ones_like(tumor_mask)):
         shell = torch.where(_count(shell) > 0, shell, wider)
     fits = shell & (hu > tissue[0]) & (hu < tissue[1])
-    fits = torch.where(_count(fits) >= ENOUGH, fits, shell)
-    return torch.where(fits, hu, torch.nan).flatten(1).nanmedian(1).values
+    fits = torch.where(_count(fits) >= MIN_TISSUE_VOXELS, fits, shell)
+    return _median(hu, fits)
 
 
-def own_level(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
-    """(B,): median of the tissue around each tumour that is like what the tumour replaces, or of
-    that itself where there is too little: an asked contrast is to what can be seen there, in a
-    bright kidney, in a fatty pancreas or in the renal sinus."""
-    box = _around(tumor_mask, FAR_MM + 1)
+def similar_level_around(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
+    """Return the median HU around each tumour of the tissue that it replaces, (B,).
+
+    A requested contrast is relative to this: a tumour may replace bright kidney, fatty pancreas or
+    renal sinus. Where too little such tissue is around, it is the median inside the mask.
+
+    Args:
+        healthy: (B, 1, X, Y, Z), before the tumour.
+        tumor_mask: bool, same shape.
+    """
+    box = _around_tumors(tumor_mask, SHELL_MM[1] + 1)
     healthy, tumor_mask = healthy[box], tumor_mask[box]
-    inside = torch.where(tumor_mask, healthy, torch.nan).flatten(1).nanmedian(1).values
-    mask = tumor_mask.to(healthy.dtype)
-    shell = (grown(mask, FAR_MM) > 0) & ~(grown(mask, NEAR_MM) > 0)
-    alike = shell & ((healthy - inside[:, None, None, None, None]).abs() < ALIKE_HU)
-    around = torch.where(alike, healthy, torch.nan).flatten(1).nanmedian(1).values
-    return torch.where(_count(alike).flatten() >= ENOUGH, around, inside)
+    replaced = _median(healthy, tumor_mask)
+    difference = (healthy - replaced[:, None, None, None, None]).abs()
+    similar = _shell(tumor_mask, healthy.dtype) & (difference < MAX_TISSUE_DIFFERENCE_HU)
+    enough = _count(similar).flatten() >= MIN_TISSUE_VOXELS
+    return torch.where(enough, _median(healthy, similar), replaced)
 
 
 def core(tumor_mask: Tensor) -> Tensor:
-    """The tumour without its outermost voxels, or the whole of a small one: bool, same shape."""
+    """Return each tumour without its outermost voxels, or all of a small one.
+
+    Args:
+        tumor_mask: bool (B, 1, X, Y, Z).
+    """
     eroded = ~(grown((~tumor_mask).float(), 1) > 0)
-    return torch.where(_count(eroded) >= CORE, eroded, tumor_mask)
+    return torch.where(_count(eroded) >= MIN_CORE_VOXELS, eroded, tumor_mask)
 
 
 def contrast_of(hu: Tensor, tumor_mask: Tensor, level: Tensor) -> Tensor:
-    """(B,): mean of each tumour's core minus the level around it."""
-    box = _around(tumor_mask, 2)
+    """Return the mean of each tumour's core minus the level around it, (B,)."""
+    box = _around_tumors(tumor_mask, 2)
     hu, tumor_mask = hu[box], tumor_mask[box]
     inside = core(tumor_mask).to(hu.dtype)
     return (hu * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1) - level
 
 
-def draw_contrast(config: ContrastConfig, level: Tensor, seeds: Sequence[int] | None) -> Tensor:
-    """(B,) HU for tissue of these levels; the middle of the range without seeds."""
-    # a stream of its own: the seed's first draws are the noise
+def sample_contrast(config: ContrastConfig, level: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    """Sample a contrast for each tumour from its generator's range.
+
+    Args:
+        config: the range.
+        level: (B,), HU of the tissue around each tumour.
+        seeds: one for each tumour; None for the middle of the range.
+
+    Returns:
+        (B,) in HU.
+    """
     shares = [
         float(torch.rand((), generator=stream, dtype=torch.float32))
-        for stream in (torch.Generator().manual_seed(seed ^ 0x636F6E74) for seed in seeds or [])
+        for stream in (substream(seed, "contrast_condition") for seed in seeds or [])
     ]
     share = onto(torch.tensor(shares or [0.5], dtype=level.dtype), level.device)
-    drawn = config.low + (config.high - config.low) * share.expand(level.shape)
+    contrast = config.low + (config.high - config.low) * share.expand(level.shape)
     if config.reference_hu is None:
-        return drawn
-    drawn = drawn * (level / config.reference_hu).clamp(*SCALES)
-    return torch.maximum(drawn, (FLOOR_HU - level).clamp(max=0.0))
+        return contrast
+    contrast = contrast * (level / config.reference_hu).clamp(*CONTRAST_SCALE_RANGE)
+    return torch.maximum(contrast, (FLUID_HU - level).clamp(max=0.0))
 
 
-def shift(hu: Tensor, tumor_mask: Tensor, level: Tensor, wanted: Tensor) -> Tensor:
-    """What to add to each painted volume so that its tumour has the wanted contrast, in HU.
+def shift_to_contrast(hu: Tensor, tumor_mask: Tensor, level: Tensor, contrast_hu: Tensor) -> Tensor:
+    """Return what to add to painted crops so that their tumours have the requested contrast.
 
-    As soft at the outline as what generators paint: half there. Anything wider would show beside
-    their edge as a rim, bright in a kidney, where they paint too dark by tens of HU.
+    The shift is as soft at the outline as the edges that generators paint: half there. A wider one
+    would leave a rim, bright in a kidney, where generators paint too dark by tens of HU.
+
+    Args:
+        hu: (B, 1, X, Y, Z), painted.
+        tumor_mask: bool, same shape.
+        level: (B,), HU of the tissue around each tumour.
+        contrast_hu: (B,), requested.
+
+    Returns:
+        HU, shaped like ``hu``.
     """
-    box = _around(tumor_mask, 3)  # further than what is soft
+    box = _around_tumors(tumor_mask, SOFT_REACH_VOXELS + 1)
     change, hu, tumor_mask = torch.zeros_like(hu), hu[box], tumor_mask[box]
-    off = wanted - contrast_of(hu, tumor_mask, level)
+    missing = contrast_hu - contrast_of(hu, tumor_mask, level)
     soft = tumor_mask.to(hu.dtype)
     for axis in (2, 3, 4):
-        soft = _softened(soft, axis)
+        soft = _soften(soft, axis)
     inside = core(tumor_mask).to(hu.dtype)
     share = (soft * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
-    change[box] = soft * (off / share.clamp(min=0.1))[:, None, None, None, None]
+    change[box] = soft * (missing / share.clamp(min=0.1))[:, None, None, None, None]
     return change
 
 
-def _around(tumor_mask: Tensor, margin: int) -> tuple[slice, ...]:
-    """The part of (B, 1, X, Y, Z) that holds the tumours and ``margin`` voxels around them; all of
-    it on a GPU, which would have to be waited for, and where a sample has none."""
-    if not on_cpu(tumor_mask) or not bool(tumor_mask.flatten(1).any(1).all()):
-        return (slice(None),) * 5
-    box = box_around(tumor_mask.flatten(0, 1).any(0), margin)
-    assert box is not None
-    return (slice(None), slice(None), *box)
+def grown(mask: Tensor, voxels: int) -> Tensor:
+    """Dilate a mask by a cube, one axis at a time.
 
-
-def _softened(volume: Tensor, axis: int) -> Tensor:
-    """Filtered along an axis with a Gaussian of a voxel, two voxels wide, nothing beyond."""
-    at = torch.arange(volume.shape[axis], device=volume.device, dtype=volume.dtype)
-    far = (at[:, None] - at).square()
-    kernel = torch.where(far <= 4, torch.exp(-0.5 * far), 0.0) / KERNEL_SUM
-    return torch.movedim(torch.tensordot(kernel, volume, dims=([1], [axis])), 0, axis)
-
-
-def grown(mask: Tensor, by: int) -> Tensor:
-    """A box dilation: one axis at a time costs a tenth of all three at once."""
+    Args:
+        mask: 0 and 1 in floating point, (..., X, Y, Z).
+        voxels: by how many on each side.
+    """
     for axis in range(3):
         kernel, padding = [1, 1, 1], [0, 0, 0]
-        kernel[axis], padding[axis] = 2 * by + 1, by
+        kernel[axis], padding[axis] = 2 * voxels + 1, voxels
         mask = F.max_pool3d(mask, kernel, stride=1, padding=padding)
     return mask
 
 
+def _around_tumors(tumor_mask: Tensor, margin: int) -> tuple[slice, ...]:
+    """Index of the part of (B, 1, X, Y, Z) around the tumours.
+
+    All of it on a GPU, which would have to synchronise, and where a sample has no tumour.
+    """
+    if not on_cpu(tumor_mask) or not bool(tumor_mask.flatten(1).any(1).all()):
+        return (slice(None),) * 5
+    box = bounding_box(tumor_mask.flatten(0, 1).any(0), margin)
+    assert box is not None
+    return (slice(None), slice(None), *box.slices)
+
+
+def _shell(tumor_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The voxels 2 to 6 mm around each tumour."""
+    mask = tumor_mask.to(dtype)
+    inner, outer = SHELL_MM
+    return (grown(mask, outer) > 0) & ~(grown(mask, inner) > 0)
+
+
+def _median(values: Tensor, where: Tensor) -> Tensor:
+    """Median (B,) of the voxels of a mask; NaN where it is empty."""
+    return torch.where(where, values, torch.nan).flatten(1).nanmedian(1).values
+
+
+def _soften(volume: Tensor, axis: int) -> Tensor:
+    """Filter along an axis with a Gaussian of 1 voxel; beyond the border lies 0."""
+    at = torch.arange(volume.shape[axis], device=volume.device, dtype=volume.dtype)
+    squared = (at[:, None] - at).square()
+    kernel = torch.where(squared <= SOFT_REACH_VOXELS**2, torch.exp(-0.5 * squared), 0.0)
+    kernel = kernel / SOFT_KERNEL_SUM
+    return torch.movedim(torch.tensordot(kernel, volume, dims=([1], [axis])), 0, axis)
+
+
 def _count(mask: Tensor) -> Tensor:
+    """Voxels of each sample's mask, (B, 1, 1, 1, 1)."""
     return mask.flatten(1).sum(1)[:, None, None, None, None]

@@ -1,56 +1,94 @@
 """Contrast by organ and phase: hypo-, iso- and hyperattenuating tumours, rims, necrotic cores.
 
-The named priors are assumptions from what radiology textbooks say of such tumours, not fitted to
-scans: no annotated tumours of these phases were at hand, but for six of one enhanced liver.
+The named priors are assumptions from radiology textbooks. We have not fitted them to scans: apart
+from six tumours of one enhanced liver, no annotated tumours of these phases were available.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.appearance.blend import gaussian_filter
-from tumorsynth.appearance.contrast import FLOOR_HU, SCALES, core, grown
-from tumorsynth.appearance.noise import MARGIN
+from tumorsynth.appearance.contrast import CONTRAST_SCALE_RANGE, FLUID_HU, core, grown
+from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS
 from tumorsynth.devices import onto
-from tumorsynth.geometry import box_around
+from tumorsynth.geometry import bounding_box
+from tumorsynth.random_streams import substream
 
-Range = tuple[float, float]
-CROSS = (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1)))
+HURange = tuple[float, float]
+
+RIM_DEPTH_MM, RIM_SIGMA_MM = 1.5, 1.0  # below the outline; the rim is 2 to 3 mm wide
+CORE_DEPTH_SHARE = 0.5  # of the largest depth, where a necrotic core begins
+CORE_EDGE_SHARE = 0.06  # width of its border, of the largest depth
+CORE_ROUGHNESS = 0.12  # standard deviation of where its border lies, of the largest depth
+CORE_ROUGHNESS_SIGMA_MM = 3.0
+STRUCTURE_SIGMA_MM = 0.7  # softness of rim and core
+OUTLINE_SIGMA_MM = 1.0  # softness of a change at the outline
+MAX_DEPTH_VOXELS = 24
+# 6-neighbourhood dilation as three max-pools: (kernel, padding)
+CROSS_KERNELS = (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1)))
+
+
+class SampledContrast(NamedTuple):
+    """Contrast of one tumour, in HU.
+
+    Args:
+        contrast_hu: the whole tumour, without its outermost voxels, minus the tissue around it.
+        structure_hu: (rim, core) minus the rest of the tumour; 0 for none.
+    """
+
+    contrast_hu: float
+    structure_hu: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class ContrastPrior:
-    """What ``contrast_hu=`` draws for each tumour. HU are against the tissue around it.
+    """A distribution of contrasts, for ``contrast_hu=``; all HU are relative to what is around.
 
-    hypo, iso, hyper: ranges of the contrast, and how often each is drawn (``shares``, of any sum).
-    rim, rim_share: HU of a rim at the outline above the rest, and how many tumours have one.
-    core_hu, core_share: HU of a necrotic middle against the rest (negative is darker), and how many
-        of the tumours of at least ``core_from_mm`` have one.
-    reference_hu: the tissue for which these hold; all are scaled with the tissue's own level, 0.3
-        to 1.5 times. None leaves them.
-    floor_hu: solid tissue is not made darker than this (fluid); None: no floor.
+    A tumour is hypo-, iso- or hyperattenuating; its contrast is uniform in that range. Rim and
+    necrotic core leave the tumour's mean contrast as it is.
 
-    contrast_hu is of the whole tumour, less its outermost voxels; rim and core leave that mean.
-    Raises ValueError for ranges and shares that are none.
+    Args:
+        name: for messages.
+        hypo: contrast in HU of darker tumours, (low, high).
+        iso: contrast of tumours as bright as the tissue around.
+        hyper: contrast of brighter tumours.
+        shares: how often each of the three is sampled; any sum.
+        rim: HU of a rim at the outline above the rest, (low, high).
+        rim_share: share of tumours with a rim.
+        core_hu: HU of a necrotic core against the rest, negative for darker, (low, high).
+        core_share: share of the tumours of at least ``core_from_mm`` with a core.
+        core_from_mm: equivalent diameter.
+        reference_hu: the tissue for which these hold. They scale with the tissue's own level, by
+            0.3 to 1.5. None turns this off.
+        floor_hu: no tumour becomes darker than this (fluid). None turns this off.
+
+    Raises:
+        ValueError: for ranges that are not (low, high) and shares that are out of range.
+
+    Example:
+        >>> prior = ts.ContrastPrior(hypo=(-45, -25), rim_share=0.3)
+        >>> synth = ts.SynthesizeTumor(contrast_hu=prior)
     """
 
     name: str = "custom"
-    hypo: Range = (-50.0, -20.0)
-    iso: Range = (-8.0, 8.0)
-    hyper: Range = (10.0, 35.0)
+    hypo: HURange = (-50.0, -20.0)
+    iso: HURange = (-8.0, 8.0)
+    hyper: HURange = (10.0, 35.0)
     shares: tuple[float, float, float] = (1.0, 0.0, 0.0)
-    rim: Range = (8.0, 25.0)
+    rim: HURange = (8.0, 25.0)
     rim_share: float = 0.0
-    core_hu: Range = (-35.0, -15.0)
+    core_hu: HURange = (-35.0, -15.0)
     core_share: float = 0.0
     core_from_mm: float = 30.0
     reference_hu: float | None = None
-    floor_hu: float | None = FLOOR_HU
+    floor_hu: float | None = FLUID_HU
 
     def __post_init__(self) -> None:
         for name in ("hypo", "iso", "hyper", "rim", "core_hu"):
@@ -71,94 +109,119 @@ class ContrastPrior:
                     f"{name} must lie in [0, 1], got {getattr(self, name)!r}; pass 0 for none"
                 )
 
-    def draw(
-        self, seed: int, diameter_mm: float, level_hu: float
-    ) -> tuple[float, tuple[float, float]]:
-        """(contrast, (rim, core)) in HU for one tumour in tissue of this level; rim or core is 0
-        where the tumour has none."""
-        # a stream of its own: the seed's first draws are the noise
-        stream = torch.Generator().manual_seed(seed ^ 0x7072696F)
-        kind, place, has_rim, rim, has_core, middle = torch.rand(
-            6, generator=stream, dtype=torch.float32
+    def sample(self, seed: int, diameter_mm: float, level_hu: float) -> SampledContrast:
+        """Sample the contrast of one tumour.
+
+        Args:
+            seed: the tumour's noise seed.
+            diameter_mm: its equivalent diameter.
+            level_hu: level of the tissue around it.
+        """
+        # always all six, so that one setting does not change another's number
+        kind, contrast, has_rim, rim, has_core, core_contrast = torch.rand(
+            6, generator=substream(seed, "contrast_prior"), dtype=torch.float32
         ).tolist()
         bounds = torch.tensor(self.shares, dtype=torch.float64).cumsum(0) / sum(self.shares)
-        low, high = (self.hypo, self.iso, self.hyper)[int((bounds <= kind).sum().clamp(max=2))]
+        hu_range = (self.hypo, self.iso, self.hyper)[int((bounds <= kind).sum().clamp(max=2))]
         scale = 1.0
         if self.reference_hu is not None:
-            scale = min(max(level_hu / self.reference_hu, SCALES[0]), SCALES[1])
-        contrast = scale * (low + (high - low) * place)
+            lowest, highest = CONTRAST_SCALE_RANGE
+            scale = min(max(level_hu / self.reference_hu, lowest), highest)
+        contrast_hu = scale * _interpolate(hu_range, contrast)
         if self.floor_hu is not None:  # tissue that is darker already keeps its level
-            contrast = max(contrast, min(self.floor_hu - level_hu, 0.0))
-        rim_hu = scale * (self.rim[0] + (self.rim[1] - self.rim[0]) * rim)
-        low, high = self.core_hu
-        core_hu = scale * (low + (high - low) * middle)
-        large = diameter_mm >= self.core_from_mm
-        return contrast, (
-            rim_hu if has_rim < self.rim_share else 0.0,
-            core_hu if large and has_core < self.core_share else 0.0,
-        )
+            contrast_hu = max(contrast_hu, min(self.floor_hu - level_hu, 0.0))
+        rim_hu = core_hu = 0.0
+        if has_rim < self.rim_share:
+            rim_hu = scale * _interpolate(self.rim, rim)
+        if diameter_mm >= self.core_from_mm and has_core < self.core_share:
+            core_hu = scale * _interpolate(self.core_hu, core_contrast)
+        return SampledContrast(contrast_hu, (rim_hu, core_hu))
 
 
 def get_contrast_prior(name: str) -> ContrastPrior:
-    """The prior of this name, "liver-arterial" for example; an organ alone is its portal phase."""
-    known = CONTRAST_PRIORS.get(name) or CONTRAST_PRIORS.get(f"{name}-portal")
-    if known is None:
+    """Return a named prior.
+
+    Args:
+        name: an organ and a phase, as in "liver-arterial"; an organ alone is its portal phase.
+
+    Raises:
+        ValueError: for other names.
+    """
+    prior = CONTRAST_PRIORS.get(name) or CONTRAST_PRIORS.get(f"{name}-portal")
+    if prior is None:
         raise ValueError(
             f"a contrast prior must be one of {', '.join(sorted(CONTRAST_PRIORS))}, got {name!r}; "
-            "or pass HU, (low, high), or a tumorsynth.appearance.contrast_priors.ContrastPrior"
+            "or pass HU, (low, high), or a tumorsynth.ContrastPrior"
         )
-    return known
+    return prior
 
 
-def structured(
-    change: Tensor, tumor_mask: Tensor, structure: tuple[float, float], seed: int
+def add_structure(
+    change: Tensor, tumor_mask: Tensor, structure_hu: tuple[float, float], seed: int
 ) -> Tensor:
-    """A change with a rim and a core added, the mean of the tumour's core left as it is.
+    """Add a rim and a necrotic core to a change, leaving the mean of the tumour's core as it is.
 
-    change: (X, Y, Z) in HU, 1 mm voxels. tumor_mask: bool. structure: HU of rim and core. The rim
-    is 2 to 3 mm wide inside the outline; the core has an uneven border, drawn from the seed.
+    Args:
+        change: (X, Y, Z) in HU, 1 mm voxels.
+        tumor_mask: bool, same shape.
+        structure_hu: HU of rim and core; 0 for none.
+        seed: the tumour's noise seed, from which the core's uneven border follows.
+
+    Returns:
+        A new change, or ``change`` itself where nothing is added.
     """
-    if structure == (0.0, 0.0):
+    if structure_hu == (0.0, 0.0):
         return change
-    box = box_around(tumor_mask, MARGIN)
+    box = bounding_box(tumor_mask, MATCH_MARGIN_VOXELS)
     if box is None:
         return change
     change = change.clone()
-    change[box] += _structure(tumor_mask[box], structure, seed)
+    change[box.slices] += _structure(tumor_mask[box.slices], structure_hu, seed)
     return change
 
 
-def _structure(mask: Tensor, structure: tuple[float, float], seed: int) -> Tensor:
-    """What `structured` adds, around the tumour."""
-    rim_hu, core_hu = structure
+def _structure(mask: Tensor, structure_hu: tuple[float, float], seed: int) -> Tensor:
+    """What `add_structure` adds, around the tumour."""
+    rim_hu, core_hu = structure_hu
     depth = _depth(mask)
-    added = rim_hu * torch.exp(-0.5 * ((depth - 1.5) / 1.0).square())
+    structure = rim_hu * torch.exp(-0.5 * ((depth - RIM_DEPTH_MM) / RIM_SIGMA_MM).square())
     if core_hu != 0:
-        stream = torch.Generator().manual_seed(seed ^ 0x636F7265)
-        rough = gaussian_filter(
-            torch.randn(mask.shape, generator=stream, dtype=torch.float32), [3.0] * 3
+        stream = substream(seed, "structure")
+        roughness = gaussian_filter(
+            torch.randn(mask.shape, generator=stream, dtype=torch.float32),
+            [CORE_ROUGHNESS_SIGMA_MM] * 3,
         )
-        rough = onto(rough / rough.std(), mask.device)
-        within = depth / depth.max() - 0.5 + 0.12 * rough
-        added = added + core_hu * torch.sigmoid(within / 0.06)
-    added = gaussian_filter(added * mask, [0.7] * 3)
-    # what the rest gives up so that the mean stays, soft at the outline as the change itself is
-    soft = gaussian_filter(mask.to(added.dtype), [1.0] * 3)
+        roughness = onto(roughness / roughness.std(), mask.device)
+        within = depth / depth.max() - CORE_DEPTH_SHARE + CORE_ROUGHNESS * roughness
+        structure = structure + core_hu * torch.sigmoid(within / CORE_EDGE_SHARE)
+    structure = gaussian_filter(structure * mask, [STRUCTURE_SIGMA_MM] * 3)
+    # subtract the mean, as soft at the outline as the change itself
+    soft = gaussian_filter(mask.to(structure.dtype), [OUTLINE_SIGMA_MM] * 3)
     inside = core(mask[None, None])[0, 0]
-    return added - soft * (added[inside].mean() / soft[inside].mean())
+    return structure - soft * (structure[inside].mean() / soft[inside].mean())
 
 
 def _depth(mask: Tensor) -> Tensor:
-    """Voxels from the outline, 0 outside: how often a tumour can be peeled, up to 24 times."""
+    """Depth below the outline in voxels: how many erosions a voxel survives, 0 outside."""
     outside, depth = (~mask).float()[None, None], torch.zeros_like(mask, dtype=torch.float32)
-    for layer in range(24):
+    for layer in range(MAX_DEPTH_VOXELS):
         depth += 1 - outside[0, 0]
-        # cubes and diamonds in turn come close to balls
-        crossed = [F.max_pool3d(outside, kernel, 1, padding) for kernel, padding in CROSS]
-        outside = grown(outside, 1) if layer % 2 else torch.stack(crossed).amax(0)
+        # alternating cubes and diamonds approximates a ball
+        if layer % 2:
+            outside = grown(outside, 1)
+        else:
+            crosses = [
+                F.max_pool3d(outside, kernel, 1, padding) for kernel, padding in CROSS_KERNELS
+            ]
+            outside = torch.stack(crosses).amax(0)
         if bool(outside.all()):
             break
     return depth
+
+
+def _interpolate(hu_range: HURange, share: float) -> float:
+    low, high = hu_range
+    return low + (high - low) * share
 
 
 _LIVER = ContrastPrior(

@@ -1,4 +1,4 @@
-"""The quality gate: cheap scores of one tumour in its scan, and the limits that it must keep."""
+"""The quality gate: scores of one tumour in its scan, and the limits that they must keep."""
 
 from __future__ import annotations
 
@@ -14,34 +14,45 @@ from tumorsynth.placement.rasterize import flatness
 
 Scorer = Callable[[Tensor, Tensor, tuple[float, float, float]], float]
 
-REACH_MM = 8.0  # the tissue around a tumour that is looked at
-NEAR_MM = 2.0  # its feather and its edge lie nearer than this
-ENOUGH = 30  # voxels, or neighbours in a row, that a figure needs
+GATE_MARGIN_MM = 8.0  # tissue around a tumour that it is compared with
+EDGE_ZONE_MM = 2.0  # nearer tissue is left out: the feather lies there
+CORE_DEPTH_MM = 1.0  # the core begins this far inside the outline
+EDGE_DEPTH_MM = 1.5  # the edge's slope is measured this far to both sides of the outline
+MIN_VOXELS = 30  # or triples of neighbours, behind each score
 NO_EDGE_MM = 99.0  # width of an edge that is not there
-SOLID = 20.0, 220.0  # HU of solid organs: around these a tumour has no business being fat or fluid
+SOLID_TISSUE_HU = (20.0, 220.0)  # in such organs a tumour is neither fat, fluid nor calcium
+MAD_TO_SD = 1.4826  # standard deviation over median absolute deviation, of normal noise
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Limits (low, high) on the scores of a tumour; None: any value will do.
+    """Limits (low, high) on the scores of a tumour; None for no limit.
 
-    A score that cannot be measured, say because no organ is left around the tumour, breaks no
-    limit. ``Gate(visibility=None, ...)`` with None for all measures and never rejects.
+    A score that cannot be measured, for example because no organ is left around the tumour, breaks
+    no limit. With None for all scores the gate measures and never rejects.
 
-    tries: tumours made for one place before it is given up, each with the next seed.
-    contrast_hu: mean of the tumour's core minus the median of the organ 2 to 8 mm around it.
-    off_hu: that contrast minus the one asked for, if any: also of the wrong sign.
-    level_hu: the core itself, where the organ around is solid tissue (20 to 220 HU): neither fat,
-        fluid nor calcium.
-    visibility: contrast, without its sign, over the standard deviation of the organ around.
-    noise_ratio: voxel-to-voxel noise in the core over that of the organ around.
-    edge_mm: width of the edge, 10 to 90 %, at the outline; 2 mm and sharper reads 2, none
-        at all 99, wide ones of small tumours read up to a third too narrow.
-    flatness: shortest over longest axis of the outline.
-    scorer: called with (hu, tumor_mask, spacing), the scan with the tumour and 8 mm around it
-        (X, Y, Z), bool mask and mm; returns a number, or whether the tumour may stay. It must
-        reach ``least``. It must give the same answer for the same input, or seeds no longer repeat
-        a call. A trained network is called like any other function.
+    Args:
+        tries: attempts at one place, each with the next seed, before the tumour is skipped.
+        contrast_hu: mean of the tumour's core minus the median of the organ 2 to 8 mm around it.
+        off_hu: that contrast minus the requested one, if any. Also catches the wrong sign.
+        level_hu: mean of the core, where the organ around is solid tissue (20 to 220 HU). Catches
+            fat, fluid and calcium.
+        visibility: absolute contrast over the standard deviation of the organ around.
+        noise_ratio: voxel-to-voxel noise in the core over that of the organ around.
+        edge_mm: width of the edge at the outline, from 10 to 90 %. Edges of 2 mm and sharper read
+            2, a missing edge 99; wide edges of small tumours read up to a third too narrow.
+        flatness: shortest over longest axis of the outline.
+        scorer: a function or network called with (hu, tumor_mask, spacing): the scan with the
+            tumour and 8 mm around it (X, Y, Z), a bool mask, mm. It returns a number, or whether
+            the tumour may stay. It must be deterministic, or seeds no longer repeat a call.
+        least: lowest number of ``scorer`` that passes.
+
+    Raises:
+        ValueError: for limits that are not (low, high), and for ``tries`` below 1 or above 100.
+        TypeError: for a scorer that cannot be called.
+
+    Example:
+        >>> synth = ts.SynthesizeTumor(gate=ts.Gate(visibility=(1.0, 5.0), tries=5))
     """
 
     tries: int = 3
@@ -87,23 +98,28 @@ class Gate:
         tumor_mask: Tensor,
         organ: Tensor,
         spacing: tuple[float, float, float],
-        asked_hu: float | None = None,
+        requested_hu: float | None = None,
     ) -> dict[str, float | None]:
-        """The scores of a tumour, those of :func:`measure` and, with a scorer, "scorer".
+        """Return the scores of a tumour: those of `measure` and, with a scorer, "scorer".
 
-        asked_hu: the contrast asked for, None where the generator chose it.
+        Args:
+            hu: as for `measure`, like the next three.
+            tumor_mask: the tumour.
+            organ: the tissue to compare with.
+            spacing: mm per voxel.
+            requested_hu: requested contrast; None if the generator chose it.
         """
-        found = measure(hu, tumor_mask, organ, spacing)
-        contrast = found["contrast_hu"]
-        if asked_hu is not None and contrast is not None:
-            found["off_hu"] = contrast - asked_hu
+        scores = measure(hu, tumor_mask, organ, spacing)
+        contrast = scores["contrast_hu"]
+        if requested_hu is not None and contrast is not None:
+            scores["off_hu"] = contrast - requested_hu
         if self.scorer is not None:
             value = float(self.scorer(hu, tumor_mask, spacing))
-            found["scorer"] = value if math.isfinite(value) else None
-        return found
+            scores["scorer"] = value if math.isfinite(value) else None
+        return scores
 
     def objection(self, scores: dict[str, float | None]) -> str | None:
-        """Why a tumour of these scores must not stay; None if it may."""
+        """Return why a tumour with these scores is rejected; None if it passes."""
         for name in LIMITS:
             limits, value = getattr(self, name), scores.get(name)
             if limits is None or value is None or limits[0] <= value <= limits[1]:
@@ -122,15 +138,22 @@ LIMITS = tuple(f.name for f in fields(Gate) if f.name not in ("tries", "scorer",
 
 
 def check_gate(gate: bool | Gate | None) -> Gate | None:
-    """The gate of a ``gate=`` argument: True is the default one, False and None are none."""
+    """Return the gate of a ``gate=`` argument.
+
+    Args:
+        gate: True for the default limits, False or None for no gate.
+
+    Raises:
+        TypeError: for anything else.
+    """
     if gate is None or gate is False:
         return None
     if gate is True:
         return Gate()
     if not isinstance(gate, Gate):
         raise TypeError(
-            f"gate must be True, False or a tumorsynth.appearance.gate.Gate, got {gate!r}; pass for example "
-            "Gate(visibility=(1.0, 5.0))"
+            f"gate must be True, False or a tumorsynth.Gate, got {gate!r}; pass for example "
+            "tumorsynth.Gate(visibility=(1.0, 5.0))"
         )
     return gate
 
@@ -138,68 +161,75 @@ def check_gate(gate: bool | Gate | None) -> Gate | None:
 def measure(
     hu: Tensor, tumor_mask: Tensor, organ: Tensor, spacing: Sequence[float]
 ) -> dict[str, float | None]:
-    """Scores of one tumour, as named in :class:`Gate`; None where there is too little to measure.
+    """Measure the scores of one tumour.
 
-    hu: (X, Y, Z), the scan with the tumour and about 8 mm around it. tumor_mask, organ: bool,
-    likewise; organ is the tissue to compare with, without any tumour. spacing: mm.
+    Args:
+        hu: (X, Y, Z), the scan with the tumour and about 8 mm around it.
+        tumor_mask: bool, same shape.
+        organ: bool, same shape: the tissue to compare with, without any tumour.
+        spacing: mm per voxel.
+
+    Returns:
+        A number for each limit of `Gate`; None where there is too little to measure.
     """
     organ = organ & ~tumor_mask & hu.isfinite()
     hu = hu.float().nan_to_num(0.0, 0.0, 0.0)
-    depth = _depth(tumor_mask, spacing)
-    core = tumor_mask & (depth > 1.0)
-    if int(core.sum()) < ENOUGH:
+    depth = _depth_mm(tumor_mask, spacing)
+    core = tumor_mask & (depth > CORE_DEPTH_MM)
+    if int(core.sum()) < MIN_VOXELS:
         core = tumor_mask
-    around = organ & (depth < -NEAR_MM)
+    around = organ & (depth < -EDGE_ZONE_MM)
     scores: dict[str, float | None] = dict.fromkeys(LIMITS)
     scores["flatness"] = flatness(tumor_mask, spacing)
     tissue = hu[around]
-    if len(tissue) < ENOUGH:
+    if len(tissue) < MIN_VOXELS:
         return scores
-    level, normal = float(hu[core].mean()), float(tissue.median())
-    spread = 1.4826 * float((tissue - normal).abs().median())
-    contrast = level - normal
+    level, organ_level = float(hu[core].mean()), float(tissue.median())
+    organ_sd = MAD_TO_SD * float((tissue - organ_level).abs().median())
+    contrast = level - organ_level
     scores["contrast_hu"] = contrast
-    if SOLID[0] < normal < SOLID[1]:
+    if SOLID_TISSUE_HU[0] < organ_level < SOLID_TISSUE_HU[1]:
         scores["level_hu"] = level
-    if spread > 0:
-        scores["visibility"] = abs(contrast) / spread
-    inside, outside = _noise(hu, core, spacing), _noise(hu, around, spacing)
-    if inside is not None and outside:
-        scores["noise_ratio"] = inside / outside
-    scores["edge_mm"] = _edge(hu, depth, tumor_mask | organ, contrast, spread)
+    if organ_sd > 0:
+        scores["visibility"] = abs(contrast) / organ_sd
+    core_noise, organ_noise = _noise_sd(hu, core, spacing), _noise_sd(hu, around, spacing)
+    if core_noise is not None and organ_noise:
+        scores["noise_ratio"] = core_noise / organ_noise
+    if abs(contrast) > 0.5 * organ_sd:
+        scores["edge_mm"] = _edge_mm(hu, depth, tumor_mask | organ, contrast)
     return scores
 
 
-def _noise(hu: Tensor, where: Tensor, spacing: Sequence[float]) -> float | None:
-    """Standard deviation of the noise from second differences, which see no slope."""
-    found = []
-    for axis in sorted(range(3), key=lambda a: spacing[a])[:2]:  # slices are too far apart
+def _noise_sd(hu: Tensor, where: Tensor, spacing: Sequence[float]) -> float | None:
+    """Standard deviation of the noise, from second differences, which ignore slopes."""
+    differences = []
+    for axis in sorted(range(3), key=lambda a: spacing[a])[:2]:  # thick slices are too far apart
         n = hu.shape[axis] - 2
         if n < 1:
             continue
         left, middle, right = (hu.narrow(axis, k, n) for k in range(3))
         fits = where.narrow(axis, 0, n) & where.narrow(axis, 1, n) & where.narrow(axis, 2, n)
-        found.append((left - 2 * middle + right)[fits])
-    values = torch.cat(found) if found else hu.new_empty(0)
-    if len(values) < ENOUGH:
+        differences.append((left - 2 * middle + right)[fits])
+    values = torch.cat(differences) if differences else hu.new_empty(0)
+    if len(values) < MIN_VOXELS:
         return None
-    return 1.4826 / math.sqrt(6) * float(values.abs().median())
+    return MAD_TO_SD / math.sqrt(6) * float(values.abs().median())
 
 
-def _edge(hu: Tensor, depth: Tensor, where: Tensor, contrast: float, spread: float) -> float | None:
-    """10 to 90 % width in mm, from the slope of HU over depth at the outline."""
-    near = where & (depth.abs() < 1.5)
-    if int(near.sum()) < ENOUGH or abs(contrast) <= 0.5 * spread:
+def _edge_mm(hu: Tensor, depth: Tensor, where: Tensor, contrast: float) -> float | None:
+    """Width of the edge from 10 to 90 %, from the slope of HU over depth at the outline."""
+    near = where & (depth.abs() < EDGE_DEPTH_MM)
+    if int(near.sum()) < MIN_VOXELS:
         return None
     x, y = depth[near], hu[near]
     x = x - x.mean()
     slope = float((x * (y - y.mean())).sum() / x.square().sum().clamp(min=1e-6))
-    # an error function's 10 to 90 % width is 1.02 of its height over its steepest slope
+    # the 10 to 90 % width of an error function is 1.02 of its height over its steepest slope
     return min(1.02 * contrast / slope, NO_EDGE_MM) if slope * contrast > 0 else NO_EDGE_MM
 
 
-def _depth(tumor_mask: Tensor, spacing: Sequence[float]) -> Tensor:
-    """Distance in mm to the outline, positive inside, good to half a voxel near it.
+def _depth_mm(tumor_mask: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Distance to the outline in mm, positive inside, accurate to half a voxel near it.
 
     A flat outline filtered with a Gaussian is an error function of the distance to it.
     """

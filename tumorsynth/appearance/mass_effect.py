@@ -1,17 +1,18 @@
-"""Mass effect: the tissue around a growing tumour is pushed aside before the tumour is painted.
+"""Mass effect: push the tissue around a growing tumour aside before the tumour is painted.
 
 Seen from the tumour's centre every point has a direction and a level l (`Shape`: 1 on the tumour's
-surface). Tissue moves along its direction, so that with v = l^3, a volume,
+surface). Tissue moves along its direction. With the relative volume v = l^3,
 
-    v before = v - share x c(v);   c = v inside the tumour, 1 at its surface, 0 from REACH on.
+    v before = v - share x c(v),
 
-Between, c is a smooth step in v, so that displacement falls off as that of an incompressible
-medium, 1 / r^2, and a little faster. v before grows with v on every ray, whatever the rays beside
-it do: the map is invertible and nothing folds. Rays end at bone, at other tumours and, if asked, at
-the organ's capsule; near these less room is made.
+where c is v inside the tumour, 1 at its surface and 0 from MAX_LEVEL on. Between, c is a smooth
+step in v: displacement decays slightly faster than 1 / r^2, that of an incompressible medium.
+v before grows with v on every ray, independently of other rays, so the map is invertible and does
+not fold. Rays end at bone, at other tumours and, if asked, at the organ's capsule; near these less
+tissue is displaced.
 
-Backward maps throughout: the value of a voxel comes from a point nearer the centre, which is in the
-volume wherever the centre is. No random number is drawn.
+All maps are backward: a voxel's value comes from a point nearer the centre, which is in the volume
+wherever the centre is. Nothing here is random.
 """
 
 from __future__ import annotations
@@ -20,37 +21,49 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.appearance.local_noise import separate_noise
 from tumorsynth.arguments import is_bool
 from tumorsynth.devices import onto
+from tumorsynth.geometry import Box
 from tumorsynth.intensity import BONE_HU, Intensity
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.shape import Shape, fibonacci_sphere
 from tumorsynth.placement.types import TumorParams
 
-REACH = 2.2  # level beyond which nothing moves
-MAX_SHARE = 0.9  # 1 would draw the tumour's whole inside out of one point
-SQUEEZE = 0.5  # room made on a ray, at most this much of what is left up to the next stop
-FROM_MM, TO_MM, AUTO_SHARE = 20.0, 50.0, 0.6  # "auto": none up to FROM_MM, AUTO_SHARE from TO_MM
-NODES = 14  # points from the centre to the reach where the displacement is computed, on each side
-RAYS = fibonacci_sphere(384)
-SPREAD = 0.15  # radians over which neighbouring rays are averaged
-WINDOW_MM = 2.0  # to each side, where a voxel's surroundings are told from noise
-EVEN = 0.1  # the part of an organ that is taken to show nothing but noise
-SIGNAL = 4.0  # variance, over that of this part, from which on surroundings are more than noise
+MAX_LEVEL = 2.2  # beyond this level nothing moves
+MAX_SHARE = 0.9  # 1 would stretch a single point over the whole tumour
+MAX_SQUEEZE_SHARE = 0.5  # of the volume up to a ray's end, that may be displaced on it
+AUTO_FROM_MM, AUTO_TO_MM = 20.0, 50.0  # diameters between which "auto" grows from 0 ...
+AUTO_MAX_SHARE = 0.6  # ... to this share
+NODES_PER_SIDE = 14  # nodes of the displacement grid from the centre to MAX_LEVEL
+NODE_MARGIN = 1.1  # nodes up to this factor beyond MAX_LEVEL are computed, others do not move
+RAY_DIRECTIONS = fibonacci_sphere(384)
+RAY_SPREAD_RAD = 0.15  # over this angle the ends of neighbouring rays are averaged
+RAY_STEPS = 32  # levels at which a ray is tested for rigid tissue
+SIGNAL_RATIO = 4.0  # for `separate_noise`
+MIN_SHIFT_VOXELS = 0.01  # smaller displacements leave a voxel as it is
 
 
 @dataclass(frozen=True)
 class MassEffect:
-    """How much of a tumour's volume makes its room by pushing tissue aside.
+    """How much of a tumour's volume pushes tissue aside; the rest replaces tissue.
 
-    share: of the tumour's volume, 0 to 0.9; the rest takes the place of tissue. "auto": none below
-        20 mm, growing to 0.6 at 50 mm (an assumption, not measured).
-    capsule: "free": the organ bulges; "fixed": its surface stays where it is.
+    Args:
+        share: of the tumour's volume, 0 to 0.9. "auto" is 0 below 20 mm and grows to 0.6 at 50 mm
+            (an assumption, not measured).
+        capsule: "free" lets the organ bulge, "fixed" keeps its surface in place.
+
+    Raises:
+        ValueError: for other values.
+
+    Example:
+        >>> synth = ts.SynthesizeTumor(mass_effect=ts.MassEffect(0.5, capsule="fixed"))
     """
 
     share: float | str = "auto"
@@ -68,23 +81,82 @@ class MassEffect:
             )
         if self.capsule not in ("free", "fixed"):
             raise ValueError(
-                f'capsule must be "free" or "fixed", got {self.capsule!r}; "fixed" holds the '
-                "organ's surface where it is"
+                f'capsule must be "free" or "fixed", got {self.capsule!r}; "fixed" keeps the '
+                "organ's surface in place"
             )
 
     def share_at(self, diameter_mm: float) -> float:
-        """The share of a tumour of this equivalent diameter."""
+        """Return the share for a tumour of this equivalent diameter."""
         if isinstance(self.share, str):
-            t = min(max((diameter_mm - FROM_MM) / (TO_MM - FROM_MM), 0.0), 1.0)
-            return AUTO_SHARE * t * t * (3 - 2 * t)
+            t = (diameter_mm - AUTO_FROM_MM) / (AUTO_TO_MM - AUTO_FROM_MM)
+            t = min(max(t, 0.0), 1.0)
+            return AUTO_MAX_SHARE * t * t * (3 - 2 * t)
         return float(self.share)
 
 
 def check_mass_effect(mass_effect: float | str | MassEffect) -> MassEffect:
-    """The MassEffect of a ``mass_effect=`` argument."""
+    """Return the `MassEffect` of a ``mass_effect=`` argument.
+
+    Args:
+        mass_effect: a share, "auto", or a `MassEffect` itself.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if isinstance(mass_effect, MassEffect):
         return mass_effect
     return MassEffect(mass_effect)
+
+
+class PushedTissue(NamedTuple):
+    """The part of a sample that `push_aside` changes, with the tissue displaced.
+
+    Args:
+        region: part of the sample.
+        image: what it becomes there.
+        label: what it becomes there.
+        largest_mm: largest displacement.
+    """
+
+    region: Box
+    image: Tensor
+    label: Tensor
+    largest_mm: float
+
+
+class DisplacementField(NamedTuple):
+    """Where the tissue of a part of a sample comes from.
+
+    Args:
+        region: part of the sample.
+        source_mm: (3, X, Y, Z), mm from each of its voxels to where its value comes from.
+    """
+
+    region: Box
+    source_mm: Tensor
+
+
+class _RigidTissue(NamedTuple):
+    """What does not move: bone outside the organ, present tumours, voxels that are not finite."""
+
+    organ_labels: tuple[int, ...]
+    tumor_label: int
+    intensity: Intensity
+    fixed_capsule: bool
+
+    def bone_hu(self) -> float:
+        """HU from which tissue is bone; a scale that clips below shows bone as its upper end."""
+        if self.intensity.limits is None:
+            return BONE_HU
+        end = torch.tensor(self.intensity.limits[1], dtype=torch.float32)
+        return min(BONE_HU, float(self.intensity.to_hu(end)) - 1)
+
+    def where(self, values: Tensor, labels: Tensor) -> Tensor:
+        """Return which voxels are rigid, for their values and labels of any shape."""
+        organ, hu = is_organ(labels, self.organ_labels), self.intensity.to_hu(values.float())
+        bone = (hu >= self.bone_hu()) & ~organ
+        rigid = bone | ~hu.isfinite() | (labels == self.tumor_label)
+        return rigid | ~organ if self.fixed_capsule else rigid
 
 
 def push_aside(
@@ -95,55 +167,67 @@ def push_aside(
     organ_labels: tuple[int, ...],
     tumor_label: int,
     intensity: Intensity,
-) -> tuple[tuple[slice, slice, slice], Tensor, Tensor, float]:
-    """A sample (X, Y, Z) with the tissue around one tumour displaced, the tumour not yet painted.
+) -> PushedTissue:
+    """Displace the tissue around one tumour, in image and label by the same field.
 
-    Bone (BONE_HU and more, outside of the organ), tumours that are there and what is not finite
-    stay in place, the rest moves, image and label by the same field.
+    Bone outside the organ, tumours that are present and voxels that are not finite stay in place.
+    The tumour itself is not painted.
 
-    Returns the part of the sample that may have changed, what image and label are there, and the
-    largest displacement in mm.
+    Args:
+        image: (X, Y, Z), stays as it is.
+        label: (X, Y, Z), stays as it is.
+        params: the tumour.
+        spacing: mm per voxel.
+        organ_labels: label values of the organ.
+        tumor_label: label value of tumours.
+        intensity: scale of the image.
     """
-    bone = BONE_HU
-    if intensity.limits is not None:  # a scale that ends below shows bone as its end
-        end = torch.tensor(intensity.limits[1], dtype=torch.float32)
-        bone = min(bone, float(intensity.to_hu(end)) - 1)
-
-    def stays(values: Tensor, labels: Tensor) -> Tensor:
-        organ, hu = is_organ(labels, organ_labels), intensity.to_hu(values.float())
-        still = ((hu >= bone) & ~organ) | ~hu.isfinite() | (labels == tumor_label)
-        return still | ~organ if params.fixed_capsule else still
+    tissue = _RigidTissue(organ_labels, tumor_label, intensity, params.fixed_capsule)
 
     def rigid(index: Tensor) -> Tensor:
         x, y, z = (
             onto(i.clamp(0, n - 1), image.device) for i, n in zip(index, image.shape, strict=True)
         )
-        return stays(image[x, y, z], label[x, y, z])
+        return tissue.where(image[x, y, z], label[x, y, z])
 
-    where, source = displacement(params, image.shape, spacing, rigid)
-    source = onto(source, image.device)
-    before, there = image[where], label[where]
-    voxel = onto(torch.tensor(spacing, dtype=torch.float32), image.device)
-    shift = source / voxel[:, None, None, None]
-    moved = (shift.abs() > 0.01).any(0) & ~stays(before, there)
-    grid = moved.nonzero().T
-    at = grid + shift[:, moved]
-    values = before.float()
-    mean, gain = evenness(values, is_organ(there, organ_labels), spacing)
-    tissue = mean + gain * (values - mean)  # the rest is noise, and stays where it is
-    after = before.clone()
-    came, rough, edge = _between(torch.stack([tissue, values - mean, gain]), at)
-    # where the noise that stays could not be told, by an old edge, it comes along with the tissue
-    missing = (gain * (2 - gain)).sqrt()[moved] * (1 - edge) ** 4
-    new = came + (values - tissue)[moved] + missing * rough
+    region, source_mm = displacement(params, image.shape, spacing, rigid)
+    source_mm = onto(source_mm, image.device)
+    before, label_before = image[region.slices], label[region.slices]
+    voxel_mm = onto(torch.tensor(spacing, dtype=torch.float32), image.device)
+    shift = source_mm / voxel_mm[:, None, None, None]
+    moved = (shift.abs() > MIN_SHIFT_VOXELS).any(0) & ~tissue.where(before, label_before)
+    source = moved.nonzero().T + shift[:, moved]
+    new = _displaced_values(before, is_organ(label_before, organ_labels), spacing, moved, source)
     if intensity.limits is not None:
         new = new.clamp(*intensity.limits)
-    x, y, z = at.round().long().unbind()
-    fine = new.isfinite() & ~stays(before[x, y, z], there[x, y, z])
-    after[moved] = torch.where(fine, new.to(after.dtype), before[moved])
-    after_label = there.clone()
-    after_label[moved] = torch.where(fine, there[x, y, z], there[moved])
-    return where, after, after_label, float(source.square().sum(0).max().sqrt())
+    x, y, z = source.round().long().unbind()
+    valid = new.isfinite() & ~tissue.where(before[x, y, z], label_before[x, y, z])
+    after, label_after = before.clone(), label_before.clone()
+    after[moved] = torch.where(valid, new.to(after.dtype), before[moved])
+    label_after[moved] = torch.where(valid, label_before[x, y, z], label_before[moved])
+    return PushedTissue(region, after, label_after, float(source_mm.square().sum(0).max().sqrt()))
+
+
+def _displaced_values(
+    before: Tensor, organ: Tensor, spacing: Sequence[float], moved: Tensor, source: Tensor
+) -> Tensor:
+    """Values (N,) of the voxels that move: their tissue comes from ``source``, their noise stays.
+
+    Args:
+        before: (X, Y, Z), the image.
+        organ: bool, same shape.
+        spacing: mm per voxel.
+        moved: bool, same shape, with N voxels.
+        source: (3, N), fractional voxels.
+    """
+    values = before.float()
+    mean, structure = separate_noise(values, organ, spacing, SIGNAL_RATIO)
+    tissue = mean + structure * (values - mean)
+    stacked = torch.stack([tissue, values - mean, structure])
+    new_tissue, new_deviation, new_structure = _interpolate(stacked, source)
+    # at an old edge noise is unknown: there it comes from the source, along with the tissue
+    missing = (structure * (2 - structure)).sqrt()[moved] * (1 - new_structure) ** 4
+    return new_tissue + (values - tissue)[moved] + missing * new_deviation
 
 
 def displacement(
@@ -151,128 +235,118 @@ def displacement(
     size: Sequence[int],
     spacing: Sequence[float],
     rigid: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[tuple[slice, slice, slice], Tensor]:
-    """The part of a sample where tissue moves, and (3, X, Y, Z): mm from each of its voxels to
-    where its value comes from.
+) -> DisplacementField:
+    """Compute how the tissue around one tumour moves.
 
-    size, spacing: of the sample, voxels and mm. rigid: for voxel indices (3, N), which of them
-    (N,) do not move.
+    The field is computed on a coarse grid of nodes and interpolated to voxels.
+
+    Args:
+        params: the tumour.
+        size: voxels of the sample.
+        spacing: mm per voxel.
+        rigid: called with voxel indices (3, N); returns which of them (N,) do not move.
     """
     shape = Shape(params)
-    voxel = torch.tensor(spacing, dtype=torch.float64)
-    far = shape.points(RAYS, REACH)
-    first = (far.amin(0) / voxel + shape.offset).floor().tolist()
-    last = (far.amax(0) / voxel + shape.offset).ceil().tolist()
-    # points as far apart along each axis as suits the tumour, but no closer than voxels
-    steps = torch.maximum((far.amax(0) - far.amin(0)) / (2 * NODES), voxel).tolist()
-    part, nodes, matrices = [], [], []
-    for axis, centre in enumerate(params.centre):
-        low = max(0, centre + int(first[axis]))
-        high = min(size[axis], centre + int(last[axis]) + 1)
-        at = torch.arange(low - centre, high - centre, dtype=torch.float64)
-        at = (at - float(shape.offset[axis])) * spacing[axis]
+    voxel_mm = torch.tensor(spacing, dtype=torch.float64)
+    region, nodes, matrices = _displacement_grid(params, shape, size, voxel_mm)
+    grid = torch.stack(torch.meshgrid(*nodes, indexing="ij"), -1)
+    field = _node_displacement(params, shape, voxel_mm, grid, rigid)
+    for axis, matrix in enumerate(matrices, start=1):
+        field = torch.movedim(torch.tensordot(matrix, field, dims=([1], [axis])), 0, axis)
+    return DisplacementField(region, field.float())
+
+
+def _displacement_grid(
+    params: TumorParams, shape: Shape, size: Sequence[int], voxel_mm: Tensor
+) -> tuple[Box, list[Tensor], list[Tensor]]:
+    """The part of the sample that may move; along each axis, nodes in mm from the centre, and the
+    matrix that interpolates from nodes to voxels."""
+    surface = shape.points(RAY_DIRECTIONS, MAX_LEVEL)
+    first = (surface.amin(0) / voxel_mm + shape.offset).floor().tolist()
+    last = (surface.amax(0) / voxel_mm + shape.offset).ceil().tolist()
+    # nodes are as far apart along each axis as suits the tumour, but not closer than voxels
+    extent = surface.amax(0) - surface.amin(0)
+    steps = torch.maximum(extent / (2 * NODES_PER_SIDE), voxel_mm).tolist()
+    start, stop, nodes, matrices = [], [], [], []
+    for axis, (centre, spacing) in enumerate(zip(params.centre, voxel_mm.tolist(), strict=True)):
+        start.append(max(0, centre + int(first[axis])))
+        stop.append(min(size[axis], centre + int(last[axis]) + 1))
+        at = torch.arange(start[-1] - centre, stop[-1] - centre, dtype=torch.float64)
+        at = (at - float(shape.offset[axis])) * spacing
         count = max(2, math.ceil(float(at[-1] - at[0]) / steps[axis]) + 1)
         nodes.append(torch.linspace(float(at[0]), float(at[-1]), count, dtype=torch.float64))
-        matrices.append(_linear(at, nodes[-1]))
-        part.append(slice(low, high))
-    grid = torch.stack(torch.meshgrid(*nodes, indexing="ij"), -1)
+        matrices.append(_linear_weights(at, nodes[-1]))
+    region = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+    return region, nodes, matrices
+
+
+def _node_displacement(
+    params: TumorParams,
+    shape: Shape,
+    voxel_mm: Tensor,
+    grid: Tensor,
+    rigid: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Displacement in mm (3, X, Y, Z) of nodes (X, Y, Z, 3), by the formula at the top."""
     flat = grid.reshape(-1, 3)
-    own = flat @ (shape.rotation / shape.half_axes)
-    length = own.norm(dim=1).clamp_min(1e-9)
-    near = length < REACH * 1.1 * float(shape.radius(RAYS).max())
-    points, own, length = flat[near], own[near], length[near]
-    volume = (length / shape.radius(own / length[:, None])) ** 3  # v of the text above
-    end, share = _ends(params, shape, voxel, points, rigid)
+    unit = flat @ (shape.rotation / shape.half_axes)  # the tumour's ellipsoid as unit sphere
+    length = unit.norm(dim=1).clamp_min(1e-9)
+    near = length < MAX_LEVEL * NODE_MARGIN * float(shape.radius(RAY_DIRECTIONS).max())
+    points, unit, length = flat[near], unit[near], length[near]
+    volume = (length / shape.radius(unit / length[:, None])) ** 3  # v of the formula
+    end, share = _ray_ends(params, shape, voxel_mm, points, rigid)
     t = ((volume - 1) / (end - 1).clamp_min(1e-9)).clamp(0, 1)
     c = torch.where(volume < 1, volume, 1 - t * t * (3 - 2 * t))
     factor = (1 - share * c / volume.clamp_min(1e-12)).clamp_min(0) ** (1 / 3) - 1
     moves = torch.zeros_like(flat)
     moves[near] = points * factor[:, None]
-    field = moves.T.reshape(3, *grid.shape[:3])
-    for axis, matrix in enumerate(matrices, start=1):
-        field = torch.movedim(torch.tensordot(matrix, field, dims=([1], [axis])), 0, axis)
-    return (part[0], part[1], part[2]), field.float()
+    return moves.T.reshape(3, *grid.shape[:3])
 
 
-def _ends(
+def _ray_ends(
     params: TumorParams,
     shape: Shape,
-    voxel: Tensor,
+    voxel_mm: Tensor,
     points: Tensor,
     rigid: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """v at which each point's ray (N,) ends, and the share of the tumour's volume made there."""
-    free = torch.full((len(points),), REACH**3, dtype=points.dtype)
-    share = torch.full_like(free, params.displaced)
+    """v at which each point's ray (N,) ends, and the share of the tumour displaced on it."""
+    end = torch.full((len(points),), MAX_LEVEL**3, dtype=points.dtype)
+    share = torch.full_like(end, params.displaced)
     if rigid is None:
-        return free, share
-    levels = torch.linspace(1.0, REACH, 32, dtype=points.dtype)
-    out = shape.points(RAYS, 1.0)
-    index = (out[:, None] * levels[:, None] / voxel + shape.offset).round().long()
+        return end, share
+    levels = torch.linspace(1.0, MAX_LEVEL, RAY_STEPS, dtype=points.dtype)
+    surface = shape.points(RAY_DIRECTIONS, 1.0)
+    index = (surface[:, None] * levels[:, None] / voxel_mm + shape.offset).round().long()
     index = index + torch.tensor(params.centre)
-    hit = rigid(index.reshape(-1, 3).T).reshape(len(RAYS), len(levels)).cpu()
+    hit = rigid(index.reshape(-1, 3).T).reshape(len(RAY_DIRECTIONS), len(levels)).cpu()
     if not bool(hit.any()):
-        return free, share
+        return end, share
     before = (hit.to(torch.uint8).argmax(1) - 1).clamp_min(0)
-    ends = torch.where(hit.any(1), levels[before], REACH) ** 3
-    # the nearest of the neighbours' ends, then a mean: what is rigid stays, and rays agree
-    direction = F.normalize(out, dim=1)
-    near = direction @ direction.T > math.cos(2 * SPREAD)
-    ends = torch.where(near, ends, math.inf).amin(1)
+    ray_ends = torch.where(hit.any(1), levels[before], MAX_LEVEL) ** 3
+    # the nearest end among neighbours protects what is rigid; averaging keeps rays consistent
+    direction = F.normalize(surface, dim=1)
+    neighbours = direction @ direction.T > math.cos(2 * RAY_SPREAD_RAD)
+    ray_ends = torch.where(neighbours, ray_ends, math.inf).amin(1)
     weight = F.normalize(points, dim=1).float() @ direction.T.float()
-    weight = weight.sub_(math.cos(2.5 * SPREAD)).clamp_min_(0).square_()
-    end = ((weight @ ends.float()) / weight.sum(1).clamp_min(1e-30)).to(points.dtype)
-    return end, (SQUEEZE * (end - 1)).clamp(0, params.displaced)
+    weight = weight.sub_(math.cos(2.5 * RAY_SPREAD_RAD)).clamp_min_(0).square_()
+    end = (weight @ ray_ends.float()) / weight.sum(1).clamp_min(1e-30)
+    end = end.to(points.dtype)
+    return end, (MAX_SQUEEZE_SHARE * (end - 1)).clamp(0, params.displaced)
 
 
-def evenness(
-    values: Tensor, organ: Tensor, spacing: Sequence[float], signal: float = SIGNAL
-) -> tuple[Tensor, Tensor]:
-    """Local means of the values (X, Y, Z), and how much of what differs from them is no noise:
-    0 where nothing but noise is seen, towards 1 at edges. signal: variance, over that of the most
-    even part of the organ, from which on there is more than noise.
-
-    Noise is best left where it is: interpolated it would be smoother where voxels come from between
-    others and as it was where they do not, a pattern that real tissue does not have. After Wiener
-    (Lee 1980), with the noise's variance from where the organ is most even.
-    """
-    size = [2 * round(WINDOW_MM / s) + 1 for s in spacing]
-    middle = values.mean()  # a float's digits are few for the squares of 1000 HU
-    mean = _mean(values - middle, size)
-    variance = (_mean((values - middle).square(), size) - mean.square()).clamp_min(1e-12)
-    mean = mean + middle
-    even = variance[organ] if bool(organ.any()) else variance.flatten()
-    even = even[:: 1 + len(even) // 50_000].nanquantile(EVEN)  # vessels and edges have more
-    return mean, (1 - (signal * even / variance).square()).clamp_min(0)
-
-
-def _mean(values: Tensor, size: Sequence[int]) -> Tensor:
-    """Mean (X, Y, Z) over a box of odd sides, of what of it lies inside.
-
-    The box is no longer than the volume, which torch's filter could not do.
-    """
-    out = values[None, None]
-    for axis, (side, n) in enumerate(zip(size, values.shape, strict=True)):
-        side = min(side, n - (n + 1) % 2)
-        kernel, padding = [1, 1, 1], [0, 0, 0]
-        kernel[axis], padding[axis] = side, side // 2
-        if side > 1:
-            out = F.avg_pool3d(out, kernel, 1, padding, count_include_pad=False)
-    return out[0, 0]
-
-
-def _between(values: Tensor, at: Tensor) -> Tensor:
-    """Values (C, X, Y, Z) at fractional voxels (3, N), linear, the border's repeated: (C, N)."""
+def _interpolate(values: Tensor, at: Tensor) -> Tensor:
+    """Linear interpolation of (C, X, Y, Z) at fractional voxels (3, N); the border is repeated."""
     last = onto(torch.tensor(values.shape[1:], dtype=at.dtype), at.device)[:, None] - 1
     unit = (2 * at / last.clamp_min(1) - 1).flip(0).T
-    found = F.grid_sample(
+    sampled = F.grid_sample(
         values[None], unit[None, None, None], padding_mode="border", align_corners=True
     )
-    return found.reshape(len(values), -1)
+    return sampled.reshape(len(values), -1)
 
 
-def _linear(at: Tensor, nodes: Tensor) -> Tensor:
-    """(len(at), len(nodes)): weights of linear interpolation; nodes are evenly spaced."""
+def _linear_weights(at: Tensor, nodes: Tensor) -> Tensor:
+    """(len(at), len(nodes)): weights of linear interpolation from evenly spaced nodes."""
     step = float(nodes[-1] - nodes[0]) / (len(nodes) - 1)
     if step <= 0:  # one voxel
         return torch.full((len(at), len(nodes)), 1 / len(nodes), dtype=at.dtype)

@@ -1,134 +1,173 @@
-"""Sharpness and slow variation of a change, matched to the scan that it goes into."""
+"""Match a change to the scan that it goes into: its sharpness, and its slow variation inside.
+
+*Grain* is the width of a scan's noise: 1.4 times the standard deviation of the Gaussian that makes
+white noise as correlated from voxel to voxel as the scan's. Smooth kernels, thick slices and
+interpolation widen it, along with the scan's edges.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.appearance.contrast import core
-from tumorsynth.geometry import box_around
+from tumorsynth.geometry import Box, Floats3, bounding_box
 
-# Kernels make noise less alike than edges wide: a scan blurred to 1.3 mm had a grain of 0.97 mm.
-WIDER = 1.4
-OWN_MM = 0.7  # the sharpness of thin slices (0.45 mm of grain), which generators' changes have
-SAMPLED = 0.29  # standard deviation of a box one voxel wide: no scan is sharper along an axis
-MOST_MM = 2.5  # a gradient without noise looks like endless grain
+# Reconstruction kernels widen edges more than they correlate noise.
+GRAIN_PER_NOISE_SIGMA = 1.4
+MIN_GRAIN_VOXELS = 0.29  # standard deviation of a box one voxel wide: no scan is sharper
+MAX_GRAIN_MM = 2.5  # a gradient without noise looks like endless grain
+GRAIN_RADIUS_MM, MAX_GRAIN_RADIUS_VOXELS = 14.0, 24  # of the region in which grain is measured
+MIN_PAIRS = 300  # of neighbouring organ voxels, to measure grain
+MAX_NOISE_SDS = 3.0  # from the organ's median; beyond are vessels
 
-LEAST_MM = 0.2  # softer by less than this is not softer
+GENERATOR_GRAIN_MM = 0.7  # sharpness of generators' changes, that of thin slices
+MIN_SOFTENING_MM = 0.2  # smaller differences in sharpness count as none
 
-REGION_MM, REGION_VOXELS = 14.0, 24  # on each side of a tumour's centre, where grain is measured
-PAIRS = 300  # of neighbouring voxels of the organ that it takes
-SLOW_MM = 1.5  # what a Gaussian of this width leaves varies slowly
-PROFILE_MM = 2.5  # of the filtered mask, which tells how deep a voxel lies
-LUMPS = 2.5  # robust standard deviations that a scan's slow variation keeps; beyond are vessels
-LEAST_VOXELS = 64  # of a tumour that has any inside to be evened
-MARGIN = 6  # voxels around a tumour that its change is softened with
+PROFILE_SIGMA_MM = 2.5  # of the filtered mask that stands for a voxel's depth in the tumour
+SLOW_SIGMA_MM = 1.5  # what a Gaussian of this width leaves varies slowly
+MAX_SLOW_SDS = 2.5  # of a scan's slow variation that is kept; beyond are vessels
+MIN_EVENED_VOXELS = 64  # a smaller tumour has no inside to even out
+MATCH_MARGIN_VOXELS = 6  # around a tumour, within which its change is matched
+MIN_CORE_CHANGE_HU = 1.0  # a smaller change of the core is not restored
+CORE_GAIN_RANGE = (0.5, 2.0)  # of the factor that restores the core's change
+MAD_TO_SD = 1.4826  # standard deviation over median absolute deviation, of normal noise
 
 
-def neighbourhood(
-    start: Sequence[int], size: Sequence[int], spacing: Sequence[float]
-) -> tuple[slice, slice, slice]:
-    """The voxels around the middle of a tumour in which :func:`grain` is to be measured."""
+def grain_region(tumor: Box, spacing: Sequence[float], sample_shape: Sequence[int]) -> Box:
+    """Return the part of a sample around a tumour's middle in which `measure_grain` looks.
+
+    Args:
+        tumor: box around the tumour.
+        spacing: mm per voxel.
+        sample_shape: voxels of the sample.
+    """
+    middle = [a + n // 2 for a, n in zip(tumor.start, tumor.shape, strict=True)]
+    radius = [min(MAX_GRAIN_RADIUS_VOXELS, math.ceil(GRAIN_RADIUS_MM / s)) for s in spacing]
+    return Box.at(middle, (1, 1, 1)).grown(radius).within(Box.whole(sample_shape))
+
+
+def measure_grain(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> Floats3:
+    """Measure a scan's grain along each axis.
+
+    Args:
+        hu: (X, Y, Z).
+        organ: bool, same shape: the tissue to measure in.
+        spacing: mm per voxel.
+
+    Returns:
+        Three numbers in mm, at least 0.29 voxels and at most 2.5 mm; the least where there is too
+        little organ or no noise.
+    """
+    smallest = [MIN_GRAIN_VOXELS * s for s in spacing]
+    differences, organ_voxels = _squared_differences(hu, organ)
+    if organ_voxels < MIN_PAIRS:
+        return smallest[0], smallest[1], smallest[2]
+    grain = []
+    for axis, s in enumerate(spacing):
+        one, two, four = differences[axis]
+        sigma = GRAIN_PER_NOISE_SIGMA * s * _filter_sigma(two / one, 2) if one > 0 else 0.0
+        if sigma > s and four > 0:  # interpolation between slices correlates voxels further apart
+            sigma = GRAIN_PER_NOISE_SIGMA * s * _filter_sigma(four / one, 4)
+        grain.append(min(max(sigma, smallest[axis]), max(MAX_GRAIN_MM, smallest[axis])))
+    return grain[0], grain[1], grain[2]
+
+
+def softening_mm(grain_mm: Sequence[float]) -> Floats3:
+    """Return how much softer a scan is than a generator's changes.
+
+    Args:
+        grain_mm: of the scan, along each axis.
+
+    Returns:
+        Standard deviation in mm of the Gaussian to apply, along each axis.
+    """
+    sigmas = (math.sqrt(max(g**2 - GENERATOR_GRAIN_MM**2, 0.0)) for g in grain_mm)
+    x, y, z = (sigma if sigma >= MIN_SOFTENING_MM else 0.0 for sigma in sigmas)
+    return x, y, z
+
+
+def feather_mm(sigma_mm: float, grain_mm: Sequence[float]) -> Floats3:
+    """Return the feather along each axis: as sampled, and never sharper than the scan.
+
+    Args:
+        sigma_mm: standard deviation sampled for the tumour.
+        grain_mm: of the scan, along each axis.
+    """
     x, y, z = (
-        slice(max(0, a + n // 2 - wide), a + n // 2 + wide + 1)
-        for a, n, wide in zip(
-            start,
-            size,
-            (min(REGION_VOXELS, math.ceil(REGION_MM / s)) for s in spacing),
-            strict=True,
-        )
+        max(math.hypot(sigma_mm, softening), grain)
+        for softening, grain in zip(softening_mm(grain_mm), grain_mm, strict=True)
     )
     return x, y, z
 
 
-def grain(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> tuple[float, float, float]:
-    """How sharp a scan is along each axis, in mm, told by the grain of its noise.
-
-    hu: (X, Y, Z), organ: bool, the tissue to measure in. 1.4 times the standard deviation of the
-    Gaussian that makes white noise as alike from voxel to voxel as this scan's; at least a voxel's
-    own width (0.29 of it) and at most 2.5 mm. Where there is too little organ or no noise: the
-    least. Smooth kernels, thick slices and interpolation all widen it.
-    """
-    hu = hu.float()
-    organ = organ & hu.isfinite()
-    middle, enough = _median(hu, organ), organ.sum()
-    spread = 1.4826 * _median((hu - middle).abs(), organ)
-    fits = organ & ((hu - middle).abs() <= 3 * spread)  # no vessels
-    hu = torch.where(fits, hu - middle, 0.0)
-    sums = [_unlike(hu, fits, axis, step) for axis in range(3) for step in (1, 2, 4)]
-    told = torch.stack([number.to(hu.dtype) for number in (*sum(sums, ()), enough)])
-    *numbers, enough_voxels = told.tolist()  # one wait for a GPU
-    unlike = [
-        total / pairs if pairs >= PAIRS else 0.0
-        for total, pairs in zip(numbers[::2], numbers[1::2], strict=True)
-    ]
-    least = [SAMPLED * s for s in spacing]
-    if enough_voxels < PAIRS:
-        return least[0], least[1], least[2]
-    found = []
-    for axis, s in enumerate(spacing):
-        one, two, four = unlike[3 * axis : 3 * axis + 3]
-        sigma = WIDER * s * _width(two / one, 2) if one > 0 else 0.0
-        if sigma > s and four > 0:  # between interpolated slices noise is alike over more voxels
-            sigma = WIDER * s * _width(four / one, 4)
-        found.append(min(max(sigma, least[axis]), max(MOST_MM, least[axis])))
-    return found[0], found[1], found[2]
-
-
-def softening(grain_mm: Sequence[float]) -> tuple[float, float, float]:
-    """What a scan of this grain is softer by than a generator's changes, in mm along each axis."""
-    found = (math.sqrt(max(g**2 - OWN_MM**2, 0.0)) for g in grain_mm)
-    a, b, c = (sigma if sigma >= LEAST_MM else 0.0 for sigma in found)
-    return a, b, c
-
-
-def feather_mm(sigma_mm: float, grain_mm: Sequence[float]) -> tuple[float, float, float]:
-    """Return the feather along each axis: as drawn, and never sharper than the scan.
-
-    Args:
-        sigma_mm: standard deviation drawn for the tumour.
-        grain_mm: :func:`grain` of the scan.
-    """
-    a, b, c = (
-        max(math.hypot(sigma_mm, softer), g)
-        for softer, g in zip(softening(grain_mm), grain_mm, strict=True)
-    )
-    return a, b, c
-
-
-def match(
+def match_to_scan(
     crop: Tensor, change: Tensor, tumor_mask: Tensor, grain_mm: Sequence[float], even: bool
 ) -> Tensor:
-    """A change no sharper than its scan and, with ``even``, no lumpier inside than the tissue.
+    """Make a change no sharper than its scan and, with ``even``, no lumpier than the tissue.
 
-    crop, change: (X, Y, Z) in HU, 1 mm voxels. tumor_mask: bool. grain_mm: :func:`grain` along
-    these axes. The mean of the tumour's core stays what it was.
+    The mean of the tumour's core stays what it was.
 
-    What a denoiser paints varies more, over a few mm, than real tumours do. With ``even`` that
-    slow variation, around the tumour's own profile from outline to middle, is replaced by what
-    the scan had there, without its vessels.
+    Args:
+        crop: (X, Y, Z) in HU, 1 mm voxels, the healthy scan.
+        change: HU, same shape.
+        tumor_mask: bool, same shape.
+        grain_mm: of the scan, along the crop's axes.
+        even: replace the change's slow variation, around the tumour's own profile from outline to
+            middle, by the scan's, without its vessels. A denoiser's tumours vary more over a few
+            mm than real ones.
+
+    Returns:
+        A new change, or ``change`` itself where nothing has to be matched.
     """
-    box = box_around(tumor_mask, MARGIN)
+    box = bounding_box(tumor_mask, MATCH_MARGIN_VOXELS)
     if box is None:
         return change
-    mask, old = tumor_mask[box], change[box]
-    new, where = old, mask.nonzero().unbind(1)  # indices: a GPU is waited for once, not at each use
-    if even and len(where[0]) >= LEAST_VOXELS:
-        new = new + _evening(crop[box], old, mask, where)
+    mask, old = tumor_mask[box.slices], change[box.slices]
+    # as indices, so that a GPU synchronises once and not at each use
+    new, where = old, mask.nonzero().unbind(1)
+    if even and len(where[0]) >= MIN_EVENED_VOXELS:
+        new = new + _evening(crop[box.slices], old, mask, where)
     radius = (3 * len(where[0]) / (4 * math.pi)) ** (1 / 3)
-    new = gaussian_filter(new, [min(sigma, radius / 3) for sigma in softening(grain_mm)])
+    new = gaussian_filter(new, [min(sigma, radius / 3) for sigma in softening_mm(grain_mm)])
     if new is old:
         return change
     inside = core(mask[None, None])[0, 0].nonzero().unbind(1)
     before, after = old[inside].mean(), new[inside].mean()
-    small = (before * after <= 0) | (before.abs() <= 1.0)  # its edge reaches its middle
+    # of a change that its softened edge has reached, the mean cannot be restored
+    lost = (before * after <= 0) | (before.abs() <= MIN_CORE_CHANGE_HU)
     change = change.clone()
-    change[box] = new * torch.where(small, 1.0, (before / after).clamp(0.5, 2.0))
+    change[box.slices] = new * torch.where(lost, 1.0, (before / after).clamp(*CORE_GAIN_RANGE))
     return change
+
+
+class _DepthProfile(NamedTuple):
+    """A least-squares fit of values in a tumour by a cubic of the voxels' depth.
+
+    powers: (N, 4) of the depth of each voxel. normal: (4, 4), the normal equations' matrix.
+    """
+
+    powers: Tensor
+    normal: Tensor
+
+    @classmethod
+    def of(cls, inside: Tensor, where: tuple[Tensor, ...]) -> _DepthProfile:
+        depth = gaussian_filter(inside, [PROFILE_SIGMA_MM] * 3)[where].double()
+        depth = (depth - depth.mean()) / depth.std().clamp(min=1e-6)
+        powers = torch.stack([depth**k for k in range(4)], dim=1)
+        ridge = 1e-3 * torch.eye(4, dtype=depth.dtype, device=depth.device)
+        return cls(powers, powers.T @ powers + ridge)
+
+    def residual(self, values: Tensor) -> Tensor:
+        """What the profile does not explain of values (N,)."""
+        # solve would synchronise for its check
+        fitted, _ = torch.linalg.solve_ex(self.normal, self.powers.T @ values)
+        return values - self.powers @ fitted
 
 
 def _evening(hu: Tensor, change: Tensor, mask: Tensor, where: tuple[Tensor, ...]) -> Tensor:
@@ -137,51 +176,65 @@ def _evening(hu: Tensor, change: Tensor, mask: Tensor, where: tuple[Tensor, ...]
     where: the mask's voxels, as indices along each axis.
     """
     inside = mask.to(torch.float32)
-    depth = gaussian_filter(inside, [PROFILE_MM] * 3)[where].double()
-    depth = (depth - depth.mean()) / depth.std().clamp(min=1e-6)
-    powers = torch.stack([depth**k for k in range(4)], dim=1)
-    square = powers.T @ powers + 1e-3 * torch.eye(4, dtype=depth.dtype, device=depth.device)
-    share = gaussian_filter(inside, [SLOW_MM] * 3).clamp(min=1e-3)
+    profile = _DepthProfile.of(inside, where)
+    share = gaussian_filter(inside, [SLOW_SIGMA_MM] * 3).clamp(min=1e-3)
 
-    def slow(values: Tensor) -> Tensor:
-        """How far values are, over some mm, from their profile from outline to middle."""
-        here = values[where].double()
-        fitted, _ = torch.linalg.solve_ex(square, powers.T @ here)  # solve would wait for its check
-        rest = here - powers @ fitted
+    def slow_variation(values: Tensor) -> Tensor:
         field = torch.zeros_like(inside)
-        field[where] = rest.float()
-        return gaussian_filter(field, [SLOW_MM] * 3) / share
+        field[where] = profile.residual(values[where].double()).float()
+        return gaussian_filter(field, [SLOW_SIGMA_MM] * 3) / share
 
-    painted, was = slow(hu + change), slow(hu)
-    most = LUMPS * 1.4826 * was[where].abs().median()
-    was = was.clamp(-most, most)
+    painted, healthy = slow_variation(hu + change), slow_variation(hu)
+    limit = MAX_SLOW_SDS * MAD_TO_SD * healthy[where].abs().median()
+    healthy = healthy.clamp(-limit, limit)
     # nothing at the outline, where the filter sees the mask end; all of it 1.5 mm further in
     weight = (2 * gaussian_filter(inside, [1.0] * 3) - 1).clamp(min=0) * inside
-    return weight * (was - painted)
+    return weight * (healthy - painted)
+
+
+def _squared_differences(hu: Tensor, organ: Tensor) -> tuple[list[list[float]], float]:
+    """Mean squared differences of organ voxels 1, 2 and 4 apart along each axis; organ voxels.
+
+    A mean is 0 where there are too few pairs.
+    """
+    hu = hu.float()
+    organ = organ & hu.isfinite()
+    median, organ_voxels = _median(hu, organ), organ.sum()
+    sd = MAD_TO_SD * _median((hu - median).abs(), organ)
+    fits = organ & ((hu - median).abs() <= MAX_NOISE_SDS * sd)
+    hu = torch.where(fits, hu - median, 0.0)
+    sums = [_difference_sum(hu, fits, axis, step) for axis in range(3) for step in (1, 2, 4)]
+    stacked = torch.stack([number.to(hu.dtype) for number in (*sum(sums, ()), organ_voxels)])
+    *numbers, count = stacked.tolist()  # one host-device synchronisation
+    means = [
+        total / pairs if pairs >= MIN_PAIRS else 0.0
+        for total, pairs in zip(numbers[::2], numbers[1::2], strict=True)
+    ]
+    return [means[0:3], means[3:6], means[6:9]], count
 
 
 def _median(values: Tensor, where: Tensor) -> Tensor:
-    """Of the voxels of a mask, without waiting for their number; NaN where there are none."""
+    """Median of the voxels of a mask, without a synchronisation; NaN where it is empty."""
     return torch.where(where, values, torch.nan).nanmedian()
 
 
-def _unlike(hu: Tensor, fits: Tensor, axis: int, step: int) -> tuple[Tensor, Tensor]:
+def _difference_sum(hu: Tensor, fits: Tensor, axis: int, step: int) -> tuple[Tensor, Tensor]:
     """Sum of the squared differences of voxels ``step`` apart, and the number of pairs."""
     n = max(0, hu.shape[axis] - step)
     last = hu.shape[axis] - n
     both = fits.narrow(axis, 0, n) & fits.narrow(axis, last, n)
-    apart = hu.narrow(axis, last, n) - hu.narrow(axis, 0, n)
-    return (apart.square() * both).sum(), both.sum()
+    difference = hu.narrow(axis, last, n) - hu.narrow(axis, 0, n)
+    return (difference.square() * both).sum(), both.sum()
 
 
-def _width(ratio: float, far: int) -> float:
+def _filter_sigma(ratio: float, distance: int) -> float:
     """Standard deviation, in voxels, of the Gaussian that filtered white noise.
 
-    ratio: of the mean squared differences ``far`` voxels and one voxel apart. Such noise is alike
-    by p^(far^2) and p at these distances, so that the ratio is (1 - p^(far^2)) / (1 - p).
+    ratio: of the mean squared differences ``distance`` voxels and one voxel apart. Such noise is
+    correlated by p^(distance^2) and p, so that the ratio is (1 - p^(distance^2)) / (1 - p).
     """
     low, high = 0.0, 1.0
     for _ in range(30):
         p = (low + high) / 2
-        low, high = (p, high) if (1 - p**far**2) / (1 - p) < ratio else (low, p)
+        low, high = (p, high) if (1 - p**distance**2) / (1 - p) < ratio else (low, p)
     return 0.0 if p < 1e-6 else 0.5 / math.sqrt(-math.log(min(p, 1 - 1e-6)))

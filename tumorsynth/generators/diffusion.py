@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tumorsynth.appearance.contrast import (
-    draw_contrast,
     level_around,
-    own_level,
-    shift,
+    sample_contrast,
+    shift_to_contrast,
+    similar_level_around,
 )
 from tumorsynth.arguments import any_bool
 from tumorsynth.devices import full_float32, onto
@@ -221,7 +221,7 @@ class Generator:
         _check_pair(crop, tumor_mask)
         hu = self._hu(crop)
         if contrast_hu is not None:
-            level = own_level(hu, tumor_mask)
+            level = similar_level_around(hu, tumor_mask)
             wanted = onto(torch.as_tensor(contrast_hu, dtype=hu.dtype), hu.device)
             if any_bool(contrast_hu) or wanted.ndim > 1 or wanted.numel() not in (1, len(crop)):
                 raise ValueError(
@@ -231,11 +231,11 @@ class Generator:
             return tumor_mask, level, wanted.expand(len(crop))
         assert taught is not None
         level = level_around(hu, tumor_mask, taught.tissue)
-        return tumor_mask, level, draw_contrast(taught, level, seeds)
+        return tumor_mask, level, sample_contrast(taught, level, seeds)
 
     def _shift(self, painted: Tensor, mask: Tensor, level: Tensor, wanted: Tensor) -> Tensor:
         low, high = self.window
-        return shift(self._hu(painted), mask, level, wanted) / (high - low)
+        return shift_to_contrast(self._hu(painted), mask, level, wanted) / (high - low)
 
     def _hu(self, crop: Tensor) -> Tensor:
         low, high = self.window

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tumorsynth.arguments import any_bool
 from tumorsynth.devices import onto
-from tumorsynth.geometry import box_around
+from tumorsynth.geometry import bounding_box
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.models.slabs import Near
 
@@ -171,13 +171,13 @@ class HandcraftedGenerator:
         # computed for it cannot depend on its batch-mates.
         with torch.autocast(crop.device.type, enabled=False):
             for sample, own_seed in enumerate(seeds):
-                box = box_around(mask[sample, 0], _MARGIN)
+                box = bounding_box(mask[sample, 0], _MARGIN)
                 if box is None:
                     continue
-                hu = crop[sample, 0][box].float() * HU_SPAN + HU_LOW
-                inside = mask[sample, 0][box]
+                hu = crop[sample, 0][box.slices].float() * HU_SPAN + HU_LOW
+                inside = mask[sample, 0][box.slices]
                 part = _change_hu(hu, inside, own_seed, self.config, with_edge, asked[sample])
-                change[sample, 0][box] = (part / HU_SPAN).to(crop.dtype)
+                change[sample, 0][box.slices] = (part / HU_SPAN).to(crop.dtype)
         return change
 
 

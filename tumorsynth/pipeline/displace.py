@@ -57,7 +57,7 @@ def displace(settings: Settings, sample: Sample, displacing: DisplacingTumor) ->
     params, spacing = displacing.tumor.params, sample.frame.spacing
     region, image_before, label_before, largest_mm = None, None, None, 0.0
     if params.displaced > 0:
-        part, moved, moved_label, largest_mm = push_aside(
+        pushed = push_aside(
             sample.image,
             sample.label,
             params,
@@ -66,9 +66,10 @@ def displace(settings: Settings, sample: Sample, displacing: DisplacingTumor) ->
             settings.tumor_label,
             settings.intensity,
         )
-        region = Box.of_slices(part)
-        image_before, label_before = sample.image[part].clone(), sample.label[part].clone()
-        sample.image[part], sample.label[part] = moved, moved_label
+        region, largest_mm = pushed.region, pushed.largest_mm
+        image_before = sample.image[region.slices].clone()
+        label_before = sample.label[region.slices].clone()
+        sample.image[region.slices], sample.label[region.slices] = pushed.image, pushed.label
     tumor = place_from_params(
         params,
         organ_region(settings, sample),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.blend import feather
-from tumorsynth.appearance.gate import REACH_MM, Gate
-from tumorsynth.appearance.noise import softening
+from tumorsynth.appearance.gate import GATE_MARGIN_MM, Gate
+from tumorsynth.appearance.noise import softening_mm
 from tumorsynth.devices import onto
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.geometry import Box
@@ -102,7 +102,7 @@ def blend_candidate(
 ) -> Candidate:
     """Blend a painted tumour into its region; the sample stays as it is."""
     frame, tumor, region = request.grid.frame, request.tumor, request.region
-    inside, filled, intensity = request.inside, request.fill, settings.intensity
+    inside, fill, intensity = request.inside, request.fill, settings.intensity
     weight = feather(
         inside,
         request.feather_mm,
@@ -110,15 +110,15 @@ def blend_candidate(
         settings.blend,
         generator.own_edge,
         tumor.voxels,
-        softening(request.grain_mm),
+        softening_mm(request.grain_mm),
     )
-    generated = request.grid.carry_back(generated, region.slices)
+    generated = request.grid.carry_back(generated, region)
     before = sample.image[region.slices].clone()
     # at least float32; float64 stays, or it would lose digits and range
     healthy = before.to(torch.promote_types(before.dtype, torch.float32))
-    if filled is not None:
-        healthy = healthy + filled.change_hu / intensity.hu_per_unit
-        weight = torch.where(filled.other, filled.weight, weight)
+    if fill is not None:
+        healthy = healthy + fill.change_hu / intensity.hu_per_unit
+        weight = torch.where(fill.other_tissue, fill.weight, weight)
     if settings.blend == "change":
         change = weight * generated / intensity.hu_per_unit
     else:
@@ -128,8 +128,8 @@ def blend_candidate(
             generated = generated + _resampling_loss(settings, request, before, generator.window)
         change = weight * (generated - hu) / intensity.hu_per_unit
     after = healthy + change
-    if filled is not None and filled.brightens:
-        after = torch.where(filled.other, torch.maximum(after, before), after)
+    if fill is not None and fill.keep_brighter:
+        after = torch.where(fill.other_tissue, torch.maximum(after, before), after)
     if intensity.limits is not None:
         after = after.clamp(*intensity.limits)
     after = after.to(sample.image.dtype)
@@ -203,7 +203,7 @@ def _scores(
 ) -> dict[str, float | None]:
     """Return the gate's scores of a tumour that is not written yet."""
     spacing = request.grid.frame.spacing
-    wider = request.region.grown([math.ceil(REACH_MM / s) for s in spacing])
+    wider = request.region.grown([math.ceil(GATE_MARGIN_MM / s) for s in spacing])
     wider = wider.within(Box.whole(sample.image.shape))
     region = request.region.relative_to(wider).slices
     values = sample.image[wider.slices].clone()
@@ -225,7 +225,7 @@ def _resampling_loss(
     low, high = window
     hu = settings.intensity.to_hu(before.float())
     if request.fill is not None:
-        hu = hu + request.fill.shown_hu
+        hu = hu + request.fill.generator_change_hu
     crop_hu = request.crop * (high - low) + low
-    resampled = request.grid.carry_back(crop_hu, request.region.slices)
+    resampled = request.grid.carry_back(crop_hu, request.region)
     return hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high) - resampled

@@ -11,11 +11,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tumorsynth.appearance.background import SPARE_MM, fill, tissue
-from tumorsynth.appearance.blend import reach
-from tumorsynth.appearance.contrast import own_level
-from tumorsynth.appearance.contrast_priors import ContrastPrior, structured
-from tumorsynth.appearance.noise import feather_mm, grain, match, neighbourhood, softening
+from tumorsynth.appearance.background import EXTENSION_MM, fill_background, measure_tissue
+from tumorsynth.appearance.blend import feather_reach
+from tumorsynth.appearance.contrast import similar_level_around
+from tumorsynth.appearance.contrast_priors import ContrastPrior, add_structure
+from tumorsynth.appearance.noise import (
+    feather_mm,
+    grain_region,
+    match_to_scan,
+    measure_grain,
+    softening_mm,
+)
 from tumorsynth.devices import onto, or_on_cpu
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
@@ -48,44 +54,47 @@ def request_painting(
     if settings.blend == "change":
         grain_mm = _grain_around(settings, sample, tumor)
     sigma_mm = feather_mm(tumor.params.sigma_mm, grain_mm)
-    feathered = reach(sigma_mm, spacing, settings.blend, softening(grain_mm))
+    feathered = feather_reach(sigma_mm, spacing, settings.blend, softening_mm(grain_mm))
     margin_mm = max(n * s for n, s in zip(feathered, spacing, strict=True)) + 2
     whole = Box.whole(sample.image.shape)
     grid = plan_crop(
         frame,
         whole.shape,
-        tumor.box.start,
-        tumor.box.stop,
+        tumor.box,
         min_side=generator.crop_size,
         multiple=generator.crop_multiple,
         margin_mm=max(CONTEXT_MM, margin_mm),
     )
-    hu = to_hu(sample.image[grid.source].float())
+    hu = to_hu(sample.image[grid.source.slices].float())
     if isinstance(settings.intensity, HU):
         check_hu(hu)
     else:
         check_scale(hu, settings.intensity)
-    spare = (math.ceil((SPARE_MM + 1) / s) for s in spacing)
-    region = tumor.box.grown([max(n, m) for n, m in zip(feathered, spare, strict=True)])
+    extension = (math.ceil((EXTENSION_MM + 1) / s) for s in spacing)
+    region = tumor.box.grown([max(n, m) for n, m in zip(feathered, extension, strict=True)])
     region = region.within(whole)
     inside = torch.zeros(region.shape, dtype=torch.bool, device=sample.image.device)
     inside[tumor.box.relative_to(region).slices] = onto(tumor.mask, sample.image.device)
 
     local_hu = to_hu(sample.image[region.slices].float())
     local_label = sample.label[region.slices]
-    surrounding = tissue(local_hu, local_label, settings.organ_labels, inside, generator.window)
-    unseen = surrounding.unseen(generator.window)
-    if unseen is not None:
-        return Skip(SkipCode.OUTSIDE_WINDOW, unseen, tumor.params.drawn_mm)
-    filled = fill(local_hu, surrounding, inside, spacing, grain_mm, tumor.params, generator.window)
-    in_crop = region.relative_to(Box.of_slices(grid.source)).slices
-    if filled is not None:
+    tissue = measure_tissue(local_hu, local_label, settings.organ_labels, inside, generator.window)
+    reason = tissue.outside_window(generator.window)
+    if reason is not None:
+        return Skip(SkipCode.OUTSIDE_WINDOW, reason, tumor.params.drawn_mm)
+    fill = fill_background(
+        local_hu, tissue, inside, spacing, grain_mm, tumor.params, generator.window
+    )
+    in_source = region.relative_to(grid.source).slices
+    if fill is not None:
         hu = hu.clone()  # to_hu may return the sample itself
-        hu[in_crop] += filled.shown_hu
+        hu[in_source] += fill.generator_change_hu
     low, high = generator.window
     hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
-    outline = _mask_on_grid(grid, inside, in_crop, hu)
-    shown = outline if filled is None else _mask_on_grid(grid, filled.shown, in_crop, hu)
+    outline = _mask_on_grid(grid, inside, in_source, hu)
+    shown = outline
+    if fill is not None:
+        shown = _mask_on_grid(grid, fill.generator_mask, in_source, hu)
     return PaintRequest(
         id=id,
         tumor=tumor,
@@ -96,8 +105,8 @@ def request_painting(
         grain_mm=grain_mm,
         region=region,
         inside=inside,
-        outside_share=0.0 if filled is None else surrounding.outside_share,
-        fill=filled,
+        outside_share=0.0 if fill is None else tissue.outside_share,
+        fill=fill,
     )
 
 
@@ -109,9 +118,9 @@ def with_contrast(
     if isinstance(settings.contrast_hu, ContrastPrior):
         low, high = generator.window
         hu = request.crop[None, None] * (high - low) + low
-        level = float(own_level(hu, request.crop_mask[None, None]))
-        contrast_hu, structure = settings.contrast_hu.draw(seed, params.diameter_mm, level)
-        params = replace(params, contrast_hu=contrast_hu, structure_hu=structure)
+        level = float(similar_level_around(hu, request.crop_mask[None, None]))
+        contrast_hu, structure_hu = settings.contrast_hu.sample(seed, params.diameter_mm, level)
+        params = replace(params, contrast_hu=contrast_hu, structure_hu=structure_hu)
     else:
         contrast = sample_contrast_hu(settings.contrast_hu, seed)
         params = replace(params, contrast_hu=contrast)
@@ -164,7 +173,7 @@ class Painter:
         blend: str,
         device: torch.device,
     ) -> Tensor | None:
-        """Return (batch, side, side, side) in HU; None if a GPU's memory does not hold the batch."""
+        """Return (batch, side, side, side) in HU; None if the batch exceeds a GPU's memory."""
         if device.type == "cpu" != generator.device.type:  # in place of its own
             generator = self.handle.get(device)
         run = generator.change if blend == "change" else generator.inpaint
@@ -208,17 +217,17 @@ def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -
     low, high = generator.window
     crop = request.crop.to(change.device) * (high - low) + low
     grain_mm = [request.grain_mm[axis] for axis in request.grid.frame.axes]
-    change = match(crop, change, request.crop_mask, grain_mm, generator.even)
+    change = match_to_scan(crop, change, request.crop_mask, grain_mm, generator.even)
     params = request.tumor.params
-    return structured(change, request.crop_outline, params.structure_hu, params.seed)
+    return add_structure(change, request.crop_outline, params.structure_hu, params.seed)
 
 
 def _grain_around(settings: Settings, sample: Sample, tumor: LocalMask) -> Floats3:
     """Return the width of the scan's noise grain around a tumour, along the tensor's axes."""
-    near = neighbourhood(tumor.start, tumor.mask.shape, sample.frame.spacing)
-    hu = settings.intensity.to_hu(sample.image[near].float())
-    organ = is_organ(sample.label[near], settings.organ_labels)
-    return grain(hu, organ, sample.frame.spacing)
+    region = grain_region(tumor.box, sample.frame.spacing, sample.image.shape).slices
+    hu = settings.intensity.to_hu(sample.image[region].float())
+    organ = is_organ(sample.label[region], settings.organ_labels)
+    return measure_grain(hu, organ, sample.frame.spacing)
 
 
 def _mask_on_grid(

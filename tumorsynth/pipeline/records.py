@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tumorsynth.appearance.background import SPARE_MM, Fill
-from tumorsynth.appearance.noise import MARGIN, feather_mm
+from tumorsynth.appearance.background import EXTENSION_MM, BackgroundFill
+from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS, feather_mm
 from tumorsynth.geometry import Box, CropGrid, Floats3, Frame
 from tumorsynth.pipeline.validation import plain
 from tumorsynth.placement.types import LocalMask, SkipCode, TumorParams
@@ -88,7 +88,7 @@ class PaintRequest:
     region: Box
     inside: Tensor
     outside_share: float
-    fill: Fill | None = None
+    fill: BackgroundFill | None = None
 
     @property
     def feather_mm(self) -> Floats3:
@@ -102,10 +102,10 @@ class PaintRequest:
         It holds what the feather reaches, and the voxels in which the change is matched to the
         scan.
         """
-        margin = MARGIN + (0 if self.fill is None else math.ceil(SPARE_MM) + 1)
-        feathered, matched = (
-            Box.of_slices(self.grid.near(box.slices)) for box in (self.region, self.tumor.box)
-        )
+        margin = MATCH_MARGIN_VOXELS
+        if self.fill is not None:
+            margin += math.ceil(EXTENSION_MM) + 1
+        feathered, matched = self.grid.near(self.region), self.grid.near(self.tumor.box)
         return Box.hull([feathered, matched.grown(margin)]).within(Box.whole(self.crop.shape))
 
 
