@@ -1,4 +1,4 @@
-"""Frames, and crops cut and carried back: checked against nibabel and against functions of mm."""
+"""Frames and boxes, and crops cut and carried back, against nibabel and functions of mm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing, plan_crop
+from tumorsynth.geometry import (
+    Box,
+    Frame,
+    bounding_box,
+    frame_from_affine,
+    frame_from_spacing,
+    plan_crop,
+)
 
 nib = pytest.importorskip("nibabel")
 
@@ -39,10 +46,8 @@ def rotation(degrees: float, axis: int) -> np.ndarray:
     return out
 
 
-def whole_crop(frame: Frame, shape, low, high, min_side=32, multiple=8, margin=8.0):
-    return plan_crop(
-        frame, shape, low, high, min_side=min_side, multiple=multiple, margin_mm=margin
-    )
+def crop_around(frame: Frame, shape, tumor: Box, min_side=32, multiple=8, margin=8.0):
+    return plan_crop(frame, shape, tumor, min_side=min_side, multiple=multiple, margin_mm=margin)
 
 
 # -- frames ------------------------------------------------------------------------------------
@@ -118,6 +123,17 @@ def test_an_affine_with_impossible_voxel_sizes_is_refused():
         frame_from_affine(np.diag([1, 1, 500.0, 1]))
 
 
+# -- boxes -------------------------------------------------------------------------------------
+
+
+def test_bounding_box_has_a_margin_and_stays_in_the_volume():
+    mask = torch.zeros(12, 10, 8, dtype=torch.bool)
+    assert bounding_box(mask) is None
+    mask[3, 4, 7] = mask[6, 4, 2] = True
+    assert bounding_box(mask) == Box((3, 4, 2), (7, 5, 8))
+    assert bounding_box(mask, margin=3) == Box((0, 1, 0), (10, 8, 8))
+
+
 # -- the crop's place ----------------------------------------------------------------------------
 
 spacings = st.tuples(*[st.floats(0.5, 5.0) for _ in range(3)])
@@ -130,7 +146,7 @@ def test_a_crop_holds_the_tumour_and_lies_in_the_sample_where_it_can(spacing, bo
     shape = tuple(n for n, _, _ in box)
     low = tuple(int(place * (n - min(size, n))) for n, place, size in box)
     high = tuple(a + min(size, n) for a, (n, _, size) in zip(low, box, strict=True))
-    grid = whole_crop(frame_from_spacing(spacing), shape, low, high)
+    grid = crop_around(frame_from_spacing(spacing), shape, Box(low, high))
     assert grid.side % 8 == 0 and grid.side >= 32
     for axis, (s, n, a, b) in enumerate(zip(spacing, shape, low, high, strict=True)):
         first, last = grid.origin[axis], grid.origin[axis] + grid.side - 1
@@ -145,24 +161,24 @@ def test_a_crop_holds_the_tumour_and_lies_in_the_sample_where_it_can(spacing, bo
         assert first <= max(0.0, a * s - 8 + s) + 1e-6
         assert last >= min(extent, (b - 1) * s + 8 - s) - s / 2 - 1e-6
         assert first / s == pytest.approx(round(first / s), abs=1e-6)
-        part = grid.source[axis]
-        assert 0 <= part.start <= a and b <= part.stop <= n
+        assert 0 <= grid.source.start[axis] <= a and b <= grid.source.stop[axis] <= n
 
 
 def test_at_1_mm_a_crop_of_the_samples_size_is_the_sample():
     volume = torch.randn(96, 96, 96)
     for low, high in (((0, 0, 0), (3, 3, 3)), ((40, 50, 60), (55, 60, 66)), ((90,) * 3, (96,) * 3)):
-        grid = whole_crop(frame_from_spacing(1.0), (96,) * 3, low, high, 96, 32, 16.0)
-        assert grid.side == 96 and grid.source == (slice(0, 96),) * 3
-        assert torch.equal(grid.cut(volume[grid.source]), volume)
-        assert torch.equal(grid.carry_back(volume, (slice(0, 96),) * 3), volume)
+        grid = crop_around(frame_from_spacing(1.0), (96,) * 3, Box(low, high), 96, 32, 16.0)
+        whole = Box.whole(volume.shape)
+        assert grid.side == 96 and grid.source == whole
+        assert torch.equal(grid.cut(volume[grid.source.slices]), volume)
+        assert torch.equal(grid.carry_back(volume, whole), volume)
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 16), (16, 40, 70), (24, 100, 17)])
 def test_patches_smaller_than_the_crop_are_repeated_at_the_border(shape):
     volume = torch.randn(shape)
-    grid = whole_crop(frame_from_spacing(1.0), shape, (2, 3, 4), (8, 9, 10))
-    crop = grid.cut(volume[grid.source])
+    grid = crop_around(frame_from_spacing(1.0), shape, Box((2, 3, 4), (8, 9, 10)))
+    crop = grid.cut(volume[grid.source.slices])
     assert crop.shape == (32, 32, 32)
     index = [
         np.clip(np.arange(32) + round(o), 0, n - 1) for o, n in zip(grid.origin, shape, strict=True)
@@ -175,12 +191,12 @@ def test_patches_smaller_than_the_crop_are_repeated_at_the_border(shape):
 
 def test_at_1_mm_there_and_back_is_bit_exact_in_any_orientation():
     volume = torch.randn(40, 44, 50)
-    region = (slice(10, 22), slice(12, 25), slice(20, 33))
+    region = Box((10, 12, 20), (22, 25, 33))
     for axes, signs in ORIENTATIONS:
         frame = frame_from_affine(make_affine(axes, signs, (1.0, 1.0, 1.0)))
-        grid = whole_crop(frame, (40, 44, 50), (14, 16, 24), (18, 21, 29))
-        crop = grid.cut(volume[grid.source])
-        assert torch.equal(grid.carry_back(crop, region), volume[region])
+        grid = crop_around(frame, (40, 44, 50), Box((14, 16, 24), (18, 21, 29)))
+        crop = grid.cut(volume[grid.source.slices])
+        assert torch.equal(grid.carry_back(crop, region), volume[region.slices])
 
 
 def wave(x, y, z):
@@ -199,10 +215,10 @@ def test_the_crop_samples_the_patient_at_1_mm_in_ras_order(spacing, orientation)
 
     frame = frame_from_affine(affine)
     middle = tuple(n // 2 for n in shape)
-    grid = whole_crop(frame, shape, middle, tuple(m + 1 for m in middle))
-    crop = grid.cut(volume[grid.source])
+    grid = crop_around(frame, shape, Box.at(middle, (1, 1, 1)))
+    crop = grid.cut(volume[grid.source.slices])
 
-    # where the crop's corner towards L, P, I lies: its least mm along each axis
+    # position of the crop's corner towards L, P, I
     corners = [
         frame.to_mm((np.array(grid.origin) + np.array(ends) * (grid.side - 1)) / spacing)
         for ends in itertools.product((0, 1), repeat=3)
@@ -214,10 +230,10 @@ def test_the_crop_samples_the_patient_at_1_mm_in_ras_order(spacing, orientation)
     assert (crop - expected)[inner].abs().max() < 0.006 * max(spacing) ** 2 + 1e-4
 
     # and back, onto the user's voxels
-    region = tuple(slice(max(0, m - 3), m + 4) for m in middle)
+    region = Box.at(middle, (1, 1, 1)).grown(3).within(Box.whole(shape))
     back = grid.carry_back(crop, region)
-    assert back.shape == volume[region].shape
-    assert (back - volume[region]).abs().max() < 0.02 * max(spacing) ** 2 + 1e-3
+    assert back.shape == region.shape
+    assert (back - volume[region.slices]).abs().max() < 0.02 * max(spacing) ** 2 + 1e-3
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -225,14 +241,14 @@ def test_the_crop_samples_the_patient_at_1_mm_in_ras_order(spacing, orientation)
 def test_positions_are_exact(spacing, axis):
     """Linear interpolation gives a coordinate itself, to a tenth of a micrometre."""
     shape = (50, 50, 50)
-    grid = whole_crop(frame_from_spacing(spacing), shape, (24, 24, 24), (26, 26, 26))
+    grid = crop_around(frame_from_spacing(spacing), shape, Box((24, 24, 24), (26, 26, 26)))
     ramp = torch.arange(50.0) * spacing[axis]
     volume = ramp.reshape([-1 if a == axis else 1 for a in range(3)]).expand(shape)
-    crop = grid.cut(volume[grid.source])
+    crop = grid.cut(volume[grid.source.slices])
     expected = grid.origin[axis] + torch.arange(grid.side)
     inside = (expected >= 0) & (expected <= ramp[-1])
-    found = crop.movedim(axis, 0)[:, 16, 16]
-    assert (found - expected)[inside].abs().max() < 1e-4
+    positions = crop.movedim(axis, 0)[:, 16, 16]
+    assert (positions - expected)[inside].abs().max() < 1e-4
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -240,13 +256,13 @@ def test_positions_are_exact(spacing, axis):
 def test_a_constant_stays_constant_and_nothing_overshoots(spacing, orientation, value):
     frame = frame_from_affine(make_affine(*orientation, spacing))
     shape = (30, 24, 20)
-    grid = whole_crop(frame, shape, (10, 10, 10), (14, 13, 12))
-    crop = grid.cut(torch.full(shape, value)[grid.source])
+    grid = crop_around(frame, shape, Box((10, 10, 10), (14, 13, 12)))
+    crop = grid.cut(torch.full(shape, value)[grid.source.slices])
     assert torch.allclose(crop, torch.full_like(crop, value), rtol=1e-5, atol=1e-3)
     noise = torch.rand(shape)
-    crop = grid.cut(noise[grid.source])
+    crop = grid.cut(noise[grid.source.slices])
     assert crop.min() >= -1e-6 and crop.max() <= 1 + 1e-6
-    back = grid.carry_back(crop, (slice(8, 16), slice(8, 15), slice(8, 14)))
+    back = grid.carry_back(crop, Box((8, 8, 8), (16, 15, 14)))
     assert back.shape == (8, 7, 6) and back.min() >= -1e-6 and back.max() <= 1 + 1e-6
 
 
@@ -256,19 +272,19 @@ def test_every_voxel_of_the_tumour_counts_in_the_crop(s):
     shape = (24, 24, 24)
     frame = frame_from_spacing(s)
     for at in itertools.product((0, 7, 12, 23), (11, 12, 13), (12,)):
-        grid = whole_crop(frame, shape, at, tuple(a + 1 for a in at), margin=4.0)
+        grid = crop_around(frame, shape, Box.at(at, (1, 1, 1)), margin=4.0)
         volume = torch.zeros(shape)
         volume[at] = 1
-        assert grid.cut(volume[grid.source]).max() > 1e-4
+        assert grid.cut(volume[grid.source.slices]).max() > 1e-4
 
 
 def test_default_dtype_and_half_precision_input_are_kept():
     volume = torch.rand(40, 40, 40)
-    grid = whole_crop(frame_from_spacing((0.8, 1, 2)), (40,) * 3, (18,) * 3, (20,) * 3)
-    expected = grid.cut(volume[grid.source])
+    grid = crop_around(frame_from_spacing((0.8, 1, 2)), (40,) * 3, Box((18,) * 3, (20,) * 3))
+    expected = grid.cut(volume[grid.source.slices])
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(grid.cut(volume[grid.source]), expected)
+        assert torch.equal(grid.cut(volume[grid.source.slices]), expected)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert grid.cut(volume.double()[grid.source]).dtype == torch.float64
+    assert grid.cut(volume.double()[grid.source.slices]).dtype == torch.float64

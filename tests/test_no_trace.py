@@ -9,7 +9,7 @@ from scipy import ndimage
 from tiny import tiny_generator
 
 import tumorsynth as ts
-from tumorsynth.appearance.blend import reach
+from tumorsynth.appearance.blend import feather_reach
 from tumorsynth.phantom import LABELS
 
 ORGANS = {
@@ -60,7 +60,7 @@ def test_patches_of_the_phantom_away_from_tumours(phantom, organ, generator, ble
     made = [r for r in synth.report if r["applied"]]
     assert made
     tumors = ((label != phantom.label)[0]).numpy()
-    far = reach(max(r["sigma_mm"] for r in made), SPACING, blend)
+    far = feather_reach(max(r["sigma_mm"] for r in made), SPACING, blend)
     away = ~ndimage.maximum_filter(tumors, [2 * f + 1 for f in far])
     # bit for bit, which no classifier gets around
     kept = torch.from_numpy(away)

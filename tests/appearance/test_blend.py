@@ -1,4 +1,4 @@
-"""Feathered weights: the published filter, and a default that is honest to the label."""
+"""Blend weights: the published filter, and the default that reaches 1 in every tumour."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tumorsynth.appearance.blend import BLENDS, feather, reach
+from tumorsynth.appearance.blend import BLENDS, feather, feather_reach
 
 ndimage = pytest.importorskip("scipy.ndimage")
 
@@ -32,14 +32,14 @@ def padded(mask: torch.Tensor, margin) -> torch.Tensor:
 def test_difftumor_is_scipys_gaussian_filter(sigma):
     volume = ball((56, 56, 56), (26, 28, 30), 6)
     expected = ndimage.gaussian_filter(volume.numpy().astype(float), sigma)
-    m = reach(sigma, (1, 1, 1), "difftumor")
+    m = feather_reach(sigma, (1, 1, 1), "difftumor")
     region = tuple(slice(c - 6 - r, c + 7 + r) for c, r in zip((26, 28, 30), m, strict=True))
     weight = feather(volume[region], sigma, (1, 1, 1), "difftumor")
     assert weight.dtype == torch.float32
     np.testing.assert_allclose(weight, expected[region], atol=1e-6)
     outside = expected.copy()
     outside[region] = 0
-    assert outside.max() == 0  # nothing of the published weight lies beyond the reach
+    assert outside.max() == 0  # the published weight ends at the reach
 
 
 @pytest.mark.parametrize("centre", [(0, 0, 0), (0, 20, 47), (3, 46, 25), (47, 47, 47)])
@@ -47,7 +47,7 @@ def test_difftumor_mirrors_at_the_border_like_scipy(centre):
     volume = ball((48, 48, 48), centre, 5)
     for sigma in (1.0, 3.0, 4.0):
         expected = ndimage.gaussian_filter(volume.numpy().astype(float), sigma)
-        m = reach(sigma, (1, 1, 1), "difftumor")
+        m = feather_reach(sigma, (1, 1, 1), "difftumor")
         region = tuple(
             slice(max(0, c - 5 - r), min(48, c + 6 + r)) for c, r in zip(centre, m, strict=True)
         )
@@ -79,14 +79,14 @@ any_spacing = st.tuples(*[st.floats(0.5, 5.0) for _ in range(3)])
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(any_spacing, st.floats(0, 6), st.floats(0.3, 20), st.integers(0, 2**31 - 1))
 def test_change_has_a_core_covers_the_label_and_ends_at_the_reach(spacing, sigma, diameter, seed):
-    """Ball or rag, one voxel or many: peak 1, more than 0 at every label voxel, 0 beyond."""
+    """For any mask: peak 1, above 0 at every label voxel, 0 beyond the reach."""
     shape = tuple(min(24, max(1, round(diameter / s))) for s in spacing)
     mask = ball(shape, [(n - 1) / 2 for n in shape], diameter / 2, spacing)
     if seed % 3 == 0:
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.4
     mask[tuple(n // 2 for n in shape)] = True
-    m = reach(sigma, spacing, "change")
-    # two more voxels around than the reach: they must take nothing
+    m = feather_reach(sigma, spacing, "change")
+    # with two voxels more than the reach, whose weights must be 0
     weight = feather(padded(mask, [r + 2 for r in m]), sigma, spacing, "change")
     region = tuple(slice(r + 2, r + 2 + n) for r, n in zip(m, shape, strict=True))
     assert weight.dtype == torch.float32 and weight.isfinite().all()
@@ -103,8 +103,8 @@ def test_change_has_a_core_covers_the_label_and_ends_at_the_reach(spacing, sigma
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sigma", [0.0, 0.5, 1.5, 6.0])
-def test_a_tumour_of_one_voxel_is_there(spacing, sigma):
-    m = reach(sigma, spacing, "change")
+def test_a_tumour_of_one_voxel_has_weight_1(spacing, sigma):
+    m = feather_reach(sigma, spacing, "change")
     mask = padded(torch.ones(1, 1, 1, dtype=torch.bool), m)
     weight = feather(mask, sigma, spacing, "change")
     assert weight[mask] == 1
@@ -153,7 +153,7 @@ def test_weights_do_not_depend_on_the_position():
 def test_own_edge_has_full_weight_to_the_outline_and_the_same_reach(sigma, spacing):
     shape = [max(8, round(60 / s)) for s in spacing]
     mask = ball(shape, [n // 2 for n in shape], 12, spacing)
-    margin = reach(sigma, spacing, "change")
+    margin = feather_reach(sigma, spacing, "change")
     mask = padded(mask, margin)
     soft, own = (feather(mask, sigma, spacing, "change", own_edge=own) for own in (False, True))
     assert bool((own >= soft).all())

@@ -1,4 +1,4 @@
-"""Contrast of a tumour: measured as defined, drawn as configured, and what is asked comes out."""
+"""Contrast of a tumour: measured as defined, sampled as configured, painted as requested."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tiny import tiny_crop, tiny_generator
 
 import tumorsynth as ts
 from tumorsynth.appearance.contrast import (
-    FLOOR_HU,
+    FLUID_HU,
     ContrastConfig,
     check_contrast,
     contrast_of,
     core,
-    draw_contrast,
     grown,
     level_around,
-    own_level,
-    shift,
+    sample_contrast,
+    shift_to_contrast,
+    similar_level_around,
 )
 
 TISSUE = (20.0, 220.0)
@@ -39,7 +39,7 @@ def tumor(radius=8.0):
 # -- measuring ------------------------------------------------------------------------------------
 
 
-def test_level_is_the_tissues_whatever_the_tumour_and_what_else_is_near():
+def test_level_ignores_the_tumour_and_other_tissue_nearby():
     hu, mask = volume(100.0, noise=10.0), tumor()
     hu[..., : SIDE // 2 - 9] = -100.0  # fat on one side, right beside the tumour
     hu[mask] = 20.0
@@ -79,34 +79,34 @@ def test_box_dilation_is_that_of_all_axes_at_once():
     assert torch.equal(grown(mask, 2), at_once)
 
 
-# -- drawing --------------------------------------------------------------------------------------
+# -- sampling -------------------------------------------------------------------------------------
 
 
-def test_drawn_contrasts_fill_the_range_and_repeat_with_the_seed():
+def test_sampled_contrasts_fill_the_range_and_repeat_with_the_seed():
     config = ContrastConfig(-60, -20, reference_hu=None)
-    drawn = draw_contrast(config, torch.full((500,), 100.0), list(range(500)))
-    assert -60 <= float(drawn.min()) < -57
-    assert -23 < float(drawn.max()) <= -20
-    again = draw_contrast(config, torch.full((1,), 100.0), [17])
-    assert float(again) == float(drawn[17])
+    contrasts = sample_contrast(config, torch.full((500,), 100.0), list(range(500)))
+    assert -60 <= float(contrasts.min()) < -57
+    assert -23 < float(contrasts.max()) <= -20
+    again = sample_contrast(config, torch.full((1,), 100.0), [17])
+    assert float(again) == float(contrasts[17])
 
 
 def test_fainter_in_tissue_that_is_less_enhanced_and_never_fluid():
     config = ContrastConfig(-60, -40, reference_hu=110.0)
-    drawn = draw_contrast(config, torch.tensor([110.0, 55.0]), [3, 3])
-    assert float(drawn[1]) == pytest.approx(float(drawn[0]) / 2)
-    fatty = float(draw_contrast(config, torch.tensor([22.0]), [3]))
-    assert 22.0 + fatty >= FLOOR_HU - 1e-4
-    below = float(draw_contrast(config, torch.tensor([5.0]), [3]))
-    assert below == 0.0  # darker than the floor already: not pushed up, nor down
+    enhanced, fainter = sample_contrast(config, torch.tensor([110.0, 55.0]), [3, 3])
+    assert float(fainter) == pytest.approx(float(enhanced) / 2)
+    fatty = float(sample_contrast(config, torch.tensor([22.0]), [3]))
+    assert 22.0 + fatty >= FLUID_HU - 1e-4
+    below = float(sample_contrast(config, torch.tensor([5.0]), [3]))
+    assert below == 0.0  # darker than fluid already
 
 
-def test_shift_sets_what_is_wanted_and_ends_two_voxels_beyond():
+def test_shift_sets_the_requested_contrast_and_ends_two_voxels_beyond():
     hu, mask = volume(100.0, noise=5.0), tumor()
     level = level_around(hu, mask, TISSUE)
-    added = shift(hu, mask, level, torch.tensor([-37.0]))
-    assert float(contrast_of(hu + added, mask, level)) == pytest.approx(-37, abs=1e-3)
-    assert not bool(added[~(grown(mask.float(), 2) > 0)].any())
+    change = shift_to_contrast(hu, mask, level, torch.tensor([-37.0]))
+    assert float(contrast_of(hu + change, mask, level)) == pytest.approx(-37, abs=1e-3)
+    assert not bool(change[~(grown(mask.float(), 2) > 0)].any())
 
 
 def test_a_tumour_in_a_bright_kidney_has_no_bright_rim():
@@ -115,16 +115,16 @@ def test_a_tumour_in_a_bright_kidney_has_no_bright_rim():
     label = torch.ones(image.shape, dtype=torch.uint8)
     synth = ts.SynthesizeTumor("liver-early", count=1, size_mm=18, contrast_hu=-60)
     for seed in range(3):
-        made, new = synth(image, label, spacing=1.0, seed=seed)
+        synthetic, new = synth(image, label, spacing=1.0, seed=seed)
         inside = (new == 2).float()
         around = (grown(inside[None], 2) > 0)[0] & (new != 2)
-        assert float((made - image)[around].mean()) < 5  # it was 14
+        assert float((synthetic - image)[around].mean()) < 5
         inner = (grown(1 - inside[None], 1) == 0)[0]
-        assert float((made - image)[inner].mean()) == pytest.approx(-60, abs=8)
+        assert float((synthetic - image)[inner].mean()) == pytest.approx(-60, abs=8)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), "dark", (1, 2, 3), 5000, [], True, (None, 3)])
-def test_contrast_that_is_none_is_refused(wrong):
+def test_an_invalid_contrast_is_refused(wrong):
     with pytest.raises(ValueError, match="contrast_hu must be"):
         check_contrast(wrong)
 
@@ -137,7 +137,7 @@ def test_contrast_may_be_a_number_or_a_pair_the_darker_first():
         check_contrast((-20, -50))
 
 
-def test_config_that_is_none_is_refused():
+def test_an_invalid_config_is_refused():
     with pytest.raises(ValueError, match="low <= high"):
         ContrastConfig(-10, -20)
 
@@ -145,25 +145,25 @@ def test_config_that_is_none_is_refused():
 # -- generators -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("taught", [False, True])
-@pytest.mark.parametrize("way", ["change", "inpaint"])
-def test_a_generator_paints_the_contrast_asked_for(way, taught):
-    """Random weights paint anything: what is asked comes out all the same."""
-    generator = tiny_generator(contrast=ContrastConfig() if taught else None)
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("method", ["change", "inpaint"])
+def test_a_generator_paints_the_requested_contrast(method, conditioned):
+    """Even random weights, which paint anything."""
+    generator = tiny_generator(contrast=ContrastConfig() if conditioned else None)
     crop, mask = tiny_crop(2)
-    made = getattr(generator, way)(crop, mask, seed=[1, 2], contrast_hu=[-40.0, 25.0])
-    painted = (crop + made if way == "change" else made) * 425 - 175
+    output = getattr(generator, method)(crop, mask, seed=[1, 2], contrast_hu=[-40.0, 25.0])
+    painted = (crop + output if method == "change" else output) * 425 - 175
     level = level_around(crop * 425 - 175, mask, TISSUE)
     assert contrast_of(painted, mask, level).tolist() == pytest.approx([-40.0, 25.0], abs=2)
 
 
-def test_a_taught_generator_draws_its_own_and_is_told_it():
+def test_a_conditioned_generator_samples_its_own_contrast():
     generator = tiny_generator(contrast=ContrastConfig(-60, -50, None))
     crop, mask = tiny_crop()
     level = level_around(crop * 425 - 175, mask, TISSUE)
     own = contrast_of((crop + generator.change(crop, mask, 5)) * 425 - 175, mask, level)
     assert -60.5 < float(own) < -49.5
-    # told something else it paints something else, and not by the shift alone
+    # another contrast changes the condition, so that the shift is not alone
     a, b = (generator.condition(crop, mask, torch.tensor([c])) for c in (-50.0, 50.0))
     assert torch.equal(a[:, :9], b[:, :9])
     assert torch.equal(a[:, 9:], -b[:, 9:])
@@ -179,7 +179,7 @@ def test_a_batch_is_its_samples():
         assert torch.allclose(both[k : k + 1], one, atol=1e-5)
 
 
-def test_what_a_generator_was_taught_is_in_its_folder(tmp_path):
+def test_a_generator_folder_holds_the_contrast_config(tmp_path):
     generator = tiny_generator(contrast=ContrastConfig(-700, -300, None, (-950, -600)))
     loaded = ts.load_generator(generator.save(tmp_path / "g"))
     assert loaded.sampler == generator.sampler
@@ -187,23 +187,23 @@ def test_what_a_generator_was_taught_is_in_its_folder(tmp_path):
     assert torch.equal(loaded.change(crop, mask, 1), generator.change(crop, mask, 1))
 
 
-def test_as_many_contrasts_as_samples():
+def test_a_contrast_for_each_sample_or_one_for_all():
     crop, mask = tiny_crop()
     with pytest.raises(ValueError, match="one for each of the 1 samples"):
         tiny_generator().change(crop, mask, 0, contrast_hu=[1.0, 2.0])
 
 
-def test_a_window_of_its_own_means_other_hu():
+def test_a_generators_own_window_gives_the_crop_other_hu():
     """The same crop in [0, 1] is lung in a lung generator's window."""
-    taught = ContrastConfig(600, 700, None, (-950, -600))
-    wide = tiny_generator(window=(-1000.0, 250.0), contrast=taught)
+    lung_contrast = ContrastConfig(600, 700, None, (-950, -600))
+    wide = tiny_generator(window=(-1000.0, 250.0), contrast=lung_contrast)
     crop = torch.full((1, 1, 32, 32, 32), 0.15)  # -812 HU
     _, mask = tiny_crop()
-    made = (crop + wide.change(crop, mask, 3)) * 1250 - 1000
-    assert 590 < float(contrast_of(made, mask, torch.tensor([-812.5]))) < 710
+    painted = (crop + wide.change(crop, mask, 3)) * 1250 - 1000
+    assert 590 < float(contrast_of(painted, mask, torch.tensor([-812.5]))) < 710
 
 
-# -- the one line ---------------------------------------------------------------------------------
+# -- in a call -----------------------------------------------------------------------------------
 
 
 def scan(level=100.0):
@@ -215,7 +215,7 @@ def scan(level=100.0):
 
 
 @pytest.mark.parametrize("generator", ["hu2023", "tiny"])
-def test_one_line_with_a_contrast(generator):
+def test_a_call_with_a_contrast(generator):
     image, label = scan()
     synth = ts.SynthesizeTumor(
         tiny_generator() if generator == "tiny" else generator,
@@ -232,22 +232,22 @@ def test_one_line_with_a_contrast(generator):
     assert float(contrast_of(new[None], mask, level)) == pytest.approx(record["contrast_hu"], abs=6)
 
 
-def test_contrast_alters_no_other_draw_and_is_replayed():
+def test_contrast_changes_nothing_else_and_replays():
     image, label = scan()
     plain = ts.SynthesizeTumor("hu2023", count=2)
-    asked = ts.SynthesizeTumor("hu2023", count=2, contrast_hu=(-80, -20))
+    requested = ts.SynthesizeTumor("hu2023", count=2, contrast_hu=(-80, -20))
     _, label_plain = plain(image, label, seed=5)
-    new, label_asked = asked(image, label, seed=5)
-    assert torch.equal(label_plain, label_asked)
-    drawn = [t["contrast_hu"] for t in asked.params[0]["tumors"]]
-    assert len(set(drawn)) == 2
-    # params replay it, also where another contrast is set
+    new, label_requested = requested(image, label, seed=5)
+    assert torch.equal(label_plain, label_requested)
+    contrasts = [t["contrast_hu"] for t in requested.params[0]["tumors"]]
+    assert len(set(contrasts)) == 2
+    # params override another transform's contrast
     other = ts.SynthesizeTumor("hu2023", count=2, contrast_hu=10)
-    again, _ = other(image, label, params=asked.params)
+    again, _ = other(image, label, params=requested.params)
     assert torch.equal(again, new)
 
 
-def test_params_of_before_there_was_a_contrast_still_replay():
+def test_params_without_a_contrast_still_replay():
     image, label = scan()
     synth = ts.SynthesizeTumor("hu2023", count=1)
     new, _ = synth(image, label, seed=2)
@@ -257,31 +257,31 @@ def test_params_of_before_there_was_a_contrast_still_replay():
     assert torch.equal(again, new)
 
 
-def test_an_asked_contrast_is_to_what_the_tumour_replaces():
-    """A fatty pancreas: what lies around in the range of solid tissue are its neighbours."""
+def test_a_requested_contrast_is_relative_to_the_tissue_that_is_replaced():
+    """A fatty pancreas, with solid neighbours around."""
     crop, mask = tiny_crop()
     hu = torch.full_like(crop, 60.0)
     hu[..., 8:24, 8:24, 8:24] = -10.0
     crop = (hu + 175) / 425
-    made = tiny_generator().change(crop, mask, 0, contrast_hu=-30.0) * 425
-    assert float(made[core(mask)].mean()) == pytest.approx(-30, abs=1)
+    change = tiny_generator().change(crop, mask, 0, contrast_hu=-30.0) * 425
+    assert float(change[core(mask)].mean()) == pytest.approx(-30, abs=1)
 
 
 @pytest.mark.parametrize("tissue", [60.0, 110.0, 230.0])
-def test_an_asked_contrast_is_to_tissue_like_what_is_replaced(tissue):
-    """Also in a bright kidney beside fat: not the darker half of it, and not the fat."""
+def test_a_requested_contrast_is_relative_to_similar_tissue_around(tissue):
+    """In a bright kidney beside fat, neither its darker half nor the fat counts."""
     torch.manual_seed(0)
     hu = torch.full((1, 1, 40, 40, 40), tissue) + 20 * torch.randn(1, 1, 40, 40, 40)
     mask = torch.zeros(1, 1, 40, 40, 40, dtype=torch.bool)
     mask[..., 14:26, 14:26, 14:26] = True
     hu[..., 28:, :, :] = -90.0
-    assert float(own_level(hu, mask)) == pytest.approx(tissue, abs=3)
+    assert float(similar_level_around(hu, mask)) == pytest.approx(tissue, abs=3)
     lonely = torch.where(mask, hu, torch.tensor(-1000.0))
-    assert float(own_level(lonely, mask)) == pytest.approx(tissue, abs=3)
+    assert float(similar_level_around(lonely, mask)) == pytest.approx(tissue, abs=3)
 
 
 def test_the_three_measures_of_contrast_agree_in_an_even_organ():
-    """As contrast.py says: that of a crop, the gate's and the training reports'."""
+    """The crop's, the gate's and the training reports', as contrast.py says."""
     from tumorsynth.appearance.gate import measure
     from tumorsynth.training.measures import tumor_statistics
 
@@ -292,9 +292,9 @@ def test_the_three_measures_of_contrast_agree_in_an_even_organ():
     hu[tumor] -= 40
     organ = torch.ones_like(tumor) & ~tumor
     batch, mask = hu[None, None], tumor[None, None]
-    found = [
+    contrasts = [
         float(contrast_of(batch, mask, level_around(batch, mask, (20.0, 220.0)))),
         measure(hu, tumor, organ, (1.0, 1.0, 1.0))["contrast_hu"],
         tumor_statistics(hu, tumor, organ)[0],
     ]
-    assert found == pytest.approx([-40.0] * 3, abs=1.5)
+    assert contrasts == pytest.approx([-40.0] * 3, abs=1.5)

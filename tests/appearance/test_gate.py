@@ -1,4 +1,4 @@
-"""The quality gate: scores that know what they measure, limits that hold, calls that repeat."""
+"""The quality gate: its scores, its limits, and calls that repeat."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tumour(contrast=-40.0, blur=1.0, noise=12.0, inside_noise=1.0):
 # -- the scores ------------------------------------------------------------------------------------
 
 
-def test_scores_are_what_was_painted():
+def test_scores_agree_with_what_was_painted():
     scores = tumour(contrast=-40)
     assert scores["contrast_hu"] == pytest.approx(-40, abs=3)
     assert scores["level_hu"] == pytest.approx(70, abs=3)
@@ -60,11 +60,11 @@ def test_noise_ratio_is_that_of_the_noise(ratio):
 
 
 def test_edge_width_is_that_of_the_blur():
-    found = {b: tumour(contrast=-60, blur=b, noise=5)["edge_mm"] for b in (0.1, 1.2, 2.0, 3.0)}
-    assert found[0.1] < 2.6  # the sharpest that it can tell
+    widths = {b: tumour(contrast=-60, blur=b, noise=5)["edge_mm"] for b in (0.1, 1.2, 2.0, 3.0)}
+    assert widths[0.1] < 2.6  # the sharpest that it can tell
     for blur in (1.2, 2.0):
-        assert found[blur] == pytest.approx(2.56 * blur, rel=0.25)
-    assert found[3.0] > 1.1 * found[2.0]
+        assert widths[blur] == pytest.approx(2.56 * blur, rel=0.25)
+    assert widths[3.0] > 1.1 * widths[2.0]
 
 
 def test_edge_of_coarse_voxels():
@@ -90,7 +90,7 @@ def test_what_cannot_be_measured_is_none_and_breaks_no_limit():
     assert math.isfinite(measure(odd, ball(), organ, ISO)["contrast_hu"])
 
 
-def test_lungs_are_no_solid_tissue():
+def test_level_is_not_scored_in_lungs():
     hu, organ = scan()
     assert measure(hu - 900, ball(), organ, ISO)["level_hu"] is None
 
@@ -98,7 +98,7 @@ def test_lungs_are_no_solid_tissue():
 # -- the limits ------------------------------------------------------------------------------------
 
 
-def test_the_default_gate_knows_a_bad_tumour():
+def test_the_default_gate_rejects_bad_tumours():
     assert Gate().objection(tumour()) is None
     assert "level_hu" in Gate().objection(tumour(contrast=-160))  # like fat
     assert "level_hu" in Gate().objection(tumour(contrast=-105))  # like fluid
@@ -106,23 +106,23 @@ def test_the_default_gate_knows_a_bad_tumour():
     assert "noise_ratio" in Gate().objection(tumour(inside_noise=0.1))  # like plastic
 
 
-def test_a_contrast_of_the_wrong_sign_or_size_is_turned_away():
+def test_a_contrast_of_the_wrong_sign_or_size_is_rejected():
     hu, organ = scan()
     soft = torch.from_numpy(ndimage.gaussian_filter(ball().float().numpy(), 1.0))
-    for asked, made, fine in (
+    for requested, painted, passes in (
         (-25, -25, True),
         (-25, 25, False),
         (-60, -20, False),
         (20, 20, True),
     ):
-        scores = Gate().scores(hu + made * soft, ball(), organ, ISO, asked)
-        assert scores["off_hu"] == pytest.approx(made - asked, abs=4)
-        assert (Gate().objection(scores) is None) == fine
-    assert Gate().scores(hu - 25 * soft, ball(), organ, ISO)["off_hu"] is None  # none asked for
+        scores = Gate().scores(hu + painted * soft, ball(), organ, ISO, requested)
+        assert scores["off_hu"] == pytest.approx(painted - requested, abs=4)
+        assert (Gate().objection(scores) is None) == passes
+    assert Gate().scores(hu - 25 * soft, ball(), organ, ISO)["off_hu"] is None  # none requested
 
 
 class Learned(torch.nn.Module):
-    """A scorer that learned: how likely a tumour's noise and contrast are those of a real one."""
+    """A trained scorer: how likely a tumour's noise and contrast are those of a real one."""
 
     def __init__(self, real, fake):
         super().__init__()
@@ -151,7 +151,7 @@ class Learned(torch.nn.Module):
         return torch.sigmoid(self.layer(self.features(hu, tumor_mask))).item()
 
 
-def test_a_learned_scorer_turns_away_what_it_learned_to():
+def test_a_trained_scorer_rejects_what_it_was_trained_to_reject():
     def example(seed, noise, contrast):
         hu, _ = scan(noise=noise, seed=seed)
         return hu + contrast * ball().float(), ball()
@@ -159,12 +159,12 @@ def test_a_learned_scorer_turns_away_what_it_learned_to():
     real = [example(k, 12.0, -35.0) for k in range(4)]
     learned = Learned(real, [example(k, 3.0, -35.0) for k in range(4)])  # real ones are noisy
     gate = replace(OPEN, tries=1, scorer=learned, least=0.5)
-    for noise, fine in ((12.0, True), (3.0, False)):
+    for noise, passes in ((12.0, True), (3.0, False)):
         hu, organ = scan(64, noise=noise, seed=9)
         synth = ts.SynthesizeTumor("hu2023", 1, 2, count=1, size_mm=12, contrast_hu=-35, gate=gate)
         synth(hu[None], organ[None].short(), spacing=ISO, seed=1)
         (record,) = synth.report
-        assert record["applied"] == fine, record
+        assert record["applied"] == passes, record
         assert 0 <= record["scores"]["scorer"] <= 1
 
 
@@ -200,17 +200,15 @@ def test_real_tumours_pass_the_default_gate(shared: Path):
         ("level_hu must be .low, high.", {"level_hu": (math.nan, 3)}),
     ],
 )
-def test_limits_that_cannot_be(words, settings):
+def test_invalid_limits_are_refused(words, settings):
     with pytest.raises(ValueError, match=words):
         Gate(**settings)
 
 
-def test_what_is_no_gate():
+def test_invalid_gates_are_refused():
     assert check_gate(None) is None and check_gate(False) is None
     assert check_gate(True) == Gate()
-    with pytest.raises(
-        TypeError, match="True, False or a tumorsynth.appearance.gate.Gate, got 'yes'"
-    ):
+    with pytest.raises(TypeError, match="True, False or a tumorsynth.Gate, got 'yes'"):
         check_gate("yes")
     with pytest.raises(TypeError, match="scorer must be a function"):
         Gate(scorer=0.5)
@@ -225,12 +223,12 @@ def call(gate, seed=3, generator="hu2023", count=4, **more):
     hu, organ = scan(64)
     synth = ts.SynthesizeTumor(generator, 1, 2, count=count, size_mm=(7, 12), gate=gate)
     image, label = hu[None], organ[None].to(torch.int16)
-    made = synth(image, label, spacing=ISO, seed=seed, **more)
+    result = synth(image, label, spacing=ISO, seed=seed, **more)
     json.dumps(synth.report, allow_nan=False)
-    return synth, made
+    return synth, result
 
 
-def test_off_by_default_and_no_change_to_what_passes():
+def test_the_gate_is_off_by_default_and_does_not_change_what_passes():
     plain, (image, label) = call(None)
     assert not any("scores" in record for record in plain.report)
     gated, (image2, label2) = call(OPEN)
@@ -238,12 +236,12 @@ def test_off_by_default_and_no_change_to_what_passes():
     assert gated.params == plain.params
     for record in gated.report:
         assert set(record["scores"]) == set(LIMITS)
-        # the label was drawn, the tumour made: the score finds it
+        # the score shows that the tumour was painted
         assert record["scores"]["contrast_hu"] < -10
 
 
 @pytest.mark.parametrize("generator", ["hu2023", tiny_generator()], ids=["hu2023", "tiny"])
-def test_a_rejected_tumour_is_made_again_with_the_next_seed(generator):
+def test_a_rejected_tumour_is_painted_again_with_the_next_seed(generator):
     plain, _ = call(OPEN, generator=generator, count=1)
     (first,) = plain.report
     darker = Gate(**{**dict.fromkeys(LIMITS), "tries": 4})
@@ -257,7 +255,7 @@ def test_a_rejected_tumour_is_made_again_with_the_next_seed(generator):
             assert limits[0] <= record["scores"]["contrast_hu"] <= limits[1]
         else:
             assert record["reason"].startswith("the gate: contrast_hu")
-        # and without the gate the params still say which it was
+        # the params replay the accepted attempt without a gate
         again, (image2, label2) = call(
             None, generator=generator, count=1, params=json.loads(json.dumps(synth.params))
         )
@@ -266,9 +264,9 @@ def test_a_rejected_tumour_is_made_again_with_the_next_seed(generator):
         assert record["applied"] or again.report[0]["reason"] == record["reason"]
 
 
-def test_a_contrast_asked_for_is_drawn_again_too():
+def test_a_requested_contrast_is_sampled_again_too():
     hu, organ = scan(64)
-    # far from what half of the range gives
+    # rejects more than half of the range
     gate = replace(OPEN, tries=8, contrast_hu=(-1e3, -45))
     synth = ts.SynthesizeTumor(
         "hu2023", 1, 2, count=1, size_mm=10, contrast_hu=(-60, -10), gate=gate
@@ -290,36 +288,36 @@ def test_some_are_skipped_and_the_others_stay_where_they_were():
     levels = sorted(r["scores"]["contrast_hu"] for r in free.report)
     gate = replace(OPEN, tries=1, contrast_hu=(-1e3, (levels[1] + levels[2]) / 2))
     synth, (image, label) = call(gate)
-    made = [r for r in synth.report if r["applied"]]
-    assert len(made) == 2 and len(synth.report) == 4
+    applied = [r for r in synth.report if r["applied"]]
+    assert len(applied) == 2 and len(synth.report) == 4
     places = [r["centre_voxel"] for r in free.report]
-    assert all(r["centre_voxel"] in places for r in made)
+    assert all(r["centre_voxel"] in places for r in applied)
     assert all("scores" in r for r in synth.report)
-    for replay_gate in (None, gate, True):  # a replay asks nobody
+    for replay_gate in (None, gate, True):  # a replay does not judge again
         again, (image2, label2) = call(replay_gate, params=json.loads(json.dumps(synth.params)))
         assert torch.equal(image, image2) and torch.equal(label, label2)
         assert [r["applied"] for r in again.report] == [r["applied"] for r in synth.report]
 
 
-def test_nothing_made_means_the_input_comes_back_unchanged():
+def test_without_any_tumour_the_input_comes_back_unchanged():
     hu, organ = scan(64)
     _, (image, label) = call(replace(OPEN, contrast_hu=(500, 600)))
     assert torch.equal(image[0], hu) and torch.equal(label[0], organ.short())
 
 
-def test_a_scorer_of_ones_own():
-    seen = []
+def test_a_custom_scorer():
+    calls = []
 
     def scorer(hu, tumor_mask, spacing):
-        seen.append((hu.shape, tumor_mask.dtype, spacing))
+        calls.append((hu.shape, tumor_mask.dtype, spacing))
         return float(hu[tumor_mask].mean())
 
     synth, _ = call(replace(OPEN, scorer=scorer, least=-1e6))
     assert [set(r["scores"]) - set(LIMITS) for r in synth.report] == [{"scorer"}] * 4
-    assert len(seen) == 4 and all(s[1:] == (torch.bool, ISO) for s in seen)
-    seen.clear()
+    assert len(calls) == 4 and all(c[1:] == (torch.bool, ISO) for c in calls)
+    calls.clear()
     synth, _ = call(replace(OPEN, tries=2, scorer=scorer, least=1e6))
-    assert len(seen) == 8 and "the scorer gave" in synth.report[0]["reason"]
+    assert len(calls) == 8 and "the scorer gave" in synth.report[0]["reason"]
     synth, _ = call(replace(OPEN, tries=1, scorer=lambda *_: math.nan), count=1)
     assert synth.report[0]["reason"] == "the gate: the scorer gave no number"
 
@@ -331,10 +329,10 @@ def test_a_scorer_of_ones_own():
         (lambda: Gate(off_hu=(5, -5)), "the default is (-15.0, 15.0)"),
         (lambda: Gate(contrast_hu=3), "or None for no limit"),
         (lambda: Gate(scorer="net"), "pass the function"),
-        (lambda: check_gate("yes"), "Gate(visibility=(1.0, 5.0))"),
+        (lambda: check_gate("yes"), "tumorsynth.Gate(visibility=(1.0, 5.0))"),
     ],
 )
-def test_what_is_no_gate_is_told_with_the_way_out(wrong, fix):
+def test_errors_name_the_value_and_the_fix(wrong, fix):
     with pytest.raises((TypeError, ValueError)) as error:
         wrong()
     assert fix in str(error.value) and ", got " in str(error.value)

@@ -1,4 +1,4 @@
-"""Mass effect: tissue moves as it should, nothing folds, and a seed still decides alone."""
+"""Mass effect: how tissue moves, in image and label, and that a seed repeats it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from tiny import tiny_generator
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
 from tumorsynth.appearance.gate import Gate
-from tumorsynth.appearance.mass_effect import MAX_SHARE, REACH, MassEffect, displacement, push_aside
+from tumorsynth.appearance.mass_effect import (
+    MAX_LEVEL,
+    MAX_SHARE,
+    MassEffect,
+    displacement,
+    push_aside,
+)
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.placement.shape import Shape
 from tumorsynth.placement.types import TumorParams
@@ -24,14 +30,14 @@ ISO = (1.0, 1.0, 1.0)
 
 
 def tumor(centre=(40, 40, 40), diameter=24.0, share=0.5, rough=0.0, axes=(1, 1, 1), **more):
-    turn = (0.5, 0.5, 0.5, 0.5)
+    rotation = (0.5, 0.5, 0.5, 0.5)
     return TumorParams(
-        centre, diameter, axes, turn, rough, 3, 4, 1.0, diameter, None, share, **more
+        centre, diameter, axes, rotation, rough, 3, 4, 1.0, diameter, None, share, **more
     )
 
 
 def determinants(source, spacing):
-    """Of the Jacobian of the map from each voxel to where it comes from."""
+    """Jacobian determinants of the map from each voxel to where it comes from."""
     u = source.double().numpy()
     jacobian = np.stack([np.stack(np.gradient(part, *spacing)) for part in u])
     return np.linalg.det(np.moveaxis(jacobian, (0, 1), (-2, -1)) + np.eye(3))
@@ -64,25 +70,24 @@ def synth(generator="hu2023", **changes):
 def test_nothing_folds_and_volume_is_kept(spacing, share, rough):
     size = [round(80 / s) for s in spacing]
     centre = tuple(n // 2 for n in size)
-    given = tumor(centre, 24.0, share, rough, (1.25, 1.0, 0.8))
-    where, source = displacement(given, size, spacing)
-    found = determinants(source, spacing)
-    assert found.min() > 0.5 * (1 - share)
-    assert found.max() < 1.5
+    params = tumor(centre, 24.0, share, rough, (1.25, 1.0, 0.8))
+    volumes = determinants(displacement(params, size, spacing).source_mm, spacing)
+    assert volumes.min() > 0.5 * (1 - share)
+    assert volumes.max() < 1.5
     # the voxels of the part come from less volume than they have, by what the tumour adds
     voxel = math.prod(spacing)
-    inner = found[1:-1, 1:-1, 1:-1]
+    inner = volumes[1:-1, 1:-1, 1:-1]
     assert (1 - inner).sum() * voxel == pytest.approx(0, abs=0.03 * math.pi / 6 * 24**3)
-    inside = found < 0.7 * (1 - share) + 0.3
+    inside = volumes < 0.7 * (1 - share) + 0.3
     assert inside.sum() * voxel == pytest.approx(math.pi / 6 * 24**3, rel=0.2)
 
 
 def test_tissue_moves_as_an_incompressible_medium_would_and_less_far_away():
-    given = tumor(diameter=24.0, share=0.5)
-    where, source = displacement(given, (80, 80, 80), ISO)
-    centre = torch.tensor(given.centre) + Shape(given).offset
+    params = tumor(diameter=24.0, share=0.5)
+    region, source = displacement(params, (80, 80, 80), ISO)
+    centre = torch.tensor(params.centre) + Shape(params).offset
     at = torch.stack(
-        torch.meshgrid(*[torch.arange(s.start, s.stop) for s in where], indexing="ij"), -1
+        torch.meshgrid(*[torch.arange(s.start, s.stop) for s in region.slices], indexing="ij"), -1
     )
     far = (at - centre).norm(dim=-1)
     back = (at - centre + source.permute(1, 2, 3, 0)).norm(dim=-1)
@@ -91,52 +96,52 @@ def test_tissue_moves_as_an_incompressible_medium_would_and_less_far_away():
         free = (far.pow(3) - 0.5 * 12**3) ** (1 / 3)  # incompressible, without an end
         moved = ((far - back) / (far - free))[here].mean()
         assert least < moved <= 1.02
-    assert (source[:, far > 12 * REACH + 3] == 0).all()
-    shape = torch.stack([source[k] for k in range(3)], -1)
-    outward = (shape * (at - centre)).sum(-1)
-    assert (outward <= 1e-6).all()  # all comes from nearer the centre
+    assert (source[:, far > 12 * MAX_LEVEL + 3] == 0).all()
+    vectors = source.movedim(0, -1)
+    outward = (vectors * (at - centre)).sum(-1)
+    assert (outward <= 1e-6).all()  # every voxel comes from nearer the centre
 
 
-def test_the_grid_does_not_matter():
+def test_displacement_does_not_depend_on_the_grid():
     """The same tumour on a fine and on a thick-sliced grid moves tissue by the same mm."""
     fine, thick = (1.0, 1.0, 1.0), (1.0, 1.0, 4.0)
-    found = []
+    means = []
     for spacing, centre, size in (
         (fine, (40, 40, 40), (80,) * 3),
         (thick, (40, 40, 10), (80, 80, 20)),
     ):
-        given = tumor(centre, 24.0, 0.5)
-        where, source = displacement(given, size, spacing)
-        offset = Shape(given).offset * torch.tensor(spacing)
-        x = torch.arange(where[0].start, where[0].stop) - 40 - offset[0]
-        y = torch.arange(where[1].start, where[1].stop) - 40 - offset[1]
-        z = (torch.arange(where[2].start, where[2].stop) - centre[2]) * spacing[2] - offset[2]
+        params = tumor(centre, 24.0, 0.5)
+        region, source = displacement(params, size, spacing)
+        offset = Shape(params).offset * torch.tensor(spacing)
+        x = torch.arange(region.start[0], region.stop[0]) - 40 - offset[0]
+        y = torch.arange(region.start[1], region.stop[1]) - 40 - offset[1]
+        z = (torch.arange(region.start[2], region.stop[2]) - centre[2]) * spacing[2] - offset[2]
         grids = torch.stack(torch.meshgrid(x.double(), y.double(), z.double(), indexing="ij"))
         ring = (grids.norm(dim=0) - 15).abs() < 1
-        found.append(float(source.norm(dim=0)[ring].mean()))
-    assert found[0] == pytest.approx(found[1], rel=0.06)
+        means.append(float(source.norm(dim=0)[ring].mean()))
+    assert means[0] == pytest.approx(means[1], rel=0.06)
 
 
-def test_what_is_rigid_does_not_move_and_less_room_is_made_there():
+def test_rigid_tissue_stays_and_less_is_displaced_towards_it():
     def wall(index):
         return index[0] >= 54  # 2 mm from the tumour's surface
 
-    free = displacement(tumor(), (80, 80, 80), ISO)
-    where, source = displacement(tumor(), (80, 80, 80), ISO, wall)
-    assert float(source[:, 54 - where[0].start :].abs().max()) < 0.02
-    found = determinants(source, ISO)
-    assert 0 < found.min() and found.max() < 2.5
-    middle = 40 - where[1].start
-    gap = source[0, 40 - where[0].start :, middle, middle]
-    assert float(gap.abs().max()) < 0.7 * float(free[1].norm(dim=0).max())
-    # on the other side all is as without it
-    left = slice(0, 28 - where[0].start)
-    assert torch.allclose(source[:, left], free[1][:, left], atol=0.05)
+    free = displacement(tumor(), (80, 80, 80), ISO).source_mm
+    region, source = displacement(tumor(), (80, 80, 80), ISO, wall)
+    assert float(source[:, 54 - region.start[0] :].abs().max()) < 0.02
+    volumes = determinants(source, ISO)
+    assert 0 < volumes.min() and volumes.max() < 2.5
+    middle = 40 - region.start[1]
+    gap = source[0, 40 - region.start[0] :, middle, middle]
+    assert float(gap.abs().max()) < 0.7 * float(free.norm(dim=0).max())
+    # on the other side nothing changes
+    left = slice(0, 28 - region.start[0])
+    assert torch.allclose(source[:, left], free[:, left], atol=0.05)
 
 
-def test_a_tumour_at_the_border_of_the_sample_or_of_one_slice():
+def test_a_tumour_at_the_samples_border_or_in_one_slice():
     for size, centre in (((80, 80, 9), (3, 40, 4)), ((80, 80, 1), (40, 40, 0))):
-        where, source = displacement(tumor(centre), size, ISO)
+        source = displacement(tumor(centre), size, ISO).source_mm
         assert source.isfinite().all() and float(source.abs().max()) > 1
 
 
@@ -150,36 +155,36 @@ def test_shares_by_size():
 # -- image and label ------------------------------------------------------------------------------
 
 
-def pushed(image, label, given, spacing=ISO):
-    where, after, after_label, largest = push_aside(
-        image[0], label[0], given, spacing, (1,), 2, ts.HU()
-    )
+def push(image, label, params, spacing=ISO):
+    """New image and label, and the largest displacement."""
+    pushed = push_aside(image[0], label[0], params, spacing, (1,), 2, ts.HU())
     new, new_label = image.clone(), label.clone()
-    new[0][where], new_label[0][where] = after, after_label
-    return new, new_label, largest
+    new[0][pushed.region.slices] = pushed.image
+    new_label[0][pushed.region.slices] = pushed.label
+    return new, new_label, pushed.largest_mm
 
 
 def test_image_and_label_move_together():
     image, label = scan(noise=0.0)
-    new, new_label, largest = pushed(image, label, tumor((36, 36, 36)))
+    new, new_label, largest = push(image, label, tumor((36, 36, 36)))
     assert largest > 2
     assert int((new_label != label).sum()) > 100
-    # the image's own tissue, read back as labels, is the new label but at half a voxel's edges
+    # labels read back from the new image agree with the new label, except along edges
     levels = torch.tensor([-100.0, 100.0, 160.0, 700.0])
     read = torch.tensor([0, 1, 3, 4])[(new[..., None] - levels).abs().argmin(-1)]
     assert float((read != new_label).float().mean()) < 0.01
     vessel = (new_label == 3)[0].nonzero().float()
     middle = vessel[(vessel[:, 2] - 36).abs() < 2].mean(0)
-    assert float(middle[0]) > 54.0  # at 53.5 before
+    assert float(middle[0]) > 54.0  # 53.5 before
     assert torch.equal(new_label == 4, label == 4)  # the rib
     assert torch.equal(new[label == 4], image[label == 4])
 
 
-def test_noise_stays_and_edges_too():
+def test_noise_stays_in_place():
     image, label = scan(noise=15.0)
-    new, new_label, _ = pushed(image, label, tumor((36, 36, 36)))
+    new, new_label, _ = push(image, label, tumor((36, 36, 36)))
     clean, _ = scan(noise=0.0)
-    moved, _, _ = pushed(clean, label, tumor((36, 36, 36)))
+    moved, _, _ = push(clean, label, tumor((36, 36, 36)))
     for part in (new_label == 1) & (label == 1), (new_label == 3) & (label == 3):
         inner = part & (new != image)
         noise = (new - moved)[inner].std()
@@ -193,18 +198,18 @@ def test_no_smooth_band_and_no_ghost_where_the_organ_ended():
     image += 15 * torch.randn(image.shape, generator=rng)
     label = torch.zeros(image.shape, dtype=torch.int64)
     label[:, :32] = 1
-    new, new_label, _ = pushed(image, label, tumor((16, 32, 32), 30.0, 0.9))
-    rows = new[0, 26:32, 29:36, 29:36]  # they lie within the organ now
+    new, new_label, _ = push(image, label, tumor((16, 32, 32), 30.0, 0.9))
+    rows = new[0, 26:32, 29:36, 29:36]  # within the organ now
     assert (new_label[0, 26:33, 29:36, 29:36] == 1).all()
     assert float((rows.mean((1, 2)) - 200).abs().max()) < 8
-    assert float(rows.std((1, 2)).min()) > 0.25 * 15  # stretched, so smoother; it was 0
+    assert float(rows.std((1, 2)).min()) > 0.25 * 15  # stretched, so smoother
 
 
-def test_a_fixed_capsule_holds():
+def test_a_fixed_capsule_stays_in_place():
     image, label = scan(noise=0.0)
     for fixed in (False, True):
-        given = tumor((36, 47, 36), fixed_capsule=fixed)
-        _, new_label, _ = pushed(image, label, given)
+        params = tumor((36, 47, 36), fixed_capsule=fixed)
+        _, new_label, _ = push(image, label, params)
         outside = label == 0
         assert bool((new_label[outside] != 0).any()) is not fixed
         assert not bool(((label == 1) & (new_label == 0)).any())
@@ -216,19 +221,18 @@ def test_bone_is_bone_in_a_clipped_scale_too(scale):
     low, high = (-175, 250) if isinstance(scale, ts.Scaled) else (-120, 190)
     hu = image.clamp(low, high)
     scaled = (hu - scale.to_hu(torch.zeros(()))) / scale.hu_per_unit
-    where, after, after_label, _ = push_aside(
-        scaled[0], label[0], tumor((36, 30, 36)), ISO, (1,), 2, scale
-    )
+    pushed = push_aside(scaled[0], label[0], tumor((36, 30, 36)), ISO, (1,), 2, scale)
+    where = pushed.region.slices
     rib = label[0][where] == 4
-    assert int(rib.sum()) > 100 and torch.equal(after[rib], scaled[0][where][rib])
-    assert torch.equal(after_label == 4, rib)
-    assert not torch.equal(after_label, label[0][where])
+    assert int(rib.sum()) > 100 and torch.equal(pushed.image[rib], scaled[0][where][rib])
+    assert torch.equal(pushed.label == 4, rib)
+    assert not torch.equal(pushed.label, label[0][where])
 
 
-def test_what_is_not_finite_stays_alone():
+def test_voxels_that_are_not_finite_stay_in_place():
     image, label = scan()
     image[0, 50:53, 36, 36] = math.nan
-    new, _, _ = pushed(image, label, tumor((36, 36, 36)))
+    new, _, _ = push(image, label, tumor((36, 36, 36)))
     assert torch.equal(new.isnan(), image.isnan())
 
 
@@ -243,19 +247,19 @@ def test_tissue_moves_first_and_then_the_tumour_is_painted(generator, spacing):
     new, new_label = transform(image, label, spacing=spacing, seed=3)
     (record,) = transform.report
     assert record["applied"] and record["displaced_mm"] > 1
-    made = new_label == 2
-    assert int(made.sum()) == record["label_voxels"]
+    painted = new_label == 2
+    assert int(painted.sum()) == record["label_voxels"]
     assert record["diameter_mm"] == pytest.approx(24, rel=0.02)
-    # bounded: nothing changes beyond the reach, and the label only becomes what was near
+    # nothing changes beyond the reach, and labels only become those nearby
     centre = torch.tensor(record["centre_voxel"]) * torch.tensor(spacing)
     changed = ((new != image) | (new_label != label))[0].nonzero() * torch.tensor(spacing)
-    assert float((changed - centre).norm(dim=1).max()) < 24 / 2 * REACH * 1.8
-    moved = (new_label != label) & ~made
+    assert float((changed - centre).norm(dim=1).max()) < 24 / 2 * MAX_LEVEL * 1.8
+    moved = (new_label != label) & ~painted
     assert int(moved.sum()) > 0 and set(new_label[moved].tolist()) <= {0, 1, 3}
     plain = synth(generator, mass_effect=0)
     other, other_label = plain(image, label, spacing=spacing, seed=3)
     assert plain.report[0]["displaced_mm"] == 0
-    overlap = (made & (other_label == 2)).sum() / made.sum()
+    overlap = (painted & (other_label == 2)).sum() / painted.sum()
     assert float(overlap) > 0.8  # the same tumour in the same place
 
 
@@ -264,7 +268,7 @@ def test_off_means_off_and_auto_leaves_early_tumours_alone():
     off = synth(mass_effect=0.0, size_mm=(8, 18), count=2)(image, label, spacing=ISO, seed=1)
     auto = synth(mass_effect="auto", size_mm=(8, 18), count=2)(image, label, spacing=ISO, seed=1)
     assert torch.equal(off[0], auto[0]) and torch.equal(off[1], auto[1])
-    assert ts.SynthesizeTumor("hu2023").mass_effect.share == 0
+    assert ts.SynthesizeTumor("hu2023").settings.mass_effect.share == 0
 
 
 @pytest.mark.parametrize("generator", ["hu2023", TINY], ids=["hu2023", "diffusion"])
@@ -274,19 +278,21 @@ def test_seed_params_and_batches_repeat_bit_by_bit(generator):
     one = transform(image, label, spacing=ISO, seed=8)
     params = json.loads(json.dumps(transform.params))
     assert sum(r["applied"] for r in transform.report) >= 2
-    told = transform.report
+    report = transform.report
     again = pickle.loads(pickle.dumps(transform))(image, label, spacing=ISO, seed=8)
     replayed = synth(generator, count=3, mass_effect=0)
-    third = replayed(image, label, spacing=ISO, params=params)  # the params say it all
+    third = replayed(
+        image, label, spacing=ISO, params=params
+    )  # the params decide, whatever mass_effect is
     images, labels = torch.stack([scan(seed=1)[0], image]), torch.stack([label, label])
     batch = transform(images, labels, spacing=ISO, seed=[4, 8])
     for other in (again, third, [part[1] for part in batch]):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-    assert replayed.report == told
+    assert replayed.report == report
 
 
 def test_tumours_of_several_samples_go_through_the_networks_together(monkeypatch):
-    """As on a GPU; one after the other within a sample, whose second sees what the first moved."""
+    """As on a GPU. Within a sample they go one by one: each sees what the last one moved."""
     images, labels = zip(*(scan(seed=seed) for seed in range(3)), strict=True)
     images, labels = torch.stack(images), torch.stack(labels)
     labels[1] = 0  # a sample without an organ
@@ -295,17 +301,17 @@ def test_tumours_of_several_samples_go_through_the_networks_together(monkeypatch
     report, passes = transform.report, []
     inner = transform.handle.get("cpu").change
 
-    def change(crop, mask, **drawn):
+    def change(crop, mask, **arguments):
         passes.append(len(crop))
-        parts = zip(crop.split(1), mask.split(1), drawn["seed"], strict=True)
+        parts = zip(crop.split(1), mask.split(1), arguments["seed"], strict=True)
         return torch.cat([inner(c, m, seed=[s]) for c, m, s in parts])  # to the last bit
 
     monkeypatch.setattr(transform.handle.get("cpu"), "change", change)
     monkeypatch.setattr(Painter, "_batch_size", lambda self, device: self.batch_limit)
-    found = transform(images, labels, spacing=ISO, seed=[3, 4, 1])
-    made = [sum(r["sample"] == b and r["applied"] for r in report) for b in (0, 2)]
-    assert sorted(made) == [1, 2] and passes == [2, 1]
-    assert all(map(torch.equal, found, expected)) and transform.report == report
+    result = transform(images, labels, spacing=ISO, seed=[3, 4, 1])
+    applied = [sum(r["sample"] == b and r["applied"] for r in report) for b in (0, 2)]
+    assert sorted(applied) == [1, 2] and passes == [2, 1]
+    assert all(map(torch.equal, result, expected)) and transform.report == report
 
 
 def test_several_tumours_stay_apart_and_do_not_move_each_other():
@@ -315,13 +321,13 @@ def test_several_tumours_stay_apart_and_do_not_move_each_other():
     records = [r for r in transform.report if r["applied"]]
     assert len(records) >= 3
     assert int((new_label == 2).sum()) == sum(r["label_voxels"] for r in records)
-    label[0, 30:40, 30:40, 30:40] = 2  # one that was there
+    label[0, 30:40, 30:40, 30:40] = 2  # a tumour of the scan itself
     transform(image, label, spacing=ISO, seed=2)
     _, new_label = transform(image, label, spacing=ISO, seed=2)
     assert (new_label[label == 2] == 2).all()
 
 
-def test_where_the_gate_says_no_the_scan_is_as_it_was():
+def test_where_the_gate_rejects_a_tumour_its_tissue_moves_back():
     image, label = scan()
     transform = synth(gate=Gate(scorer=lambda hu, mask, spacing: 0.0, tries=1), count=2, size_mm=14)
     new, new_label = transform(image, label, spacing=ISO, seed=0)
@@ -333,7 +339,7 @@ def test_where_the_gate_says_no_the_scan_is_as_it_was():
 
 
 @pytest.mark.parametrize("value", [-0.1, 0.95, "much", None, True])
-def test_a_wrong_share_is_refused(value):
+def test_invalid_shares_are_refused(value):
     with pytest.raises(ValueError, match='a share of the tumour.s volume from 0 to 0.9, or "auto"'):
         synth(mass_effect=value)
     with pytest.raises(ValueError, match="capsule must be"):
@@ -344,7 +350,7 @@ def test_a_wrong_share_is_refused(value):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64, torch.float32])
-def test_adapters_hand_it_on(dtype):
+def test_adapters_pass_it_on(dtype):
     image, label = scan()
     wanted = synth()(image, label, spacing=ISO, seed=3)
     adapter = Adapter(generator="hu2023", tumor_label=2, size_mm=24, count=1, mass_effect=0.5)
@@ -388,12 +394,12 @@ def test_the_command_line_takes_it_and_replays_it(tmp_path, capsys):
     for path, part in zip(paths, (image, label), strict=True):
         nib.save(nib.Nifti1Image(part[0].numpy().astype(np.int16), np.eye(4)), path)
     words = ["--generator", "hu2023", "--count", "1", "--size-mm", "24", "24", "--seed", "3"]
-    given = [str(p) for p in paths]
+    files = [str(p) for p in paths]
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    assert main(["synthesize", *given, "-o", one, *words, "--mass-effect", "0.5"]) == 0
-    told = json.loads((tmp_path / "one/a_report.json").read_text())
-    assert told["tumors"][0]["displaced_mm"] > 1
-    assert main(["replay", f"{one}/a_report.json", *given, "-o", two]) == 0
+    assert main(["synthesize", *files, "-o", one, *words, "--mass-effect", "0.5"]) == 0
+    report = json.loads((tmp_path / "one/a_report.json").read_text())
+    assert report["tumors"][0]["displaced_mm"] > 1
+    assert main(["replay", f"{one}/a_report.json", *files, "-o", two]) == 0
     assert "every voxel is as in the report" in capsys.readouterr().out
-    assert main(["synthesize", *given, "-o", f"{two}b", *words, "--mass-effect", "lots"]) == 2
+    assert main(["synthesize", *files, "-o", f"{two}b", *words, "--mass-effect", "lots"]) == 2
     assert "a share from 0 to 0.9, or auto" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A change takes the scan's sharpness and evenness, and keeps its contrast."""
+"""Changes match the sharpness and evenness of their scan, and keep their contrast."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from tiny import tiny_generator
 import tumorsynth as ts
 from tumorsynth.appearance.blend import feather, gaussian_filter
 from tumorsynth.appearance.contrast import ContrastConfig, core
-from tumorsynth.appearance.noise import WIDER, grain, match, softening
-from tumorsynth.pipeline.finish import keeps_detail
+from tumorsynth.appearance.noise import (
+    GRAIN_PER_NOISE_SIGMA,
+    grain_region,
+    match_to_scan,
+    measure_grain,
+    softening_mm,
+)
+from tumorsynth.geometry import Box
 
 ISO = (1.0, 1.0, 1.0)
 SHARP = (0.3, 0.3, 0.3)
@@ -35,26 +41,26 @@ def core_mean(values, mask):
 
 
 def edge_width(change, mask):
-    """Steepest change from voxel to voxel along x through the middle, as a width."""
+    """Width of the edge along x through the middle, from the steepest slope."""
     line = change[:, 20, 20]
     return float(line.abs().max() / line.diff().abs().max())
 
 
-# -- how sharp a scan is ---------------------------------------------------------------------------
+# -- the grain of a scan ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sigmas", [(0.6, 0.6, 0.6), (0.5, 1.0, 1.3)])
 def test_grain_is_the_filters_width_along_each_axis(sigmas):
-    found = grain(noisy(sigmas), ball(18), ISO)
-    for width, sigma in zip(found, sigmas, strict=True):
-        assert width == pytest.approx(WIDER * sigma, rel=0.12, abs=0.15)
+    grain_mm = measure_grain(noisy(sigmas), ball(18), ISO)
+    for width, sigma in zip(grain_mm, sigmas, strict=True):
+        assert width == pytest.approx(GRAIN_PER_NOISE_SIGMA * sigma, rel=0.12, abs=0.15)
 
 
 def test_grain_is_in_mm_and_at_least_a_voxels_width():
-    white = grain(noisy(), ball(18), (0.6, 0.6, 5.0))
+    white = measure_grain(noisy(), ball(18), (0.6, 0.6, 5.0))
     assert white[0] < 0.5 and white[2] == pytest.approx(0.29 * 5, abs=0.6)
-    assert grain(noisy((0.8, 0.8, 0.0)), ball(18), (0.6, 0.6, 5.0))[0] == pytest.approx(
-        WIDER * 0.8 * 0.6, rel=0.12
+    assert measure_grain(noisy((0.8, 0.8, 0.0)), ball(18), (0.6, 0.6, 5.0))[0] == pytest.approx(
+        GRAIN_PER_NOISE_SIGMA * 0.8 * 0.6, rel=0.12
     )
 
 
@@ -62,7 +68,9 @@ def test_vessels_and_slopes_do_not_make_a_scan_smooth():
     hu = noisy((0.6, 0.6, 0.6))
     hu[::9, :, 10:13] += 60.0
     hu += torch.linspace(-8, 8, 40)
-    assert grain(hu, ball(18), ISO)[0] == pytest.approx(WIDER * 0.6, rel=0.25)
+    assert measure_grain(hu, ball(18), ISO)[0] == pytest.approx(
+        GRAIN_PER_NOISE_SIGMA * 0.6, rel=0.25
+    )
 
 
 def test_grain_that_cannot_be_measured_softens_nothing():
@@ -72,24 +80,32 @@ def test_grain_that_cannot_be_measured_softens_nothing():
         (torch.full((20, 20, 20), math.nan), ball(9, 20)),
         (torch.randn(1, 60, 60), torch.ones(1, 60, 60, dtype=torch.bool)),  # one slice
     ):
-        assert all(0.28 < g < 0.5 for g in grain(hu, organ, ISO))
+        assert all(0.28 < g < 0.5 for g in measure_grain(hu, organ, ISO))
 
 
-# -- what is made of a change ----------------------------------------------------------------------
+def test_grain_is_measured_around_the_tumours_middle_inside_the_sample():
+    tumor = Box((2, 20, 30), (6, 30, 31))
+    region = grain_region(tumor, (1.0, 1.0, 5.0), (60, 60, 32))
+    assert region == Box((0, 11, 27), (19, 40, 32))
+    fine = grain_region(tumor, (0.1, 0.1, 0.1), (60, 60, 60))
+    assert fine == Box((0, 1, 6), (29, 50, 55))  # no more than 24 voxels to each side
+
+
+# -- matching a change ------------------------------------------------------------------------------
 
 
 def test_a_change_is_no_sharper_than_its_scan_and_keeps_its_contrast():
     mask = ball()
     change = -40.0 * gaussian_filter(mask.float(), [0.8] * 3)
-    sharp = match(noisy(), change, mask, SHARP, even=False)
+    sharp = match_to_scan(noisy(), change, mask, SHARP, even=False)
     assert sharp is change
     last = edge_width(change, mask)
     for width in (1.0, 1.5, 2.0):
-        soft = match(noisy(), change, mask, (width,) * 3, even=False)
+        soft = match_to_scan(noisy(), change, mask, (width,) * 3, even=False)
         assert edge_width(soft, mask) > 1.1 * last
         assert core_mean(soft, mask) == pytest.approx(core_mean(change, mask), rel=0.01)
         last = edge_width(soft, mask)
-    across = match(noisy(), change, mask, (0.3, 0.3, 2.0), even=False)
+    across = match_to_scan(noisy(), change, mask, (0.3, 0.3, 2.0), even=False)
     assert edge_width(across, mask) < 1.2 * edge_width(change, mask)  # thick slices lie along z
     assert edge_width(across.movedim(2, 0), mask) > 1.5 * edge_width(change, mask)
 
@@ -99,45 +115,45 @@ def slow_spread(values, mask):
     return float(gaussian_filter(values, [1.5] * 3)[inside].std())
 
 
-def test_lumps_give_way_to_the_scans_own_variation():
+def test_evening_replaces_lumps_by_the_scans_own_variation():
     mask = ball(11)
     hu = noisy()
     lumps = noisy((2.5, 2.5, 2.5), seed=1, sd=10.0) - 110
     change = (lumps - 40) * gaussian_filter(mask.float(), [1.0] * 3)
-    even = match(hu, change, mask, SHARP, even=True)
+    even = match_to_scan(hu, change, mask, SHARP, even=True)
     was, before, after = (slow_spread(v, mask) for v in (hu, hu + change, hu + even))
     assert before > 3 * was and after < 0.6 * before
     assert core_mean(even, mask) == pytest.approx(core_mean(change, mask), rel=0.02)
-    assert torch.equal(match(hu, change, mask, SHARP, even=False), change)
-    # beyond the outline, and its fine noise, it is as it was
+    assert torch.equal(match_to_scan(hu, change, mask, SHARP, even=False), change)
+    # beyond the outline it stays, apart from fine noise
     assert torch.allclose(even[~mask], change[~mask], atol=0.5)
 
 
-def test_evening_keeps_a_dark_middle_and_takes_vessels_away():
-    """What depends on the depth alone is the tumour's own; a vessel in it is not."""
+def test_evening_keeps_a_dark_middle_and_removes_vessels():
+    """A profile over depth is the tumour's own; a vessel is not."""
     mask = ball(12)
     depth = gaussian_filter(mask.float(), [3.0] * 3)
     change = -60 * depth
     hu = noisy((0.5, 0.5, 0.5), sd=4.0)
-    even = match(hu, change, mask, SHARP, even=True)
+    even = match_to_scan(hu, change, mask, SHARP, even=True)
     assert float((even - change)[mask].abs().mean()) < 2.0
     vessel = hu.clone()
     vessel[:, 18:22, 18:22] += 50.0
-    swept = match(vessel, change, mask, SHARP, even=True)
+    swept = match_to_scan(vessel, change, mask, SHARP, even=True)
     assert float((vessel + swept)[17:24, 19:21, 19:21].mean()) < float(
         (vessel + change)[17:24, 19:21, 19:21].mean() - 12
     )
 
 
 @pytest.mark.parametrize("radius", [0.4, 1.2, 2.5, 19.0])
-def test_any_size(radius):
+def test_tumours_of_any_size_keep_their_contrast(radius):
     mask = ball(radius)
     change = -30.0 * mask.float()
-    made = match(noisy(), change, mask, (1.5, 1.5, 2.0), even=True)
-    assert made.isfinite().all() and float(made.abs().max()) < 120
-    assert core_mean(made, mask) == pytest.approx(-30.0, rel=0.1)
+    matched = match_to_scan(noisy(), change, mask, (1.5, 1.5, 2.0), even=True)
+    assert matched.isfinite().all() and float(matched.abs().max()) < 120
+    assert core_mean(matched, mask) == pytest.approx(-30.0, rel=0.1)
     nothing = torch.zeros_like(mask)
-    assert match(noisy(), change, nothing, (2.0,) * 3, even=True) is change
+    assert match_to_scan(noisy(), change, nothing, (2.0,) * 3, even=True) is change
 
 
 # -- in a call -------------------------------------------------------------------------------------
@@ -168,7 +184,7 @@ def test_a_published_generator_keeps_its_own_texture():
     assert not tiny_generator().even and not ts.load_generator("hu2023").even
 
 
-def test_published_blending_is_left_as_it_is():
+def test_published_blending_is_not_matched():
     _, _, record = call(noisy((1.2, 1.2, 0.0)), blend="difftumor", sigma_mm=2.0)
     assert record["sigma_mm"] == 2.0 and record["grain_mm"] == [0.0, 0.0, 0.0]
 
@@ -179,24 +195,24 @@ def test_voxels_finer_than_a_generators_keep_their_noise_in_published_blending(g
     image = 110 + 15 * torch.randn(1, 80, 80, 40, generator=rng)
     label = torch.ones(image.shape, dtype=torch.uint8)
     synth = ts.SynthesizeTumor(generator, count=1, size_mm=18, blend="difftumor", sigma_mm=1.0)
-    made, new = synth(image, label, spacing=(0.6, 0.6, 1.5), seed=0)
+    synthetic, new = synth(image, label, spacing=(0.6, 0.6, 1.5), seed=0)
     core = ~torch.nn.functional.max_pool3d((new != 2).float(), 5, 1, 2).bool()
-    assert float((made - image)[core].mean()) < -15
+    assert float((synthetic - image)[core].mean()) < -15
 
     def rough(values):
         return float((values - torch.nn.functional.avg_pool3d(values, 3, 1, 1))[core].std())
 
-    assert 0.75 < rough(made) / rough(image) < 1.1  # it was 0.3 and 0.5
+    assert 0.75 < rough(synthetic) / rough(image) < 1.1
 
 
-def test_what_a_published_generator_blurs_stays_blurred():
+def test_only_autoencoders_with_a_detail_path_keep_detail():
     published = tiny_generator()
-    assert not keeps_detail(published)
-    assert keeps_detail(ts.load_generator("liver-early"))
+    assert not published.keeps_detail
+    assert ts.load_generator("liver-early").keeps_detail
 
 
-def test_a_softened_change_is_the_sharp_one_seen_softly():
-    """Softened and feathered, its edge is that of the sharp change blurred as the scan is."""
+def test_a_softened_change_is_as_wide_as_the_blurred_sharp_one():
+    """Its edge, once feathered, is that of the sharp change blurred like the scan."""
     mask = ball()
     change = -40.0 * gaussian_filter(mask.float(), [0.8] * 3)
     blurred = gaussian_filter(mask.float(), [0.8] * 3)
@@ -208,13 +224,13 @@ def test_a_softened_change_is_the_sharp_one_seen_softly():
 
     sharp = change * feather(mask, 0.8, ISO, "change", True)
     for grain_mm in ((1.2, 1.2, 1.2), (0.5, 0.5, 2.0)):
-        softer = softening(grain_mm)
-        seen = gaussian_filter(sharp, softer)
+        softer = softening_mm(grain_mm)
+        blurred_sharp = gaussian_filter(sharp, softer)
         sigma = [math.hypot(0.8, s) for s in softer]
         weight = feather(mask, sigma, ISO, "change", True, softened_mm=softer)
-        made = match(noisy(), change, mask, grain_mm, even=False) * weight
-        assert wide(made) == pytest.approx(wide(seen), rel=0.12)
-        assert wide(made) > 1.1 * wide(sharp)
-        cut = match(noisy(), change, mask, grain_mm, even=False)
+        matched = match_to_scan(noisy(), change, mask, grain_mm, even=False) * weight
+        assert wide(matched) == pytest.approx(wide(blurred_sharp), rel=0.12)
+        assert wide(matched) > 1.1 * wide(sharp)
+        cut = match_to_scan(noisy(), change, mask, grain_mm, even=False)
         cut = cut * feather(mask, sigma, ISO, "change", True)
-        assert wide(cut) < 0.95 * wide(made)  # as it was when the feather stayed at the outline
+        assert wide(cut) < 0.95 * wide(matched)  # with the feather at the outline the edge is cut

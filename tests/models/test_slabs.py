@@ -9,7 +9,7 @@ from tiny import tiny_crop, tiny_generator
 from torch import Tensor, nn
 
 import tumorsynth as ts
-from tumorsynth.geometry import Frame, plan_crop
+from tumorsynth.geometry import Box, Frame, plan_crop
 from tumorsynth.models import slabs
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv import GroupNorm, Linear
@@ -154,18 +154,16 @@ FRAMES = [
 @pytest.mark.parametrize("low", [(0, 0, 0), (14, 20, 9), (30, 33, 15)])
 def test_carrying_back_reads_nothing_that_is_not_near(frame, low):
     torch.manual_seed(0)
-    shape, high = (40, 40, 24), tuple(at + 6 for at in low)
-    grid = plan_crop(frame, shape, low, high, min_side=32, multiple=4, margin_mm=8.0)
-    region = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    shape, region = (40, 40, 24), Box.at(low, (6, 6, 6))
+    grid = plan_crop(frame, shape, region, min_side=32, multiple=4, margin_mm=8.0)
     crop = torch.randn(grid.side, grid.side, grid.side)
     box = grid.near(region)
     alone = torch.zeros_like(crop)
-    alone[box] = crop[box]
+    alone[box.slices] = crop[box.slices]
     assert torch.equal(grid.carry_back(alone, region), grid.carry_back(crop, region))
     for axis in range(3):  # and it is no larger than that: without its faces something is missing
-        side = box[axis]
-        assert 0 <= side.start < side.stop <= grid.side
-        assert side.stop - side.start <= 6 * max(frame.spacing) + 8
+        assert 0 <= box.start[axis] < box.stop[axis] <= grid.side
+        assert box.shape[axis] <= 6 * max(frame.spacing) + 8
 
 
 def test_beyond_what_is_near_nothing_changes():

@@ -26,7 +26,7 @@ from tiny import tiny_generator
 
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
-from tumorsynth.appearance.blend import reach
+from tumorsynth.appearance.blend import feather_reach
 from tumorsynth.pipeline.validation import frames_of
 
 LONG = int(os.environ.get("TUMORSYNTH_EXAMPLES", "0"))
@@ -347,7 +347,7 @@ def untouched_beyond_the_feather(transform, frames, image, new_image, label, new
         if not sigmas:
             assert not bool(changed.any())
             continue
-        m = reach(max(sigmas), frame.spacing, transform.blend)
+        m = feather_reach(max(sigmas), frame.spacing, transform.blend)
         box = [
             slice(max(0, int(i.min()) - k), int(i.max()) + k + 1)
             for i, k in zip(relabelled.nonzero().T, m, strict=True)

@@ -21,7 +21,7 @@ from scipy import ndimage
 from tiny import tiny_generator
 
 import tumorsynth as ts
-from tumorsynth.appearance.blend import reach
+from tumorsynth.appearance.blend import feather_reach
 from tumorsynth.geometry import frame_from_affine
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.finish import paint_and_finish
@@ -91,7 +91,7 @@ def check(transform, image, label, new_image, new_label, spacing=ISO):
         assert int(relabelled.sum()) == made_voxels or (
             transform.merge and 0 < int(relabelled.sum()) < made_voxels  # one over the other
         )
-        m = reach(max(r["sigma_mm"] for r in records), spacing, transform.settings.blend)
+        m = feather_reach(max(r["sigma_mm"] for r in records), spacing, transform.settings.blend)
         grown = ndimage.maximum_filter(relabelled.numpy(), [2 * r + 1 for r in m])
         allowed = torch.from_numpy(grown)
         assert same(before[~allowed], after[~allowed])
@@ -129,7 +129,7 @@ def test_patches_away_from_tumours_carry_no_trace(generator, blend, gate):
     new_image, new_label = transform(image, label, spacing=ISO, seed=5)
     records = [r for r in transform.report if r["applied"]]
     assert records or gate
-    m = max(reach(1.0, ISO, blend))
+    m = max(feather_reach(1.0, ISO, blend))
     near = ndimage.maximum_filter((new_label != label)[0].numpy(), 2 * m + 1)
     side, inside_crop = 4, 0
     for corner in itertools.product(*(range(0, n - side + 1, side) for n in image.shape[1:])):
