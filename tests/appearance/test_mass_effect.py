@@ -281,9 +281,7 @@ def test_seed_params_and_batches_repeat_bit_by_bit(generator):
     report = transform.report
     again = pickle.loads(pickle.dumps(transform))(image, label, spacing=ISO, seed=8)
     replayed = synth(generator, count=3, mass_effect=0)
-    third = replayed(
-        image, label, spacing=ISO, params=params
-    )  # the params decide, whatever mass_effect is
+    third = replayed(image, label, spacing=ISO, params=params)  # the params decide
     images, labels = torch.stack([scan(seed=1)[0], image]), torch.stack([label, label])
     batch = transform(images, labels, spacing=ISO, seed=[4, 8])
     for other in (again, third, [part[1] for part in batch]):

@@ -91,7 +91,7 @@ def test_grain_is_measured_around_the_tumours_middle_inside_the_sample():
     assert fine == Box((0, 1, 6), (29, 50, 55))  # no more than 24 voxels to each side
 
 
-# -- matching a change ------------------------------------------------------------------------------
+# -- matching a change -----------------------------------------------------------------------------
 
 
 def test_a_change_is_no_sharper_than_its_scan_and_keeps_its_contrast():
