@@ -1,4 +1,4 @@
-"""What placing a tumour costs, counted in operators and in voxels looked at, not by the clock."""
+"""The cost of placing a tumour, counted in torch operators and voxels read instead of time."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from organs import ISO, make_rng
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tumorsynth.placement.allowed import Field
-from tumorsynth.placement.place import LocalMask, organ_box, place
-from tumorsynth.placement.shape import _CHUNK, Shape
+from tumorsynth.placement.allowed import AllowedVoxels
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.place import place
+from tumorsynth.placement.settings import PlacementSettings
+from tumorsynth.placement.shape import CHUNK_VOXELS, Shape
+from tumorsynth.placement.types import LocalMask
 
-ISO = (1.0, 1.0, 1.0)
-OPERATORS = 110  # of torch, that a tumour may take: 424 of them took 5 ms
-AGAIN = 50  # that one more look at levels may take: further out, or at another centre
+MAX_OPERATORS = 110  # of torch, for one tumour
+MAX_OPERATORS_PER_RETRY = 50  # for levels farther out, or at another centre
 
 
-class Operators(TorchDispatchMode):
+class OperatorCount(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
@@ -33,52 +36,54 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def looked(monkeypatch) -> Counter[str]:
-    """Voxels looked up in the label, and those whose level was worked out, in how many looks."""
+    """How many voxels were looked up in the label, and for how many the level was computed."""
     counts: Counter[str] = Counter()
-    at, level = Field.at, Shape.level
+    lookup, level = AllowedVoxels.lookup, Shape.level
 
-    def at_(self, index, *args):
+    def counted_lookup(self, index, *args):
         counts["label"] += index[0].size
-        return at(self, index, *args)
+        return lookup(self, index, *args)
 
-    def level_(self, millimetres, given, where):
+    def counted_level(self, grid_mm, squares, where):
         counts["looks"] += 1
         counts["level"] += int(where.sum())
-        return level(self, millimetres, given, where)
+        return level(self, grid_mm, squares, where)
 
-    monkeypatch.setattr(Field, "at", at_)
-    monkeypatch.setattr(Shape, "level", level_)
+    monkeypatch.setattr(AllowedVoxels, "lookup", counted_lookup)
+    monkeypatch.setattr(Shape, "level", counted_level)
     return counts
 
 
 def organ(side: int, radius: float = 40.0) -> Tensor:
-    """A ball, about the first 96 voxels' middle."""
+    """A ball around the middle of the first 96 voxels."""
     line = (torch.arange(side) - 47.5).square()
     near = line[:, None, None] + line[:, None] + line < radius**2
     return near.to(torch.uint8)
 
 
 def placed(label: Tensor, seed: int, **kwargs: Any) -> tuple[list[LocalMask], int]:
-    box, rng = organ_box(label, 1), torch.Generator().manual_seed(seed)
-    with Operators() as seen:
-        found = place(label, 1, box, ISO, rng=rng, **kwargs)
+    region, settings = OrganRegion.of_label(label, 1), PlacementSettings(**kwargs)
+    with OperatorCount() as seen:
+        found = place(region, ISO, settings, make_rng(seed))
     return [t for t in found if isinstance(t, LocalMask)], seen.count
 
 
 @pytest.mark.parametrize("size", [10.0, 18.0])
 @pytest.mark.parametrize("side", [96, 160])
-def test_a_tumour_takes_few_operators_whatever_the_volume(looked, size, side):
+def test_one_tumour_takes_few_operators_in_any_volume(looked, size, side):
     label = organ(side)
     for seed in range(30):
         looked.clear()
         (tumor,), operators = placed(label, seed, size_mm=size)
         assert tumor.voxels > 500
-        parts = looked["level"] // _CHUNK
-        assert operators <= OPERATORS + AGAIN * (looked["looks"] - 1) + 8 * parts, seed
+        parts = looked["level"] // CHUNK_VOXELS
+        assert (
+            operators <= MAX_OPERATORS + MAX_OPERATORS_PER_RETRY * (looked["looks"] - 1) + 8 * parts
+        ), seed
 
 
-def test_few_voxels_are_looked_at(looked):
-    """Half of the tumours lie away from the capsule, where every other voxel of the organ does."""
+def test_few_voxels_are_read(looked):
+    """The median over tumours at the capsule and away from it."""
     labels, levels = [], []
     for seed in range(40):
         looked.clear()
@@ -89,23 +94,23 @@ def test_few_voxels_are_looked_at(looked):
     assert np.median(levels) <= 3.2  # a box around the tumour has 6, the ball that it may reach 4
 
 
-def test_ten_tumours_cost_as_much_as_ten_times_one(looked):
+def test_ten_tumours_cost_at_most_ten_times_one(looked):
     (_,), one = placed(organ(96), 3, size_mm=9.0)
     alone = looked["label"]
     looked.clear()
     found, all_ = placed(organ(96), 3, size_mm=9.0, count=10)
     assert len(found) == 10
-    # keeping away from the one before is all that is added: it does not add up
-    assert all_ <= 10 * one + 9 * 60 + AGAIN * (looked["looks"] - 10)
+    # plus keeping clear of the tumour before, which does not accumulate
+    assert all_ <= 10 * one + 9 * 60 + MAX_OPERATORS_PER_RETRY * (looked["looks"] - 10)
     assert looked["label"] <= 10 * max(alone, 20_000)
 
 
-def test_no_memory_as_large_as_the_label_for_one_tumour():
+def test_one_tumour_allocates_no_array_as_large_as_the_label():
     """In a whole scan it would cost more than the tumour."""
-    label, rng = organ(200), torch.Generator().manual_seed(0)
-    box = organ_box(label, 1)
+    label = organ(200)
+    region, settings = OrganRegion.of_label(label, 1), PlacementSettings(size_mm=12.0)
     tracemalloc.start()
-    (found,) = place(label, 1, box, ISO, rng=rng, size_mm=12.0)
+    (found,) = place(region, ISO, settings, make_rng())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert isinstance(found, LocalMask) and peak < label.numel() / 8
