@@ -116,7 +116,8 @@ def get_prior(name: str | SizePrior) -> SizePrior:
     if not isinstance(name, str) or name not in PRIORS:
         known = ", ".join(sorted(PRIORS))
         raise ValueError(
-            f"a size prior must be one of {known}, got {name!r}; pass one of them, or (lo, hi) in mm"
+            f"a size prior must be one of {known}, got {name!r}; pass one of "
+            "these, or (lo, hi) in mm"
         )
     return PRIORS[name]
 
