@@ -14,6 +14,7 @@ import torch
 from organs import ISO, ellipsoid, make_rng, place_in, place_one, tube
 from scipy import ndimage
 
+from tumorsynth.geometry import Box
 from tumorsynth.placement import place as place_module
 from tumorsynth.placement.organ import OrganRegion
 from tumorsynth.placement.place import (
@@ -219,6 +220,37 @@ def test_forbidden_voxels_stay_free():
         assert isinstance(tumor, LocalMask)
         assert not bool(forbidden[tumor.slices][tumor.mask].any())
     assert "no room" in place_one(label, forbidden=torch.ones_like(forbidden)).reason
+
+
+# --- beyond the organ ----------------------------------------------------------------------------
+
+
+class HalfSpace:
+    """A minimal `GrowthRegion`: every voxel from x = 30 on."""
+
+    def likely_at(self, index: torch.Tensor) -> torch.Tensor:
+        return index[0] >= 30
+
+    def mask_in(self, box: Box) -> torch.Tensor:
+        x = torch.arange(box.start[0], box.stop[0])[:, None, None]
+        return (x >= 30).expand(box.shape)
+
+
+def test_any_growth_region_lets_tumours_grow_beyond_the_organ_and_no_farther():
+    label = torch.zeros(60, 60, 60, dtype=torch.uint8)
+    label[10:30, 10:50, 10:50] = 1
+    region, settings = OrganRegion.of_label(label, 1), PlacementSettings(14, bulge=(0.3, 0.5))
+    shares = []
+    for seed in range(12):
+        (inside,) = place(region, ISO, settings, make_rng(seed))
+        assert isinstance(inside, LocalMask) and inside.params.bulge == 0
+        check(inside, label, ISO, 14, 14)
+        (tumor,) = place(region, ISO, settings, make_rng(seed), HalfSpace())
+        if isinstance(tumor, LocalMask):
+            beyond = (label[tumor.slices] == 0) & tumor.mask
+            assert not bool((beyond.nonzero()[:, 0] + tumor.start[0] < 30).any())
+            shares.append(float(beyond.sum()) / tumor.voxels - tumor.params.bulge)
+    assert len(shares) >= 8 and np.median(np.abs(shares)) < 0.12
 
 
 # --- repeatable results ---------------------------------------------------------------------------

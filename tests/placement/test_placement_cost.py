@@ -35,18 +35,18 @@ class OperatorCount(TorchDispatchMode):
 
 
 @pytest.fixture
-def looked(monkeypatch) -> Counter[str]:
+def work(monkeypatch) -> Counter[str]:
     """How many voxels were looked up in the label, and for how many the level was computed."""
     counts: Counter[str] = Counter()
     lookup, level = AllowedVoxels.lookup, Shape.level
 
     def counted_lookup(self, index, *args):
-        counts["label"] += index[0].size
+        counts["lookups"] += index[0].size
         return lookup(self, index, *args)
 
     def counted_level(self, grid_mm, squares, where):
-        counts["looks"] += 1
-        counts["level"] += int(where.sum())
+        counts["level calls"] += 1
+        counts["levels"] += int(where.sum())
         return level(self, grid_mm, squares, where)
 
     monkeypatch.setattr(AllowedVoxels, "lookup", counted_lookup)
@@ -70,39 +70,40 @@ def placed(label: Tensor, seed: int, **kwargs: Any) -> tuple[list[LocalMask], in
 
 @pytest.mark.parametrize("size", [10.0, 18.0])
 @pytest.mark.parametrize("side", [96, 160])
-def test_one_tumour_takes_few_operators_in_any_volume(looked, size, side):
+def test_one_tumour_takes_few_operators_in_any_volume(work, size, side):
     label = organ(side)
     for seed in range(30):
-        looked.clear()
+        work.clear()
         (tumor,), operators = placed(label, seed, size_mm=size)
         assert tumor.voxels > 500
-        parts = looked["level"] // CHUNK_VOXELS
+        parts = work["levels"] // CHUNK_VOXELS
         assert (
-            operators <= MAX_OPERATORS + MAX_OPERATORS_PER_RETRY * (looked["looks"] - 1) + 8 * parts
+            operators
+            <= MAX_OPERATORS + MAX_OPERATORS_PER_RETRY * (work["level calls"] - 1) + 8 * parts
         ), seed
 
 
-def test_few_voxels_are_read(looked):
+def test_few_voxels_are_read(work):
     """The median over tumours at the capsule and away from it."""
     labels, levels = [], []
     for seed in range(40):
-        looked.clear()
+        work.clear()
         (tumor,), _ = placed(organ(96), seed, size_mm=12.0)
-        labels.append(looked["label"])
-        levels.append(looked["level"] / tumor.voxels)
+        labels.append(work["lookups"])
+        levels.append(work["levels"] / tumor.voxels)
     assert np.median(labels) <= 12_000  # all of 256 centres would be 58,000
     assert np.median(levels) <= 3.2  # a box around the tumour has 6, the ball that it may reach 4
 
 
-def test_ten_tumours_cost_at_most_ten_times_one(looked):
+def test_ten_tumours_cost_at_most_ten_times_one(work):
     (_,), one = placed(organ(96), 3, size_mm=9.0)
-    alone = looked["label"]
-    looked.clear()
+    alone = work["lookups"]
+    work.clear()
     found, all_ = placed(organ(96), 3, size_mm=9.0, count=10)
     assert len(found) == 10
     # plus keeping clear of the tumour before, which does not accumulate
-    assert all_ <= 10 * one + 9 * 60 + MAX_OPERATORS_PER_RETRY * (looked["looks"] - 10)
-    assert looked["label"] <= 10 * max(alone, 20_000)
+    assert all_ <= 10 * one + 9 * 60 + MAX_OPERATORS_PER_RETRY * (work["level calls"] - 10)
+    assert work["lookups"] <= 10 * max(alone, 20_000)
 
 
 def test_one_tumour_allocates_no_array_as_large_as_the_label():
