@@ -27,10 +27,8 @@ def cpu_isa() -> str:
         whether the CPU computes in bfloat16: ``"AVX512, bfloat16"`` or
         ``"AVX2 (ATEN_CPU_CAPABILITY=avx2), no bfloat16"``.
     """
-    limits = [f"{name}={os.environ[name]}" for name in ISA_LIMITS if os.environ.get(name)]
-    parts = [
-        torch.backends.cpu.get_cpu_capability() + (f" ({', '.join(limits)})" if limits else "")
-    ]
+    limits = ", ".join(f"{name}={os.environ[name]}" for name in ISA_LIMITS if os.environ.get(name))
+    parts = [torch.backends.cpu.get_cpu_capability() + (f" ({limits})" if limits else "")]
     if not uses_onednn():
         parts.append("no oneDNN")
     parts.append("bfloat16" if cpu_computes_bfloat16() else "no bfloat16")
@@ -53,14 +51,14 @@ def cpu_computes_bfloat16() -> bool:
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    """Try it: bfloat16 instructions read denormal numbers as 0, float32 ones keep them.
+    """Try it: bfloat16 instructions of x86 and Arm read denormal numbers as 0, float32 ones do not.
 
-    Both x86 and Arm define them so. The answer is the same every time, unlike a comparison of times.
+    The answer is the same every time, unlike a comparison of times.
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     if x86 and torch.backends.cpu.get_cpu_capability() in X86_WITHOUT_BFLOAT16:
         return False
-    layers: list[Callable[[Tensor, Tensor], Tensor]] = [convolve, F.conv_transpose3d]
+    layers: list[Callable[[Tensor, Tensor], Tensor]] = [_convolve, F.conv_transpose3d]
     denormal, scale = 2.0**-130, 2.0**40
     flushes = not bool(_full((1,), denormal))  # the caller's setting, for float32
     torch.set_flush_denormal(False)
@@ -78,29 +76,16 @@ def _multiplies_bfloat16() -> bool:
         torch.set_flush_denormal(flushes)
 
 
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    padding: tuple[int, ...] = (0, 0, 0),
-    stride: tuple[int, ...] = (1, 1, 1),
-    dilation: tuple[int, ...] = (1, 1, 1),
-    groups: int = 1,
-) -> Tensor:
-    """`torch.nn.functional.conv3d` by oneDNN, whatever PyTorch would choose."""
-    return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
-
-
 @cache
 def onednn_convolves() -> bool:
     """Whether this PyTorch has oneDNN's convolution, called as it is here, in float32."""
     x, weight = _full((1, 2, 3, 3, 3), 1.0), _full((4, 2, 3, 3, 3), 1.0)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            out = convolve(x, weight, weight[:, 0, 0, 0, 0])
+            out = _convolve(x, weight)
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return torch.equal(out, torch.full_like(out, 55.0))
+    return torch.equal(out, _full((1, 4, 1, 1, 1), 54.0))
 
 
 @cache
@@ -112,7 +97,11 @@ def onednn_has_linear() -> bool:
             out = torch.ops.mkldnn._linear_pointwise(x, weight, weight[:, 0], "none", [], "")
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return torch.equal(out, torch.full_like(out, 4.0))
+    return torch.equal(out, _full((2, 4), 4.0))
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mkldnn_convolution(x, weight, None, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
 
 
 def _full(shape: tuple[int, ...], value: float) -> Tensor:
