@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tumorsynth import generator as generators
 from tumorsynth.models import conv, kernels, slabs
+from tumorsynth.models.conv import Linear
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 
 SMALLEST = 2.0**-126  # normal float32: bfloat16 instructions take what is below for 0
@@ -31,14 +32,15 @@ def emulates(monkeypatch):
 
 
 class Products(TorchDispatchMode):
-    """The formats that convolutions and linear layers computed in."""
+    """The formats that convolutions and matrix products computed in."""
 
-    def __init__(self) -> None:
+    def __init__(self, operators: tuple[str, ...] = ("convolution", "linear", "addmm", "aten.mm")):
         super().__init__()
+        self.operators = operators
         self.dtypes: dict[torch.dtype, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(part in str(func) for part in ("convolution", "linear", "addmm", "aten.mm")):
+        if any(part in str(func) for part in self.operators):
             dtype = args[0].dtype
             self.dtypes[dtype] = self.dtypes.get(dtype, 0) + 1
         return func(*args, **(kwargs or {}))
@@ -201,12 +203,25 @@ def test_layers_of_a_denoiser_in_bfloat16(emulates, dtype):
     torch.manual_seed(0)
     model = FactorizedUNet(UNetConfig(dim=8, heads=2, multipliers=(1, 2))).eval()
     x, cond = torch.randn(1, 8, 4, 8, 8), torch.randn(1, 9, 4, 8, 8)
+    reduced = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32)
     with torch.no_grad():
         exact = model(x, 1, cond)
         model.to(dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        with reduced, Products(("convolution",)) as seen:
             found = model(x.to(dtype), 1, cond.to(dtype))
+    assert set(seen.dtypes) == {torch.float32}
     assert found.dtype == torch.bfloat16 and far(found, exact) < 0.05
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_linear_layer_in_bfloat16(emulates, grad):
+    layer, x = Linear(24, 40), torch.randn(3, 7, 24)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad), Products() as seen:
+        found = layer(x)
+    assert set(seen.dtypes) == {torch.float32} and found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())
+    assert layer.double()(x.double()).dtype == torch.float64
 
 
 # -- without oneDNN's own kernels ------------------------------------------------------------------
