@@ -71,7 +71,7 @@ def tiny(args: Arguments) -> list[str]:
 
 
 def training(args: Arguments) -> list[str]:
-    return ["--seconds", "0.5" if args.tiny else "4", *tiny(args)]
+    return ["--seconds", "0.5" if args.tiny else "3", *tiny(args)]
 
 
 def original(args: Arguments) -> list[str]:
