@@ -42,7 +42,7 @@ SUMMARY = "session.json"
 LEAST_S = 10.0  # the session does not start a part with less time left
 POLL_S = 0.25
 KILL_S = 5.0  # a process stuck in the driver may outlive its SIGKILL
-TINY_FACTOR = 4  # on the time limits: slower machines try the script
+TINY_FACTOR = 10  # on the time limits: slower machines try the script
 MARK = "TUMORSYNTH_GPU_SESSION_PART"  # in the environment of a part and of all its children
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
