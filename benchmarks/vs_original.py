@@ -336,6 +336,8 @@ def main() -> None:
             "difference": difference,
         }
         write(args.output, results)  # after each round: what comes now may not end
+    for name in original.replaced:  # an empty matplotlib draws nothing
+        del sys.modules[name]
     picture(args.output, lambda axes: draw(axes, rows, device))
 
 

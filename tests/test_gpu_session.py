@@ -46,6 +46,7 @@ def blocked(folder: Path) -> dict[str, str]:
 
 def command(out: Path, *parts: str) -> list[str]:
     script = [sys.executable, str(BENCHMARKS / "gpu_session.py"), "--device", "cpu", "--tiny"]
+    script += ["--minutes", "25"]
     return [*script, "--repeats", "1", "--commit", "abc", "--out", str(out), "--parts", *parts]
 
 
@@ -115,6 +116,7 @@ def test_a_session_that_is_ended_takes_its_part_along(tmp_path, number):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_first_five_parts_need_five_packages(tmp_path):
     first = [part.name for part in gpu_session.PARTS[:5]]
     environment = blocked(tmp_path / "blocked")
