@@ -94,7 +94,7 @@ def test_a_session_that_is_ended_takes_its_part_along(tmp_path, number):
     program += f"g.PARTS = [g.Part('hanging', 600.0, {str(script)!r})]; g.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(BENCHMARKS)},
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS), "TMPDIR": str(tmp_path)},
     )
     wait_for(
         lambda: archive.exists() and "one row" in read(archive).get("hanging.log", ""), process
