@@ -1,4 +1,4 @@
-"""benchmarks/reliability/golden_calls.py: a record agrees with itself, and an altered one does not."""
+"""benchmarks/reliability/golden_calls.py: a record agrees with itself; an altered one does not."""
 
 from __future__ import annotations
 
