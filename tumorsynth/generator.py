@@ -36,7 +36,6 @@ from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
 from tumorsynth.models.slabs import Near
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 from tumorsynth.sampler_config import SamplerConfig as SamplerConfig  # is had from here
-from tumorsynth.threads import own_threads
 
 DENOISERS: dict[str, tuple[type[Any], type[Any]]] = {
     "factorized": (FactorizedUNet, UNetConfig),
@@ -311,12 +310,10 @@ class Generator:
         """Normalised latent -> crop in [0, 1], axes (z, x, y)."""
         return self._decode(self.autoencoder.denormalize(latent))
 
-    @own_threads()
     def _encode(self, volume: Tensor) -> Tensor:
         with self._reduced():
             return self._run(self.autoencoder.encode, volume).float()
 
-    @own_threads()
     def _denoise(self, x_t: Tensor, t: Tensor, cond: Tensor, step: int) -> Tensor:
         """The network's answer at this step, which t (B,) holds for each sample."""
         bar = float(self.schedule.alphas_cumprod[step])
@@ -327,7 +324,6 @@ class Generator:
         with self._reduced():
             return self._run(self.denoiser, x_t, t, cond).float()
 
-    @own_threads()
     def _decode(self, raw: Tensor, box: Near | None = None) -> Tensor:
         """Raw latent -> crop in [0, 1], axes (z, x, y), or a box of it."""
         with self._reduced():

@@ -11,6 +11,7 @@ all runs on the threads that torch has.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -75,6 +76,12 @@ def own_threads() -> Iterator[None]:
     finally:
         set_openmp(now)
         set_mkl(mkl)
+
+
+def waits_busily() -> bool:
+    """Whether threads that wait for each other take processor time from other programs; OpenMP
+    reads the variable once, when torch is loaded."""
+    return os.environ.get("OMP_WAIT_POLICY", "").strip().lower() != "passive"
 
 
 @cache
