@@ -149,11 +149,17 @@ class Lattice:
         return torch.from_numpy(out)
 
     def _segment(
-        self, out: np.ndarray, a: Sequence[float], b: Sequence[float], start: list[int], stop: list[int]
+        self,
+        out: np.ndarray,
+        a: Sequence[float],
+        b: Sequence[float],
+        start: list[int],
+        stop: list[int],
     ) -> None:
         """Lower out to the distance to one piece of a tube, from a to b, in a part of it."""
         x, y, z = (
-            axis[n:m] - np.float32(c) for axis, n, m, c in zip(self._numbers, start, stop, a, strict=False)
+            axis[n:m] - np.float32(c)
+            for axis, n, m, c in zip(self._numbers, start, stop, a, strict=False)
         )
         x, y = x[:, None, None], y[:, None]
         u, v, w = b[0] - a[0], b[1] - a[1], b[2] - a[2]
@@ -164,7 +170,7 @@ class Lattice:
         d = np.square(x - t * f(u))
         d += np.square(y - t * f(v))
         d += np.square(z - t * f(w))
-        np.sqrt(d, out=d)
+        torch.from_numpy(d).sqrt_()  # rounds as torch does everywhere else here
         t *= f(b[3] - a[3])
         t += f(a[3])
         d -= t
