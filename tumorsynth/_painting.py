@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,8 +27,10 @@ from tumorsynth.inputs import check_hu, check_scale
 from tumorsynth.intensity import HU
 from tumorsynth.masks import LocalMask, Skip
 from tumorsynth.texture import grain, match, neighbourhood, softening
+from tumorsynth.threads import own_threads, waits_busily
 
 CONTEXT_MM = 16.0  # at least this much of the scan on each side of a tumour goes into its crop
+ONE_THREAD_WORK = 1.5e12  # parameters times voxels, up to which networks run on one thread
 GPU_BATCH = 8  # crops in one pass of the networks; halved where memory does not suffice
 
 
@@ -191,7 +194,7 @@ class Painting(Settings):
         try:
             crops = onto(torch.stack([job.crop for job in part])[:, None], device)
             inside = onto(torch.stack([job.crop_mask for job in part])[:, None], device)
-            with torch.autocast(device.type, enabled=False):
+            with _threads(generator, crops), torch.autocast(device.type, enabled=False):
                 made = run(
                     crops,
                     inside,
@@ -217,6 +220,19 @@ class Painting(Settings):
             )
         self._together = tried // 2
         torch.cuda.empty_cache()
+
+
+def _threads(
+    generator: Generator | HandcraftedGenerator, crops: Tensor
+) -> AbstractContextManager[None]:
+    """The CPU threads for a generator's networks: all of the program's where an operator is long
+    enough to be shared, or where threads that wait for each other leave the processor to others."""
+    if not isinstance(generator, Generator):
+        return nullcontext()
+    networks = (generator.autoencoder, generator.denoiser)
+    parameters = sum(p.numel() for network in networks for p in network.parameters())
+    small = parameters * crops.numel() <= ONE_THREAD_WORK
+    return nullcontext() if small and waits_busily() else own_threads()
 
 
 def _asked(contrasts: list[float | None]) -> list[float] | None:

@@ -54,6 +54,7 @@ def bench(
     where = torch.device(device)
     image, label = patch_and_label(side, device=where)
     synth = SynthesizeTumor(generator, count=1, size_mm=size_mm)
+    typer.echo(f"timing {2 * repeats + 3} calls ...", err=True)  # minutes on a slow machine
     found = call_times(synth, image, label, repeats, spacing=1.0)
     if not any(record["applied"] for record in synth.report):
         raise ValueError(

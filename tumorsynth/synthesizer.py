@@ -40,6 +40,7 @@ from tumorsynth.intensity import HU, Intensity
 from tumorsynth.mask_shapes import read_shapes
 from tumorsynth.masks import LocalMask, Skip
 from tumorsynth.mass_effect import MassEffect, check_mass_effect, push_aside
+from tumorsynth.threads import one_thread
 from tumorsynth.weights import Handle
 
 
@@ -180,6 +181,7 @@ class SynthesizeTumor(Placing, Finishing):
 
     @torch.no_grad()
     @plain_defaults()
+    @one_thread()
     def made(
         self,
         image: Tensor,

@@ -37,9 +37,14 @@ class Steps:
         self.task = bar.add_task("", total=len(STEPS))
         self.name, self.done = "", 0
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, words: str = "") -> None:
+        """The next scan. words: its first step, if that is not reading."""
         self.name, self.done = name, -1
         self.step()
+        if words:
+            self.bar.update(self.task, description=f"{name}: {words}")
+            if self.bar.disable:
+                print(f"{name}: {words} ...", file=sys.stderr, flush=True)
 
     def step(self) -> None:
         self.done += 1
