@@ -1,4 +1,4 @@
-"""Tests on the lowest versions allowed, and on those of frameworks that the docs name: `make matrix`.
+"""Tests on the lowest versions allowed and on the frameworks that the docs name: `make matrix`.
 
     python tests/matrix.py [WORD ...]       all rows, or those whose name holds one of the words
 
