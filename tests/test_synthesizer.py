@@ -269,8 +269,7 @@ def test_several_organs_and_tumours_that_are_there_already():
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
-     *([torch.uint16] if hasattr(torch, "uint16") else []),  # torch 2.2 has none
+    [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16,
      torch.float16, torch.bfloat16, torch.float32, torch.float64],
     ids=str,
 )  # fmt: skip
