@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 import tumorsynth
+from tumorsynth.measure import cpu_name
+from tumorsynth.models.kernels import cpu_isa
 
 HERE = Path(__file__).resolve().parent
 _written: set[Path] = set()  # said once each
@@ -59,10 +61,9 @@ def clock(device: torch.device) -> tuple[str, str]:
 
 def environment() -> dict[str, Any]:
     """Device, versions and commit of a run."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu_name(),
+        "isa": cpu_isa(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cudnn_tf32": torch.backends.cudnn.allow_tf32 if torch.cuda.is_available() else None,
