@@ -3,19 +3,28 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Two stamps: the demo needs a tenth of what the tests do.
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
+DEMO_INSTALLED := $(VENV)/.tumorsynth-demo
 INSTALLED := $(VENV)/.tumorsynth-installed
 
 .PHONY: demo test matrix nnunet lint format wheel clean
 
-demo: $(INSTALLED)
+demo: $(DEMO_INSTALLED)
 	$(BIN)/tumorsynth demo
+
+# ONLY=placement: the tests in tests/placement, else in tests/test_*placement*.py, else `-k placement`,
+# without the linters.
+TESTS = $(firstword $(wildcard tests/$(ONLY:tests/%=%)) $(if $(wildcard tests/test_*$(ONLY)*.py),files))
+SELECTED = $(if $(ONLY),$(if $(TESTS),$(TESTS:files=tests/test_*$(ONLY)*.py),-k "$(ONLY)"))
 
 # pytest comes last, so that its summary is the run's last line. A process per core, one thread each:
 # many small operations are faster so, and results do not depend on the number of cores.
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+test: $(if $(ONLY),$(INSTALLED),lint)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(SELECTED)
 
-# Each framework's tests on the versions that the docs name; ONLY="monai" takes the rows of a name.
+# The tests on the lowest versions that pyproject.toml allows, and each framework's on the versions
+# that the docs name; ONLY="monai" takes the rows of a name.
 matrix: $(INSTALLED)
 	$(BIN)/python tests/matrix.py $(ONLY)
 
@@ -42,6 +51,10 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test,all]"
+$(DEMO_INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) ".[cli]"
 	@touch $@
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) ".[test,all]"
+	@touch $(DEMO_INSTALLED) $@

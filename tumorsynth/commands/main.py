@@ -39,6 +39,8 @@ app = typer.Typer(
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code. Expected errors become one line on stderr."""
+    if argv is None:  # the process is ours
+        wait_passively()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if debug:  # wherever it stands: the commands see it in front
@@ -70,6 +72,16 @@ def main(argv: list[str] | None = None) -> int:
     if code == 130:  # typer's own way of saying so
         return fail("stopped", 130)
     return code if isinstance(code, int) else 0
+
+
+def wait_passively() -> None:
+    """Have torch's CPU threads sleep while they wait for each other, unless the environment says
+    how they wait: beside another busy program spinning makes them several times slower.
+
+    OpenMP reads the variable when torch is loaded, so it has to come first.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ and "KMP_BLOCKTIME" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @app.callback(invoke_without_command=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -37,9 +37,14 @@ class Steps:
         self.task = bar.add_task("", total=len(STEPS))
         self.name, self.done = "", 0
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, words: str = "") -> None:
+        """The next scan. words: its first step, if that is not reading."""
         self.name, self.done = name, -1
         self.step()
+        if words:
+            self.bar.update(self.task, description=f"{name}: {words}")
+            if self.bar.disable:
+                print(f"{name}: {words} ...", file=sys.stderr, flush=True)
 
     def step(self) -> None:
         self.done += 1
@@ -54,12 +59,14 @@ class Steps:
 def progress_bar(total: int) -> Iterator[Steps]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
+    bar = Progress(
         *columns,
         TimeElapsedColumn(),
         console=console,
         transient=True,
         redirect_stdout=sys.stdout.isatty(),
         disable=not console.is_terminal,
-    ) as bar:
+    )
+    # rich below 14.3 ends even a disabled bar with an empty line
+    with bar if console.is_terminal else nullcontext():
         yield Steps(bar, total)

@@ -8,6 +8,7 @@ on a machine that is shared), and memory is the resident set.
 from __future__ import annotations
 
 import ctypes
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tumorsynth.generators.diffusion import Generator
 from tumorsynth.pipeline import finish, place, requests
@@ -87,6 +88,26 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
         done.set()
         watcher.join()
     return round(max(0.0, max(peak[0], resident()) - start), 1)
+
+
+def cpu_name() -> str:
+    """The processor's model, as Linux names it; elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names and names[0]) or platform.processor() or platform.machine() or "unknown"
+
+
+@torch.no_grad()
+def reference_times(device: torch.device, repeats: int = 3) -> dict[str, list[float]]:
+    """`times` of four float32 convolutions, 3x3x3, 32 channels, 96^3.
+
+    A fixed amount of work in PyTorch's own kernels: what a tumour costs as a share of it can be
+    compared across machines.
+    """
+    layer = nn.Conv3d(32, 32, 3, padding=1, device=device, dtype=torch.float32)
+    x = torch.randn(1, 32, 96, 96, 96, device=device, dtype=torch.float32)
+    return times(lambda: [layer(x) for _ in range(4)], device, repeats)
 
 
 def crop_and_mask(
