@@ -347,7 +347,7 @@ def untouched_beyond_the_feather(transform, frames, image, new_image, label, new
         if not sigmas:
             assert not bool(changed.any())
             continue
-        m = reach(max(sigmas), frame.spacing, transform.blend)
+        m = reach(max(sigmas), frame.spacing, transform.settings.blend)
         box = [
             slice(max(0, int(i.min()) - k), int(i.max()) + k + 1)
             for i, k in zip(relabelled.nonzero().T, m, strict=True)
