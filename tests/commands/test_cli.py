@@ -470,7 +470,7 @@ def test_no_tumour_anywhere_is_said_and_exits_with_one(tmp_path, capsys):
     assert "b: 0 tumours; no organ: no voxel has a label of (1,)" in said.out and not said.err
     assert len(list((tmp_path / "both").iterdir())) == 8  # the scan without is written as it was
     assert run(*words, "-o", tmp_path / "none", "--organ-label", 9) == 1
-    assert "no scan got a tumour; the reasons stand above" in capsys.readouterr().err
+    assert "no scan got a tumour; see the reasons above" in capsys.readouterr().err
     huge = ("--size-mm", 150, 200, "--count", 1)
     assert run(*words, "-o", tmp_path / "huge", *huge) == 1
     # chance is no failure

@@ -14,11 +14,12 @@ from tumorsynth.commands.shared import (
     Out,
     Seed,
     SizeMm,
-    count_range,
-    synthesizer,
+    build_synthesizer,
+    parse_count,
 )
 from tumorsynth.scans import nifti
-from tumorsynth.scans.cases import check_outputs, output_paths, synthesize_scan
+from tumorsynth.scans.outputs import find_unfinished, output_paths
+from tumorsynth.scans.scan import synthesize_scan
 
 
 def demo(
@@ -36,15 +37,15 @@ def demo(
     """
     from tumorsynth.phantom import LABELS, make_phantom
 
-    synth = synthesizer(
+    synth = build_synthesizer(
         generator=generator,
         organ_labels=(LABELS["liver"],),
         tumor_label=max(LABELS.values()) + 1,
-        count=count_range(count),
+        count=parse_count(count),
         size_mm=size_mm or (12.0, 20.0),
         device=device,
     )
-    check_outputs([], out, overwrite=True)
+    find_unfinished([], out, overwrite=True)
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar(1) as progress:
         progress.begin("phantom")
