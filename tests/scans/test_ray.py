@@ -230,7 +230,10 @@ def test_a_cluster_that_is_there_with_a_worker_killed(scans, whole, tmp_path, cl
     assert contents(out) == whole
     again = start(scans, out, **there)  # the cluster is still there
     said, errors = again.communicate(timeout=600)
-    assert (again.returncode, errors) == (0, "") and f"{SCANS} of {SCANS} scans are finished" in said
+    assert (again.returncode, errors) == (
+        0,
+        "",
+    ) and f"{SCANS} of {SCANS} scans are finished" in said
 
 
 @with_marks
