@@ -76,8 +76,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _describe_usage_error(error: Exception, arguments: Sequence[str]) -> str:
     words = error.format_message().rstrip(".")  # type: ignore[attr-defined]
-    if getattr(error, "option_name", None) == "--contrast-hu":
-        # as contrast_hu= of the library takes names, they are tried here, too
+    options = [getattr(error, "option_name", None)]
+    options += getattr(getattr(error, "param", None), "opts", [])
+    if (
+        "--contrast-hu" in options
+    ):  # contrast_hu= of the library takes names, so users try them here
         words += "; give LOW HIGH in HU, or a name such as liver-portal to --contrast-prior"
     context = getattr(error, "ctx", None)
     path = _command_path(arguments) if context is None else context.command_path
