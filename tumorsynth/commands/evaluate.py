@@ -142,9 +142,7 @@ def healthy(
     from tumorsynth.evaluation.folders import decathlon, find_scans, volumes_ml, why_not_healthy
 
     if dataset is not None and cts is None:
-        raise ValueError(
-            "--dataset lists CTs, but none are given; give their folder as 2nd argument"
-        )
+        raise ValueError("--dataset lists CTs: the folder of the CTs is needed as 2nd argument")
     _check_labels(tumor_label, organ_label)
     if not (organ_ml >= 0 and tumor_ml >= 0):
         raise ValueError(
