@@ -264,7 +264,7 @@ def test_off_means_off_and_auto_leaves_early_tumours_alone():
     off = synth(mass_effect=0.0, size_mm=(8, 18), count=2)(image, label, spacing=ISO, seed=1)
     auto = synth(mass_effect="auto", size_mm=(8, 18), count=2)(image, label, spacing=ISO, seed=1)
     assert torch.equal(off[0], auto[0]) and torch.equal(off[1], auto[1])
-    assert ts.SynthesizeTumor("hu2023").mass_effect.share == 0
+    assert ts.SynthesizeTumor("hu2023").settings.mass_effect.share == 0
 
 
 @pytest.mark.parametrize("generator", ["hu2023", TINY], ids=["hu2023", "diffusion"])

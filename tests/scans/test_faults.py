@@ -78,7 +78,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(scans, whole, tmp_path
     reports = first.count("_report.json")
     assert 0 < reports < len(NAMES)
     assert second == f"CODE 0 {sorted(whole)}"
-    assert f"{reports} of {len(NAMES)} scans are there already" in done.stdout
+    assert f"{reports} of {len(NAMES)} scans are finished already" in done.stdout
 
 
 READ_ONLY = """

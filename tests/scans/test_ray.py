@@ -212,7 +212,7 @@ def test_a_killed_run_is_gone_on_with_and_a_bad_scan_passed_over(scans, whole, t
     lines = errors.splitlines()
     assert len(lines) == 2 and lines[0].startswith("tumorsynth: phantom4: phantom4_ct.nii.gz")
     assert lines[1] == f"tumorsynth: 1 of {SCANS} scans failed"
-    assert f"{len(before)} of {SCANS} scans are there already" in said
+    assert f"{len(before)} of {SCANS} scans are finished already" in said
     assert contents(out) == {k: v for k, v in whole.items() if "phantom4" not in k}
     assert before.items() <= reports(out).items()  # nothing redone
 
@@ -230,7 +230,10 @@ def test_a_cluster_that_is_there_with_a_worker_killed(scans, whole, tmp_path, cl
     assert contents(out) == whole
     again = start(scans, out, **there)  # the cluster is still there
     said, errors = again.communicate(timeout=600)
-    assert (again.returncode, errors) == (0, "") and f"{SCANS} of {SCANS} scans are there" in said
+    assert (again.returncode, errors) == (
+        0,
+        "",
+    ) and f"{SCANS} of {SCANS} scans are finished" in said
 
 
 @with_marks
@@ -275,7 +278,7 @@ def test_unknown_engine(tmp_path, capsys):
 
 @needs_ray
 def test_ray_hands_out_the_gpus():
-    from tumorsynth.scans.ray import on_ray
+    from tumorsynth.scans.ray import run_on_ray
 
     with pytest.raises(ValueError, match="give --device cuda, got cuda:0,cuda:1"):
-        next(on_ray(None, [], Path(), devices=("cuda:0", "cuda:1")))
+        next(run_on_ray(None, [], Path(), devices=("cuda:0", "cuda:1")))

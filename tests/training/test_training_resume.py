@@ -21,7 +21,7 @@ import torch
 from balls import make_cases
 from safetensors.torch import load_file
 
-from tumorsynth.scans.collection import exit_code
+from tumorsynth.scans.errors import exit_code
 from tumorsynth.training import autoencoder, denoiser
 from tumorsynth.training.config import AutoencoderTraining, DataConfig, DenoiserTraining, Hardware
 from tumorsynth.training.data import save_pack

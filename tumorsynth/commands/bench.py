@@ -1,4 +1,4 @@
-"""`tumorsynth bench`: what a tumour costs on the user's own machine, step by step."""
+"""``tumorsynth bench``: the time and memory of one tumour on this machine, step by step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from rich.table import Table
 
 def bench(
     generator: Annotated[
-        str, typer.Option(help="A bundled name, a generator folder or a hub id.")
+        str, typer.Option(help="Bundled name, generator folder or hub id.")
     ] = "liver-early",
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1. [default: cuda if there is one]", show_default=False),
+        typer.Option(
+            help="cpu, cuda, cuda:1, ... [default: cuda if available]", show_default=False
+        ),
     ] = None,
     side: Annotated[
         int, typer.Option(min=32, max=512, help="Side of the patch, in voxels of 1 mm.")
@@ -29,7 +31,7 @@ def bench(
             show_default=False,
         ),
     ] = (15.0, 20.0),
-    repeats: Annotated[int, typer.Option(min=1, help="Calls that are timed.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed calls.")] = 5,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="CPU threads. [default: torch's own choice]", show_default=False),
@@ -37,9 +39,9 @@ def bench(
 ) -> None:
     """Time one tumour in a patch, step by step, on this machine.
 
-    Medians after a warm-up, and the share of four fixed convolutions that a call takes, by which
-    machines can be compared. On a GPU the steps wait for it, so that they add up to more than the
-    whole call, which does not.
+    Prints medians after a warm-up, and the share of four fixed convolutions that a call takes, by
+    which you can compare machines. On a GPU the timed steps are synchronised and add up to more than
+    the whole call, which is not.
     """
     where_and_what = f"{size_mm[0]:g} to {size_mm[1]:g} mm in a patch of {side}^3"
     # at once and apart from the results: importing torch takes seconds
@@ -63,7 +65,7 @@ def bench(
     if not any(record["applied"] for record in synth.report):
         raise ValueError(
             f"no tumour was made in a patch of {side} voxels: {synth.report[0]['reason']}; "
-            "try a larger --side or a smaller --size-mm"
+            "give a larger --side or a smaller --size-mm"
         )
     peak = peak_mib(lambda: synth(image, label, spacing=1.0, seed=0), where)
     typer.echo("timing four convolutions to compare with", err=True)
