@@ -5,7 +5,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.tumorsynth-installed
 
-.PHONY: demo test matrix nnunet lint format wheel clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# Models, generators and the paths that a processor's instructions decide on.
+AVX2_TESTS := $(patsubst %,tests/test_%.py,unet codebook diffusion discriminators generator difftumor \
+	weights detail contrast compiled parity slabs speed_paths concurrency other_device waits \
+	training_autoencoder training_denoiser)
+
+.PHONY: demo test test-avx2 matrix nnunet lint format wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/tumorsynth demo
@@ -13,7 +19,11 @@ demo: $(INSTALLED)
 # pytest comes last, so that its summary is the run's last line. A process per core, one thread each:
 # many small operations are faster so, and results do not depend on the number of cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST)
+
+# What depends on the processor, as on one with AVX2 alone; elsewhere than on x86 the limit does nothing.
+test-avx2: $(INSTALLED)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(AVX2_TESTS)
 
 # Each framework's tests on the versions that the docs name; ONLY="monai" takes the rows of a name.
 matrix: $(INSTALLED)

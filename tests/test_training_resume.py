@@ -110,7 +110,7 @@ def test_killed_denoiser_goes_on_to_the_same_weights(trained, cases, tmp_path):
     run = tmp_path / "killed"
     words = ["denoiser", trained / "pack.npz", "-o", run, "--autoencoder", ae, *flags(STAGE2)]
     process = command(*words)
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not (run / "checkpoint.pt").exists():
         assert process.poll() is None and time.time() < deadline, process.communicate()[0]
         time.sleep(0.005)
@@ -295,7 +295,7 @@ def test_two_processes_as_one(trained, cases, tmp_path):
     denoiser.train(cases, ae, tmp_path / "one2", config2)
     autoencoder.train(cases, tmp_path / "one1", config1)
     for process in (two1, two2):
-        said = process.communicate(timeout=200)[0]
+        said = process.communicate(timeout=600)[0]
         assert process.returncode == 0, said
     for stage in ("1", "2"):
         one, two = losses(tmp_path / f"one{stage}"), losses(tmp_path / f"two{stage}")
@@ -333,7 +333,7 @@ def test_two_nodes_under_slurm(trained, cases, tmp_path):
         )
     autoencoder.train(cases, tmp_path / "one", config)
     for task in tasks:
-        said = task.communicate(timeout=200)[0]
+        said = task.communicate(timeout=600)[0]
         assert task.returncode == 0, said
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 4 and list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
