@@ -60,13 +60,6 @@ def trained(tmp_path_factory, cases):
     return folder
 
 
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """Nothing is measured in the end: that takes most of the time of so short a run."""
-    for stage, name in ((autoencoder, "autoencoder"), (denoiser, "generator")):
-        monkeypatch.setattr(stage, f"{name}_metrics", lambda *_: {})
-
-
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
@@ -105,7 +98,7 @@ def command(*words):
     )
 
 
-def test_killed_denoiser_goes_on_to_the_same_weights(trained, cases, tmp_path):
+def test_killed_denoiser_goes_on_to_the_same_weights(trained, cases, tmp_path, unmeasured):
     ae = str(trained / "ae")
     run = tmp_path / "killed"
     words = ["denoiser", trained / "pack.npz", "-o", run, "--autoencoder", ae, *flags(STAGE2)]
@@ -126,7 +119,7 @@ def test_killed_denoiser_goes_on_to_the_same_weights(trained, cases, tmp_path):
     assert not list(run.glob(".*"))
 
 
-def test_sigterm_saves_and_everything_of_stage_1_is_resumed(cases, tmp_path):
+def test_sigterm_saves_and_everything_of_stage_1_is_resumed(cases, tmp_path, unmeasured):
     config = AutoencoderTraining(**{**vars(STAGE1), **EVERYTHING, "save_every": 1000})
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     autoencoder.train(cases, whole, config)
@@ -269,7 +262,7 @@ def test_a_gpu_that_is_not_there_is_said_before_the_scans_are_read(tmp_path, mon
             autoencoder.train(read, tmp_path / "run", STAGE1, Hardware(accelerator=kind))
 
 
-def test_two_processes_as_one(trained, cases, tmp_path):
+def test_two_processes_as_one(trained, cases, tmp_path, unmeasured):
     """Same global batch, same crops, same noise: the same loss curve but for the last digits."""
     short = {"steps": 6, "precision": "32-true"}
     config2 = DenoiserTraining(**{**vars(STAGE2), **short, "batch_size": 4, "accumulate": 2})
@@ -305,7 +298,7 @@ def test_two_processes_as_one(trained, cases, tmp_path):
         assert '"processes": 2' in (tmp_path / f"two{stage}" / "card.json").read_text()
 
 
-def test_two_nodes_under_slurm(trained, cases, tmp_path):
+def test_two_nodes_under_slurm(trained, cases, tmp_path, unmeasured):
     """A process per node, told by the variables that srun sets: as one process."""
     config = AutoencoderTraining(**{**vars(STAGE1), "steps": 4, "precision": "32-true"})
     port = str(random.randint(20000, 40000))
@@ -340,7 +333,7 @@ def test_two_nodes_under_slurm(trained, cases, tmp_path):
     assert '"processes": 2' in (tmp_path / "two" / "card.json").read_text()
 
 
-def test_accumulated_parts_make_the_same_step(trained, cases, tmp_path):
+def test_accumulated_parts_make_the_same_step(trained, cases, tmp_path, unmeasured):
     ae = str(trained / "ae")
     for parts in (1, 4):
         changes = {"steps": 3, "batch_size": 4, "accumulate": parts, "precision": "32-true"}
@@ -396,7 +389,7 @@ def test_a_checkpoint_that_cannot_be_written_names_the_one_that_stays(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt"]
 
 
-def test_resume_refuses_other_settings_data_and_damaged_files(trained, cases, tmp_path):
+def test_resume_refuses_other_settings_data_and_damaged_files(trained, cases, tmp_path, unmeasured):
     run = tmp_path / "run"
     autoencoder.train(cases, run, AutoencoderTraining(**{**vars(STAGE1), "steps": 2}))
     with pytest.raises(ValueError, match="holds checkpoint.pt and card.json.*--resume"):
@@ -422,7 +415,9 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path, cases):
     assert not (tmp_path / "ran").exists()
 
 
-def test_one_process_without_lightning_trains_the_same(trained, cases, tmp_path, monkeypatch):
+def test_one_process_without_lightning_trains_the_same(
+    trained, cases, tmp_path, monkeypatch, unmeasured
+):
     monkeypatch.setitem(sys.modules, "lightning.fabric", None)  # as where it is not installed
     autoencoder.train(cases, tmp_path / "alone", STAGE1)
     assert_same(tmp_path / "alone", trained / "ae")
