@@ -27,6 +27,7 @@ from tumorsynth.training.config import AutoencoderTraining, DataConfig, Denoiser
 from tumorsynth.training.data import save_pack
 from tumorsynth.training.engine import Diverged
 from tumorsynth.training.folders import read_autoencoder
+from tumorsynth.training.launch import launch
 from tumorsynth.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -298,6 +299,46 @@ def test_two_processes_as_one(trained, cases, tmp_path, unmeasured):
         assert '"processes": 2' in (tmp_path / f"two{stage}" / "card.json").read_text()
 
 
+@pytest.mark.parametrize(
+    ("variables", "hardware", "expected"),
+    [
+        ({}, Hardware(), {"devices": 1}),
+        ({}, Hardware(devices="2", strategy="ddp"), {"devices": 2, "strategy": "ddp"}),
+        ({}, Hardware(devices="0,1"), {"devices": "0,1"}),
+        # as srun starts a task: Lightning reads SLURM's own variables
+        ({"SLURM_NTASKS": "2"}, Hardware(devices="1", num_nodes=2), {"devices": 1, "num_nodes": 2}),
+        # as torchrun starts one
+        (
+            {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"},
+            Hardware(),
+            {"devices": 2, "num_nodes": 3},
+        ),
+        # as `fabric run` starts one, which says the rest itself
+        ({"LT_CLI_USED": "1", "LT_DEVICES": "2"}, Hardware(), {}),
+    ],
+)
+def test_what_fabric_is_told(monkeypatch, variables, hardware, expected):
+    told, launched = [], []
+
+    class Recorder:
+        def __init__(self, **given):
+            told.append(given)
+
+        def launch(self):
+            launched.append(self)
+
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "LT_CLI_USED", "LT_DEVICES", "LT_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lightning.fabric.Fabric", Recorder)
+    monkeypatch.setattr("tumorsynth.training.launch.atexit.register", lambda _: None)
+    launch(hardware, "32-true")
+    assert told == [{**expected, "precision": "32-true"}]
+    assert len(launched) == ("LT_CLI_USED" not in variables)
+
+
+@pytest.mark.slow  # imports Lightning twice more; test_what_fabric_is_told and _as_one are quick
 def test_two_nodes_under_slurm(trained, cases, tmp_path, unmeasured):
     """A process per node, told by the variables that srun sets: as one process."""
     config = AutoencoderTraining(**{**vars(STAGE1), "steps": 4, "precision": "32-true"})
