@@ -341,7 +341,9 @@ def test_what_fabric_is_told(monkeypatch, variables, hardware, expected):
 @pytest.mark.slow  # imports Lightning twice more; test_what_fabric_is_told and _as_one are quick
 def test_two_nodes_under_slurm(trained, cases, tmp_path, unmeasured):
     """A process per node, told by the variables that srun sets: as one process."""
-    config = AutoencoderTraining(**{**vars(STAGE1), "steps": 4, "precision": "32-true"})
+    # without hollowed cubes, as in test_two_processes_as_one
+    short = {"steps": 4, "precision": "32-true", "hollow": 0.0}
+    config = AutoencoderTraining(**{**vars(STAGE1), **short})
     port = str(random.randint(20000, 40000))
     job = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "2", "NNODES": "2", "NTASKS_PER_NODE": "1"}
     tasks = []
