@@ -7,9 +7,9 @@ INSTALLED := $(VENV)/.tumorsynth-installed
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 # Models, generators and the paths that a processor's instructions decide on.
-AVX2_TESTS := $(patsubst %,tests/test_%.py,unet codebook diffusion discriminators generator difftumor \
-	weights detail contrast compiled parity slabs speed_paths concurrency other_device waits \
-	training_autoencoder training_denoiser)
+AVX2_TESTS = $(foreach name,unet codebook diffusion discriminators generator difftumor weights \
+	detail contrast compiled parity slabs kernels speed_paths training_autoencoder \
+	training_denoiser,$(shell find tests -name test_$(name).py))
 
 .PHONY: demo test test-avx2 matrix nnunet lint format wheel clean
 
