@@ -8,7 +8,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 DEMO_INSTALLED := $(VENV)/.tumorsynth-demo
 INSTALLED := $(VENV)/.tumorsynth-installed
 
-.PHONY: demo test matrix nnunet lint format wheel clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# Models, generators and the paths that a processor's instructions decide on.
+AVX2_TESTS = $(foreach name,unet codebook diffusion discriminators generator difftumor weights \
+	detail contrast compiled parity slabs kernels speed_paths training_autoencoder \
+	training_denoiser,$(shell find tests -name test_$(name).py))
+
+.PHONY: demo test test-avx2 matrix nnunet lint format wheel clean
 
 demo: $(DEMO_INSTALLED)
 	$(BIN)/tumorsynth demo
@@ -21,7 +27,11 @@ SELECTED = $(if $(ONLY),$(if $(TESTS),$(TESTS:files=tests/test_*$(ONLY)*.py),-k 
 # pytest comes last, so that its summary is the run's last line. A process per core, one thread each:
 # many small operations are faster so, and results do not depend on the number of cores.
 test: $(if $(ONLY),$(INSTALLED),lint)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(SELECTED)
+	$(PYTEST) $(SELECTED)
+
+# What depends on the processor, as on one with AVX2 alone; elsewhere than on x86 the limit does nothing.
+test-avx2: $(INSTALLED)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(AVX2_TESTS)
 
 # The tests on the lowest versions that pyproject.toml allows, and each framework's on the versions
 # that the docs name; ONLY="monai" takes the rows of a name.

