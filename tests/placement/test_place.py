@@ -401,23 +401,27 @@ def test_real_organs(shared: Path):
                 assert result.reason
 
 
-@pytest.mark.parametrize("side", [96, 256])
-def test_placing_takes_under_10_ms_in_a_volume_of_any_size(side):
-    label = torch.zeros(side, side, side, dtype=torch.uint8)
-    label[:96, :96, :96] = ellipsoid((96, 96, 96), ISO, (45, 42, 40))
-    region, settings = OrganRegion.of_label(label, 1), PlacementSettings(size_mm=(8, 20))
+def test_placing_takes_as_long_in_a_volume_of_any_size():
+    """In CPU time; test_placing_cost.py counts the operations, which no machine alters."""
+    part = ellipsoid((96, 96, 96), ISO, (45, 42, 40))
+    whole = torch.zeros(256, 256, 256, dtype=torch.uint8)
+    whole[:96, :96, :96] = part
+    regions = {len(label): OrganRegion.of_label(label, 1) for label in (part, whole)}
+    settings = PlacementSettings(size_mm=(8, 20))
+    times: dict[int, list[float]] = {side: [] for side in regions}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times = []
         for seed in range(30):
-            start = time.process_time()
-            place(region, ISO, settings, make_rng(seed))
-            times.append(time.process_time() - start)
+            for side, region in regions.items():
+                start = time.process_time()
+                place(region, ISO, settings, make_rng(seed))
+                times[side].append(time.process_time() - start)
     finally:
         torch.set_num_threads(threads)
     # the fastest third, since a busy machine slows down the others
-    assert sorted(times)[10] < 0.010
+    small, large = (sorted(spent)[10] for spent in times.values())
+    assert large < 2 * small and large < 0.06, (small, large)
 
 
 def test_a_prior_s_tumour_takes_at_most_a_quarter_of_one_of_two_kidneys():

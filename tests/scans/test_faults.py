@@ -44,7 +44,7 @@ def on_own_disk(folder: Path, options: str, script: str) -> subprocess.Completed
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=200,
+        timeout=600,
     )
 
 

@@ -24,7 +24,6 @@ needs_ray = pytest.mark.skipif(
 slow = (
     needs_ray,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds Ray's processes in /proc"),
 )
 SCANS = 8
@@ -130,11 +129,11 @@ def cluster(request):
     finally:
         head.terminate()
         head.stdout.close()
-        head.wait(60)
+        head.wait(300)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for(condition, process, seconds=300):
+def wait_for(condition, process, seconds=600):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert process.poll() is None, process.communicate()
@@ -199,7 +198,7 @@ def test_a_killed_run_is_gone_on_with_and_a_bad_scan_passed_over(scans, whole, t
     workers = wait_for(lambda: at_work(first.pid), first)
     first.kill()
     first.communicate()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while any(Path(f"/proc/{pid}").exists() for pid in workers):  # they do not outlive their parent
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -245,7 +244,7 @@ def test_ctrl_c_is_quiet_and_can_be_gone_on_with(scans, whole, tmp_path, everybo
     wait_for(lambda: len(reports(out)) >= 2, run)
     wait_for(lambda: at_work(run.pid), run)
     (os.killpg if everybody else os.kill)(run.pid, signal.SIGINT)
-    said, errors = run.communicate(timeout=120)
+    said, errors = run.communicate(timeout=600)
     assert (run.returncode, errors) == (130, "tumorsynth: stopped\n")
     before = reports(out)
     assert 2 <= len(before) < SCANS
@@ -259,7 +258,7 @@ def test_ctrl_c_is_quiet_and_can_be_gone_on_with(scans, whole, tmp_path, everybo
 @with_marks
 def test_a_cluster_that_is_not_there(scans, tmp_path):
     run = start(scans, tmp_path / "out", RAY_ADDRESS=f"127.0.0.1:{free_port()}")
-    said, errors = run.communicate(timeout=300)
+    said, errors = run.communicate(timeout=600)
     assert run.returncode == 2 and errors.count("\n") == 1, errors
     assert "RAY_ADDRESS must name a Ray cluster that answers" in errors
 
