@@ -67,7 +67,7 @@ def at_work(pid):
     return [
         each
         for each, name in names.items()
-        if name.startswith(b"ray::_Scans.do") and pid == parents.get(parents[each])
+        if name.startswith(b"ray::_Processor.process") and pid == parents.get(parents[each])
     ]
 
 
@@ -113,7 +113,7 @@ def cluster(request):
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                if path.read_bytes().startswith(b"ray::_Scans.do"):
+                if path.read_bytes().startswith(b"ray::_Processor.process"):
                     pid = int(path.parent.name)
                     if any(str(folder).encode() in line for line in ancestors(pid)):
                         found.append(pid)
