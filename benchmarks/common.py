@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import numpy as np
 import torch
 
 import tumorsynth
+from tumorsynth.commands.timing import cpu_name
+from tumorsynth.models.kernels import cpu_isa
 
 HERE = Path(__file__).resolve().parent
+_written: set[Path] = set()  # said once each
 
 
 def arguments(doc: str, output: str, repeats: int = 5) -> argparse.ArgumentParser:
@@ -57,21 +61,24 @@ def clock(device: torch.device) -> tuple[str, str]:
 
 def environment() -> dict[str, Any]:
     """Device, versions and commit of a run."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu_name(),
+        "isa": cpu_isa(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cudnn_tf32": torch.backends.cudnn.allow_tf32 if torch.cuda.is_available() else None,
         "python": platform.python_version(),
+        "numpy": np.__version__,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         "triton": _version("triton"),
         "tumorsynth": tumorsynth.__version__,
         "commit": _commit(),
     }
 
 
+@cache
 def _commit() -> str:
     given = os.environ.get("BENCHMARK_COMMIT")  # where the checkout is a copy without git
     if given is not None or shutil.which("git") is None:
@@ -118,5 +125,10 @@ def write(name: str, results: dict[str, Any]) -> None:
     """results/<name>.json, or a file of that path, with the environment."""
     path = HERE / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **results}, indent=2) + "\n")
-    print(path)
+    text = json.dumps({"environment": environment(), **results}, indent=2) + "\n"
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)  # whole at any moment
+    if path not in _written:
+        _written.add(path)
+        print(path, flush=True)

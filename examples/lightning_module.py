@@ -59,7 +59,7 @@ tumors = TumorSynthCallback(
 )
 trainer = L.Trainer(
     accelerator="cpu",
-    max_epochs=3,
+    max_epochs=2,
     callbacks=[tumors],
     logger=False,
     enable_checkpointing=False,

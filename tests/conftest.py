@@ -26,3 +26,13 @@ def phantom() -> Phantom:
     from tumorsynth.phantom import make_phantom
 
     return make_phantom(spacing=(3.0, 3.0, 3.0), seed=0)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the measuring that ends a training, most of the time of a short one; for tests of the
+    training itself."""
+    from tumorsynth.training import autoencoder, denoiser
+
+    for stage, name in ((autoencoder, "autoencoder"), (denoiser, "generator")):
+        monkeypatch.setattr(stage, f"{name}_metrics", lambda *_: {})

@@ -1,4 +1,4 @@
-"""Runs each framework's tests on the versions that the docs name: `make matrix`.
+"""Tests on the lowest versions allowed and on the frameworks that the docs name: `make matrix`.
 
     python tests/matrix.py [WORD ...]       all rows, or those whose name holds one of the words
 
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OVERLAYS = ROOT / "build" / "matrix"
 PIP = "-m pip install -q --disable-pip-version-check --no-deps --target".split()
-PYTEST = [*"-m pytest -q -p no:cacheprovider -m".split(), "not gpu"]
+PYTEST = "-m pytest -q -p no:cacheprovider -m".split()
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Row:
 
     requirements: what pip installs; where no version is named, the newest.
     first: a Python statement to run before the tests.
+    marks: which of the tests, as for `pytest -m`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     requirements: tuple[str, ...]
     tests: tuple[str, ...]
     first: str = "pass"
+    marks: str = "not gpu"
 
 
 def _nnunet(version: str, **others: str) -> Row:
@@ -53,10 +55,29 @@ def _nnunet(version: str, **others: str) -> Row:
     )
 
 
+def _lowest(name: str, *newest: str) -> Row:
+    """The lowest versions that pyproject.toml allows, but of torch and of the packages named."""
+    lines = (ROOT / "tests" / "floors.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    for other in ("torch", *newest):
+        del pins[other]
+    files = "cli nifti preview synthesizer bench evaluation reader_study training_cli weights"
+    return Row(
+        name,
+        "nibabel",
+        tuple(f"{package}=={pin}" for package, pin in pins.items()),
+        (*(f"tests/test_{file}.py" for file in files.split()), *MONAI, *TORCHIO, *LIGHTNING),
+        marks="not slow and not gpu",
+    )
+
+
 MONAI = ("tests/test_monai.py", "tests/test_monai_loaders.py")
 TORCHIO = ("tests/torchio/test_torchio.py",)
 LIGHTNING = ("tests/test_lightning.py",)
 ROWS = (
+    _lowest("lowest"),
+    # the rest allows numpy 2 and has to work with it; these four say that they do not
+    _lowest("lowest with numpy 2", "numpy", "monai", "scipy", "scikit-learn"),
     Row("monai 1.4", "monai", ("monai==1.4.0", "numpy==1.26.4"), MONAI),  # it wants numpy < 2
     Row("monai 1.5", "monai", ("monai==1.5.2",), MONAI),
     Row("monai newest", "monai", ("monai",), MONAI),
@@ -68,7 +89,7 @@ ROWS = (
         ("torchio==2.0.0a2", "torch-interpol", "loguru", "tyro", "docstring_parser", "typeguard"),
         ("tests/torchio/test_torchio2.py",),
     ),
-    Row("lightning 2.2", "lightning", ("lightning==2.2.5", "setuptools==75.8.0"), LIGHTNING),
+    Row("lightning 2.4", "lightning", ("lightning==2.4.0",), LIGHTNING),
     Row("lightning newest", "lightning", ("lightning",), LIGHTNING),
     _nnunet("2.5.2", dynamic_network_architectures="0.3.1"),
     _nnunet("2.6.4"),
@@ -104,7 +125,7 @@ def run(row: Row) -> tuple[bool, str]:
         return False, f"{row.package} cannot be imported"
     version = done.stdout.split()[-1]
     print(f"== {row.name}: {row.package} {version}", flush=True)
-    done = python(*PYTEST, *row.tests)
+    done = python(*PYTEST, row.marks, *row.tests)
     print(done.stdout, flush=True)
     last = done.stdout.strip().splitlines()[-1]
     return done.returncode == 0 and bool(re.search(r"\d+ passed", last)), f"{version}: {last}"

@@ -41,8 +41,7 @@ def test_the_device_is_told_apart_from_the_cpu():
         torch.rand(3, device=DEVICE, generator=torch.Generator())
 
 
-@pytest.mark.parametrize("codes", [0, 32])
-@pytest.mark.parametrize("contrast_hu", [None, -30.0])
+@pytest.mark.parametrize(("codes", "contrast_hu"), [(0, None), (32, -30.0)])
 def test_a_generator_paints_the_cpus_tumour(codes, contrast_hu):
     generator = tiny_generator(codes=codes)
     crop, mask = tiny_crop(2)

@@ -209,14 +209,14 @@ def test_full_float32_is_for_a_while_and_for_all_threads(restored, kind):
     def outlasts():
         with devices.full_float32("cuda"):
             inside.set()
-            left.wait(10)
+            left.wait(60)
 
     left = threading.Event()
     other = threading.Thread(target=outlasts)
     with pytest.raises(KeyError), devices.full_float32("cuda"):
         assert off()
         other.start()
-        assert inside.wait(10)
+        assert inside.wait(60)
         raise KeyError
     assert off()  # the other thread is still in it
     left.set()

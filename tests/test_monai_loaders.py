@@ -130,7 +130,7 @@ def test_threads_that_draw_at_the_same_moment_keep_each_its_own(monkeypatch):
 
     def at_once():
         drawn = decide()
-        both.wait(10)
+        both.wait(60)
         return drawn
 
     monkeypatch.setattr(synthesis, "_decide", at_once)

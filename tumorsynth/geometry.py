@@ -68,7 +68,8 @@ class Box:
     @property
     def shape(self) -> Ints3:
         """Voxels along each axis."""
-        return _ints3(b - a for a, b in zip(self.start, self.stop, strict=True))
+        (x0, y0, z0), (x1, y1, z1) = self.start, self.stop
+        return x1 - x0, y1 - y0, z1 - z0
 
     @property
     def is_empty(self) -> bool:
@@ -79,8 +80,8 @@ class Box:
         """Index of the box in its volume: ``volume[box.slices]``."""
         if min(self.start) < 0:  # numpy and torch would count from the other end
             raise ValueError(f"{self} must start inside its volume; use .within(...) first")
-        x, y, z = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
-        return x, y, z
+        (x0, y0, z0), (x1, y1, z1) = self.start, self.stop
+        return slice(x0, x1), slice(y0, y1), slice(z0, z1)
 
     def grown(self, voxels: int | Sequence[int]) -> Box:
         """Return the box with this many more voxels on each side, one number or one per axis."""
@@ -96,16 +97,15 @@ class Box:
 
     def within(self, outer: Box) -> Box:
         """Return the part of the box inside ``outer``; empty if they share no voxel."""
-        start = _ints3(max(a, o) for a, o in zip(self.start, outer.start, strict=True))
-        stop = zip(start, self.stop, outer.stop, strict=True)
-        return Box(start, _ints3(max(a, min(b, o)) for a, b, o in stop))
+        (x0, y0, z0), (x1, y1, z1) = self.start, self.stop
+        (a0, b0, c0), (a1, b1, c1) = outer.start, outer.stop
+        x, y, z = max(x0, a0), max(y0, b0), max(z0, c0)
+        return Box((x, y, z), (max(x, min(x1, a1)), max(y, min(y1, b1)), max(z, min(z1, c1))))
 
     def relative_to(self, outer: Box) -> Box:
         """Return the same voxels, counted from the start of ``outer``."""
-        return Box(
-            _ints3(a - o for a, o in zip(self.start, outer.start, strict=True)),
-            _ints3(b - o for b, o in zip(self.stop, outer.start, strict=True)),
-        )
+        (x0, y0, z0), (x1, y1, z1), (x, y, z) = self.start, self.stop, outer.start
+        return Box((x0 - x, y0 - y, z0 - z), (x1 - x, y1 - y, z1 - z))
 
 
 def _ints3(values: Iterable[int]) -> Ints3:

@@ -30,6 +30,7 @@ from tumorsynth.pipeline.requests import request_tumors, skip_records
 from tumorsynth.pipeline.settings import check_settings
 from tumorsynth.pipeline.validation import check_batch, check_params
 from tumorsynth.placement.types import Skip
+from tumorsynth.threads import one_thread
 
 
 class Synthesis(NamedTuple):
@@ -163,6 +164,7 @@ class SynthesizeTumor(nn.Module):
 
     @torch.no_grad()
     @plain_defaults()
+    @one_thread()
     def synthesize(
         self,
         image: Tensor,

@@ -135,6 +135,15 @@ def difference(reference: Generator, generator: Generator) -> float:
     return round(float(away.square().mean().sqrt()), 3)
 
 
+def line(row: dict[str, Any]) -> str:
+    """The row in one line: medians by the wall's clock, in ms."""
+    kind = "batch" if "batch" in row else "samples_in_a_call"
+    times = "  ".join(f"{key} {found['wall_ms']['median']:g}" for key, found in row["ms"].items())
+    more = ("tumours", "change_peak_mib", "rms_hu", "first_s", "compiled", "said")
+    rest = ", ".join(f"{key} {row[key]}" for key in more if row.get(key) not in (None, []))
+    return f"{row['generator']} | {row['way']} | {kind} {row[kind]}: {times}  [{rest}]"
+
+
 def main() -> None:
     parser = arguments(__doc__, "ways", repeats=10)
     parser.add_argument("--generator", nargs="+", choices=GENERATORS, default=GENERATORS[:2])
@@ -146,13 +155,13 @@ def main() -> None:
 
     def add(row: dict[str, Any], said: list[warnings.WarningMessage]) -> None:
         rows.append({**row, "said": sorted({str(w.message)[:300] for w in said})})
-        print(rows[-1], flush=True)
+        print(line(rows[-1]), flush=True)
         write(args.output, {"device": str(args.device), "rows": rows})
 
-    for name in args.generator:
-        reference = load(name, args.device)
-        reference.precision = "float32"
-        for way in args.ways:
+    references = {name: load(name, args.device) for name in args.generator}
+    for way in args.ways:
+        for name, reference in references.items():
+            reference.precision = "float32"
             with run_as(reference, WAYS[way]) as generator:
                 what = {"generator": name, "way": way, "crop": generator.crop_size}
                 for batch in args.batches:

@@ -32,10 +32,11 @@ from tumorsynth.commands.timing import (
     pass_times,
     patch_and_label,
     peak_mib,
+    reference_times,
     times,
 )
 from tumorsynth.generators.diffusion import Generator
-from tumorsynth.models import conv
+from tumorsynth.models import conv, kernels
 from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.models.unet import FactorizedUNet
 
@@ -57,7 +58,7 @@ def variants(name: str, generator: Generator, repeats: int) -> list[dict[str, An
     """The same networks as PyTorch runs them, in float32, and in bfloat16 where that is fast."""
     on_cpu = generator.device.type == "cpu"
     kinds = [("float32", True), ("float32", False), ("bfloat16", False)]
-    if on_cpu and not conv.cpu_computes_bfloat16():
+    if on_cpu and not kernels.cpu_computes_bfloat16():
         kinds.pop()
     rows = []
     for generator.precision, plain in kinds if on_cpu else [k for k in kinds if not k[1]]:
@@ -215,14 +216,6 @@ def whole_scan(ct: Path, mask: Path, device: torch.device) -> dict[str, Any]:
     return {"bfloat16": difference, "calls": rows}
 
 
-def yardstick(device: torch.device, repeats: int) -> dict[str, Any]:
-    """Four float32 convolutions, 3x3x3, 32 channels, 96^3: the goals are shares of it."""
-    layer = nn.Conv3d(32, 32, 3, padding=1).to(device)
-    x = torch.randn(1, 32, 96, 96, 96, device=device)
-    with torch.no_grad():
-        return spreads(times(lambda: [layer(x) for _ in range(4)], device, repeats))
-
-
 def import_seconds() -> float:
     """CPU seconds of importing it beyond torch, numpy and einops: median of five processes."""
     program = "import torch, numpy, einops, time; s = time.process_time(); import tumorsynth; "
@@ -243,7 +236,7 @@ def main() -> None:
     device, n = args.device, args.repeats
     results: dict[str, Any] = {
         "threads_used": args.threads,
-        "four_float32_convolutions": yardstick(device, n),
+        "four_float32_convolutions": spreads(reference_times(device, n)),
         "import_seconds": import_seconds(),
         "calls": calls(device, n),
     }

@@ -1,12 +1,14 @@
 """How much faster is it than the original, with the same weights, crop, mask and noise?
 
     python benchmarks/speed/vs_original.py --original DIR [--weights DIR] [--device cuda] [--threads 2]
+        [--eager]
 
 DIR is the reader's own checkout of github.com/MrGiovanni/DiffTumor (licence CC BY-NC-ND, which is
 why no line of it is here); its ``synthesize_early_tumor`` is called as it is. It needs einops_exts
-and rotary_embedding_torch, and Lightning. Changed while it runs, not in its files:
+and rotary_embedding_torch. Changed while it runs, not in its files:
 
-- packages that synthesis does not use are replaced by empty ones where they are not installed;
+- packages that synthesis does not use are replaced by empty ones where they are not installed, and
+  Lightning by the one base class that it does use;
 - the perceptual loss, which its constructor downloads and synthesis does not use;
 - ``.cuda()`` on its autoencoder, which has no place on a CPU: it is built without, then given it;
 - ``get_fixed_geo`` returns the mask that ours has drawn. Ours draws it within the time measured.
@@ -25,7 +27,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -36,6 +38,7 @@ from torch import Tensor
 import tumorsynth as ts
 from benchmarks.common import arguments, clock, environment, parse, picture, spread, write
 from tumorsynth.commands.timing import Watch, patch_and_label, peak_mib
+from tumorsynth.devices import full_float32
 from tumorsynth.generators.difftumor import AUTOENCODER_NAMES, DENOISER_NAMES, published_names
 from tumorsynth.generators.diffusion import Generator
 from tumorsynth.models.autoencoder import Autoencoder
@@ -46,6 +49,18 @@ UNUSED = (  # by synthesis, once the masks are given
     "imageio.core.util torchvision torchvision.models torchvision.transforms torchvision.utils "
     "requests yaml PIL tqdm"
 ).split()
+NEEDED = ("einops_exts", "rotary_embedding_torch")
+
+
+class LightningModule(torch.nn.Module):
+    """All of Lightning that the original's synthesis uses: a base class."""
+
+    def save_hyperparameters(self) -> None:
+        pass
+
+
+LIGHTNING: Any = ModuleType("pytorch_lightning")
+LIGHTNING.LightningModule = LightningModule
 SIDE, SEED = 96, 1
 # not what was published: the networks see 0.3 of the voxels, and what they make differs
 SMALLER = "published sizes, bfloat16, another crop: 64^3"
@@ -74,12 +89,17 @@ class Original:
     """The original's early synthesis, built from a checkout and our networks' weights."""
 
     def __init__(self, checkout: Path, ours: Generator, device: torch.device) -> None:
-        for name in ("pytorch_lightning", "einops_exts", "rotary_embedding_torch"):
+        for name in NEEDED:
             try:  # before the empty ones are there for them to find
                 importlib.import_module(name)
             except ModuleNotFoundError as error:
                 raise SystemExit(f"the original needs {error.name}: pip install it") from None
         self.replaced = []
+        try:
+            importlib.import_module("pytorch_lightning")
+        except ImportError:
+            sys.modules["pytorch_lightning"] = LIGHTNING
+            self.replaced.append("pytorch_lightning")
         for name in UNUSED:
             try:
                 importlib.import_module(name)
@@ -183,7 +203,10 @@ def lap(run: Callable[[], Any], steps: list[Any], device: torch.device) -> dict[
 
 
 def differences(original: Original, ours: Generator, crop: Tensor, mask: Tensor) -> dict[str, Any]:
-    """HU by which what ours decodes differs from what the original decodes, by precision."""
+    """HU by which what ours decodes differs from what the original decodes, by precision.
+
+    Without TF32, which rounds by more than the two differ.
+    """
     kept: list[Tensor] = []
     decode = original.vqgan.decode
 
@@ -193,13 +216,16 @@ def differences(original: Original, ours: Generator, crop: Tensor, mask: Tensor)
 
     original.vqgan.__dict__["decode"] = keep
     try:
-        original(crop, mask)
+        with full_float32(original.device.type):
+            original(crop, mask)
     finally:
         del original.vqgan.__dict__["decode"]
     theirs = ((kept[0].float() + 1) / 2).clamp(0, 1).permute(0, 1, 3, 4, 2)
     noise, found = noise_of(original.device), {}
     for ours.precision in ("float32", "bfloat16"):
-        hu = (ours.inpaint(crop, mask, noise=noise) - theirs) * (ours.window[1] - ours.window[0])
+        with full_float32(original.device.type):
+            made = ours.inpaint(crop, mask, noise=noise)
+        hu = (made - theirs) * (ours.window[1] - ours.window[0])
         found[ours.precision] = {
             "rms_hu_in_tumour": round(float(hu[mask].square().mean().sqrt()), 4),
             "max_hu": round(float(hu.abs().max()), 4),
@@ -218,6 +244,7 @@ def main() -> None:
     parser = arguments(__doc__, "vs_original", repeats=3)
     parser.add_argument("--original", type=Path, required=True, metavar="DIR")
     parser.add_argument("--weights", type=Path, metavar="DIR")
+    parser.add_argument("--eager", action="store_true", help="on a GPU: leave out what is compiled")
     args = parse(parser)
     device = args.device
     torch.manual_seed(0)
@@ -246,7 +273,7 @@ def main() -> None:
         ),
         "liver-early": ts.SynthesizeTumor("liver-early", **common),
     }
-    if device.type == "cuda":
+    if device.type == "cuda" and not args.eager:
         graphs = reduced.with_sampler().compile()
         synths["published sizes, bfloat16, compiled"] = ts.SynthesizeTumor(
             graphs, blend="difftumor", sigma_mm=1.0, **common
@@ -273,41 +300,44 @@ def main() -> None:
         peaks[name] = peak_mib(run, device)
         print(f"{name}: {peaks[name]} MiB", flush=True)
     laps: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
-    for _ in range(args.repeats):
+    difference = differences(original, published, crop, mask)
+    print(difference, flush=True)
+
+    def row(name: str) -> dict[str, Any]:
+        found = laps[name]
+        clocks = list(enumerate(("wall_ms", "cpu_ms")))
+        steps = {
+            key: {clock: spread([one[key][i] for one in found]) for i, clock in clocks}
+            for key in found[0]
+        }
+        return {"peak_mib": peaks[name], **steps}
+
+    def ratio(above: dict[str, Any], below: dict[str, Any]) -> dict[str, float]:
+        clocks = ("wall_ms", "cpu_ms")
+        return {
+            c: round(above["whole"][c]["median"] / below["whole"][c]["median"], 3) for c in clocks
+        }
+
+    for number in range(args.repeats):
         for name, (run, steps) in runs.items():
             laps[name].append(lap(run, steps, device))
             print(name, round(laps[name][-1]["whole"][0]), "ms", flush=True)
-    rows = {
-        name: {
-            "peak_mib": peaks[name],
-            **{
-                key: {
-                    clock: spread([one[key][i] for one in found])
-                    for i, clock in enumerate(("wall_ms", "cpu_ms"))
-                }
-                for key in found[0]
-            },
+        rows = {name: row(name) for name in runs}
+        theirs, four = rows["original"], rows["four convolutions"]
+        results = {
+            "device": str(device),
+            "threads_used": torch.get_num_threads(),
+            "weights": "published" if args.weights else "random, of the published sizes",
+            "replaced_packages": original.replaced,
+            "repeats": number + 1,
+            "rows": rows,
+            "times_faster_than_the_original": {n: ratio(theirs, rows[n]) for n in synths},
+            "share_of_four_convolutions": {n: ratio(rows[n], four) for n in synths},
+            "difference": difference,
         }
-        for name, found in laps.items()
-    }
-
-    def ratio(above: str, below: str) -> dict[str, float]:
-        clocks = ("wall_ms", "cpu_ms")
-        pair = [[rows[n]["whole"][c]["median"] for c in clocks] for n in (above, below)]
-        return {c: round(a / b, 3) for c, a, b in zip(clocks, *pair, strict=True)}
-
-    results = {
-        "device": str(device),
-        "threads_used": torch.get_num_threads(),
-        "weights": "published" if args.weights else "random, of the published sizes",
-        "replaced_packages": original.replaced,
-        "repeats": args.repeats,
-        "rows": rows,
-        "times_faster_than_the_original": {name: ratio("original", name) for name in synths},
-        "share_of_four_convolutions": {name: ratio(name, "four convolutions") for name in synths},
-        "difference": differences(original, published, crop, mask),
-    }
-    write(args.output, results)
+        write(args.output, results)  # after each round: what comes now may not end
+    for name in original.replaced:  # an empty matplotlib draws nothing
+        del sys.modules[name]
     picture(args.output, lambda axes: draw(axes, rows, device))
 
 

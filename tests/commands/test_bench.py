@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +17,13 @@ from tumorsynth.commands.timing import (
     ORDER,
     Watch,
     call_times,
+    cpu_name,
     pass_times,
     patch_and_label,
     peak_mib,
     times,
 )
+from tumorsynth.models.kernels import cpu_isa
 
 CPU = torch.device("cpu")
 
@@ -39,10 +44,32 @@ def test_the_command_prints_every_step_and_its_share(tmp_path, capsys):
     assert code == 0
     assert list(rows) == "place crop encode denoise decode blend other".split()
     assert 96 <= sum(map(int, rows.values())) <= 104
-    assert re.search(r"8 to 8 mm in a patch of 48\^3: [\d.]+ ms", out) and "CPU with" in out
+    milliseconds = re.search(r"one call, 8 to 8 mm in a patch of 48\^3: ([\d.]+) ms", out)
+    share = re.search(r"^([\d.]+) of four .*, 32 channels, 96\^3\), ([\d.]+) ms$", out, re.M)
+    assert milliseconds and share
+    expected = float(milliseconds[1]) / float(share[2])
+    assert float(share[1]) == pytest.approx(expected, abs=0.0051)
+    assert cpu_name() in out and cpu_isa() in out and torch.__version__ in out
+    threads = torch.get_num_threads()
+    assert re.search(rf", {threads} thread{'s' * (threads > 1)}, torch", out)
 
 
-def test_a_generator_without_networks_and_a_codebook_have_rows_of_their_own(capsys):
+def test_the_first_line_comes_before_torch():
+    program = (
+        "import sys, typer; from tumorsynth.commands.main import main;\n"
+        "typer.echo = lambda text, **_: (print('torch' in sys.modules), sys.exit(0))\n"
+        "main(['bench'])"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_a_generator_without_networks_and_a_codebook_have_rows_of_their_own(capsys, monkeypatch):
+    monkeypatch.setattr("tumorsynth.commands.timing.reference_times", lambda *_: {"wall_ms": [1.0]})
     code, out = bench(capsys, "--generator", "hu2023", "--side", 48, "--repeats", 1)
     assert code == 0 and "paint" in out and "encode" not in out
     synth = ts.SynthesizeTumor(tiny_generator(codes=16), count=1, size_mm=8.0)
@@ -102,7 +129,7 @@ def test_peak_memory_is_of_the_call_alone():
     assert 60 <= peak <= 80 and kept.sum() > 0
 
 
-def test_other_numbers_of_steps_have_their_own_noise_levels_and_the_networks_times(monkeypatch):
+def test_other_numbers_of_steps_have_their_own_noise_levels_and_the_networks_times():
     from benchmarks.speed.steps import with_steps
 
     generator, (crop, mask) = tiny_generator(prediction="x0"), tiny_crop()
@@ -123,4 +150,3 @@ def test_other_numbers_of_steps_have_their_own_noise_levels_and_the_networks_tim
         if steps > 1:  # the middle level is where its own schedule has it
             level = float(other.schedule.alphas_cumprod[steps // 2 - 1])
             assert level == pytest.approx(float(generator.schedule.alphas_cumprod[1]), rel=1e-6)
-    sys.modules.pop("steps"), sys.modules.pop("common")

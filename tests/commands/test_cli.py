@@ -14,6 +14,7 @@ import pytest
 from scipy.ndimage import distance_transform_edt
 
 from tumorsynth.commands.main import main
+from tumorsynth.commands.synthesize import lacks_tumors
 
 nib = pytest.importorskip("nibabel")
 
@@ -306,7 +307,10 @@ def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path, capsys):
         ((*pair, "--size-mm", 20, 8), ["size_mm"]),
         ((*pair, "--size-mm", 8, 20, "--size-prior", "liver"), ["exclude each other"]),
         ((*pair, "--size-prior", "moon"), ["moon", "liver"]),
-        ((*pair, "--contrast-hu", "liver-portal"), ["--contrast-prior"]),
+        (
+            (*pair, "--contrast-hu", "liver-portal"),
+            ["--contrast-prior", "see tumorsynth synthesize --help"],
+        ),
         ((*pair, "--contrast-hu", "liver-portal", "--seed", 1), ["--contrast-prior"]),
         ((*pair, "--contrast-prior", "moon"), ["moon", "liver-portal"]),
         (
@@ -470,12 +474,29 @@ def test_no_tumour_anywhere_is_said_and_exits_with_one(tmp_path, capsys):
     assert "b: 0 tumours; no organ: no voxel has a label of (1,)" in said.out and not said.err
     assert len(list((tmp_path / "both").iterdir())) == 8  # the scan without is written as it was
     assert run(*words, "-o", tmp_path / "none", "--organ-label", 9) == 1
-    assert "no scan got a tumour; the reasons stand above" in capsys.readouterr().err
+    assert "no scan got a tumour; see the reasons above" in capsys.readouterr().err
     huge = ("--size-mm", 150, 200, "--count", 1)
     assert run(*words, "-o", tmp_path / "huge", *huge) == 1
     # chance is no failure
     assert run(*words, "-o", tmp_path / "chance", "--p", 0) == 0
     assert run(*words, "-o", tmp_path / "zero", "--count", 0) == 0
+
+
+def test_what_counts_as_a_scan_that_lacks_tumours():
+    """The code decides, whatever the words; earlier versions' records have words alone."""
+    chance = {"applied": False, "code": "not_selected", "reason": "p = 0"}
+    full = {"applied": False, "code": "no_room", "reason": "left alone: no room"}
+    old_chance = {"applied": False, "reason": "left alone (p = 0)"}
+    old_full = {"applied": False, "reason": "no room"}
+    done = {"applied": True}
+    assert [lacks_tumors([one]) for one in (chance, full, old_chance, old_full, done)] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert not lacks_tumors([]) and not lacks_tumors([full, done]) and lacks_tumors([chance, full])
 
 
 def test_scans_with_nan(tmp_path, capsys):

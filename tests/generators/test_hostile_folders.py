@@ -141,7 +141,7 @@ def test_an_output_that_nobody_reads(folder, tmp_path):
         stderr=subprocess.PIPE,
     )
     run.stdout.close()
-    assert run.wait(120) == 1 and run.stderr.read() == b""
+    assert run.wait(600) == 1 and run.stderr.read() == b""
     run.stderr.close()
     assert main(words(folder, "-o", tmp_path / "out")) == 0
 

@@ -20,6 +20,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from callers import is_ours
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_generator
@@ -67,7 +68,7 @@ def sound_or_refused(make, image, label, organs, tumor_label):
         # the last for a generator's name: documented, and what users of files expect
         except (ValueError, TypeError, FileNotFoundError) as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
-            assert "tumorsynth" in last.filename, f"not our own words: {error!r} {last}"
+            assert is_ours(last.filename), f"not our own words: {error!r} {last}"
             assert str(error)[0].islower() or str(error).startswith(("Scaled", "ZScore"))
             assert any(word in str(error) for word in ("must", "needs", "does not fit", "outside"))
             new_image = None
@@ -347,7 +348,7 @@ def untouched_beyond_the_feather(transform, frames, image, new_image, label, new
         if not sigmas:
             assert not bool(changed.any())
             continue
-        m = feather_reach(max(sigmas), frame.spacing, transform.blend)
+        m = feather_reach(max(sigmas), frame.spacing, transform.settings.blend)
         box = [
             slice(max(0, int(i.min()) - k), int(i.max()) + k + 1)
             for i, k in zip(relabelled.nonzero().T, m, strict=True)

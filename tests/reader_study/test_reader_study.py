@@ -476,12 +476,12 @@ def serving(study: server.Study):
         yield place.getsockname()[1]
     finally:
         running.should_exit = True
-        thread.join(10)
+        thread.join(120)
 
 
 def ask(port: int, path: str, data=None, method: str | None = None, **headers: str):
     """Status, headers without the date, body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     body = None if data is None else data if isinstance(data, bytes) else json.dumps(data)
     if data is not None:
         headers = {"Content-Type": "application/json", **headers}

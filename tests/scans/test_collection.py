@@ -15,8 +15,8 @@ import pytest
 
 import tumorsynth as ts
 from tumorsynth.commands.main import main
-from tumorsynth.scans.cases import find_pairs
-from tumorsynth.scans.collection import Task, duration, in_processes, outcome
+from tumorsynth.scans.collection import Task, duration, run_in_processes, try_scan
+from tumorsynth.scans.pairing import find_pairs
 
 nib = pytest.importorskip("nibabel")
 proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds child processes in /proc")
@@ -45,7 +45,7 @@ def start(*arguments):
     return subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "it was done before it could be killed"
@@ -97,7 +97,7 @@ def test_killed_and_resumed_and_a_worker_killed(scans, whole, tmp_path):
     assert len(workers) == 2
     first.kill()
     first.communicate()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while any(Path(f"/proc/{pid}").exists() for pid in workers):  # they do not outlive their parent
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -108,9 +108,9 @@ def test_killed_and_resumed_and_a_worker_killed(scans, whole, tmp_path):
     second = start(scans, out, "--workers", 2)
     wait_for(lambda: children(second.pid), second)
     os.kill(children(second.pid)[0], signal.SIGKILL)
-    said, errors = second.communicate(timeout=120)
+    said, errors = second.communicate(timeout=600)
     assert (second.returncode, errors) == (0, "")
-    assert f"{len(before)} of 6 scans are there already" in said
+    assert f"{len(before)} of 6 scans are finished already" in said
     assert f"wrote {6 - len(before)} scans" in said
     assert contents(out) == whole  # nothing skipped, nothing left over, nothing else
     assert before.items() <= reports(out).items()  # nothing redone
@@ -123,7 +123,7 @@ def test_a_finished_run_is_left_and_a_lost_file_made_again(scans, whole, tmp_pat
         (out / name).write_bytes(content)
     before = reports(out)
     assert main(words(scans, out)) == 0
-    assert "6 of 6 scans are there already\nwrote 0 scans" in capsys.readouterr().out
+    assert "6 of 6 scans are finished already\nwrote 0 scans" in capsys.readouterr().out
     (out / "c_label.nii.gz").unlink()
     assert main(words(scans, out)) == 0
     assert "wrote 1 scan " in capsys.readouterr().out
@@ -177,10 +177,10 @@ def test_overwriting_can_be_gone_on_with(scans, whole, tmp_path, monkeypatch):
         tried.append(arguments)
         if len(tried) == 3:
             raise KeyboardInterrupt
-        return outcome(*arguments)
+        return try_scan(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "outcome", stop_at_the_third)
+        patch.setattr(command, "try_scan", stop_at_the_third)
         assert main(words(scans, out, "--overwrite")) == 130
     new = reports(out)
     assert {path.name[0] for path in new} == {"a", "b"}
@@ -229,7 +229,7 @@ def test_ctrl_c_ends_quietly(scans, tmp_path, begun):
     else:
         wait_for(lambda: children(run.pid), run)
     os.killpg(run.pid, signal.SIGINT)
-    _, errors = run.communicate(timeout=120)
+    _, errors = run.communicate(timeout=600)
     assert (run.returncode, errors) == (130, "tumorsynth: stopped\n")
 
 
@@ -252,9 +252,9 @@ def test_a_lost_device_gets_a_new_process_and_then_stops_the_run(scans, tmp_path
     tmp_path = tmp_path / "out"
     tmp_path.mkdir()
     once = Losing(tmp_path / "flag", for_ever=False)
-    found = list(in_processes(once, tasks, tmp_path, workers=1))
+    found = list(run_in_processes(once, tasks, tmp_path, workers=1))
     assert [result.error for result in found] == [None] * 3 and len(reports(tmp_path)) == 3
-    first = next(in_processes(Losing(tmp_path / "flag", True), tasks, tmp_path, workers=1))
+    first = next(run_in_processes(Losing(tmp_path / "flag", True), tasks, tmp_path, workers=1))
     assert "the device was lost: CUDA error" in first.error and first.fatal == "see to the device"
 
 

@@ -44,7 +44,7 @@ def on_own_disk(folder: Path, options: str, script: str) -> subprocess.Completed
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=200,
+        timeout=600,
     )
 
 
@@ -78,7 +78,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(scans, whole, tmp_path
     reports = first.count("_report.json")
     assert 0 < reports < len(NAMES)
     assert second == f"CODE 0 {sorted(whole)}"
-    assert f"{reports} of {len(NAMES)} scans are there already" in done.stdout
+    assert f"{reports} of {len(NAMES)} scans are finished already" in done.stdout
 
 
 READ_ONLY = """

@@ -141,6 +141,20 @@ def test_before_after_and_difference_are_what_they_say():
     assert any("tumour 1" in w and "6.0 mm" in w and "-50 HU" in w for w in words)
 
 
+def test_the_difference_has_a_colour_bar():
+    before = np.zeros((30, 30, 30), np.float32)
+    tumor = np.zeros(before.shape, bool)
+    tumor[12:18, 12:18, 12:18] = True
+    figure = render(before, before - 50 * tumor, tumor, RAS, [{"centre_voxel": (15, 15, 15)}])
+    panel = drawn(figure)["axial", "difference"]
+    (bar,) = panel.child_axes
+    assert bar.get_ylim() == panel.images[0].get_clim() == (-50, 50)
+    (colours,) = [c for c in bar.collections if c.get_array() is not None]
+    hu = np.linspace(-50, 50, 9)
+    assert (colours.to_rgba(hu) == panel.images[0].to_rgba(hu)).all()
+    assert [t.get_text() for t in panel.texts] == ["-50", "0 HU", "+50"]
+
+
 def test_skipped_tumours_are_left_out_and_too_many_are_said():
     volume = np.zeros((20, 20, 20), np.float32)
     placed = [{"applied": True, "centre_voxel": (5, 5, 5)} for _ in range(4)]

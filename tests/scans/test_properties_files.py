@@ -1,7 +1,7 @@
 """Whatever a file or a framework hands over: a sound result, or an error in our own words.
 
-As tests/pipeline/test_properties.py, of which these are the outer layers: NIfTI headers, evaluation,
-training packs, MONAI and TorchIO. ``TUMORSYNTH_EXAMPLES=1000`` tries as many of each.
+The outer layers beside tests/pipeline/test_properties.py: NIfTI headers, evaluation, training,
+MONAI and TorchIO. ``TUMORSYNTH_EXAMPLES=1000`` tries as many of each.
 """
 
 from __future__ import annotations

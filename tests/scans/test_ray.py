@@ -24,7 +24,6 @@ needs_ray = pytest.mark.skipif(
 slow = (
     needs_ray,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds Ray's processes in /proc"),
 )
 SCANS = 8
@@ -68,7 +67,7 @@ def at_work(pid):
     return [
         each
         for each, name in names.items()
-        if name.startswith(b"ray::_Scans.do") and pid == parents.get(parents[each])
+        if name.startswith(b"ray::_Processor.process") and pid == parents.get(parents[each])
     ]
 
 
@@ -114,7 +113,7 @@ def cluster(request):
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                if path.read_bytes().startswith(b"ray::_Scans.do"):
+                if path.read_bytes().startswith(b"ray::_Processor.process"):
                     pid = int(path.parent.name)
                     if any(str(folder).encode() in line for line in ancestors(pid)):
                         found.append(pid)
@@ -130,11 +129,11 @@ def cluster(request):
     finally:
         head.terminate()
         head.stdout.close()
-        head.wait(60)
+        head.wait(300)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for(condition, process, seconds=300):
+def wait_for(condition, process, seconds=600):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert process.poll() is None, process.communicate()
@@ -199,7 +198,7 @@ def test_a_killed_run_is_gone_on_with_and_a_bad_scan_passed_over(scans, whole, t
     workers = wait_for(lambda: at_work(first.pid), first)
     first.kill()
     first.communicate()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while any(Path(f"/proc/{pid}").exists() for pid in workers):  # they do not outlive their parent
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -212,7 +211,7 @@ def test_a_killed_run_is_gone_on_with_and_a_bad_scan_passed_over(scans, whole, t
     lines = errors.splitlines()
     assert len(lines) == 2 and lines[0].startswith("tumorsynth: phantom4: phantom4_ct.nii.gz")
     assert lines[1] == f"tumorsynth: 1 of {SCANS} scans failed"
-    assert f"{len(before)} of {SCANS} scans are there already" in said
+    assert f"{len(before)} of {SCANS} scans are finished already" in said
     assert contents(out) == {k: v for k, v in whole.items() if "phantom4" not in k}
     assert before.items() <= reports(out).items()  # nothing redone
 
@@ -230,7 +229,10 @@ def test_a_cluster_that_is_there_with_a_worker_killed(scans, whole, tmp_path, cl
     assert contents(out) == whole
     again = start(scans, out, **there)  # the cluster is still there
     said, errors = again.communicate(timeout=600)
-    assert (again.returncode, errors) == (0, "") and f"{SCANS} of {SCANS} scans are there" in said
+    assert (again.returncode, errors) == (
+        0,
+        "",
+    ) and f"{SCANS} of {SCANS} scans are finished" in said
 
 
 @with_marks
@@ -242,7 +244,7 @@ def test_ctrl_c_is_quiet_and_can_be_gone_on_with(scans, whole, tmp_path, everybo
     wait_for(lambda: len(reports(out)) >= 2, run)
     wait_for(lambda: at_work(run.pid), run)
     (os.killpg if everybody else os.kill)(run.pid, signal.SIGINT)
-    said, errors = run.communicate(timeout=120)
+    said, errors = run.communicate(timeout=600)
     assert (run.returncode, errors) == (130, "tumorsynth: stopped\n")
     before = reports(out)
     assert 2 <= len(before) < SCANS
@@ -256,7 +258,7 @@ def test_ctrl_c_is_quiet_and_can_be_gone_on_with(scans, whole, tmp_path, everybo
 @with_marks
 def test_a_cluster_that_is_not_there(scans, tmp_path):
     run = start(scans, tmp_path / "out", RAY_ADDRESS=f"127.0.0.1:{free_port()}")
-    said, errors = run.communicate(timeout=300)
+    said, errors = run.communicate(timeout=600)
     assert run.returncode == 2 and errors.count("\n") == 1, errors
     assert "RAY_ADDRESS must name a Ray cluster that answers" in errors
 
@@ -275,7 +277,7 @@ def test_unknown_engine(tmp_path, capsys):
 
 @needs_ray
 def test_ray_hands_out_the_gpus():
-    from tumorsynth.scans.ray import on_ray
+    from tumorsynth.scans.ray import run_on_ray
 
     with pytest.raises(ValueError, match="give --device cuda, got cuda:0,cuda:1"):
-        next(on_ray(None, [], Path(), devices=("cuda:0", "cuda:1")))
+        next(run_on_ray(None, [], Path(), devices=("cuda:0", "cuda:1")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +12,11 @@ import torch
 from balls import make_cases
 
 from tumorsynth.models.autoencoder import Autoencoder
-from tumorsynth.training.config import AutoencoderTraining
+from tumorsynth.training import autoencoder
+from tumorsynth.training.config import AutoencoderTraining, Hardware
 from tumorsynth.training.cubes import case_shares, hollowed, sample_cube
 from tumorsynth.training.folders import save_autoencoder
+from tumorsynth.training.launch import usable_precision
 from tumorsynth.training.networks import NETWORKS, starting_autoencoder
 
 TINY = AutoencoderTraining(network="tiny")
@@ -77,3 +81,20 @@ def test_fewer_or_unasked_latent_channels_are_refused(tmp_path):
     for channels in (None, 3):
         with pytest.raises(ValueError, match="has another size or window than --network tiny"):
             starting_autoencoder(replace(TINY, latent_channels=channels), str(tmp_path / "ae"))
+
+
+def test_a_cpu_that_emulates_bfloat16_trains_in_float32(tmp_path, monkeypatch, unmeasured):
+    cpu = Hardware(accelerator="cpu")
+    config = replace(TINY, steps=1, patch_size=16, batch_size=1, picture_every=0)
+    monkeypatch.setattr("tumorsynth.training.launch.cpu_computes_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match="does not compute in bfloat16, so .* 32-true") as said:
+        autoencoder.train(make_cases(), tmp_path / "ae", config, cpu)
+    assert len([w for w in said if "bfloat16" in str(w.message)]) == 1
+    card = json.loads((tmp_path / "ae" / "card.json").read_text())
+    assert config.precision == "bf16-mixed" and card["training"]["precision"] == "32-true"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert usable_precision(cpu, "32-true") == "32-true"
+        assert usable_precision(Hardware(accelerator="cuda"), "bf16-mixed") == "bf16-mixed"
+        monkeypatch.setattr("tumorsynth.training.launch.cpu_computes_bfloat16", lambda: True)
+        assert usable_precision(cpu, "bf16-mixed") == "bf16-mixed"

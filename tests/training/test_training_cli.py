@@ -232,7 +232,7 @@ def test_python_m_tumorsynth_and_folders_that_were_changed(folder, tmp_path, cap
     del card["config_sha256"]  # as earlier versions wrote it
     (tmp_path / "ae" / "card.json").write_text(json.dumps(card))
     assert run("info", tmp_path / "ae") == 0
-    assert "no config_sha256, so that a changed config" in capsys.readouterr().out
+    assert "no config_sha256, so a changed config" in capsys.readouterr().out
     card["config_sha256"] = "0"
     (tmp_path / "ae" / "card.json").write_text(json.dumps(card))
     assert run("info", tmp_path / "ae") == 2

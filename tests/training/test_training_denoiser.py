@@ -73,7 +73,7 @@ def stage1(tmp_path_factory):
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
-def test_options_end_up_in_the_generator(stage1, tmp_path, prediction):
+def test_options_end_up_in_the_generator(stage1, tmp_path, prediction, unmeasured):
     config = replace(TINY, contrast="off", zero_terminal_snr="on", prediction=prediction)
     generator = denoiser.train(make_cases(), stage1, tmp_path / "g", config)
     assert generator.sampler.contrast is None
@@ -101,7 +101,7 @@ def test_held_out_scans_are_not_trained_on_but_measured(stage1, tmp_path):
     assert "TRAINED ON" not in str(more.card["metrics"])
 
 
-def test_tumours_are_chosen_by_their_annotated_size(stage1, tmp_path):
+def test_tumours_are_chosen_by_their_annotated_size(stage1, tmp_path, unmeasured):
     """Drawn in to where they can be seen they would be below the least size."""
     with pytest.raises(ValueError, match="none from 12.5 to inf"):
         denoiser.train(make_cases(), stage1, tmp_path / "g", TINY, DataConfig(2, 12.5))

@@ -21,12 +21,13 @@ import torch
 from balls import make_cases
 from safetensors.torch import load_file
 
-from tumorsynth.scans.collection import exit_code
+from tumorsynth.scans.errors import exit_code
 from tumorsynth.training import autoencoder, denoiser
 from tumorsynth.training.config import AutoencoderTraining, DataConfig, DenoiserTraining, Hardware
 from tumorsynth.training.data import save_pack
 from tumorsynth.training.engine import Diverged
 from tumorsynth.training.folders import read_autoencoder
+from tumorsynth.training.launch import launch
 from tumorsynth.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,13 +59,6 @@ def trained(tmp_path_factory, cases):
     autoencoder.train(cases, folder / "ae", STAGE1)
     save_pack(cases, folder / "pack.npz")
     return folder
-
-
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """Nothing is measured in the end: that takes most of the time of so short a run."""
-    for stage, name in ((autoencoder, "autoencoder"), (denoiser, "generator")):
-        monkeypatch.setattr(stage, f"{name}_metrics", lambda *_: {})
 
 
 def weights(folder):
@@ -105,12 +99,12 @@ def command(*words):
     )
 
 
-def test_killed_denoiser_goes_on_to_the_same_weights(trained, cases, tmp_path):
+def test_killed_denoiser_goes_on_to_the_same_weights(trained, cases, tmp_path, unmeasured):
     ae = str(trained / "ae")
     run = tmp_path / "killed"
     words = ["denoiser", trained / "pack.npz", "-o", run, "--autoencoder", ae, *flags(STAGE2)]
     process = command(*words)
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while not (run / "checkpoint.pt").exists():
         assert process.poll() is None and time.time() < deadline, process.communicate()[0]
         time.sleep(0.005)
@@ -126,7 +120,7 @@ def test_killed_denoiser_goes_on_to_the_same_weights(trained, cases, tmp_path):
     assert not list(run.glob(".*"))
 
 
-def test_sigterm_saves_and_everything_of_stage_1_is_resumed(cases, tmp_path):
+def test_sigterm_saves_and_everything_of_stage_1_is_resumed(cases, tmp_path, unmeasured):
     config = AutoencoderTraining(**{**vars(STAGE1), **EVERYTHING, "save_every": 1000})
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     autoencoder.train(cases, whole, config)
@@ -269,7 +263,7 @@ def test_a_gpu_that_is_not_there_is_said_before_the_scans_are_read(tmp_path, mon
             autoencoder.train(read, tmp_path / "run", STAGE1, Hardware(accelerator=kind))
 
 
-def test_two_processes_as_one(trained, cases, tmp_path):
+def test_two_processes_as_one(trained, cases, tmp_path, unmeasured):
     """Same global batch, same crops, same noise: the same loss curve but for the last digits."""
     short = {"steps": 6, "precision": "32-true"}
     config2 = DenoiserTraining(**{**vars(STAGE2), **short, "batch_size": 4, "accumulate": 2})
@@ -295,7 +289,7 @@ def test_two_processes_as_one(trained, cases, tmp_path):
     denoiser.train(cases, ae, tmp_path / "one2", config2)
     autoencoder.train(cases, tmp_path / "one1", config1)
     for process in (two1, two2):
-        said = process.communicate(timeout=200)[0]
+        said = process.communicate(timeout=600)[0]
         assert process.returncode == 0, said
     for stage in ("1", "2"):
         one, two = losses(tmp_path / f"one{stage}"), losses(tmp_path / f"two{stage}")
@@ -305,9 +299,51 @@ def test_two_processes_as_one(trained, cases, tmp_path):
         assert '"processes": 2' in (tmp_path / f"two{stage}" / "card.json").read_text()
 
 
-def test_two_nodes_under_slurm(trained, cases, tmp_path):
+@pytest.mark.parametrize(
+    ("variables", "hardware", "expected"),
+    [
+        ({}, Hardware(), {"devices": 1}),
+        ({}, Hardware(devices="2", strategy="ddp"), {"devices": 2, "strategy": "ddp"}),
+        ({}, Hardware(devices="0,1"), {"devices": "0,1"}),
+        # as srun starts a task: Lightning reads SLURM's own variables
+        ({"SLURM_NTASKS": "2"}, Hardware(devices="1", num_nodes=2), {"devices": 1, "num_nodes": 2}),
+        # as torchrun starts one
+        (
+            {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"},
+            Hardware(),
+            {"devices": 2, "num_nodes": 3},
+        ),
+        # as `fabric run` starts one, which says the rest itself
+        ({"LT_CLI_USED": "1", "LT_DEVICES": "2"}, Hardware(), {}),
+    ],
+)
+def test_what_fabric_is_told(monkeypatch, variables, hardware, expected):
+    told, launched = [], []
+
+    class Recorder:
+        def __init__(self, **given):
+            told.append(given)
+
+        def launch(self):
+            launched.append(self)
+
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "LT_CLI_USED", "LT_DEVICES", "LT_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lightning.fabric.Fabric", Recorder)
+    monkeypatch.setattr("tumorsynth.training.launch.atexit.register", lambda _: None)
+    launch(hardware, "32-true")
+    assert told == [{**expected, "precision": "32-true"}]
+    assert len(launched) == ("LT_CLI_USED" not in variables)
+
+
+@pytest.mark.slow  # imports Lightning twice more; test_what_fabric_is_told and _as_one are quick
+def test_two_nodes_under_slurm(trained, cases, tmp_path, unmeasured):
     """A process per node, told by the variables that srun sets: as one process."""
-    config = AutoencoderTraining(**{**vars(STAGE1), "steps": 4, "precision": "32-true"})
+    # without hollowed cubes, as in test_two_processes_as_one
+    short = {"steps": 4, "precision": "32-true", "hollow": 0.0}
+    config = AutoencoderTraining(**{**vars(STAGE1), **short})
     port = str(random.randint(20000, 40000))
     job = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "2", "NNODES": "2", "NTASKS_PER_NODE": "1"}
     tasks = []
@@ -333,14 +369,14 @@ def test_two_nodes_under_slurm(trained, cases, tmp_path):
         )
     autoencoder.train(cases, tmp_path / "one", config)
     for task in tasks:
-        said = task.communicate(timeout=200)[0]
+        said = task.communicate(timeout=600)[0]
         assert task.returncode == 0, said
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 4 and list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
     assert '"processes": 2' in (tmp_path / "two" / "card.json").read_text()
 
 
-def test_accumulated_parts_make_the_same_step(trained, cases, tmp_path):
+def test_accumulated_parts_make_the_same_step(trained, cases, tmp_path, unmeasured):
     ae = str(trained / "ae")
     for parts in (1, 4):
         changes = {"steps": 3, "batch_size": 4, "accumulate": parts, "precision": "32-true"}
@@ -396,7 +432,7 @@ def test_a_checkpoint_that_cannot_be_written_names_the_one_that_stays(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt"]
 
 
-def test_resume_refuses_other_settings_data_and_damaged_files(trained, cases, tmp_path):
+def test_resume_refuses_other_settings_data_and_damaged_files(trained, cases, tmp_path, unmeasured):
     run = tmp_path / "run"
     autoencoder.train(cases, run, AutoencoderTraining(**{**vars(STAGE1), "steps": 2}))
     with pytest.raises(ValueError, match="holds checkpoint.pt and card.json.*--resume"):
@@ -422,7 +458,9 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path, cases):
     assert not (tmp_path / "ran").exists()
 
 
-def test_one_process_without_lightning_trains_the_same(trained, cases, tmp_path, monkeypatch):
+def test_one_process_without_lightning_trains_the_same(
+    trained, cases, tmp_path, monkeypatch, unmeasured
+):
     monkeypatch.setitem(sys.modules, "lightning.fabric", None)  # as where it is not installed
     autoencoder.train(cases, tmp_path / "alone", STAGE1)
     assert_same(tmp_path / "alone", trained / "ae")

@@ -1,1 +1,1 @@
-"""The commands of ``tumorsynth``, one file for each job; `tumorsynth.commands.main` puts them together."""
+"""The command line, one file per command; `tumorsynth.commands.main` puts them together."""

@@ -1,4 +1,4 @@
-"""`tumorsynth bench`: what a tumour costs on the user's own machine, step by step."""
+"""``tumorsynth bench``: the time and memory of one tumour on this machine, step by step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from rich.table import Table
 
 def bench(
     generator: Annotated[
-        str, typer.Option(help="A bundled name, a generator folder or a hub id.")
+        str, typer.Option(help="Bundled name, generator folder or hub id.")
     ] = "liver-early",
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1. [default: cuda if there is one]", show_default=False),
+        typer.Option(
+            help="cpu, cuda, cuda:1, ... [default: cuda if available]", show_default=False
+        ),
     ] = None,
     side: Annotated[
         int, typer.Option(min=32, max=512, help="Side of the patch, in voxels of 1 mm.")
@@ -29,7 +31,7 @@ def bench(
             show_default=False,
         ),
     ] = (15.0, 20.0),
-    repeats: Annotated[int, typer.Option(min=1, help="Calls that are timed.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed calls.")] = 5,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="CPU threads. [default: torch's own choice]", show_default=False),
@@ -37,13 +39,17 @@ def bench(
 ) -> None:
     """Time one tumour in a patch, step by step, on this machine.
 
-    Medians after a warm-up. On a GPU the steps wait for it, so that they add up to more than the
-    whole call, which does not.
+    Prints medians after a warm-up, and the share of four fixed convolutions that a call takes, by
+    which you can compare machines. On a GPU the timed steps are synchronised and add up to more than
+    the whole call, which is not.
     """
+    where_and_what = f"{size_mm[0]:g} to {size_mm[1]:g} mm in a patch of {side}^3"
+    # at once and apart from the results: importing torch takes seconds
+    typer.echo(f"timing one tumour of {generator}, {where_and_what}", err=True)
     import torch
 
     from tumorsynth.commands.shared import check_device
-    from tumorsynth.commands.timing import call_times, patch_and_label, peak_mib
+    from tumorsynth.commands.timing import call_times, patch_and_label, peak_mib, reference_times
     from tumorsynth.synthesizer import SynthesizeTumor
 
     if threads is not None:
@@ -54,19 +60,26 @@ def bench(
     where = torch.device(device)
     image, label = patch_and_label(side, device=where)
     synth = SynthesizeTumor(generator, count=1, size_mm=size_mm)
+    typer.echo(f"timing {2 * repeats + 3} calls ...", err=True)  # minutes on a slow machine
     found = call_times(synth, image, label, repeats, spacing=1.0)
     if not any(record["applied"] for record in synth.report):
         raise ValueError(
             f"no tumour was made in a patch of {side} voxels: {synth.report[0]['reason']}; "
-            "try a larger --side or a smaller --size-mm"
+            "give a larger --side or a smaller --size-mm"
         )
     peak = peak_mib(lambda: synth(image, label, spacing=1.0, seed=0), where)
+    typer.echo("timing four convolutions to compare with", err=True)
+    reference = statistics.median(reference_times(where, min(repeats, 3))["wall_ms"])
     call = found.pop("call")
     Console().print(_table(found), highlight=False)
     whole = statistics.median(call["wall_ms"])
-    words = f"one call, {size_mm[0]:g} to {size_mm[1]:g} mm in a patch of {side}^3: {whole:.1f} ms"
+    words = f"one call, {where_and_what}: {whole:.1f} ms"
     typer.echo(words + ("" if peak is None else f", {peak:.0f} MiB of memory"))
-    typer.echo(f"{generator}, {_machine(where)}, torch {torch.__version__}")
+    typer.echo(
+        f"{whole / reference:.2f} of four float32 convolutions (3x3x3, 32 channels, 96^3), "
+        f"{reference:.1f} ms"
+    )
+    typer.echo(f"{generator} on {_machine(where)}")
 
 
 def _table(steps: dict[str, dict[str, list[float]]]) -> Table:
@@ -82,9 +95,14 @@ def _table(steps: dict[str, dict[str, list[float]]]) -> Table:
 
 
 def _machine(device: Any) -> str:
+    """Device, on a CPU with what decides its speed, and the version of torch."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU with {threads} thread" + ("" if threads == 1 else "s")
+    from tumorsynth.commands.timing import cpu_name
+    from tumorsynth.models.kernels import cpu_isa
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        name = f"{cpu_name()}, {cpu_isa()}, {threads} thread" + ("" if threads == 1 else "s")
+    return f"{name or device}, torch {torch.__version__}"

@@ -1,4 +1,4 @@
-"""``tumorsynth demo``: tumours in a phantom, with pictures; no data needed."""
+"""``tumorsynth demo``: tumours in a phantom; no data needed."""
 
 from __future__ import annotations
 
@@ -13,41 +13,48 @@ from tumorsynth.commands.shared import (
     GeneratorName,
     Out,
     Seed,
-    SizeMm,
-    count_range,
-    synthesizer,
+    build_synthesizer,
+    parse_count,
 )
 from tumorsynth.scans import nifti
-from tumorsynth.scans.cases import check_outputs, output_paths, synthesize_scan
+from tumorsynth.scans.outputs import find_unfinished, output_paths
+from tumorsynth.scans.scan import synthesize_scan
 
 
 def demo(
     out: Out = Path("tumorsynth-demo"),
     generator: GeneratorName = None,
-    count: Annotated[str, typer.Option(help="Tumours: N, or LOW-HIGH to draw from.")] = "3",
-    size_mm: SizeMm = None,
+    count: Annotated[str, typer.Option(help="Tumours: N, or LOW-HIGH for a random number.")] = "3",
+    size_mm: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Range of the equivalent diameter in mm. [default: 12 20]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Put tumours into a phantom: no data needed.
+    """Synthesise tumours in a phantom; no data needed.
 
-    Makes an abdominal CT, synthesises tumours in its liver, writes what `synthesize` writes and
-    says where the pictures are. Results of an earlier demo in OUT are replaced.
+    Makes an abdominal CT with tumours in its liver, writes the same files as `synthesize` and
+    prints their paths. Replaces the results of an earlier demo in OUT.
     """
     from tumorsynth.phantom import LABELS, make_phantom
 
-    synth = synthesizer(
+    synth = build_synthesizer(
         generator=generator,
         organ_labels=(LABELS["liver"],),
         tumor_label=max(LABELS.values()) + 1,
-        count=count_range(count),
+        count=parse_count(count),
         size_mm=size_mm or (12.0, 20.0),
         device=device,
     )
-    check_outputs([], out, overwrite=True)
+    find_unfinished([], out, overwrite=True)
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar(1) as progress:
-        progress.begin("phantom")
+        progress.begin("phantom", "making it")
         phantom = make_phantom(spacing=(1.0, 1.0, 1.5), seed=seed)
         stored = phantom.image[0].round().short().numpy()
         image = nifti.new_volume("phantom_ct.nii.gz", stored, phantom.affine)

@@ -1,9 +1,8 @@
-"""The commands ``evaluate`` and ``healthy``: tables on the terminal, JSON in files."""
+"""``tumorsynth evaluate`` and ``healthy``: score predictions, and pick healthy scans."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,16 +13,17 @@ from rich.progress import track
 from rich.table import Column, Table
 
 import tumorsynth
+from tumorsynth.commands.shared import say
 from tumorsynth.scans import nifti
-from tumorsynth.scans.collection import one_line
+from tumorsynth.scans.errors import describe_error
 
 TumorLabel = Annotated[int, typer.Option(help="Label value of tumours.")]
 OrganLabel = Annotated[
-    list[int], typer.Option(help="Label value of the organ; repeat it for several values.")
+    list[int], typer.Option(help="Label value of the organ. Repeat the option for several values.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files written.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
-ROWS = {  # of the table: what it says, and how many decimals
+ROWS = {  # of the table: heading and decimals
     "dsc": ("tumour Dice", 3),
     "nsd": ("tumour surface Dice, {tolerance_mm:g} mm", 3),
     "hd95_mm": ("tumour HD95, mm", 1),
@@ -38,33 +38,40 @@ T = TypeVar("T")
 
 
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="Folder of predicted label maps, or one.")],
-    labels: Annotated[Path, typer.Argument(help="Folder of the real label maps, or one.")],
+    predictions: Annotated[
+        Path, typer.Argument(help="Folder of predicted label maps, or a single one.")
+    ],
+    labels: Annotated[Path, typer.Argument(help="Folder of the real label maps, or a single one.")],
     *,
     tumor_label: TumorLabel = 2,
     organ_label: OrganLabel = [1],  # noqa: B006 (typer copies it)
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.")] = None,
     bootstrap: Annotated[
-        int, typer.Option(help="Resamplings of the cases for the intervals; 0: none.")
+        int,
+        typer.Option(
+            help="Resamplings of the cases for the confidence intervals; 0: no intervals."
+        ),
     ] = 1000,
     early_mm: Annotated[
-        float, typer.Option(help="Tumours of a smaller equivalent diameter are early.")
+        float, typer.Option(help="Tumours below this equivalent diameter, in mm, count as early.")
     ] = 20.0,
-    tolerance_mm: Annotated[float, typer.Option(help="Of the surface Dice.")] = 2.0,
+    tolerance_mm: Annotated[
+        float, typer.Option(help="Tolerance of the surface Dice, in mm.")
+    ] = 2.0,
     least_iou: Annotated[
         float,
-        typer.Option(help="Overlap a detected tumour needs; 0: one voxel, 0.5: the strict rule."),
+        typer.Option(help="IoU from which a tumour counts as detected; 0: one common voxel."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
-    each: Annotated[bool, typer.Option("--each", help="A row for each case, too.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the resamplings.")] = 0,
+    each: Annotated[bool, typer.Option("--each", help="Print a row per case, too.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Score predicted label maps against the real ones.
 
-    Pairs .nii[.gz] by name (without _label at its end) and prints the means over cases with their
-    95 % intervals: Dice, surface Dice, HD95, and tumour by tumour what was found and what was not
-    there. Both maps must lie on one grid. A case that fails is said and passed over, and the exit
-    code is 1. docs/evaluation.md defines every score.
+    Pairs .nii[.gz] by name (without a trailing _label) and prints means over cases with 95 %
+    intervals: Dice, surface Dice, HD95, and per tumour the detections and false positives. Both
+    maps must lie on one grid. A case that fails is reported and skipped, and the exit code is 1.
+    docs/evaluation.md defines every score.
     """
     from tumorsynth.evaluation.folders import find_comparisons, score
     from tumorsynth.evaluation.metrics import check_settings, summary
@@ -75,19 +82,19 @@ def evaluate(
     pairs, waiting = find_comparisons(predictions, labels)
     settings = {"early_mm": early_mm, "tolerance_mm": tolerance_mm, "least_iou": least_iou}
     options = {"tumor_label": tumor_label, "organ_labels": list(organ_label), **settings}
-    cases, failed = _each(pairs, lambda pair: score(pair, **options))
+    cases, failed = _for_each(pairs, lambda pair: score(pair, **options))
     if waiting:
-        _say(f"note: {len(waiting)} of the labels have no prediction ({waiting[0]}, ...)")
-    told = summary(list(cases.values()), bootstrap, seed)
+        say(f"note: {len(waiting)} of the labels have no prediction ({waiting[0]}, ...)")
+    scores = summary(list(cases.values()), bootstrap, seed)
     if cases:
         if each:
             Console().print(_case_table(cases))
-        Console().print(_summary_table(told, settings))
+        Console().print(_summary_table(scores, settings))
     if out is not None:
         document = {
             "tumorsynth": tumorsynth.__version__,
             "settings": {**options, "bootstrap": bootstrap, "seed": seed},
-            "summary": told,
+            "summary": scores,
             "cases": {name: case.as_dict() for name, case in cases.items()},
             "failed": failed,
             "labels_without_prediction": waiting,
@@ -100,51 +107,58 @@ def _check_labels(tumor_label: int, organ_label: list[int]) -> None:
     if tumor_label in organ_label or 0 in (tumor_label, *organ_label):
         raise ValueError(
             "--tumor-label and --organ-label must differ, and 0 is the background, got "
-            f"{tumor_label} and {', '.join(map(str, organ_label))}; name the values in your maps"
+            f"{tumor_label} and {', '.join(map(str, organ_label))}; give the values in your maps"
         )
 
 
 def healthy(
-    predictions: Annotated[Path, typer.Argument(help="Folder of any segmenter's label maps.")],
+    predictions: Annotated[
+        Path, typer.Argument(help="Folder of label maps that a segmenter predicted.")
+    ],
     cts: Annotated[
-        Path | None, typer.Argument(help="Folder of the CTs, by the same names.")
+        Path | None, typer.Argument(help="Folder of the CTs, with the same names.")
     ] = None,
     *,
     tumor_label: TumorLabel = 2,
     organ_label: OrganLabel = [1],  # noqa: B006 (typer copies it)
     organ_ml: Annotated[
-        float, typer.Option(help="Least predicted volume of the organ labels together.")
+        float, typer.Option(help="Least predicted organ volume, in ml, over all organ labels.")
     ] = 20.0,
-    tumor_ml: Annotated[float, typer.Option(help="Most predicted tumour allowed.")] = 0.0,
+    tumor_ml: Annotated[float, typer.Option(help="Most predicted tumour volume, in ml.")] = 0.0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON list to write.")] = None,
     dataset: Annotated[
         Path | None,
-        typer.Option(help="Decathlon dataset.json to write: the healthy CTs, predictions as label"),
+        typer.Option(
+            help="Decathlon dataset.json to write: the healthy CTs, with predictions as labels."
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Pick healthy scans by a segmenter's predictions.
 
-    A scan is healthy where enough of the organ is predicted and no more tumour than allowed. The
-    synthetic tumours can then go into scans that have none of their own, as in the paper.
+    A scan is healthy if enough organ and not too much tumour is predicted. Synthetic tumours can
+    then go into scans without real ones, as in the paper.
     """
     from tumorsynth.evaluation.folders import decathlon, find_scans, volumes_ml, why_not_healthy
 
     if dataset is not None and cts is None:
-        raise ValueError("--dataset lists CTs, so the folder of the CTs is needed as 2nd argument")
+        raise ValueError("--dataset lists CTs: the folder of the CTs is needed as 2nd argument")
     _check_labels(tumor_label, organ_label)
     if not (organ_ml >= 0 and tumor_ml >= 0):
-        raise ValueError(f"--organ-ml and --tumor-ml must be 0 or more, got {organ_ml}, {tumor_ml}")
+        raise ValueError(
+            f"--organ-ml and --tumor-ml must be 0 or more, got {organ_ml}, {tumor_ml}; give "
+            "volumes in ml"
+        )
     for path in (out, dataset):
         _check_new(path, overwrite)
     scans = find_scans(predictions, cts)
-    found, failed = _each(scans, lambda scan: volumes_ml(scan, tumor_label, organ_label))
+    volumes, failed = _for_each(scans, lambda scan: volumes_ml(scan, tumor_label, organ_label))
     table = Table("scan", _right("organ, ml"), _right("tumour, ml"), "healthy?")
     picked, rows = [], []
     for scan in scans:
-        if scan.name not in found:
+        if scan.name not in volumes:
             continue
-        organ, tumor = found[scan.name]
+        organ, tumor = volumes[scan.name]
         reason = why_not_healthy(organ, tumor, least_organ_ml=organ_ml, most_tumor_ml=tumor_ml)
         table.add_row(scan.name, f"{organ:.0f}", f"{tumor:.2f}", reason or "yes")
         row = {"name": scan.name, "organ_ml": round(organ, 3), "tumor_ml": round(tumor, 4)}
@@ -169,18 +183,20 @@ def healthy(
     _end(failed, len(scans))
 
 
-def _each(items: Sequence[Any], work: Callable[[Any], T]) -> tuple[dict[str, T], dict[str, str]]:
-    """Results by name, and why the others failed, which is said at once."""
+def _for_each(
+    items: Sequence[Any], work: Callable[[Any], T]
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Results by name, and why other items failed; prints the failures."""
     done: dict[str, T] = {}
     failed: dict[str, str] = {}
     for item in _progress(items):
         try:
             done[item.name] = work(item)
-        except ModuleNotFoundError:  # no case can do without
+        except ModuleNotFoundError:  # every case would fail
             raise
         except Exception as error:
-            failed[item.name] = one_line(error)
-            _say(f"{item.name}: {failed[item.name]}")
+            failed[item.name] = describe_error(error)
+            say(f"{item.name}: {failed[item.name]}")
     return done, failed
 
 
@@ -190,10 +206,10 @@ def _progress(items: Sequence[Any]) -> Iterator[Any]:
     yield from track(items, "cases", console=console, transient=True, disable=hidden)
 
 
-def _summary_table(told: dict[str, Any], settings: dict[str, float]) -> Table:
+def _summary_table(scores: dict[str, Any], settings: dict[str, float]) -> Table:
     table = Table("", _right("mean"), _right("95 % interval"), "over")
     for key, (words, digits) in ROWS.items():
-        entry = told[key]
+        entry = scores[key]
         value, interval = entry["value"], entry["ci95"]
         table.add_row(
             words.format(**settings),
@@ -205,7 +221,7 @@ def _summary_table(told: dict[str, Any], settings: dict[str, float]) -> Table:
 
 
 def _counted(n: int, of: str) -> str:
-    """ "1 case", "2 cases", "1 scan without tumour" """
+    """Format as "1 case", "2 cases" or "1 scan without tumour"."""
     what, *more = of.split(" ")
     return " ".join([str(n), what.removesuffix("s") if n == 1 else what, *more])
 
@@ -232,7 +248,7 @@ def _check_new(path: Path | None, overwrite: bool) -> None:
     if path is None:
         return
     if path.is_dir() or not path.resolve().parent.is_dir():
-        raise ValueError(f"{path} must be a file to write, in a folder that is there")
+        raise ValueError(f"{path} must be a file in an existing folder; make the folder first")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another file or add --overwrite")
 
@@ -243,11 +259,7 @@ def _write(path: Path, document: dict[str, Any]) -> None:
     print(f"wrote {path}")
 
 
-def _say(words: str) -> None:
-    print(f"tumorsynth: {words}", file=sys.stderr)
-
-
 def _end(failed: dict[str, str], count: int) -> None:
     if failed:
-        _say(f"{len(failed)} of {count} scans failed")
+        say(f"{len(failed)} of {count} scans failed")
         raise typer.Exit(1)

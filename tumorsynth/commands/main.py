@@ -1,16 +1,17 @@
-"""The command line: puts the commands together, and turns errors into one line and an exit code.
+"""The command line: puts the commands together and turns errors into one line and an exit code.
 
-Exit codes: 0 all done; 1 a scan of several failed, none got a tumour, the machine failed, or
-something unexpected happened; 2 a wrong command or input; 130 Ctrl-C. Errors are one line on
-stderr; ``--debug`` shows the traceback instead. torch is imported by the commands that need it, so
-that ``--help`` is quick.
+Exit codes: 0, everything succeeded; 1, one of several scans failed, no scan got a tumour, the
+machine failed, or an unexpected error; 2, a wrong command or input; 130, Ctrl-C. Errors are one
+line on stderr; ``--debug`` shows the traceback instead. Commands import torch only when they run,
+so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 try:
     import rich  # noqa: F401
@@ -19,18 +20,19 @@ except ModuleNotFoundError as error:
     sys.exit(f'tumorsynth: no {error.name}: the commands need pip install "tumorsynth[cli]"')
 
 import tumorsynth
+from tumorsynth.commands import nnunet, reader_study
 from tumorsynth.commands.bench import bench
+from tumorsynth.commands.convert import convert
 from tumorsynth.commands.demo import demo
 from tumorsynth.commands.evaluate import evaluate, healthy
-from tumorsynth.commands.generators import convert, info
-from tumorsynth.commands.reader_study import app as reader_study
+from tumorsynth.commands.info import info
 from tumorsynth.commands.replay import replay
 from tumorsynth.commands.shared import fail
 from tumorsynth.commands.synthesize import synthesize
-from tumorsynth.scans.collection import exit_code, one_line
+from tumorsynth.scans.errors import describe_error, exit_code
 
 app = typer.Typer(
-    help="Realistic synthetic tumours for 3-D CT, image and label.",
+    help="Synthetic tumours for 3-D CT, image and label.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -38,45 +40,81 @@ app = typer.Typer(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code. Expected errors become one line on stderr."""
+    """Run a command line and return its exit code.
+
+    Args:
+        argv: the words after ``tumorsynth``; by default those of this process.
+    """
+    if argv is None:  # the process is ours
+        wait_passively()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    if debug:  # wherever it stands: the commands see it in front
+    if debug:  # allowed anywhere, but the commands expect it first
         arguments = ["--debug", *(a for a in arguments if a != "--debug")]
-    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what no text may
+    for stream in (sys.stdout, sys.stderr):  # file names may hold bytes that are no text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if "" in arguments:
-        return fail("an argument is empty; is a variable of the shell not set?", 2)
+        return fail("an argument is empty; check that the shell variable it comes from is set", 2)
     try:
         code = typer.main.get_command(app).main(
             arguments, prog_name="tumorsynth", standalone_mode=False
         )
     except (typer.Abort, KeyboardInterrupt):
         return fail("stopped", 130)
-    except BrokenPipeError:  # whoever read our output has enough of it
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if debug:
             raise
         if hasattr(error, "format_message"):  # typer's own: unknown option, missing argument
-            place = getattr(getattr(error, "ctx", None), "command_path", "tumorsynth")
-            words = error.format_message().rstrip(".")
-            if "--contrast-hu" in words:  # a name, as contrast_hu= takes, is no number
-                words += "; it takes LOW HIGH in HU, --contrast-prior takes names as liver-portal"
-            return fail(f"{words}; see {place} --help", 2)
-        return fail(one_line(error), exit_code(error))
-    if code == 130:  # typer's own way of saying so
+            return fail(_describe_usage_error(error, arguments), 2)
+        return fail(describe_error(error), exit_code(error))
+    if code == 130:  # how typer reports Ctrl-C
         return fail("stopped", 130)
     return code if isinstance(code, int) else 0
+
+
+def wait_passively() -> None:
+    """Make torch's CPU threads sleep while they wait for each other.
+
+    Spinning threads run several times slower beside another busy program. OpenMP reads the variable
+    when torch is loaded, so this has to come first; a setting of the user's stays.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ and "KMP_BLOCKTIME" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _describe_usage_error(error: Exception, arguments: Sequence[str]) -> str:
+    words = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    options = [getattr(error, "option_name", None)]
+    options += getattr(getattr(error, "param", None), "opts", [])
+    if (
+        "--contrast-hu" in options
+    ):  # contrast_hu= of the library takes names, so users try them here
+        words += "; give LOW HIGH in HU, or a name such as liver-portal to --contrast-prior"
+    context = getattr(error, "ctx", None)
+    path = _command_path(arguments) if context is None else context.command_path
+    return f"{words}; see {path} --help"
+
+
+def _command_path(arguments: Sequence[str]) -> str:
+    command: Any = typer.main.get_command(app)
+    path = ["tumorsynth"]
+    for word in arguments:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        path.append(word)
+    return " ".join(path)
 
 
 @app.callback(invoke_without_command=True)
 def top(
     context: typer.Context,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")
+        bool, typer.Option("--debug", help="Show tracebacks. Allowed anywhere on the line.")
     ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
@@ -101,7 +139,7 @@ def train(
     words: Annotated[list[str] | None, typer.Argument(metavar="COMMAND ...")] = None,
 ) -> None:
     """Train a generator: autoencoder, denoiser, pack."""
-    from tumorsynth.commands.train import app as commands  # not before: inference needs none of it
+    from tumorsynth.commands.train import app as commands  # imports torch
 
     command = typer.main.get_command(commands)
     command.main(words or ["--help"], prog_name="tumorsynth train", standalone_mode=False)
@@ -110,30 +148,8 @@ def train(
 app.command()(evaluate)
 app.command()(healthy)
 app.command()(bench)
-
-nnunet = typer.Typer(
-    help="The trainer for nnU-Net v2: where it is, or a copy.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(nnunet, name="nnunet")
-app.add_typer(reader_study, name="reader-study")
-
-
-@nnunet.command()
-def path() -> None:
-    """Print the folder for the variable nnUNet_extTrainer (nnU-Net 2.8 and later)."""
-    from tumorsynth.nnunet import shim
-
-    print(shim.folder())
-
-
-@nnunet.command()
-def install() -> None:
-    """Copy the trainer's shim among the trainers of the installed nnU-Net (2.5 and later)."""
-    from tumorsynth.nnunet import shim
-
-    print(shim.install())
+app.add_typer(nnunet.app, name="nnunet")
+app.add_typer(reader_study.app, name="reader-study")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""What a run says of itself: how far it is, on stderr, and each scan in a line."""
+"""Progress on stderr, and the line that sums up a scan."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tumorsynth.commands.shared import plain
+from tumorsynth.commands.shared import printable
 
 STEPS = ("reading", "synthesising", "writing", "drawing")
 
@@ -20,16 +20,17 @@ def number(count: int, noun: str) -> str:
 
 
 def summary(name: str, records: list[dict[str, Any]]) -> str:
+    """Sum up a scan: its tumours and their sizes, and why others were skipped."""
     placed = [r for r in records if r.get("applied", True)]
     sizes = ", ".join(f"{r['diameter_mm']:.1f} mm" for r in placed[:10])
     sizes += ", ..." if len(placed) > 10 else ""
-    words = f"{plain(name)}: {number(len(placed), 'tumour')}" + (f" ({sizes})" if sizes else "")
+    words = f"{printable(name)}: {number(len(placed), 'tumour')}" + (f" ({sizes})" if sizes else "")
     reasons = [str(r.get("reason")) for r in records if not r.get("applied", True)]
     return "; ".join([words, *dict.fromkeys(reasons)])
 
 
 class Steps:
-    """Scans done, and the step of the scan at hand, on stderr; silent off a terminal."""
+    """Bars for the scans, and for the steps of the scan in progress."""
 
     def __init__(self, bar: Progress, total: int):
         self.bar = bar
@@ -37,9 +38,14 @@ class Steps:
         self.task = bar.add_task("", total=len(STEPS))
         self.name, self.done = "", 0
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, words: str = "") -> None:
+        """The next scan. words: its first step, if that is not reading."""
         self.name, self.done = name, -1
         self.step()
+        if words:
+            self.bar.update(self.task, description=f"{name}: {words}")
+            if self.bar.disable:
+                print(f"{name}: {words} ...", file=sys.stderr, flush=True)
 
     def step(self) -> None:
         self.done += 1
@@ -52,14 +58,17 @@ class Steps:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Steps]:
+    """Show progress on stderr; nothing if stderr is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
+    bar = Progress(
         *columns,
         TimeElapsedColumn(),
         console=console,
         transient=True,
         redirect_stdout=sys.stdout.isatty(),
         disable=not console.is_terminal,
-    ) as bar:
+    )
+    # rich below 14.3 ends even a disabled bar with an empty line
+    with bar if console.is_terminal else nullcontext():
         yield Steps(bar, total)

@@ -1,4 +1,4 @@
-"""``tumorsynth reader-study``: blinded cases for readers, and the table of their answers."""
+"""``tumorsynth reader-study``: show blinded cases to readers, and tabulate their answers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from tumorsynth.reader_study.store import Store
 
 app = typer.Typer(
-    help="Real or synthetic? Blinded cases for readers, in a web page.",
+    help="Run a blinded study: do readers tell real from synthetic tumours?",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 Positive = Annotated[
     str,
-    typer.Option(help="real: sensitivity counts real cases called real; or synthetic."),
+    typer.Option(help="Which cases sensitivity is about: real or synthetic."),
 ]
 
 
@@ -32,36 +32,38 @@ def serve(
     *,
     real: Annotated[Path, typer.Option(help="Folder of the scans with real tumours.")],
     synthetic: Annotated[Path, typer.Option(help="Folder of the scans with synthetic tumours.")],
-    db: Annotated[Path, typer.Option(help="File of the study and its answers.")] = Path(
+    db: Annotated[Path, typer.Option(help="File for the study and its answers.")] = Path(
         "answers.sqlite"
     ),
-    port: Annotated[int, typer.Option(help="On 127.0.0.1; 0 takes a free one.")] = 8765,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0: any free one.")] = 8765,
     reader_name: Annotated[
         str | None,
-        typer.Option(help="The only reader. [default: the page asks]", show_default=False),
+        typer.Option(help="Name of the only reader. [default: the page asks]", show_default=False),
     ] = None,
     real_labels: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the label maps. [default: NAME_label beside NAME_ct]",
+            help="Folder of the real scans' label maps. [default: NAME_label beside NAME_ct]",
             show_default=False,
         ),
     ] = None,
     synthetic_labels: Annotated[
-        Path | None, typer.Option(help="The same, of the synthetic ones.", show_default=False)
+        Path | None, typer.Option(help="The same for the synthetic scans.", show_default=False)
     ] = None,
-    tumor_label: Annotated[int, typer.Option(help="Label value of the lesions to mark.")] = 2,
+    tumor_label: Annotated[int, typer.Option(help="Label value of the tumours to mark.")] = 2,
     synthetic_tumor_label: Annotated[
         int | None,
-        typer.Option(help="The same, of the synthetic ones, if another.", show_default=False),
+        typer.Option(
+            help="The same for the synthetic scans. [default: as --tumor-label]", show_default=False
+        ),
     ] = None,
     lesions: Annotated[
-        str, typer.Option(help="largest: one case per scan; each: one case per lesion.")
+        str, typer.Option(help="largest: one case per scan; each: one case per tumour.")
     ] = "largest",
     field_mm: Annotated[
         float | None,
         typer.Option(
-            help="Show a cube of this edge around the lesion. [default: the whole scan]",
+            help="Show a cube of this side, in mm, around the tumour. [default: the whole scan]",
             show_default=False,
         ),
     ] = None,
@@ -69,15 +71,15 @@ def serve(
 ) -> None:
     """Show blinded cases in a local web page and collect answers.
 
-    Prints the address to open. Every change is saved at once; stop with Ctrl-C, and the same
-    command goes on. Where the scans have label maps, the lesion is marked.
+    Prints the address to open, and saves every answer at once. Stop with Ctrl-C; the same command
+    continues the study. If the scans have label maps, the tumour is marked.
     """
     from tumorsynth.reader_study import server
     from tumorsynth.reader_study.blinding import find_scans
     from tumorsynth.reader_study.results import convention
     from tumorsynth.reader_study.store import Store
 
-    convention(positive)  # refuses what is no side, before any scan is read
+    convention(positive)  # fail fast on an unknown value
     found = [
         (find_scans(real, "real", real_labels), tumor_label),
         (
@@ -93,7 +95,7 @@ def serve(
         print(f"{len(cases)} cases; answers go to {db}")
         print(f"open {server.address(study, place)}", flush=True)
         server.serve(study, place)
-    print("stopped; the same command goes on")
+    print("stopped; the same command continues")
 
 
 def _prepare(
@@ -103,7 +105,17 @@ def _prepare(
     lesions: str,
     field_mm: float | None,
 ) -> dict[str, Served]:
-    """Blinded volumes by opaque id, of scans with the label value of their lesions; warns."""
+    """Blind the scans; prints differences between the sides that could give them away.
+
+    Args:
+        store: of the study.
+        found: the scans of each side, with the label value of their tumours.
+        lesions: "largest" or "each".
+        field_mm: side of the cube to show; None: the whole scan.
+
+    Returns:
+        What the server shows, by an opaque id.
+    """
     from tumorsynth.reader_study.blinding import Vault, blind, differences
     from tumorsynth.reader_study.server import Served
 
@@ -122,7 +134,7 @@ def _prepare(
         if sides.setdefault(digest, truth) != truth:
             raise ValueError(
                 f"no scan may be on both sides, but {source} is; give --real and --synthetic "
-                "folders of different scans"
+                "different scans"
             )
     for words in differences(traits):
         typer.echo(f"tumorsynth: warning: {words}", err=True)
@@ -131,19 +143,19 @@ def _prepare(
 
 @app.command()
 def results(
-    db: Annotated[Path, typer.Argument(help="The file of the answers.")],
+    db: Annotated[Path, typer.Argument(help="File of the study and its answers.")],
     *,
     positive: Positive = "real",
     interval: Annotated[
         str, typer.Option(help="95 % interval: wilson, or exact (Clopper-Pearson).")
     ] = "wilson",
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures there.", show_default=False)
+        Path | None, typer.Option("--json", help="JSON file to write.", show_default=False)
     ] = None,
 ) -> None:
-    """The table: sensitivity, specificity and accuracy, per reader and together.
+    """Print sensitivity, specificity and accuracy, per reader and together.
 
-    Counts readers who have answered all cases and closed their answers.
+    Counts the readers who have answered all cases and finished.
     """
     from tumorsynth.reader_study.results import study_results
     from tumorsynth.reader_study.store import Store
@@ -153,12 +165,12 @@ def results(
         found = study_results(store, positive=positive, interval=interval)
     for reader in found["unfinished"]:
         typer.echo(
-            f"tumorsynth: {reader['reader']} has answered {reader['answered']} cases and not "
+            f"tumorsynth: {reader['reader']} has answered {reader['answered']} cases, has not "
             "finished, and is not counted",
             err=True,
         )
     if not found["rows"]:
-        raise ValueError(f"no reader has finished in {db}; there is no table yet")
+        raise ValueError(f"no reader has finished in {db}; run the table again when one has")
     heading, *body = found.pop("table")
     widths = [max(len(line[k]) for line in [heading, *body]) for k in range(len(heading))]
     for line in [heading, ["-" * w for w in widths], *body]:

@@ -1,4 +1,4 @@
-"""``tumorsynth replay``: the tumours of a report once more, checked to the last voxel."""
+"""``tumorsynth replay``: make the tumours of a report again and check every voxel."""
 
 from __future__ import annotations
 
@@ -9,76 +9,83 @@ import typer
 
 import tumorsynth
 from tumorsynth.commands.progress import progress_bar, summary
-from tumorsynth.commands.shared import Out, Overwrite, fail, synthesizer
+from tumorsynth.commands.shared import Out, Overwrite, build_synthesizer, fail, say
 from tumorsynth.scans import nifti
-from tumorsynth.scans.cases import check_outputs, find_pairs, output_paths, sweep, synthesize_scan
+from tumorsynth.scans.outputs import find_unfinished, output_paths, remove_partial_files
+from tumorsynth.scans.pairing import find_pairs
+from tumorsynth.scans.scan import synthesize_scan
 
 
 def replay(
-    report: Annotated[Path, typer.Argument(help="The NAME_report.json of an earlier result.")],
-    ct: Annotated[Path, typer.Argument(help="The CT it was made from.")],
-    label: Annotated[Path, typer.Argument(help="Its label map.")],
+    report: Annotated[Path, typer.Argument(help="NAME_report.json of an earlier run.")],
+    ct: Annotated[Path, typer.Argument(help="The CT that the report was made from.")],
+    label: Annotated[Path, typer.Argument(help="The label map that it was made from.")],
     *,
     out: Out,
     generator: Annotated[
         str | None,
         typer.Option(
-            help="Where the report's generator is, if it is not bundled: a folder or hub id.",
+            help="Folder or hub id of the report's generator, unless it is a bundled one.",
             show_default=False,
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="[default: as in the report]", show_default=False)
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, ... [default: as in the report]", show_default=False),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make the tumours of a report again.
 
-    Takes the scan and label that the report was made from, places the very same tumours and writes
-    what `synthesize` writes. The generator's weights and the scan are checked against the report,
-    and the new voxels too: exit code 1 where they are not the same.
+    Takes the CT and the label map that the report was made from, makes the same tumours and writes
+    the same files as `synthesize`. Checks the generator and the scan against the report first, and
+    the new voxels at the end: if they differ, the exit code is 1.
     """
     from tumorsynth.scans.replay import (
         bundled_generator,
+        check_generator,
         check_scan,
         read_report,
-        same_generator,
         synthesizer_options,
     )
 
-    told = read_report(report)
+    old = read_report(report)
     (pair,) = find_pairs(ct, label)
-    check_outputs([pair], out, overwrite)
+    find_unfinished([pair], out, overwrite=overwrite)
     image, mask = nifti.read_pair(pair.ct, pair.label)
-    check_scan(told, image, mask)
-    synth = synthesizer(
-        generator=generator or bundled_generator(told),
-        device=device or told.get("device", "cpu"),
-        threads=told.get("threads", 1),
-        **synthesizer_options(told),
+    check_scan(old, image, mask)
+    synth = build_synthesizer(
+        generator=generator or bundled_generator(old),
+        device=device or old.get("device", "cpu"),
+        threads=old.get("threads", 1),
+        **synthesizer_options(old),
     )
-    same_generator(told, synth.handle.get(synth.device or "cpu").card)
+    check_generator(old, synth.handle.get(synth.device or "cpu").card)
     mask.check_label_fits(synth.tumor_label)
     out.mkdir(parents=True, exist_ok=True)
-    sweep([pair], out)
+    remove_partial_files([pair], out)
     with progress_bar(1) as progress:
         progress.begin(pair.name)
-        made = synthesize_scan(
-            synth, image, mask, out, pair.name, told["seed"], progress.step, params=told["params"]
+        new = synthesize_scan(
+            synth, image, mask, out, pair.name, old["seed"], progress.step, params=old["params"]
         )
         progress.end()
-    print(summary(pair.name, made["tumors"]))
+    print(summary(pair.name, new["tumors"]))
     for path in output_paths(out, pair.name).values():
         print(path)
-    if told["tumorsynth"] != tumorsynth.__version__:
-        fail(f"note: made by version {told['tumorsynth']}, now {tumorsynth.__version__}", 0)
-    known = told.get("voxels_sha256")
+    if old["tumorsynth"] != tumorsynth.__version__:
+        say(f"note: made by version {old['tumorsynth']}, now {tumorsynth.__version__}")
+    known = old.get("voxels_sha256")
     if known is None:
-        fail("note: the report has no voxels_sha256, so that nothing was compared", 0)
+        say("note: the report has no voxels_sha256, so nothing was compared")
         return
-    differing = [k for k in ("new_ct", "new_label") if made["voxels_sha256"][k] != known.get(k)]
+    differing = [
+        key.removeprefix("new_")
+        for key in ("new_ct", "new_label")
+        if new["voxels_sha256"][key] != known.get(key)
+    ]
     if differing:
-        words = " and ".join(k.removeprefix("new_") for k in differing)
+        words = " and ".join(differing)
         raise typer.Exit(
             fail(f"the {words} of {pair.name} is not the report's to the last voxel", 1)
         )

@@ -1,4 +1,4 @@
-"""What several commands have in common: options, what their words mean, and the synthesizer."""
+"""What several commands share: options, the parsing of their values, messages, the transform."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ if TYPE_CHECKING:
     from tumorsynth.intensity import HU, Scaled
     from tumorsynth.synthesizer import SynthesizeTumor
 
-# Shared options, so that every command says the same of the same word.
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write the results to.")]
 GeneratorName = Annotated[
     str | None,
     typer.Option(
         help="Bundled name, generator folder or hub id; `tumorsynth info` lists the bundled ones. "
-        "[default: liver-early, or hu2023 where that does not ship]",
+        "[default: liver-early, or hu2023 if that does not ship]",
         show_default=False,
     ),
 ]
 Count = Annotated[
     str | None,
     typer.Option(
-        help="Tumours per scan: N, or LOW-HIGH to draw from. "
-        "[default: 1-3; with --size-prior as many as real cases have]",
+        help="Tumours per scan: N, or LOW-HIGH for a random number. "
+        "[default: 1-3; with --size-prior, as many as in real cases]",
         show_default=False,
     ),
 ]
@@ -40,28 +39,36 @@ SizeMm = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Same seed, same tumours.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same tumours.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Threads = Annotated[
     int,
-    typer.Option(help="CPU threads per process; another number may change a diffusion's last bit."),
+    typer.Option(
+        help="CPU threads per process. Another number may change the last bit of what a diffusion "
+        "generator makes."
+    ),
 ]
 
 
+def say(words: str) -> None:
+    """Print one line on stderr."""
+    print(f"tumorsynth: {printable(words)}", file=sys.stderr)
+
+
 def fail(words: str, code: int) -> int:
-    """Say what is wrong in one line on stderr; returns the exit code."""
-    print(f"tumorsynth: {plain(words)}", file=sys.stderr)
+    """Print an error on stderr; returns the exit code."""
+    say(words)
     return code
 
 
-def plain(value: object) -> str:
-    """On one line, and no command to the terminal: names and cards may be anybody's."""
+def printable(value: object) -> str:
+    """Make a name or a card's text safe to print: one line, no control characters."""
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
 def check_device(device: str) -> None:
-    """ValueError for what is no device of this machine."""
+    """Raise ValueError if this machine has no such device."""
     import torch
 
     from tumorsynth import devices
@@ -69,16 +76,20 @@ def check_device(device: str) -> None:
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"--device must name a torch device, got {device!r}; try cpu") from error
+        raise ValueError(
+            f"--device must name a torch device, got {device!r}; give for example cpu or cuda:0"
+        ) from error
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there is no such GPU here; use --device cpu")
+        raise ValueError(
+            f"--device must name a GPU of this machine, got {device}: no such GPU; use --device cpu"
+        )
     devices.check_device(wanted)
 
 
-def synthesizer(
+def build_synthesizer(
     *, generator: str | None, device: str, threads: int | None = None, **options: Any
 ) -> SynthesizeTumor:
-    # now, and not after the work is done
+    """Build the transform, and fail fast on missing packages, devices and damaged weights."""
     nifti.require_nibabel()
     from tumorsynth.scans.preview import require_matplotlib
 
@@ -93,20 +104,21 @@ def synthesizer(
         torch.set_num_threads(threads)
     wanted = torch.device(device)
     name = generator or default_generator()
-    load_generator(name, wanted)  # damaged weights are said before any scan is read
+    load_generator(name, wanted)
     return SynthesizeTumor(generator=name, device=wanted, **options)
 
 
-def share(text: str) -> float | str:
+def parse_mass_effect(text: str) -> float | str:
     try:
         return text if text == "auto" else float(text)
     except ValueError:
         raise ValueError(
-            f"--mass-effect must be a share from 0 to 0.9, or auto, got {text!r}"
+            f"--mass-effect must be a share from 0 to 0.9, or auto, got {text!r}; give for example "
+            "0.3"
         ) from None
 
 
-def bulge_range(text: str) -> bool | tuple[float, float]:
+def parse_bulge(text: str) -> bool | tuple[float, float]:
     if text in ("no", "prior"):
         return text == "prior"
     low, _, high = text.partition("-")
@@ -114,19 +126,22 @@ def bulge_range(text: str) -> bool | tuple[float, float]:
         return float(low), float(high or low)
     except ValueError:
         raise ValueError(
-            f"--bulge must be prior, no, a share from 0 to 0.9, or LOW-HIGH, got {text!r}"
+            f"--bulge must be prior, no, a share from 0 to 0.9, or LOW-HIGH, got {text!r}; give "
+            "for example 0.3 or 0-0.5"
         ) from None
 
 
-def count_range(text: str) -> tuple[int, int]:
+def parse_count(text: str) -> tuple[int, int]:
     low, _, high = text.partition("-")
     try:
         return int(low), int(high or low)
     except ValueError:
-        raise ValueError(f"--count must be N or LOW-HIGH, as 3 or 1-3, got {text!r}") from None
+        raise ValueError(
+            f"--count must be N or LOW-HIGH, got {text!r}; give for example 3 or 1-3"
+        ) from None
 
 
-def scale_of(text: str) -> HU | Scaled:
+def parse_intensity(text: str) -> HU | Scaled:
     from tumorsynth.intensity import HU, Scaled
 
     if text.lower() == "hu":
@@ -135,6 +150,6 @@ def scale_of(text: str) -> HU | Scaled:
         a_min, a_max, b_min, b_max = (float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"--intensity must be hu or four numbers as in -175,250,0,1, got {text!r}"
+            f"--intensity must be hu, or four numbers, got {text!r}; give for example -175,250,0,1"
         ) from None
     return Scaled(a_min, a_max, b_min, b_max)

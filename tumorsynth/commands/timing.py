@@ -1,13 +1,14 @@
-"""What a generator costs on this machine: the time of each stage, and the memory.
+"""Measure the time of each stage and the memory of a generator.
 
 On a GPU every measured call is synchronised before and after, and memory is what torch allocated.
-On a CPU there are two clocks, the wall's and the process's (summed over its threads; it says more
-on a machine that is shared), and memory is the resident set.
+On a CPU there are two clocks, wall time and the CPU time of all threads (more reliable on a shared
+machine), and memory is the resident set.
 """
 
 from __future__ import annotations
 
 import ctypes
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tumorsynth.generators.diffusion import Generator
 from tumorsynth.pipeline import finish, place, requests
@@ -35,8 +36,8 @@ def synchronise(device: torch.device) -> None:
 def times(
     run: Callable[[], object], device: torch.device, repeats: int = 5
 ) -> dict[str, list[float]]:
-    """``wall_ms`` and ``cpu_ms`` of each of ``repeats`` calls, after some that are not counted."""
-    for _ in range(3 if device.type == "cuda" else 1):  # kernels are chosen and loaded at first
+    """``wall_ms`` and ``cpu_ms`` of each of ``repeats`` calls, after a warm-up."""
+    for _ in range(3 if device.type == "cuda" else 1):  # the first calls choose and load kernels
         run()
     found: dict[str, list[float]] = {"wall_ms": [], "cpu_ms": []}
     for _ in range(repeats):
@@ -50,10 +51,10 @@ def times(
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
-    """The most memory that a call held beyond what was held before it, in MiB.
+    """The peak memory of a call in MiB, beyond what was in use before it.
 
-    CUDA: allocated tensors. CPU: resident memory, sampled every ms; on Linux with glibc alone, else
-    None. What earlier calls freed goes back to the system first, or it would hide what this takes.
+    CUDA: allocated tensors. CPU: resident memory, sampled every ms; None except on Linux with
+    glibc. Memory that earlier calls freed is returned to the system first, as it would hide some.
     """
     if device.type == "cuda":
         synchronise(device)
@@ -87,6 +88,26 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
         done.set()
         watcher.join()
     return round(max(0.0, max(peak[0], resident()) - start), 1)
+
+
+def cpu_name() -> str:
+    """The processor's model, as Linux names it; elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names and names[0]) or platform.processor() or platform.machine() or "unknown"
+
+
+@torch.no_grad()
+def reference_times(device: torch.device, repeats: int = 3) -> dict[str, list[float]]:
+    """`times` of four float32 convolutions, 3x3x3, 32 channels, 96^3.
+
+    A fixed amount of work in PyTorch's own kernels: what a tumour costs as a share of it can be
+    compared across machines.
+    """
+    layer = nn.Conv3d(32, 32, 3, padding=1, device=device, dtype=torch.float32)
+    x = torch.randn(1, 32, 96, 96, 96, device=device, dtype=torch.float32)
+    return times(lambda: [layer(x) for _ in range(4)], device, repeats)
 
 
 def crop_and_mask(
@@ -137,7 +158,7 @@ def pass_times(
 def patch_and_label(
     side: int = 96, batch: int = 1, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Patches (B, 1, side, side, side) that are all organ: 110 HU with a noise of 12, label 1."""
+    """Patches (B, 1, side, side, side) of organ alone: 110 HU with a noise of 12, label 1."""
     rng = torch.Generator().manual_seed(0)
     image = 110 + 12 * torch.randn(batch, 1, side, side, side, generator=rng)
     return image.to(device), torch.ones(image.shape, dtype=torch.uint8, device=device)
@@ -150,11 +171,17 @@ def call_times(
     repeats: int = 5,
     **where: Any,
 ) -> dict[str, dict[str, list[float]]]:
-    """`times` of whole calls, ``call``, and of their steps, measured apart within like calls.
+    """`times` of whole calls, ``call``, and of their steps, measured in separate calls.
 
-    A step's time is without that of the steps inside it; ``other`` is what no step takes. On a GPU
-    the calls with steps wait for it at every step, the whole calls do not.
-    where: ``spacing`` or ``affine``.
+    A step's time excludes the steps inside it; ``other`` is the rest of a call. On a GPU every step
+    is synchronised, but whole calls are not.
+
+    Args:
+        synth: the transform.
+        image: passed to it.
+        label: passed to it.
+        repeats: calls of each kind.
+        where: ``spacing`` or ``affine``.
     """
     device = synth.device or image.device
     generator: Any = synth.handle.get(device)
@@ -196,7 +223,7 @@ def call_times(
 
 
 class Watch:
-    """Times methods of objects and functions of modules, each without the watched ones inside."""
+    """Times methods of objects and functions of modules, excluding the timed ones they call."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,8 +1,9 @@
-"""``tumorsynth train``: every field of `tumorsynth.training.config` is a flag."""
+"""``tumorsynth train``: every field of the configs in `tumorsynth.training.config` is a flag."""
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -36,21 +37,23 @@ Data = Annotated[
         "a folder of CTs"
     ),
 ]
-Labels = Annotated[Path | None, typer.Option(help="The folder of label maps, to a folder of CTs.")]
+Labels = Annotated[
+    Path | None, typer.Option(help="Folder of the label maps, if DATA is a folder of CTs.")
+]
 Preset = Annotated[
     str,
     typer.Option(
-        help="tiny: a trial on a CPU; light: what ships; lung: light in a window from -1000 HU; "
-        "base: the published sizes."
+        help="tiny: a trial on a CPU; light: as the bundled generators; lung: light, in a window "
+        "from -1000 HU; base: the published sizes."
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="The folder of the run.")]
-Licence = Annotated[str | None, typer.Option(help="Terms of use, for the card.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in OUT.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")]
+Licence = Annotated[str | None, typer.Option(help="Terms of use, written into the card.")]
 
 
 def with_flags(*kinds: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds a flag for every field of these dataclasses; the command gets them as keywords."""
+    """Give a command a flag for every field of some dataclasses, passed as keywords."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
@@ -97,14 +100,16 @@ def autoencoder(
     labels: Labels = None,
     preset: Preset = "light",
     resume: Resume = False,
-    init: Annotated[str | None, typer.Option(help="A trained folder to start from.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Folder of a trained autoencoder to start from.")
+    ] = None,
     licence: Licence = None,
     **given: Any,
 ) -> None:
-    """Stage 1: an autoencoder, on CTs with or without labels.
+    """Train stage 1, an autoencoder, on CTs with or without labels.
 
-    OUT becomes a folder for --autoencoder of `tumorsynth train denoiser`. A killed run goes on
-    with the same command and --resume.
+    Writes a folder for --autoencoder of `tumorsynth train denoiser`. To resume an interrupted run,
+    give the same command with --resume.
     """
     config = configured(AutoencoderTraining, _preset("autoencoder", preset), given)
     hardware = configured(Hardware, {}, given)
@@ -112,7 +117,7 @@ def autoencoder(
     from tumorsynth.training.reading import load_data
 
     card = {"licence": licence} if licence else {}
-    cases = partial(load_data, data, labels)  # read once all else is checked
+    cases = partial(load_data, data, labels)  # read after everything else is checked
     train(cases, out, config, hardware, resume=resume, init=init, card=card)
     _wrote(f"{out}; use it with tumorsynth train denoiser ... --autoencoder {out}")
 
@@ -130,15 +135,17 @@ def denoiser(
     labels: Labels = None,
     preset: Preset = "light",
     resume: Resume = False,
-    name: Annotated[str | None, typer.Option(help="Of the generator; else the folder's.")] = None,
-    init: Annotated[str | None, typer.Option(help="A generator to start from.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the generator. [default: the folder's]")
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="Generator to start from.")] = None,
     licence: Licence = None,
     **given: Any,
 ) -> None:
-    """Stage 2: a generator, from tumours and an autoencoder.
+    """Train stage 2, a denoiser, on annotated tumours with an autoencoder.
 
-    OUT becomes a generator folder, for --generator OUT and ts.load_generator(OUT). A killed run
-    goes on with the same command and --resume.
+    Writes a generator folder, for --generator OUT and ts.load_generator(OUT). To resume an
+    interrupted run, give the same command with --resume.
     """
     config = configured(DenoiserTraining, _preset("denoiser", preset), given)
     which, hardware = configured(DataConfig, {}, given), configured(Hardware, {}, given)
@@ -146,7 +153,7 @@ def denoiser(
     from tumorsynth.training.reading import load_data
 
     card = {k: v for k, v in {"name": name, "licence": licence}.items() if v}
-    cases = partial(load_data, data, labels)  # read once all else is checked
+    cases = partial(load_data, data, labels)  # read after everything else is checked
     train(cases, autoencoder, out, config, which, hardware, resume=resume, init=init, card=card)
     _wrote(f"{out}; use it with --generator {out}")
 
@@ -154,12 +161,12 @@ def denoiser(
 @app.command()
 def pack(
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .npz file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help=".npz file to write.")],
     labels: Labels = None,
 ) -> None:
-    """All scans in one file, for machines that have torch only."""
+    """Pack all scans into one file, for machines without nibabel."""
     if out.suffix != ".npz":
-        raise ValueError(f"a pack's name must end in .npz, got {out}")
+        raise ValueError(f"a pack's name must end in .npz, got {out}; rename it")
     from tumorsynth.training.data import save_pack
     from tumorsynth.training.reading import load_data
 
@@ -177,12 +184,11 @@ def pack(
 def _preset(stage: str, name: str) -> dict[str, Any]:
     presets = PRESETS[stage]
     if name not in presets:
-        raise ValueError(f"--preset must be {' or '.join(presets)}, got {name!r}")
+        raise ValueError(f"--preset must be {' or '.join(presets)}, got {name!r}; give one of them")
     return presets[name]
 
 
 def _wrote(words: str) -> None:
-    import os
-
+    """Print on the first of several processes only."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"wrote {words}")

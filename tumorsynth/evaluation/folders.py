@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tumorsynth.scans import nifti
-from tumorsynth.scans.cases import by_name
+from tumorsynth.scans.pairing import find_files
 
 if TYPE_CHECKING:
     from tumorsynth.evaluation.metrics import CaseScores
@@ -97,7 +97,7 @@ def find_scans(predictions: Path, cts: Path | None = None) -> list[Scan]:
     guesses = _named(predictions)
     if cts is None:
         return [Scan(name, path) for name, path in sorted(guesses.items())]
-    images = {name.removesuffix("_0000"): path for name, path in by_name(cts, "_ct").items()}
+    images = {name.removesuffix("_0000"): path for name, path in find_files(cts, "_ct").items()}
     _check_none_lost(guesses, images, "CT", cts, "rename, or give the folder of those CTs")
     return [Scan(name, path, images[name]) for name, path in sorted(guesses.items())]
 
@@ -146,7 +146,7 @@ def decathlon(scans: Sequence[Scan], beside: Path) -> dict[str, Any]:
 
 
 def _named(folder: Path) -> dict[str, Path]:
-    found = by_name(folder, "_label")
+    found = find_files(folder, "_label")
     if not found:
         raise ValueError(f"the folder {folder} holds no .nii.gz or .nii; give another folder")
     return found

@@ -101,6 +101,7 @@ class HandcraftedGenerator:
     crop_multiple = 1
     own_edge = False  # of a change: it carries on beyond the mask
     even = False  # its texture is meant
+    parameter_count = 0  # it has no network
     keeps_detail = True  # of the scan: it adds to the crop
     window = (HU_LOW, HU_HIGH)
 

@@ -28,6 +28,7 @@ class TumorGenerator(Protocol):
         keeps_detail: whether `inpaint` keeps the scan's own noise.
         device: where it computes.
         card: name, source, licence; free-form but for ``name``. Reports quote it.
+        parameter_count: optional, of its networks: small ones run on one CPU thread.
 
     Example:
         >>> class Darker:

@@ -22,6 +22,7 @@ from tumorsynth.arguments import any_bool, is_bool
 from tumorsynth.devices import plain_defaults
 from tumorsynth.phantom.anatomy import LABELS, Patient, paint_patient
 from tumorsynth.phantom.shapes import Box, Lattice, resample
+from tumorsynth.threads import one_thread
 
 __all__ = ["LABELS", "Phantom", "make_phantom"]
 
@@ -45,6 +46,7 @@ class Phantom:
 
 
 @plain_defaults()
+@one_thread()
 def make_phantom(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     shape: Sequence[int] | None = None,

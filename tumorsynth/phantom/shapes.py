@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,14 +20,17 @@ class Waves:
     def __init__(self, rng: torch.Generator, shortest: float, longest: float, count: int = 10):
         k = torch.randn(count, 3, generator=rng)
         length = shortest + (longest - shortest) * torch.rand(count, 1, generator=rng)
-        self.k = (k / k.norm(dim=1, keepdim=True) * 2 * math.pi / length).tolist()
-        self.phase = (2 * math.pi * torch.rand(count, generator=rng)).tolist()
+        self.k = k / k.norm(dim=1, keepdim=True) * 2 * math.pi / length
+        self.phase = 2 * math.pi * torch.rand(count, generator=rng)
 
     def __call__(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        total = torch.zeros(())
-        for (kx, ky, kz), phase in zip(self.k, self.phase, strict=True):
-            total = total + torch.sin(kx * x + ky * y + kz * z + phase)
-        return total * math.sqrt(2 / len(self.k))
+        one = [-1, *[1] * x.ndim]  # all waves at once, added in their order
+        kx, ky, kz = (k.view(one) for k in self.k.unbind(1))
+        waves = torch.sin(kx * x + ky * y + kz * z + self.phase.view(one))
+        total = waves[0]
+        for wave in waves[1:]:
+            total = total + wave
+        return total * math.sqrt(2 / len(self.phase))
 
 
 class Warp:
@@ -74,6 +78,7 @@ class Lattice:
         self.axes = [
             torch.arange(a, b + 1) * step for a, b in zip(self.first, self.last, strict=True)
         ]
+        self._numbers = [axis.numpy() for axis in self.axes]
         self.shape = [len(axis) for axis in self.axes]
         self.box = [a * step for a in self.first], [b * step for b in self.last]
 
@@ -126,32 +131,51 @@ class Lattice:
 
     def tubes(self, *paths: Tensor, reach: float = 5.0) -> Tensor:
         """Distance to tubes along upright points (N, 4): x, y, z, radius. At most reach."""
-        out = torch.full(self.shape, float(reach))
         points = torch.cat(paths)
         if self.warp is not None:
             points = torch.cat([self.warp.to_world(points[:, :3]), points[:, 3:]], 1)
-        for path in points.split([len(path) for path in paths]):
-            ends = path.tolist()
-            for a, b in zip(ends[:-1], ends[1:], strict=True):
-                self._segment(out, a, b, max(a[3], b[3]) + reach)
-        return out
+        ends = points.double().numpy()
+        margin = np.maximum(ends[:-1, 3:], ends[1:, 3:]) + reach
+        low = np.minimum(ends[:-1, :3], ends[1:, :3]) - margin
+        high = np.maximum(ends[:-1, :3], ends[1:, :3]) + margin
+        start = (np.floor(low / self.step) - self.first).clip(0).astype(int)
+        stop = (np.ceil(high / self.step) - self.first + 1).clip(0, self.shape).astype(int)
+        near = (start < stop).all(1)
+        near[np.cumsum([len(path) for path in paths])[:-1] - 1] = False  # from path to path
+        out = np.full(self.shape, reach, np.float32)
+        points_list, starts, stops = ends.tolist(), start.tolist(), stop.tolist()
+        for i in near.nonzero()[0].tolist():
+            self._segment(out, points_list[i], points_list[i + 1], starts[i], stops[i])
+        return torch.from_numpy(out)
 
-    def _segment(self, out: Tensor, a: list[float], b: list[float], margin: float) -> None:
-        cut, axes = [], []
-        for i in range(3):
-            lo = math.floor((min(a[i], b[i]) - margin) / self.step) - self.first[i]
-            hi = math.ceil((max(a[i], b[i]) + margin) / self.step) - self.first[i] + 1
-            cut.append(slice(max(lo, 0), max(hi, 0)))
-            axes.append(self.axes[i][cut[i]] - a[i])
-        if not all(len(axis) for axis in axes):
-            return
-        x, y, z = axes[0][:, None, None], axes[1][:, None], axes[2]
+    def _segment(
+        self,
+        out: np.ndarray,
+        a: Sequence[float],
+        b: Sequence[float],
+        start: list[int],
+        stop: list[int],
+    ) -> None:
+        """Lower out to the distance to one piece of a tube, from a to b, in a part of it."""
+        x, y, z = (
+            axis[n:m] - np.float32(c)
+            for axis, n, m, c in zip(self._numbers, start, stop, a, strict=False)
+        )
+        x, y = x[:, None, None], y[:, None]
         u, v, w = b[0] - a[0], b[1] - a[1], b[2] - a[2]
         dot = u * u + v * v + w * w + 1e-9
-        t = (x * (u / dot) + y * (v / dot) + z * (w / dot)).clamp_(0, 1)
-        d = ((x - t * u).square_() + (y - t * v).square_() + (z - t * w).square_()).sqrt_()
-        d -= a[3] + t * (b[3] - a[3])
-        torch.minimum(out[tuple(cut)], d, out=out[tuple(cut)])
+        f = np.float32
+        t = x * f(u / dot) + y * f(v / dot) + z * f(w / dot)
+        t.clip(0, 1, out=t)
+        d = np.square(x - t * f(u))
+        d += np.square(y - t * f(v))
+        d += np.square(z - t * f(w))
+        torch.from_numpy(d).sqrt_()  # rounds as torch does everywhere else here
+        t *= f(b[3] - a[3])
+        t += f(a[3])
+        d -= t
+        part = out[start[0] : stop[0], start[1] : stop[1], start[2] : stop[2]]
+        np.minimum(part, d, out=part)
 
 
 def join(a: Tensor, b: Tensor, soft: float) -> Tensor:

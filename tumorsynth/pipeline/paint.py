@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -33,8 +34,10 @@ from tumorsynth.pipeline.validation import check_hu, check_scale
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.sample import sample_contrast_hu
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
+from tumorsynth.threads import own_threads, waits_busily
 
 CONTEXT_MM = 16.0  # of the scan on each side of a tumour, at least, that its crop shows
+ONE_THREAD_WORK = 1.5e12  # parameters times voxels, up to which networks run on one thread
 GPU_BATCH = 8  # crops in one pass of the networks; halved where memory does not suffice
 
 
@@ -184,7 +187,7 @@ class Painter:
         try:
             crops = onto(torch.stack([request.crop for request in batch])[:, None], device)
             masks = onto(torch.stack([request.crop_mask for request in batch])[:, None], device)
-            with torch.autocast(device.type, enabled=False):
+            with _threads(generator, crops), torch.autocast(device.type, enabled=False):
                 generated = run(
                     crops,
                     masks,
@@ -210,6 +213,20 @@ class Painter:
             )
         self.batch_limit = tried // 2
         torch.cuda.empty_cache()
+
+
+def _threads(generator: TumorGenerator, crops: Tensor) -> AbstractContextManager[None]:
+    """Return the context for a generator's CPU threads.
+
+    Networks get all threads of the program where an operator is long enough to be shared, or where
+    threads sleep while they wait for each other: threads that spin starve other programs, and
+    themselves beside them. A generator without ``parameter_count`` gets all threads.
+    """
+    parameters = getattr(generator, "parameter_count", None)
+    if parameters == 0:
+        return nullcontext()
+    small = parameters is not None and parameters * crops.numel() <= ONE_THREAD_WORK
+    return nullcontext() if small and waits_busily() else own_threads()
 
 
 def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -> Tensor:

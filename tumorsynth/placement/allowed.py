@@ -100,8 +100,9 @@ class AllowedVoxels:
         if self._forbidden is not None:
             allowed[here] &= ~self._forbidden[there]
         for taken in self._taken:
-            here, there = _common_slices(box, taken.box)
-            allowed[here] &= ~taken.mask[there]
+            if not box.within(taken.box).is_empty:
+                here, there = _common_slices(box, taken.box)
+                allowed[here] &= ~taken.mask[there]
         return allowed
 
     def organ_on_grid(self, slices: Sequence[slice]) -> Bools:

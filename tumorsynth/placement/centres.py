@@ -69,8 +69,8 @@ def rank_inside(
         allowed: where it may be.
         candidates: (M, 3), voxels of the organ.
         touches_capsule: whether the organ's surface should cut it, or stay clear of it.
-        keep_best: whether to return the best centre even if all are hopeless; rasterising there
-            tells which size would fit.
+        keep_best: whether to yield the best centre if all are left out; rasterising there tells
+            which size would fit.
 
     Yields:
         Centres (3,), best first, without those that leave too little room.

@@ -15,7 +15,7 @@ call) and levels in float64, so that every machine places the same tumours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -36,20 +36,13 @@ from tumorsynth.placement.rasterize import (
 from tumorsynth.placement.sample import SEED_LIMIT, SampledTumor, sample_tumor
 from tumorsynth.placement.settings import PlacementSettings, SizeRange
 from tumorsynth.placement.shape import Shape
-from tumorsynth.placement.types import (
-    GrowthRegion,
-    Indices,
-    LocalMask,
-    Skip,
-    SkipCode,
-    TumorParams,
-)
+from tumorsynth.placement.types import GrowthRegion, LocalMask, Skip, SkipCode, TumorParams
 
 CENTRES_PER_SIZE = 4  # centres rasterised before the tumour is made smaller
 SIZE_STEPS = 5  # sizes tried, from the sampled one down to the smallest allowed
 MAX_FAILED_TUMORS = 8  # tumours in a row without room, after which no more are tried
 MIN_FLATNESS = 0.33  # shortest / longest axis once the organ cuts a tumour; 95 % of real ones
-MAX_OWN_FLATNESS_LOSS = 0.7  # a shape that is flat by itself may become flatter by this factor
+CUT_FLATNESS_FACTOR = 0.7  # of its own flatness, that a flat shape must keep
 MAX_ORGAN_SHARE = 0.25  # of the organ, that a tumour of a prior's size may take
 COARSE_POINTS = 24  # along each axis of the grid on which the organ's volume is estimated
 
@@ -165,23 +158,27 @@ def _fit(
         reason = "no room: other tumours or forbidden voxels fill the organ"
         return Skip(SkipCode.NO_ROOM, reason, params.drawn_mm)
     most_voxels = 0
-    for step, diameter_mm in enumerate(diameters := _shrinking_diameters(params, sizes)):
+    diameters_mm = _shrinking_diameters(params, sizes)
+    for step, diameter_mm in enumerate(diameters_mm):
         diameter_mm = snap_diameter(diameter_mm, *sizes, allowed.voxel_mm3)
         smaller = replace(params, diameter_mm=diameter_mm)
         shape = Shape(smaller)
-        last = step == len(diameters) - 1
-        centres = _rank(sampled, shape, allowed, candidates, growth, rng, keep_best=last)
-        # a shape may be flat by itself, but the organ must not cut it down to a sliver
-        min_flatness = min(MIN_FLATNESS, MAX_OWN_FLATNESS_LOSS * shape.flatness())
+        if growth is not None:
+            centres = rank_exophytic(shape, allowed, candidates, params.bulge, growth, rng)
+        else:
+            centres = rank_inside(
+                shape,
+                allowed,
+                candidates,
+                touches_capsule=sampled.touches_capsule,
+                keep_best=step == len(diameters_mm) - 1,
+            )
         for centre in islice(centres, CENTRES_PER_SIZE):
             x, y, z = centre.tolist()
             result = rasterize(replace(smaller, centre=(x, y, z)), shape, allowed, growth)
             if isinstance(result, int):
                 most_voxels = max(most_voxels, result)
-            elif (
-                result.voxels < MIN_SMOOTH_VOXELS
-                or flatness(result.mask, allowed.spacing) >= min_flatness
-            ):
+            elif not _is_sliver(result, shape, allowed):
                 return result
     reason = _no_room(sizes)
     largest_mm = equivalent_diameter(most_voxels * allowed.voxel_mm3)
@@ -190,21 +187,12 @@ def _fit(
     return Skip(SkipCode.NO_ROOM, reason, params.drawn_mm)
 
 
-def _rank(
-    sampled: SampledTumor,
-    shape: Shape,
-    allowed: AllowedVoxels,
-    candidates: Indices,
-    growth: GrowthRegion | None,
-    rng: torch.Generator,
-    *,
-    keep_best: bool,
-) -> Iterator[Indices]:
-    """Rank centres inside the organ, or, with a growth region, partly beyond it."""
-    if growth is not None:
-        return rank_exophytic(shape, allowed, candidates, sampled.params.bulge, growth, rng)
-    touches = sampled.touches_capsule
-    return rank_inside(shape, allowed, candidates, touches_capsule=touches, keep_best=keep_best)
+def _is_sliver(tumor: LocalMask, shape: Shape, allowed: AllowedVoxels) -> bool:
+    """Whether the organ cut a tumour so flat that it no longer looks like one."""
+    if tumor.voxels < MIN_SMOOTH_VOXELS:
+        return False
+    min_flatness = min(MIN_FLATNESS, CUT_FLATNESS_FACTOR * shape.flatness())
+    return flatness(tumor.mask, allowed.spacing) < min_flatness
 
 
 def _shrinking_diameters(params: TumorParams, sizes: SizeRange) -> list[float]:

@@ -1,9 +1,8 @@
-"""Named priors: how large tumours are, how they are shaped, where they sit, how many there are.
+"""Size priors: how large tumours are, their shapes, how many there are, and whether they bulge.
 
-Everything here is data. "liver", "kidney" and "cyst" are fitted to connected components of real
-masks (MSD liver tumours, KiTS23 kidney tumours and cysts). "pancreas" and "lung" have no masks
-behind them: their shapes are those of early liver tumours, and their sizes and counts are
-assumptions from the clinical literature, to be replaced when masks are at hand.
+"liver", "kidney" and "cyst" are fitted to connected components of real masks (MSD liver tumours,
+KiTS23 kidney tumours and cysts). "pancreas" and "lung" are not fitted to masks: they use the shapes
+of early liver tumours, and sizes and counts assumed from the clinical literature.
 """
 
 from __future__ import annotations
@@ -14,86 +13,112 @@ from statistics import NormalDist
 
 import torch
 
-# Bounds on what a prior's tails may draw: beyond these a shape is a strip, a disc or a star.
-MIN_AXIS_RATIO = 0.4
+# Bounds on the tails of the distributions; beyond them a shape is a strip, a disc or a star
+MIN_AXIS_RATIO = 0.4  # shortest / longest axis
 MAX_ROUGHNESS = 0.4  # of the shortest half-axis
+REFERENCE_MM = 15.0  # diameter at which shape, roughness and bulge have their mean values
+MIN_PROBABILITY = 1e-6  # of a range of sizes; below it sizes are log-uniform in the range
 
 
 @dataclass(frozen=True)
 class SizePrior:
-    """Distributions of one kind of tumour. Normal distributions are given as (mean, sd).
+    """Distributions of one kind of tumour.
 
-    d is the equivalent diameter in mm, the diameter of the sphere of the same volume. "logit" is
-    ln(x / (1 - x)). The axis and roughness figures describe the drawn surface, not the voxels:
-    they were set so that what is *measured* on drawn voxels agrees with the real masks.
+    Normal distributions are (mean, sd). d is the equivalent diameter in mm: that of the sphere of
+    the same volume. logit(x) is ln(x / (1 - x)). Axes and roughness describe the sampled surface;
+    they are set so that measurements on its voxels agree with real masks.
+
+    Args:
+        name: the name in `PRIORS`.
+        log_diameter: normal distribution of ln d, before truncation to ``range_mm``.
+        range_mm: smallest and largest d.
+        elongation: normal distribution of logit(axis 2 / axis 1).
+        flatness: normal distribution of logit(axis 3 / axis 2) at d = 15 mm.
+        flatness_slope: added to the mean flatness per unit of ln(d / 15 mm).
+        roughness: normal distribution of ln(relative surface amplitude) at d = 15 mm.
+        roughness_slope: added to the mean roughness per unit of ln(d / 15 mm).
+        capsule: (a, b); a tumour touches the organ's surface with probability
+            logistic(a + b ln d).
+        count: relative frequency of 1, 2, 3, ... tumours in a case that has any.
+        source: the data behind the prior.
+        bulge: normal distribution of logit(share of the volume beyond the organ) at d = 15 mm;
+            None for organs whose tumours stay inside.
+        bulge_slope: added to the mean bulge per unit of ln(d / 15 mm).
     """
 
     name: str
-    log_diameter: tuple[float, float]  # ln d, d in mm, before truncation to range_mm
+    log_diameter: tuple[float, float]
     range_mm: tuple[float, float]
-    elongation: tuple[float, float]  # logit of axis2 / axis1
-    flatness: tuple[float, float]  # logit of axis3 / axis2
-    flatness_slope: float  # added to the flatness mean per unit of ln(d / 15 mm)
-    roughness: tuple[float, float]  # ln of the relative surface amplitude at d = 15 mm
-    roughness_slope: float  # added to the roughness mean per unit of ln(d / 15 mm)
-    capsule: tuple[float, float]  # P(touches the capsule) = logistic(a + b ln d)
-    count: tuple[float, ...]  # relative frequency of 1, 2, 3, ... tumours in a case that has any
+    elongation: tuple[float, float]
+    flatness: tuple[float, float]
+    flatness_slope: float
+    roughness: tuple[float, float]
+    roughness_slope: float
+    capsule: tuple[float, float]
+    count: tuple[float, ...]
     source: str
-    bulge: tuple[float, float] | None = None  # logit of the share beyond the organ at d = 15 mm
-    bulge_slope: float = 0.0  # added to the bulge mean per unit of ln(d / 15 mm)
+    bulge: tuple[float, float] | None = None
+    bulge_slope: float = 0.0
 
     def draw_diameter(self, lo: float, hi: float, rng: torch.Generator) -> float:
-        """One equivalent diameter in mm within [lo, hi], from the truncated log-normal."""
+        """Sample an equivalent diameter in mm from the log-normal, truncated to [lo, hi]."""
         normal = NormalDist(*self.log_diameter)
         p_lo, p_hi = normal.cdf(math.log(lo)), normal.cdf(math.log(hi))
         u = _uniform(rng)
-        if p_hi - p_lo < 1e-6:  # the prior has nothing to say about sizes this far in its tails
+        if p_hi - p_lo < MIN_PROBABILITY:
             return lo * (hi / lo) ** u
         return min(max(math.exp(normal.inv_cdf(p_lo + u * (p_hi - p_lo))), lo), hi)
 
     def draw_shape(
         self, diameter_mm: float, rng: torch.Generator
     ) -> tuple[tuple[float, float, float], float]:
-        """Half-axes (longest first, relative, product 1) and the roughness of one tumour."""
-        size = math.log(diameter_mm / 15.0)
+        """Sample relative half-axes, longest first and with product 1, and the roughness."""
+        log_size = math.log(diameter_mm / REFERENCE_MM)
         z1, z2, z3 = torch.randn(3, generator=rng, dtype=torch.float64).tolist()
         mean, sd = self.elongation
         elongation = max(_logistic(mean + sd * z1), MIN_AXIS_RATIO)
         mean, sd = self.flatness
-        flatness = _logistic(mean + self.flatness_slope * size + sd * z2) * elongation
+        flatness = _logistic(mean + self.flatness_slope * log_size + sd * z2) * elongation
         flatness = max(flatness, MIN_AXIS_RATIO)
         mean, sd = self.roughness
-        roughness = math.exp(mean + self.roughness_slope * size + sd * z3)
+        roughness = math.exp(mean + self.roughness_slope * log_size + sd * z3)
         longest = (elongation * flatness) ** (-1.0 / 3.0)
         axes = (longest, longest * elongation, longest * flatness)
         return axes, min(roughness, MAX_ROUGHNESS * axes[2])
 
     def touch_probability(self, diameter_mm: float) -> float:
-        """Probability that a tumour of this size reaches the organ's surface."""
+        """Return the probability that a tumour of this size reaches the organ's surface."""
         a, b = self.capsule
         return _logistic(a + b * math.log(diameter_mm))
 
     def draw_bulge(self, diameter_mm: float, rng: torch.Generator) -> float:
-        """Share of a tumour's volume beyond the organ; 0 for organs whose tumours stay inside."""
+        """Sample the share of the volume beyond the organ; 0 if the prior has no ``bulge``."""
         if self.bulge is None:
             return 0.0
         z = float(torch.randn((), generator=rng, dtype=torch.float64))
         mean, sd = self.bulge
-        return _logistic(mean + self.bulge_slope * math.log(diameter_mm / 15.0) + sd * z)
+        return _logistic(mean + self.bulge_slope * math.log(diameter_mm / REFERENCE_MM) + sd * z)
 
     def draw_count(self, rng: torch.Generator) -> int:
-        """Number of tumours in one case, at least 1."""
+        """Sample the number of tumours in a case that has any."""
         weights = torch.tensor(self.count, dtype=torch.float64)
         return 1 + int(torch.multinomial(weights, 1, generator=rng))
 
 
 def get_prior(name: str | SizePrior) -> SizePrior:
-    """The prior of that name (a prior passes through). Raises ValueError naming the known ones."""
+    """Return the prior of a name; a prior passes through.
+
+    Raises:
+        ValueError: for an unknown name; the message lists the known ones.
+    """
     if isinstance(name, SizePrior):
         return name
     if not isinstance(name, str) or name not in PRIORS:
         known = ", ".join(sorted(PRIORS))
-        raise ValueError(f"a size prior must be one of {known}, got {name!r}; or pass (lo, hi) mm")
+        raise ValueError(
+            f"a size prior must be one of {known}, got {name!r}; pass one of "
+            "these, or (lo, hi) in mm"
+        )
     return PRIORS[name]
 
 
@@ -150,8 +175,8 @@ _CYST = SizePrior(
     bulge_slope=0.6,
 )
 
-# No masks behind these two: early liver tumours' shapes, a little rounder (round to oval). Sizes
-# are assumptions: ductal carcinoma at detection around 2.5 cm, most lung nodules under 1 cm.
+# Not fitted to masks: shapes of early liver tumours, slightly rounder. Assumed sizes: ductal
+# carcinoma around 2.5 cm when detected, most lung nodules under 1 cm.
 _PANCREAS = replace(
     _LIVER,
     name="pancreas",
@@ -160,7 +185,7 @@ _PANCREAS = replace(
     elongation=(2.1, 1.0),
     flatness=(2.1, 0.8),
     roughness=(-2.0, 0.3),
-    capsule=(2.2, 0.0),  # a thin organ: 90 % reach its surface at any size
+    capsule=(2.2, 0.0),  # 90 % reach the surface of this thin organ at any size
     count=(1,),
     source="assumed sizes and contact; shapes of early MSD liver tumours, rounder",
 )

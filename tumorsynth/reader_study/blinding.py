@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tumorsynth.scans import nifti
-from tumorsynth.scans.cases import find_pairs
+from tumorsynth.scans.pairing import find_pairs
 
 HU_RANGE = (-1024, 3071)  # 12 bits, as scanners store them; what lies beyond is cut off in all
 MIN_LESION_ML = 0.02  # a smaller part of a label is a stray voxel, not a lesion (about 3.4 mm)

@@ -1,11 +1,11 @@
-"""Many scans: one process or several, each scan by itself, with the same files either way.
+"""Process many scans, in one process or several; the files are the same either way.
 
-The parent hands out one scan at a time and holds none; a dead worker gives its scan back, once.
+The parent process hands out one scan at a time and holds no image. When a worker dies, its scan is
+tried once more.
 """
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
 import signal
@@ -24,20 +24,23 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from tumorsynth.scans import nifti
-from tumorsynth.scans.cases import Pair, check_organ, synthesize_scan
+from tumorsynth.scans.errors import describe_error, is_fatal
+from tumorsynth.scans.pairing import Pair
+from tumorsynth.scans.scan import check_organ, synthesize_scan
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
+    from tumorsynth.scans.nifti import Volume
     from tumorsynth.synthesizer import SynthesizeTumor
 
-# what fails one scan for these would fail all that follow
-HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# above this share of NaN or infinite voxels in the organ, the run prints a note
+MAX_SHARE_NOT_FINITE = 0.01
 
 
 @dataclass(frozen=True)
 class Task:
-    """One scan and the seed that decides its tumours."""
+    """One scan, and the seed that decides its tumours."""
 
     pair: Pair
     seed: int
@@ -45,87 +48,91 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a scan: its records, or the error in one line. ``fatal``: stop the run, and
-    what to do then."""
+    """The result of one scan.
+
+    Attributes:
+        name: of the scan.
+        records: the tumours of its report; empty after an error.
+        error: the error in one line, or None.
+        fatal: what the user has to do before the run can continue, or None to continue.
+        device_lost: the device works no more in this process; in a new process it may.
+    """
 
     name: str
     records: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     fatal: str | None = None
-    lost: bool = False  # the device, for this process: another one may have it again
+    device_lost: bool = False
 
 
-def expected(error: BaseException) -> bool:
-    """An error that says what is wrong with the input or the machine, not with this code."""
-    return isinstance(error, (ValueError, TypeError, OSError, ImportError))
-
-
-def exit_code(error: BaseException) -> int:
-    """2: the command or its input is at fault; 1: the machine, or this code."""
-    hopeless = isinstance(error, OSError) and error.errno in HOPELESS
-    return 2 if expected(error) and not hopeless else 1
-
-
-def one_line(error: BaseException) -> str:
-    words = " ".join(str(error).split())
-    if expected(error) and words:
-        return words
-    return f"unexpected {type(error).__name__}: {words} (--debug shows where)"
-
-
-def run_one(
+def process_scan(
     synth: SynthesizeTumor,
     task: Task,
     out: Path,
     step: Callable[[], None] = lambda: None,
     *,
-    organ_needed: bool = False,
+    organ_required: bool = False,
 ) -> list[dict[str, Any]]:
-    """Read, synthesise and write one scan; returns the report's records, or raises.
+    """Read, synthesise and write one scan.
 
-    organ_needed: ValueError, and nothing written, where the label map holds no such organ.
+    Args:
+        synth: the transform.
+        task: the scan and its seed.
+        out: an existing folder.
+        step: called after each of reading, synthesising, writing and drawing.
+        organ_required: raise a ValueError and write nothing if the label map lacks the organ.
+
+    Returns:
+        The tumours of the report, one record each.
     """
-    image, mask = nifti.read_pair(task.pair.ct, task.pair.label)
-    mask.check_label_fits(synth.tumor_label)
-    if organ_needed:
-        check_organ(mask, synth.organ_labels)
-    there = int((mask.values() == synth.tumor_label).sum())
-    if there:  # a patient's own tumours, or an organ that happens to have the number
-        print(
-            f"tumorsynth: {task.pair.name}: label {synth.tumor_label} is in the map already "
-            f"({there} voxels); --tumor-label N gives the synthetic tumours another",
-            file=sys.stderr,
+    image, label = nifti.read_pair(task.pair.ct, task.pair.label)
+    label.check_label_fits(synth.tumor_label)
+    if organ_required:
+        check_organ(label, synth.organ_labels)
+    for note in _notes(synth, image, label):
+        print(f"tumorsynth: {task.pair.name}: {note}", file=sys.stderr)
+    report = synthesize_scan(synth, image, label, out, task.pair.name, task.seed, step)
+    return report["tumors"]
+
+
+def _notes(synth: SynthesizeTumor, image: Volume, label: Volume) -> Iterator[str]:
+    """What is unusual about a scan, and need not be wrong."""
+    values = label.values()
+    if count := int((values == synth.tumor_label).sum()):
+        # the patient's own tumours, or an organ of this number
+        yield (
+            f"label {synth.tumor_label} is in the map already ({count} voxels); --tumor-label N "
+            "gives the synthetic tumours another"
         )
     if image.stored.dtype.kind == "f":
-        in_organ = image.stored[np.isin(mask.values(), synth.organ_labels)]
-        if (wrong := np.count_nonzero(~np.isfinite(in_organ))) > 0.01 * in_organ.size:
-            print(
-                f"tumorsynth: {task.pair.name}: {wrong / in_organ.size:.0%} of the organ's voxels "
-                f"in {image.name} are NaN or infinite; no tumour goes there",
-                file=sys.stderr,
+        in_organ = image.stored[np.isin(values, synth.organ_labels)]
+        not_finite = np.count_nonzero(~np.isfinite(in_organ))
+        if not_finite > MAX_SHARE_NOT_FINITE * in_organ.size:
+            yield (
+                f"{not_finite / in_organ.size:.0%} of the organ's voxels in {image.name} are NaN "
+                "or infinite; no tumour goes there"
             )
-    return synthesize_scan(synth, image, mask, out, task.pair.name, task.seed, step)["tumors"]
 
 
-def outcome(
+def try_scan(
     synth: SynthesizeTumor, task: Task, out: Path, step: Callable[[], None] = lambda: None
 ) -> Outcome:
-    """As `run_one`, with an error caught."""
+    """Run `process_scan` and catch its error."""
     try:
-        return Outcome(task.pair.name, run_one(synth, task, out, step))
+        return Outcome(task.pair.name, process_scan(synth, task, out, step))
     except Exception as error:
-        name, words = task.pair.name, one_line(error)
-        if isinstance(error, OSError) and error.errno in HOPELESS:
+        name, words = task.pair.name, describe_error(error)
+        if is_fatal(error):
             return Outcome(name, error=words, fatal="make room")
         from tumorsynth.devices import is_lost
 
         if is_lost(error):
             words = f"the device was lost: {' '.join(str(error).split())[:200]}"
-            return Outcome(name, error=words, fatal="see to the device", lost=True)
+            return Outcome(name, error=words, fatal="see to the device", device_lost=True)
         return Outcome(name, error=words)
 
 
-def in_processes(
+def run_in_processes(
     synth: SynthesizeTumor,
     tasks: Sequence[Task],
     out: Path,
@@ -134,87 +141,109 @@ def in_processes(
     devices: Sequence[str] = ("cpu",),
     threads: int = 1,
 ) -> Iterator[Outcome]:
-    """The outcomes of all tasks, as they come; ``workers`` processes share out the devices."""
+    """Process scans in several processes of this machine.
 
-    def start(k: int) -> _Worker:
-        return _Worker(synth, out, devices[k % len(devices)], threads)
+    Args:
+        synth: the transform; every process gets a copy.
+        tasks: the scans.
+        out: an existing folder.
+        workers: the number of processes.
+        devices: the processes take turns with these.
+        threads: CPU threads per process.
 
-    def ready(busy: list[_Worker]) -> list[_Worker]:
+    Yields:
+        The outcomes, in the order in which the scans finish.
+    """
+
+    def start(k: int) -> _ProcessWorker:
+        return _ProcessWorker(synth, out, devices[k % len(devices)], threads)
+
+    def wait_for_some(busy: list[_ProcessWorker]) -> list[_ProcessWorker]:
         pipes = wait([worker.pipe for worker in busy])
         return [worker for worker in busy if worker.pipe in pipes]
 
-    return shared_out(tasks, workers, start, ready)
+    return distribute(tasks, workers, start, wait_for_some)
 
 
 class Worker(Protocol):
-    """Another process, which does one scan after another."""
+    """Another process, which processes one scan at a time."""
 
-    task: Task | None  # at hand
+    task: Task | None  # the scan in progress
 
     def start(self) -> None:
-        """Anew, after its end."""
+        """Start the process again after its end."""
 
-    def give(self, task: Task) -> None: ...
+    def submit(self, task: Task) -> None:
+        """Hand it a scan."""
 
-    def take(self) -> Outcome | None:
-        """Its outcome; None when it died over the task."""
+    def result(self) -> Outcome | None:
+        """The outcome of its scan; None if the process died."""
 
-    def end(self) -> str:
-        """At once, and in the middle of a scan; says how it ended. More than once is no harm."""
+    def stop(self) -> str:
+        """End the process at once, even within a scan, and say how it ended. May be repeated."""
 
 
 W = TypeVar("W", bound=Worker)
 
 
-def shared_out(
+def distribute(
     tasks: Sequence[Task],
     workers: int,
     start: Callable[[int], W],
-    ready: Callable[[list[W]], list[W]],
+    wait_for_some: Callable[[list[W]], list[W]],
 ) -> Iterator[Outcome]:
-    """The outcomes of all tasks, as they come, from ``start(0)`` to ``start(workers - 1)``.
+    """Distribute scans among workers.
 
-    ``ready`` waits until some of the workers have an outcome, or died. A scan whose worker dies
-    (out of memory, killed) is tried once more in a new one, then failed.
+    If a worker dies (out of memory, killed) or loses its device, a new worker tries the scan once
+    more.
+
+    Args:
+        tasks: the scans.
+        workers: at most so many are started.
+        start: starts the k-th worker.
+        wait_for_some: waits until some of the busy workers have a result or died, returns them.
+
+    Yields:
+        The outcomes, in the order in which the scans finish.
     """
     waiting = deque(tasks)
-    died: set[str] = set()
+    retried: set[str] = set()
     pool: list[W] = []
     try:
         for k in range(min(workers, len(tasks))):
             pool.append(start(k))
-            pool[-1].give(waiting.popleft())
+            pool[-1].submit(waiting.popleft())
         while busy := [worker for worker in pool if worker.task is not None]:
-            for worker in ready(busy):
+            for worker in wait_for_some(busy):
                 task = worker.task
                 assert task is not None
-                result = worker.take()
-                if result is None or result.lost:  # it died, or can do no more
-                    code = worker.end()
+                outcome = worker.result()
+                if outcome is None or outcome.device_lost:
+                    ended = worker.stop()
                     worker.start()
-                    if task.pair.name not in died:
-                        result = None
-                        died.add(task.pair.name)
+                    if task.pair.name not in retried:
+                        outcome = None
+                        retried.add(task.pair.name)
                         waiting.appendleft(task)
-                    elif result is None:
+                    elif outcome is None:
                         words = (
-                            f"its process died twice ({code}), perhaps out of memory; "
+                            f"its process died twice ({ended}), perhaps out of memory; "
                             "use fewer --workers"
                         )
-                        result = Outcome(task.pair.name, error=words)
-                if result is not None:
-                    yield result
+                        outcome = Outcome(task.pair.name, error=words)
+                if outcome is not None:
+                    yield outcome
                 if waiting:
-                    worker.give(waiting.popleft())
+                    worker.submit(waiting.popleft())
                 else:
-                    worker.end()  # another may be waiting for its place
+                    worker.stop()  # on a cluster, another worker may be waiting for its place
     finally:
         for worker in pool:
-            worker.end()
+            worker.stop()
 
 
-class _Worker:
-    """A process of its own, which does one scan after another."""
+class _ProcessWorker:
+    """A worker in a process of this machine."""
 
     def __init__(self, synth: SynthesizeTumor, out: Path, device: str, threads: int):
         self.arguments = synth, out, device, threads
@@ -228,29 +257,28 @@ class _Worker:
         self.process: BaseProcess = context.Process(
             target=_work, args=(theirs, os.getpid(), *self.arguments), daemon=True
         )
-        with _uninterrupted():  # Ctrl-C is the parent's; it ends its processes
+        with _uninterrupted():  # Ctrl-C is for the parent, which stops its workers
             self.process.start()
-        theirs.close()  # so that its death ends the pipe
+        theirs.close()  # else the pipe would outlive the process
 
-    def give(self, task: Task) -> None:
+    def submit(self, task: Task) -> None:
         self.task = task
         try:
             self.pipe.send(task)
-        except OSError:  # dead already: take() will say so
+        except OSError:  # dead already; result() says so
             pass
 
-    def take(self) -> Outcome | None:
-        """Its outcome; None when it died over the task."""
+    def result(self) -> Outcome | None:
         self.task = None
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
             return None
 
-    def end(self) -> str:
+    def stop(self) -> str:
         self.pipe.close()
         self.process.join(5 if self.task is None else 0)
-        if self.process.is_alive():  # in the middle of a scan: nothing half-written can stay
+        if self.process.is_alive():  # within a scan; no half-written file can stay
             self.process.kill()
             self.process.join()
         code = self.process.exitcode
@@ -262,23 +290,23 @@ def _work(
 ) -> None:
     import torch
 
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     synth.device = torch.device(device)
     try:
         while True:
-            pipe.send(outcome(synth, pipe.recv(), out))
-    except (EOFError, OSError, KeyboardInterrupt):  # no more to do, or the parent is gone
+            pipe.send(try_scan(synth, pipe.recv(), out))
+    except (EOFError, OSError, KeyboardInterrupt):  # no scan is left, or the parent is gone
         pass
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """A process started in here has Ctrl-C blocked for good; here it comes a moment later."""
+    """Block Ctrl-C in processes started here; this process gets it when the block ends."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # begun with the first process, it would let Ctrl-C in again
+    resource_tracker.ensure_running()  # else it starts with the first process and unblocks Ctrl-C
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -286,29 +314,29 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with(parent: int) -> None:
-    """A killed parent must not leave processes behind that still write."""
+def _exit_with(parent: int) -> None:
+    """End this process when its parent is gone, so that nothing goes on writing."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 class Clock:
-    """The time left, from the pace so far."""
+    """Estimates the time left from the pace so far."""
 
     def __init__(self, total: int):
-        self.total, self.done, self.began = total, 0, time.monotonic()
+        self.total, self.done, self.started = total, 0, time.monotonic()
 
     def tick(self) -> str:
-        """One more is done; says how many, and how long the rest will take."""
+        """Count one more scan; returns "2 of 6, 40 s left"."""
         self.done += 1
         left = self.total - self.done
-        seconds = (time.monotonic() - self.began) / self.done * left
+        seconds = (time.monotonic() - self.started) / self.done * left
         return f"{self.done} of {self.total}" + (f", {duration(seconds)} left" if left else "")
 
 
 def duration(seconds: float) -> str:
-    """ "40 s", "12 min", "3 h 20 min" """
+    """Format seconds as "40 s", "12 min" or "3 h 20 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,8 +1,7 @@
-"""NIfTI files in and out: what is not changed is written back as it was stored.
+"""Read and write NIfTI files so that unchanged voxels stay bit-identical.
 
-nibabel hands out scaled floats and, on saving, chooses a new scale. Here the stored numbers stay
-as they are and only the changed voxels are converted, so that an untouched voxel, the affine and
-the header survive bit for bit.
+nibabel returns scaled floats and chooses a new scale when it saves. This module keeps the stored
+numbers and converts only the voxels that changed. The affine and the header stay as they were.
 """
 
 from __future__ import annotations
@@ -28,13 +27,16 @@ AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
 class Volume:
     """One NIfTI image: the numbers as stored, and what is needed to write them back.
 
-    stored: (X, Y, Z), any real dtype, in the file's own orientation.
-    slope, inter: value = stored * slope + inter.
-    affine: (4, 4) float64, voxel to mm (RAS).
-    header: nibabel header, dtype and on-disk shape included.
+    Attributes:
+        name: of the file, for messages.
+        stored: (X, Y, Z), any real dtype, in the file's own orientation.
+        slope: value = stored * slope + inter.
+        inter: see ``slope``.
+        affine: (4, 4) float64, voxel to mm (RAS).
+        header: nibabel header, including the dtype and the shape on disk.
     """
 
-    name: str  # of the file, for messages
+    name: str
     stored: np.ndarray
     slope: float
     inter: float
@@ -42,20 +44,22 @@ class Volume:
     header: Any
 
     def values(self) -> np.ndarray:
-        """(X, Y, Z) float32: HU of a CT."""
+        """The values, (X, Y, Z) float32: HU for a CT."""
         if (self.slope, self.inter) == (1.0, 0.0):
             return self.stored.astype(np.float32)
         return (self.stored * self.slope + self.inter).astype(np.float32)
 
     def integers(self) -> np.ndarray:
-        """(X, Y, Z) int32: a label map. ValueError for values that are not whole, or below -1.
+        """The values of a label map, (X, Y, Z) int32.
 
-        -1 is what nnU-Net calls voxels beyond the scan; what lies lower is a CT.
+        Raises:
+            ValueError: if a value is not whole, is below -1 (nnU-Net's value for voxels beyond the
+                scan) or does not fit.
         """
         if self.stored.dtype.kind in "iu" and (self.slope, self.inter) == (1.0, 0.0):
             whole = self.stored
         else:
-            # a scaled whole number may come out one rounding error off
+            # scaling may leave a whole number one rounding error off
             exact = self.stored.astype(np.float64) * self.slope + self.inter
             whole = np.rint(exact)
             wrong = ~np.isfinite(exact) | ~np.isclose(exact, whole, rtol=1e-6, atol=1e-5)
@@ -72,13 +76,13 @@ class Volume:
             )
         if low < -1:
             raise ValueError(
-                f"a label must hold whole numbers from 0 on, but {self.name} holds {low}; give the "
+                f"a label must hold whole numbers from 0 up, but {self.name} holds {low}; give the "
                 "label map, not the CT"
             )
         return whole.astype(np.int32)
 
     def store(self, value: np.ndarray) -> np.ndarray:
-        """Values as this file would store them: scaled back, rounded to nearest, clipped."""
+        """Convert values to this file's stored numbers: unscaled, rounded to nearest, clipped."""
         raw = (np.asarray(value, np.float64) - self.inter) / self.slope
         dtype = self.stored.dtype
         if dtype.kind in "iu":
@@ -87,16 +91,18 @@ class Volume:
         return raw.astype(dtype)
 
     def with_changes(self, changed: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """A copy of the stored numbers in which the changed voxels hold the given values.
+        """Copy the stored numbers and put values into the changed voxels.
 
-        changed: (X, Y, Z) bool; values: (N,), N = changed.sum(), in C order.
+        Args:
+            changed: (X, Y, Z) bool.
+            values: (N,), N = changed.sum(), in C order.
         """
         out = self.stored.copy()
         out[changed] = self.store(values)
         return out
 
     def check_label_fits(self, value: int) -> None:
-        """ValueError when this label file cannot hold ``value``."""
+        """Raise ValueError if this label file cannot store ``value``."""
         back = float(self.store(np.asarray(value))) * self.slope + self.inter
         if abs(back - value) > 1e-5 * max(1, abs(value)):
             dtype = self.stored.dtype
@@ -113,6 +119,7 @@ class Volume:
 
 
 def require_nibabel() -> Any:
+    """Import nibabel; if it is missing, the error says how to install it."""
     try:
         import nibabel
     except ModuleNotFoundError as error:
@@ -134,36 +141,38 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, unzipped)
 
 
-class _Short(Exception):
-    """A header that declares more than its file can hold."""
+class _Truncated(Exception):
+    """The header declares more voxels than the file can hold."""
 
 
-def _check_declared(path: Path, header: Any, *, zipped: bool) -> None:
-    """Before memory is had for it: deflate makes at most 1032 bytes of one."""
+def _check_declared_size(path: Path, header: Any, *, zipped: bool) -> None:
+    """Raise _Truncated before allocating: deflate expands a byte to at most 1032."""
     try:
         size = header.get_data_dtype().itemsize
-    except KeyError:  # no such dtype: nibabel will say so
+    except KeyError:  # an unknown dtype, which nibabel reports
         return
     declared = math.prod(map(int, header.get_data_shape())) * size
     if declared > path.stat().st_size * (1032 if zipped else 1):
-        raise _Short
+        raise _Truncated
 
 
 def read_volume(path: Path) -> Volume:
-    """Read a .nii or .nii.gz whole, to the checksum at its end.
+    """Read a .nii or .nii.gz completely, including the checksum at its end.
 
-    FileNotFoundError when it is not there; ValueError when it is not NIfTI, is cut short or
-    damaged, has more than three axes, no voxels, numbers that are not real, or no usable affine.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not NIfTI, is truncated or damaged, has more than three axes, no
+            voxels, complex numbers, or no usable affine.
     """
     nibabel = require_nibabel()
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     if not path.is_file():
-        raise ValueError(f"a NIfTI file is wanted, but {path} is a folder")
+        raise ValueError(f"a scan must be a NIfTI file, but {path} is a folder; give a file in it")
     name = path.name
     try:
-        # nibabel would mend small faults of a header, and say so on stderr
+        # nibabel repairs small faults of a header, and logs them on stderr
         with _opened(path) as file, nibabel.imageglobals.LoggingOutputSuppressor():
             size = file.read(4)
             kinds = {348: nibabel.Nifti1Image, 540: nibabel.Nifti2Image}
@@ -172,38 +181,42 @@ def read_volume(path: Path) -> Volume:
             if kind is not None:
                 file.seek(0)
                 scale = kind.header_class.from_fileobj(file, check=False)
-                _check_declared(path, scale, zipped=not isinstance(file, io.BufferedReader))
+                _check_declared_size(path, scale, zipped=not isinstance(file, io.BufferedReader))
                 file.seek(0)
                 image = kind.from_stream(file)
                 stored = np.asarray(image.dataobj.get_unscaled())
-                while file.read(1 << 20):  # gzip checks its sum at the very end only
+                while file.read(1 << 20):  # gzip checks its sum only at the end
                     pass
-    except _Short:
+    except _Truncated:
         raise ValueError(f"{name} is cut short or damaged; copy it again") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{name} is cut short or damaged ({error}); copy it again") from error
     except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # the disk's own errors, not an offset of none
+        if error.errno not in (None, errno.EINVAL):  # the disk's own errors, not a bad offset
             raise
         raise ValueError(f"{name} is cut short or damaged; copy it again") from error
     except (
         nibabel.filebasedimages.ImageFileError,
         nibabel.spatialimages.HeaderDataError,
         nibabel.wrapstruct.WrapStructError,
-        ValueError,  # what numpy says of impossible sizes
+        ValueError,  # from numpy, for impossible sizes
         OverflowError,
         MemoryError,
     ) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is not a readable NIfTI file: {reason}") from error
+        raise ValueError(
+            f"{name} is not a readable NIfTI file: {reason}; export it again"
+        ) from error
     if kind is None:
         raise ValueError(f"{name} is not a NIfTI file; give a .nii or .nii.gz")
-    # nibabel forgets how the file wrote its scale; keep it to write it again
+    # nibabel drops the stored scale; keep it, to write the same one
     for field in ("scl_slope", "scl_inter"):
         image.header[field] = scale[field]
 
     if stored.dtype.kind not in "iuf":
-        raise ValueError(f"{name} must hold real numbers, got dtype {stored.dtype}")
+        raise ValueError(
+            f"{name} must hold real numbers, got dtype {stored.dtype}; convert it first"
+        )
     if stored.ndim > 3 and all(n == 1 for n in stored.shape[3:]):
         stored = stored.reshape(stored.shape[:3])
     if stored.ndim != 3 or stored.size == 0:
@@ -213,14 +226,14 @@ def read_volume(path: Path) -> Volume:
         )
     lengths = [float(v) for v in scale["pixdim"][1:4]]
     if scale["sform_code"] <= 0 and not all(0 < abs(v) < math.inf for v in lengths):
-        raise ValueError(  # nibabel would take 1 mm
-            f"{name} has no usable voxel size: its header must give one in mm, but holds "
+        raise ValueError(  # nibabel would assume 1 mm
+            f"{name} has no usable voxel size: its header must hold one in mm, got "
             f"{_times(lengths)}; repair its header"
         )
     affine = np.asarray(image.affine, np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ValueError(
-            f"{name} has no usable affine (its axes must be finite and span space): "
+            f"{name} has no usable affine: its axes must be finite and linearly independent, got "
             f"{affine[:3].round(4).tolist()}; repair its header"
         )
     proxy = image.dataobj
@@ -228,14 +241,20 @@ def read_volume(path: Path) -> Volume:
 
 
 def read_pair(ct: Path, label: Path) -> tuple[Volume, Volume]:
-    """Read a CT and its label map; ValueError when they do not share one grid."""
+    """Read a CT and its label map; raise ValueError if they do not share one grid."""
     image, mask = read_volume(ct), read_volume(label)
     check_same_grid(image, mask)
     return image, mask
 
 
 def check_same_grid(image: Volume, label: Volume, what_they_are: str = "CT and label") -> None:
-    """ValueError that says which of shape, spacing, orientation and origin differs."""
+    """Raise ValueError if two grids differ in shape, spacing, orientation or origin.
+
+    Args:
+        image: the first volume.
+        label: the second volume.
+        what_they_are: "FIRST and SECOND", for the message.
+    """
     if image.stored.shape != label.stored.shape:
         what = f"shape {_times(image.stored.shape)} against {_times(label.stored.shape)} voxels"
     elif np.abs(image.affine - label.affine).max() <= AFFINE_TOLERANCE:
@@ -266,23 +285,28 @@ def _times(numbers: Any) -> str:
 
 
 def write_volume(path: Path, like: Volume, stored: np.ndarray) -> None:
-    """Write numbers as stored (X, Y, Z) with the affine, dtype, scale and header of ``like``.
+    """Write stored numbers with the affine, dtype, scale and header of another volume.
 
-    The path ends in .nii.gz. The file appears whole or not at all.
+    The file appears complete or not at all.
+
+    Args:
+        path: ends in .nii.gz.
+        like: the volume that was read.
+        stored: (X, Y, Z), in the numbers of ``like.stored``.
     """
     nibabel = require_nibabel()
-    two = isinstance(like.header, nibabel.Nifti2Header)
-    kind = nibabel.Nifti2Image if two else nibabel.Nifti1Image
+    is_nifti2 = isinstance(like.header, nibabel.Nifti2Header)
+    kind = nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
     shape = like.header.get_data_shape()
     image = kind(stored.reshape(shape), like.affine, like.header)
-    # with a scale given, nibabel writes the numbers as they are
+    # given a scale, nibabel writes the numbers unchanged
     scale = like.header["scl_slope"], like.header["scl_inter"]
     if not np.isfinite(scale).all():
         scale = like.slope, like.inter
     image.header["scl_slope"], image.header["scl_inter"] = scale
 
     def write(file: BinaryIO) -> None:
-        # no name and no time inside: equal volumes give equal files
+        # without name and time, equal volumes give equal files
         with gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) as zipped:
             image.to_stream(zipped)
 
@@ -290,29 +314,33 @@ def write_volume(path: Path, like: Volume, stored: np.ndarray) -> None:
 
 
 def new_volume(name: str, values: np.ndarray, affine: np.ndarray) -> Volume:
-    """A Volume from an array (X, Y, Z) in its own dtype, as if read from a file."""
+    """Make a volume from an array (X, Y, Z) of any real dtype, as if read from a file."""
     image = require_nibabel().Nifti1Image(values, affine, dtype=values.dtype)
     image.header.set_xyzt_units("mm", "sec")
     return Volume(name, values, 1.0, 0.0, np.asarray(affine, np.float64), image.header)
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write`` with a temporary file beside ``path``, then rename it to ``path``.
+    """Write a temporary file beside ``path``, then rename it to ``path``.
 
-    A kill at any moment leaves the old file or the new one, never half of one. An OSError names
+    A kill at any moment leaves the old file or the new one, never part of one. An OSError names
     ``path``.
+
+    Args:
+        path: the file to write or replace.
+        write: called with the open temporary file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.unlink(missing_ok=True)  # of a dead process of this number
+    temporary.unlink(missing_ok=True)  # left by a dead process of the same id
     try:
-        with temporary.open("xb") as file:  # never through a link that somebody put there
+        with temporary.open("xb") as file:  # "x": never through a link that somebody put there
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
+        if isinstance(error, OSError) and error.filename is None:  # as for a full disk
             error.filename = str(path)
         raise

@@ -1,8 +1,8 @@
-"""A picture of what was done: three planes through each tumour, before and after.
+"""Draw a preview: three planes through each tumour, before and after.
 
-Radiological convention: the patient's right is on the left of the picture, anterior is up in
-axial planes and left in sagittal ones. Panels are drawn in mm, so anisotropic voxels keep their
-true shape. Nothing here touches pyplot: it is safe in threads and leaves the caller's figures be.
+Radiological convention: the patient's right is on the left of the picture, anterior is up in axial
+planes and left in sagittal ones. Panels are in mm, so that anisotropic voxels keep their true
+shape. Nothing here uses pyplot, so it works in threads and leaves the caller's figures alone.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ from tumorsynth.scans.nifti import write_atomic
 
 PANEL, GAP, HEADER, MARGIN = 2.3, 0.05, 0.32, 0.3  # inches
 COLUMNS = ("whole slice", "before", "after", "difference", "outline")
-# plane: axis across, axis down (of R, A, S), letters at its left, right, top, bottom
+# name, axis across, axis down (of R, A, S), letters at the left, right, top and bottom
 PLANES = (("axial", 0, 1, "RLAP"), ("coronal", 0, 2, "RLSI"), ("sagittal", 1, 2, "APSI"))
 INK, PAPER, OUTLINE = "#d8d8d8", "#101010", "#ffd23f"
 
-SOFT_TISSUE, LUNG = (-100.0, 200.0), (-1150.0, 150.0)  # HU shown as black and as white
-AIRY_HU = -300.0  # tissue below this is lung
+# HU shown as black and as white
+SOFT_TISSUE_WINDOW, LUNG_WINDOW = (-100.0, 200.0), (-1150.0, 150.0)
+MAX_LUNG_HU = -300.0
+# Of the difference panels. Black is no change: it shows a faint halo that white would hide.
+DIFFERENCE_COLOURS = ("#9be8ff", "#1585e0", "#000000", "#e0561b", "#ffe08a")
+MIN_DIFFERENCE_HU = 20.0  # their scale covers at least this
 
 
 def _to_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Reorder the axes of a volume to R, A, S."""
     frame = frame_from_affine(affine)
     flips = tuple(slice(None, None, -1 if flip else 1) for flip in frame.flips)
     return array.transpose(frame.axes)[flips]
@@ -37,13 +42,13 @@ def _centre_to_ras(
     centre: Sequence[float], shape: Sequence[int], affine: np.ndarray
 ) -> tuple[int, ...]:
     frame = frame_from_affine(affine)
-    along = zip(frame.axes, frame.flips, strict=True)
-    picked = [(int(round(centre[a])), shape[a], f) for a, f in along]
-    return tuple(int(np.clip(n - 1 - c if f else c, 0, n - 1)) for c, n, f in picked)
+    axes = zip(frame.axes, frame.flips, strict=True)
+    along = [(int(round(centre[axis])), shape[axis], flip) for axis, flip in axes]
+    return tuple(int(np.clip(n - 1 - c if flip else c, 0, n - 1)) for c, n, flip in along)
 
 
 def _plane(volume: np.ndarray, number: int, centre: Sequence[int]) -> np.ndarray:
-    """One plane of a RAS volume as a picture: rows from A or S down, columns from R or A."""
+    """Cut one plane from a RAS volume: rows from A or S down, columns from R or A."""
     x, y, z = centre
     plane = (volume[:, :, z], volume[:, y, :], volume[x, :, :])[number]
     return plane[::-1, ::-1].T
@@ -61,15 +66,23 @@ def render(
     title: str = "",
     max_tumors: int = 8,
 ) -> Any:
-    """Draw the picture; returns a matplotlib Figure.
+    """Draw the preview. Without a tumour it shows the middle of the scan.
 
-    before, after: (X, Y, Z) HU. tumor: (X, Y, Z) bool, the new tumour voxels, for the outline.
-    affine: (4, 4), voxel to mm (RAS). tumors: report records; those with ``applied`` False are
-    left out, the others need ``centre_voxel`` and may have ``diameter_mm`` and ``hu_change``.
-    window: HU shown as black and as white; by default a lung's where the tumours replace lung, else
-        soft tissue's. zoom_mm: side of the magnified square, more for a tumour too large for it.
-    Without a tumour the middle of the scan is shown. At most
-    ``max_tumors`` are drawn; the title says so.
+    Args:
+        before: (X, Y, Z) HU.
+        after: (X, Y, Z) HU.
+        tumor: (X, Y, Z) bool, the new tumour voxels, for the outline.
+        affine: (4, 4), voxel to mm (RAS).
+        tumors: records of a report. Those with ``applied`` False are left out; the others need
+            ``centre_voxel`` and may have ``diameter_mm`` and ``hu_change``.
+        window: HU shown as black and as white; by default a lung window if the tumours replace
+            lung, else a soft tissue window.
+        zoom_mm: side of the magnified square; larger for a tumour that does not fit.
+        title: of the picture.
+        max_tumors: the most tumours to draw; the title says if there are more.
+
+    Returns:
+        A matplotlib Figure.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -77,8 +90,8 @@ def render(
 
     if window is None:
         replaced = before[tumor]
-        airy = replaced.size > 0 and float(np.median(replaced)) < AIRY_HU
-        window = LUNG if airy else SOFT_TISSUE
+        in_lung = replaced.size > 0 and float(np.median(replaced)) < MAX_LUNG_HU
+        window = LUNG_WINDOW if in_lung else SOFT_TISSUE_WINDOW
     placed = [t for t in tumors if t.get("applied", True)]
     shown: list[Mapping[str, Any]] = list(placed[:max_tumors])
     if len(placed) > len(shown):
@@ -94,15 +107,15 @@ def render(
     figure = Figure(figsize=(width, height), dpi=100, facecolor=PAPER)
     FigureCanvasAgg(figure)
 
-    lie = frame_from_affine(affine)
-    spacing = np.array(lie.spacing)[list(lie.axes)]
+    orientation = frame_from_affine(affine)
+    spacing = np.array(orientation.spacing)[list(orientation.axes)]
     old, new, mask = (_to_ras(v, affine) for v in (before, after, tumor))
-    # one HU scale for all differences, so that panels can be compared
+    # all difference panels share one scale, so that they can be compared
     change = np.abs(after[tumor] - before[tumor]) if tumor.any() else np.zeros(1)
-    span = float(max(20, 10 * np.ceil(np.nanpercentile(change, 99) / 10)))
+    span = float(max(MIN_DIFFERENCE_HU, 10 * np.ceil(np.nanpercentile(change, 99) / 10)))
 
     def text(x: float, y: float, words: str, **style: Any) -> None:
-        # a file's name may hold what no font has, or what stands for a formula
+        # a file name may hold characters that no font has, or that would start a formula
         words = "".join(c if c.isprintable() else "?" for c in words)
         figure.text(x / width, 1 - y / height, words, color=INK, parse_math=False, **style)
 
@@ -144,6 +157,8 @@ def render(
                     _panel(axes, name, pictures, voxel, frame, window, span)
                 if name == "before":
                     _ruler(axes)
+                if name == "difference" and number == 0:
+                    _colour_bar(axes, span)
     return figure
 
 
@@ -157,11 +172,11 @@ def require_matplotlib() -> None:
 
 
 def save_preview(path: Path, *args: Any, **kwargs: Any) -> None:
-    """``render`` the picture and write it as PNG; the file appears whole or not at all."""
+    """Draw the preview with `render` and write it as PNG, completely or not at all."""
     figure = render(*args, **kwargs)
     style = {"facecolor": figure.get_facecolor(), "metadata": {"Software": None}}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box replaces it
         write_atomic(path, lambda file: figure.savefig(file, format="png", **style))
 
 
@@ -176,7 +191,7 @@ def _caption(index: int, record: Mapping[str, Any]) -> str:
 
 
 def _zoom(index: int, count: int, mm: float, side: float) -> tuple[float, float]:
-    """A stretch of ``side`` mm around a voxel, moved to lie inside the scan where it can."""
+    """The interval of ``side`` mm around a voxel, moved into the scan if it fits."""
     size = count * mm
     low = (index + 0.5) * mm - side / 2
     low = min(max(low, 0.0), size - side) if side <= size else (size - side) / 2
@@ -206,11 +221,8 @@ def _panel(
     extent = (c0 * voxel[0], c1 * voxel[0], r1 * voxel[1], r0 * voxel[1])
     style = {"extent": extent, "aspect": "equal", "interpolation": "antialiased"}
     if name == "difference":
-        # black is no change: a dim halo shows that white paper would hide
-        cmap = LinearSegmentedColormap.from_list(
-            "change", ["#9be8ff", "#1585e0", "#000000", "#e0561b", "#ffe08a"]
-        )
-        with np.errstate(invalid="ignore"):  # inf - inf, in a scan that has them
+        cmap = LinearSegmentedColormap.from_list("difference", DIFFERENCE_COLOURS)
+        with np.errstate(invalid="ignore"):  # inf - inf
             change = after - before
         axes.imshow(change, cmap=cmap, vmin=-span, vmax=span, **style)
     else:
@@ -224,7 +236,7 @@ def _panel(
 
 
 def _edges(mask: np.ndarray) -> np.ndarray:
-    """(N, 2, 2): the sides of voxels between mask and background, as (column, row) pairs."""
+    """The voxel sides between mask and background, (N, 2, 2): (column, row) of both ends."""
     ring = np.pad(mask, 1)
     row, column = np.nonzero(ring[:-1] != ring[1:])
     across = np.stack([np.stack([column - 1, row], -1), np.stack([column, row], -1)], 1)
@@ -242,6 +254,7 @@ def _box(axes: Any, frame: Sequence[tuple[float, float]]) -> None:
 
 
 def _write(axes: Any, x: float, y: float, words: str, **style: Any) -> None:
+    """Write into a panel, at a position from 0 to 1."""
     from matplotlib.patheffects import withStroke
 
     around = [withStroke(linewidth=1.5, foreground="black")]  # legible on bone and on air
@@ -256,7 +269,7 @@ def _letters(axes: Any, letters: str) -> None:
 
 
 def _ruler(axes: Any) -> None:
-    """A bar of 20 mm in the lower left corner."""
+    """Draw a bar of 20 mm in the lower left corner."""
     left, right = axes.get_xlim()
     length = 20 / (right - left)
     for width, colour in ((3.0, "black"), (1.5, INK)):
@@ -264,3 +277,18 @@ def _ruler(axes: Any) -> None:
                   transform=axes.transAxes)  # fmt: skip
     _write(axes, 0.05, 0.065, "20 mm", fontsize=6.5, va="bottom")
     axes.set_xlim(left, right)
+
+
+def _colour_bar(axes: Any, span: float) -> None:
+    """Draw the HU scale of the differences along the right side, within the panel."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    cmap = LinearSegmentedColormap.from_list("difference", DIFFERENCE_COLOURS)
+    inset = axes.inset_axes((0.93, 0.2, 0.03, 0.6))
+    colours = ScalarMappable(Normalize(-span, span), cmap)
+    bar = axes.figure.colorbar(colours, cax=inset)
+    bar.outline.set(edgecolor=INK, linewidth=0.5)
+    bar.set_ticks([])
+    for share, words in ((0.2, f"-{span:.0f}"), (0.5, "0 HU"), (0.8, f"+{span:.0f}")):
+        _write(axes, 0.91, share, words, fontsize=6.5, ha="right", va="center")

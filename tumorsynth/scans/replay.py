@@ -1,4 +1,4 @@
-"""A report read back: what is needed to make its tumours again, checked before anything is made."""
+"""Read a report back, and check everything its replay needs before anything is synthesised."""
 
 from __future__ import annotations
 
@@ -7,109 +7,126 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tumorsynth.pipeline.validation import check_params
-from tumorsynth.scans.cases import digest
+from tumorsynth.scans.run_settings import option_names, voxels_sha256
 
 if TYPE_CHECKING:
     from tumorsynth.scans.nifti import Volume
 
+MAX_THREADS = 1024
+# These options decide what is sampled. A replay takes that from the report's params.
+SAMPLING_ONLY = ("gate", "shapes")
+
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report of `tumorsynth synthesize`; ValueError where it is none, or lacks what is needed."""
+    """Read a report of `tumorsynth synthesize`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no report, or lacks something a replay needs.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"a report must be JSON, but {path.name} is not: {error}") from error
-    kinds = {"tumorsynth": str, "seed": int, "generator": dict, "options": dict, "params": list}
-    for key, kind in kinds.items():
-        if not isinstance(told, dict) or not isinstance(told.get(key), kind):
+        raise ValueError(
+            f"a report must be JSON, but {path.name} is not ({error}); give the NAME_report.json "
+            "that tumorsynth synthesize wrote"
+        ) from error
+    required = {"tumorsynth": str, "seed": int, "generator": dict, "options": dict, "params": list}
+    for key, kind in required.items():
+        if not isinstance(report, dict) or not isinstance(report.get(key), kind):
             raise ValueError(
                 f"a report must hold {key!r} ({kind.__name__}), but {path.name} does not; give the "
                 "NAME_report.json that tumorsynth synthesize wrote"
             )
-    if not isinstance(told["generator"].get("name"), str):
-        raise ValueError(f"a report must name its generator, but {path.name} does not")
-    hashes, threads = told.get("voxels_sha256", {}), told.get("threads", 1)
-    if not isinstance(hashes, dict) or not isinstance(told.get("device", ""), str):
+    if not isinstance(report["generator"].get("name"), str):
+        raise ValueError(f"a report must name its generator, but {path.name} does not; restore it")
+    hashes, threads = report.get("voxels_sha256", {}), report.get("threads", 1)
+    if not isinstance(hashes, dict) or not isinstance(report.get("device", ""), str):
         raise ValueError(
             f"a report's voxels_sha256 must be an object and its device a name, but {path.name} "
-            f"holds {str(hashes)[:40]} and {str(told.get('device'))[:40]}; restore it"
+            f"holds {str(hashes)[:40]} and {str(report.get('device'))[:40]}; restore it"
         )
-    check_params(told["params"], 1)
-    if told["params"][0].get("seed") not in (None, told["seed"]):
+    check_params(report["params"], 1)
+    if report["params"][0].get("seed") not in (None, report["seed"]):
         raise ValueError(
-            f"a report's seed must be its params', but {path.name} holds {told['seed']} and "
-            f"{str(told['params'][0]['seed'])[:40]}; restore it"
+            f"a report's seed must equal its params' seed, but {path.name} holds {report['seed']} "
+            f"and {str(report['params'][0]['seed'])[:40]}; restore it"
         )
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+    is_number = isinstance(threads, int) and not isinstance(threads, bool)
+    if not is_number or not 1 <= threads <= MAX_THREADS:
         raise ValueError(
-            f"a report's threads must be 1 to 1024, but {path.name} holds {str(threads)[:40]}; "
-            "restore it"
+            f"a report's threads must be 1 to {MAX_THREADS}, but {path.name} holds "
+            f"{str(threads)[:40]}; restore it"
         )
-    return told
+    return report
 
 
-def check_scan(told: dict[str, Any], image: Volume, label: Volume) -> None:
-    """ValueError when these are not the scan and label that the report was made from."""
-    known = told.get("voxels_sha256") or {}
+def check_scan(report: dict[str, Any], image: Volume, label: Volume) -> None:
+    """Raise ValueError if the report was made from another scan or label map."""
+    known = report.get("voxels_sha256") or {}
     for key, volume in (("ct", image), ("label", label)):
-        if key in known and known[key] != digest(volume.stored):
+        if key in known and known[key] != voxels_sha256(volume.stored):
             raise ValueError(
                 f"{volume.name} must have the voxels that the report was made from "
-                f"({told.get(key)}), but has others; give that file"
+                f"({report.get(key)}), but has others; give that file"
             )
 
 
-def bundled_generator(told: dict[str, Any]) -> str:
-    """The generator's name, where it ships: a report cannot have anything read or downloaded."""
+def bundled_generator(report: dict[str, Any]) -> str:
+    """The name of the report's generator, which must ship with the package.
+
+    A report may come from anybody: it cannot make a replay read or download another generator.
+    """
     from tumorsynth.generators.store import bundled_names
 
-    name = told["generator"]["name"]
+    name = report["generator"]["name"]
     if name not in bundled_names():
         raise ValueError(
-            f"the report's generator {name!r} does not ship with the package; name its folder or "
+            f"the report's generator {name!r} does not ship with the package; give its folder or "
             "hub id with --generator"
         )
     return name
 
 
-def same_generator(told: dict[str, Any], card: dict[str, Any]) -> None:
-    """ValueError when a generator of this card is not the report's."""
+def check_generator(report: dict[str, Any], card: dict[str, Any]) -> None:
+    """Raise ValueError if a generator's card is not that of the report's generator."""
     for key in ("name", "sha256"):
-        if told["generator"].get(key) != card.get(key):
+        if report["generator"].get(key) != card.get(key):
             raise ValueError(
-                f"the report's generator has {key} {told['generator'].get(key)}, this one has "
-                f"{card.get(key)}; name its folder with --generator"
+                f"the report's generator has {key} {report['generator'].get(key)}, this one has "
+                f"{card.get(key)}; give the report's with --generator"
             )
 
 
-def synthesizer_options(told: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `SynthesizeTumor`, from the report's JSON."""
+def synthesizer_options(report: dict[str, Any]) -> dict[str, Any]:
+    """Turn a report's options into keyword arguments of `SynthesizeTumor`."""
     from tumorsynth.appearance.contrast_priors import ContrastPrior
     from tumorsynth.appearance.mass_effect import MassEffect
     from tumorsynth.intensity import HU, Scaled, ZScore
 
-    options = dict(told["options"])
+    options = dict(report["options"])
     scale = options.pop("intensity", {"kind": "HU"})
-    known = {kind.__name__: kind for kind in (HU, Scaled, ZScore)}
-    names = {"organ_labels", "tumor_label", "p", "count", "size_mm", "blend", "contrast_hu"}
-    stray = options.keys() - names - {"sigma_mm", "gap_mm", "merge", "mass_effect", "bulge"}
-    if stray or not isinstance(scale, dict) or str(scale.get("kind")) not in known:
+    scales = {kind.__name__: kind for kind in (HU, Scaled, ZScore)}
+    unknown = options.keys() - set(option_names())
+    if unknown or not isinstance(scale, dict) or str(scale.get("kind")) not in scales:
         raise ValueError(
-            f"the report's options must be those of this version, got {sorted(stray) or scale}; "
-            f"install tumorsynth {told['tumorsynth']}"
+            f"the report's options must be those of this version, got {sorted(unknown) or scale}; "
+            f"install tumorsynth {report['tumorsynth']}"
         )
+    for name in SAMPLING_ONLY:
+        options.pop(name, None)
     try:
         if isinstance(options.get("mass_effect"), dict):
             options["mass_effect"] = MassEffect(**options["mass_effect"])
         if isinstance(options.get("contrast_hu"), dict):
             options["contrast_hu"] = ContrastPrior(**options["contrast_hu"])
-        intensity = known[scale["kind"]](**{k: v for k, v in scale.items() if k != "kind"})
-    except TypeError as error:  # other fields than this version's
+        intensity = scales[scale["kind"]](**{k: v for k, v in scale.items() if k != "kind"})
+    except TypeError as error:  # fields that this version does not have
         raise ValueError(
-            "the report's mass_effect, contrast_hu and intensity must be this version's, got "
-            f"{str(options.get('mass_effect'))[:80]} and {str(scale)[:80]}; install tumorsynth "
-            f"{told['tumorsynth']}"
+            "the report's mass_effect, contrast_hu and intensity must be those of this version, "
+            f"got {str(options.get('mass_effect'))[:80]} and {str(scale)[:80]}; install tumorsynth "
+            f"{report['tumorsynth']}"
         ) from error
     return {**options, "intensity": intensity}

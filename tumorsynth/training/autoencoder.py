@@ -52,7 +52,7 @@ from tumorsynth.training.folders import (
     no_licence,
     save_autoencoder,
 )
-from tumorsynth.training.launch import check_hardware, launch
+from tumorsynth.training.launch import check_hardware, launch, usable_precision
 from tumorsynth.training.log import millions, say
 from tumorsynth.training.losses import (
     ReconstructionLoss,
@@ -102,6 +102,7 @@ def train(
     complain(check_cases(cases, config.patch_size))
     cases, held_out = split(cases)
     run.complete(scans={c.name: fingerprint(c) for c in cases})
+    config = replace(config, precision=usable_precision(hardware, config.precision))
     fabric = launch(hardware, config.precision)
     with claimed(output):
         stage = AutoencoderStage(fabric, model, cases, config, hardware.workers)

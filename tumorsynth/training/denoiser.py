@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ from tumorsynth.training.folders import (
     origin,
     read_autoencoder,
 )
-from tumorsynth.training.launch import check_hardware, launch
+from tumorsynth.training.launch import check_hardware, launch, usable_precision
 from tumorsynth.training.log import millions, say
 from tumorsynth.training.networks import sampler_of, starting_denoiser
 from tumorsynth.training.outlines import visible
@@ -120,6 +120,7 @@ def train(
         cases, tumors = visible(cases, tumors, data.tumor_label, tissue)
     told = config.contrast == "on"
     contrast = contrast_range(cases, tumors, data.tumor_label, config) if told else None
+    config = replace(config, precision=usable_precision(hardware, config.precision))
     fabric = launch(hardware, config.precision)
     for words in (
         other_tissue(cases, tumors, data.tumor_label, config),

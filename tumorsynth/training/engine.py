@@ -67,6 +67,7 @@ def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, titl
         seconds = float(saved.get("seconds", 0.0))
         for name, part in state.items():
             part.load_state_dict(saved["parts"][name])
+    spent = seconds  # what the last checkpoint says: resuming a finished run changes nothing
     if fabric.is_global_zero:
         run.path.mkdir(parents=True, exist_ok=True)
         for stale in run.path.glob(f".{CHECKPOINT}.*"):  # of a killed process
@@ -96,12 +97,13 @@ def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, titl
                     log.picture(done, stage.picture())
                 if done % config.save_every == 0 or done == config.steps or stopping:
                     log.flush()
-                    run.save(done, state, seconds + time.time() - start)
+                    spent = seconds + time.time() - start
+                    run.save(done, state, spent)
             if stopping and done < config.steps:
                 log.say(f"stopped at step {done}, which is saved; go on with --resume")
                 raise SystemExit(128 + signals.caught if signals.caught else 1)
     fabric.barrier()
-    return seconds + (time.time() - start if first < config.steps else 0.0)
+    return spent
 
 
 def learning_rate(config: Training, step: int) -> float:

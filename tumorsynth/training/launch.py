@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tumorsynth.models.conv import cpu_computes_bfloat16
 from tumorsynth.training.config import Hardware
 
 
@@ -33,6 +34,21 @@ def check_hardware(hardware: Hardware) -> None:
         raise ValueError(f"--devices must be at least 1, or auto, got {hardware.devices}")
 
 
+def usable_precision(hardware: Hardware, precision: str) -> str:
+    """``precision``, or 32-true on a CPU that emulates bfloat16, which is ten times slower."""
+    kind = (hardware.accelerator or "auto").lower()
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    on_cpu = kind == "cpu" or (kind == "auto" and not gpu)
+    if not precision.startswith("bf16") or not on_cpu or cpu_computes_bfloat16():
+        return precision
+    warnings.warn(
+        f"this CPU does not compute in bfloat16, so training uses --precision 32-true, not "
+        f"{precision}",
+        stacklevel=2,
+    )
+    return "32-true"
+
+
 def launch(hardware: Hardware, precision: str) -> Any:
     """A launched Fabric, or an `Alone` with the same methods.
 
@@ -45,7 +61,7 @@ def launch(hardware: Hardware, precision: str) -> Any:
             raise ModuleNotFoundError(
                 'more than one device needs lightning: pip install "tumorsynth[train]"'
             ) from None
-        return Alone(hardware.accelerator, precision)
+        return Alone(hardware.accelerator, usable_precision(hardware, precision))
     for name in ("lightning.fabric", "lightning.pytorch"):  # either may say what it is about to do
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
@@ -66,7 +82,7 @@ def launch(hardware: Hardware, precision: str) -> Any:
     if isinstance(kept.get("devices"), str) and kept["devices"].isdigit():
         kept["devices"] = int(kept["devices"])
     if os.environ.get("LT_PRECISION") is None:
-        kept["precision"] = precision
+        kept["precision"] = usable_precision(hardware, precision)
     fabric = Fabric(**kept)
     if "LT_CLI_USED" not in os.environ:  # `fabric run` has started the processes
         fabric.launch()

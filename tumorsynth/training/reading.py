@@ -123,7 +123,7 @@ def _in_folders(images: Path, labels: Path | None) -> list[Source]:
             raise ValueError(f"{images} holds no .nii or .nii.gz files; pass the folder of the CTs")
         if not any("_label.nii" in p.name for p in found):
             return [Source(_stem(p), p, None) for p in found]
-    from tumorsynth.scans.cases import find_pairs
+    from tumorsynth.scans.pairing import find_pairs
 
     return [Source(c.name, c.ct, c.label) for c in find_pairs(images, labels)]
 

@@ -151,12 +151,12 @@ def written(run: RunFolder) -> Iterator[None]:
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """ValueError while another run trains into this folder; the first of a run's processes asks."""
-    from tumorsynth.scans.cases import only_run
+    from tumorsynth.scans.outputs import folder_lock
 
     first = all(os.environ.get(name, "0") == "0" for name in RANKS)
     if first:
         path.mkdir(parents=True, exist_ok=True)
-    with only_run(path) if first else nullcontext():
+    with folder_lock(path) if first else nullcontext():
         yield
 
 

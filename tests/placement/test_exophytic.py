@@ -1,4 +1,4 @@
-"""Tumours that bulge out of their organ: where they go, and what is painted there."""
+"""Exophytic tumours: where they grow beyond the organ, and what is painted there."""
 
 import json
 from dataclasses import replace
@@ -9,13 +9,20 @@ import torch
 
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
+from tumorsynth.geometry import Box
+from tumorsynth.intensity import BONE_HU
 from tumorsynth.phantom import LABELS
-from tumorsynth.placement.exophytic import FAT_HU, MAX_BULGE, Surroundings, check_bulge, draw_bulge
+from tumorsynth.placement.exophytic import (
+    FAT_HU_RANGE,
+    MAX_BULGE,
+    ExophyticRegion,
+    check_bulge,
+    sample_bulge,
+)
 from tumorsynth.placement.size_priors import PRIORS
 
 KIDNEYS = (LABELS["left_kidney"], LABELS["right_kidney"])
 TUMOR = 60
-BONE_AND_MORE = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +45,28 @@ def beyond(ct, label):
     return (label == TUMOR) & ~torch.isin(ct.label, torch.tensor(KIDNEYS))
 
 
-# -- what is drawn ---------------------------------------------------------------------------------
+# -- the share beyond the organ --------------------------------------------------------------------
 
 
-def test_shares_are_the_priors_and_grow_or_not_with_size():
+def test_shares_follow_the_prior_or_the_range():
     for name in ("kidney", "cyst"):
-        shares = np.array([draw_bulge(PRIORS[name], 25.0, seed) for seed in range(400)])
+        shares = np.array([sample_bulge(PRIORS[name], 25.0, seed) for seed in range(400)])
         mean, sd = PRIORS[name].bulge
         middle = 1 / (1 + np.exp(-(mean + PRIORS[name].bulge_slope * np.log(25 / 15))))
         assert abs(np.median(shares) - middle) < 0.06
         assert 0 <= shares.min() and shares.max() <= MAX_BULGE and shares.std() > 0.1
-    assert draw_bulge(PRIORS["liver"], 25.0, 1) == 0.0 == draw_bulge(None, 25.0, 1)
-    within = [draw_bulge((0.2, 0.4), 25.0, seed) for seed in range(50)]
+    assert sample_bulge(PRIORS["liver"], 25.0, 1) == 0.0 == sample_bulge(None, 25.0, 1)
+    within = [sample_bulge((0.2, 0.4), 25.0, seed) for seed in range(50)]
     assert 0.2 <= min(within) < 0.25 < 0.35 < max(within) <= 0.4
 
 
 @pytest.mark.parametrize("wrong", [1.5, -0.1, (0.5, 0.2), "kidney", (0.1, 0.2, 0.3), float("nan")])
-def test_what_is_no_share_is_refused(wrong):
+def test_invalid_share_raises(wrong):
     with pytest.raises(ValueError, match="bulge must be the share"):
         synthesizer(bulge=wrong)
 
 
-def test_only_priors_with_masks_behind_them_bulge_by_themselves():
+def test_true_needs_a_prior_fitted_to_masks():
     for size in ("liver", "pancreas", "lung", (10, 20)):
         with pytest.raises(ValueError, match=r'needs size_mm="kidney" or "cyst"'):
             synthesizer(size_mm=size, bulge=True)
@@ -68,7 +75,7 @@ def test_only_priors_with_masks_behind_them_bulge_by_themselves():
         assert check_bulge(nothing, "kidney") is None
 
 
-def test_off_by_default_and_then_labels_change_in_the_organ_alone(ct):
+def test_by_default_labels_change_in_the_organ_alone(ct):
     synth = ts.SynthesizeTumor("hu2023", KIDNEYS, TUMOR, count=3, size_mm="kidney")
     for seed in range(3):
         _, label = synth(ct.image, ct.label, spacing=ct.spacing, seed=seed)
@@ -76,10 +83,10 @@ def test_off_by_default_and_then_labels_change_in_the_organ_alone(ct):
         assert all(r["outside_share"] == 0 for r in synth.report if r["applied"])
 
 
-# -- where it goes ---------------------------------------------------------------------------------
+# -- where tumours grow to -------------------------------------------------------------------------
 
 
-def test_about_the_share_drawn_lies_beyond_in_fat_and_in_nothing_else(ct):
+def test_tumours_grow_into_fat_alone_by_about_the_sampled_share(ct):
     off, applied = [], 0
     hu = ct.image[0]
     for seed in range(12):
@@ -93,53 +100,52 @@ def test_about_the_share_drawn_lies_beyond_in_fat_and_in_nothing_else(ct):
         assert share == pytest.approx(record["outside_share"], abs=1e-6)
         off.append(share - synth.params[0]["tumors"][0]["bulge"])
         assert (ct.label[out] == 0).all()  # no other organ
-        assert hu[out[0]].max() < BONE_AND_MORE and hu[out[0]].min() > -300
+        assert hu[out[0]].max() < BONE_HU and hu[out[0]].min() > -300
         assert -150 < float(hu[out[0]].median()) < 0  # fat
     assert applied >= 10 and np.median(np.abs(off)) < 0.12
 
 
-def test_surroundings_say_the_same_of_a_voxel_whatever_the_box(ct):
+def test_region_does_not_depend_on_the_box(ct):
     image, label = ct.image[0], ct.label[0]
-    around = Surroundings(image, label, KIDNEYS, ct.spacing, ts.HU())
-    stop = tuple(label.shape)
-    whole = around.local((0, 0, 0), stop)
+    region = ExophyticRegion(image, label, KIDNEYS, ct.spacing, ts.HU())
+    whole = region.mask_in(Box.whole(label.shape))
     assert 0.02 < float(whole.float().mean()) < 0.6
     rng = np.random.default_rng(0)
     for _ in range(6):
-        start = [int(rng.integers(0, n - 9)) for n in stop]
-        part = tuple(slice(s, s + 9) for s in start)
-        assert torch.equal(around.local(start, [s + 9 for s in start]), whole[part])
+        start = [int(rng.integers(0, n - 9)) for n in label.shape]
+        box = Box.at(start, (9, 9, 9))
+        assert torch.equal(region.mask_in(box), whole[box.slices])
     assert not (whole & (label != 0)).any()
 
 
-def test_neither_air_nor_bone_nor_what_is_not_finite_is_room():
+def test_region_excludes_air_bone_muscle_and_non_finite_voxels():
     hu = torch.full((40, 40, 40), -100.0)
     hu[:12], hu[28:] = -1000.0, 600.0
     hu[20, 20, 20] = float("nan")
     label = torch.zeros(hu.shape, dtype=torch.uint8)
-    room = Surroundings(hu, label, (1,), (1.0, 1.0, 1.0), ts.HU()).local((0, 0, 0), (40, 40, 40))
+    room = ExophyticRegion(hu, label, (1,), (1.0, 1.0, 1.0), ts.HU()).mask_in(Box.whole(hu.shape))
     assert not room[:14].any() and not room[26:].any() and not room[20, 20, 20]
     assert room[16:18].all()
-    # muscle is none either, but what lies in fat is no obstacle
+    # muscle is excluded, but thin strands in fat are included
     hu = torch.full((40, 40, 40), -100.0)
     hu[:20], hu[30, 10:30] = 50.0, 60.0
-    room = Surroundings(hu, label, (1,), (1.0, 1.0, 1.0), ts.HU()).local((0, 0, 0), (40, 40, 40))
+    room = ExophyticRegion(hu, label, (1,), (1.0, 1.0, 1.0), ts.HU()).mask_in(Box.whole(hu.shape))
     assert not room[:16].any() and room[24:38].all()
 
 
-def test_fat_of_airs_limit_is_room_and_air_cut_off_there_is_not():
+def test_region_includes_noisy_fat_but_not_air_clipped_to_fat():
     rng = torch.Generator().manual_seed(0)
     hu = -150 + 20 * torch.randn(32, 32, 32, generator=rng)
     label = torch.zeros(hu.shape, dtype=torch.uint8)
-    around = Surroundings(hu, label, (1,), (1.0, 1.0, 1.0), ts.HU())
-    assert around.local((0, 0, 0), (32, 32, 32)).float().mean() > 0.98  # it was 0.004
+    region = ExophyticRegion(hu, label, (1,), (1.0, 1.0, 1.0), ts.HU())
+    assert region.mask_in(Box.whole(hu.shape)).float().mean() > 0.98
     hu[:16] = -1000.0
-    around = Surroundings(hu.clamp(min=-150.0), label, (1,), (1.0, 1.0, 1.0), ts.HU())
-    room = around.local((0, 0, 0), (32, 32, 32))
+    region = ExophyticRegion(hu.clamp(min=-150.0), label, (1,), (1.0, 1.0, 1.0), ts.HU())
+    room = region.mask_in(Box.whole(hu.shape))
     assert not room[:15].any() and room[20:].all()
 
 
-def test_a_scale_whose_end_is_above_fat_has_no_room_and_the_tumour_stays_inside(ct):
+def test_scale_that_clips_fat_keeps_tumours_inside(ct):
     scale = ts.Scaled(-20, 250, 0, 1)
     image = ((ct.image + 20) / 270).clamp(0, 1)
     synth = synthesizer(intensity=scale)
@@ -147,11 +153,11 @@ def test_a_scale_whose_end_is_above_fat_has_no_room_and_the_tumour_stays_inside(
     assert not beyond(ct, label).any()
 
 
-# -- what is painted -------------------------------------------------------------------------------
+# -- what is painted there -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("generator", ["hu2023", "liver-early"])
-def test_a_ball_of_soft_tissue_in_the_fat_and_the_fat_as_it_was(ct, generator):
+def test_tumour_is_even_on_both_sides_of_the_surface_and_fat_is_unchanged(ct, generator):
     image, label, synth = made(ct, 3, generator=generator, contrast_hu=-40, bulge=0.5)
     (record,) = synth.report
     out = beyond(ct, label)
@@ -160,18 +166,18 @@ def test_a_ball_of_soft_tissue_in_the_fat_and_the_fat_as_it_was(ct, generator):
     organ = torch.isin(ct.label, torch.tensor(KIDNEYS))
     level = float(ct.image[organ].median())
     both = [image[inner & out].mean(), image[inner & ~out].mean()]
-    for part in both:  # as dark as asked, on either side of where the organ ended
+    for part in both:  # the requested contrast on either side of the organ's surface
         assert float(part) == pytest.approx(level - 40, abs=20)
     assert float((both[0] - both[1]).abs()) < 15
-    # and no dark rim around it
+    # no dark rim around it
     shell = torch.nn.functional.max_pool3d((label == TUMOR).float(), 5, 1, 2).bool()
-    fat = shell & (label == 0) & (ct.image < FAT_HU[1])
+    fat = shell & (label == 0) & (ct.image < FAT_HU_RANGE[1])
     assert float((image - ct.image)[fat].min()) > -5
     far = torch.nn.functional.max_pool3d((label == TUMOR).float(), 17, 1, 8).bool()
     assert torch.equal(image[~far], ct.image[~far])
 
 
-def test_its_noise_is_the_scans(ct):
+def test_noise_beyond_the_organ_is_the_scan_s(ct):
     image, label, _ = made(ct, 3, contrast_hu=-40, bulge=0.5)
     inner = ~torch.nn.functional.max_pool3d((~(label == TUMOR)).float(), 3, 1, 1).bool()
     out = beyond(ct, label) & inner
@@ -185,21 +191,21 @@ def test_its_noise_is_the_scans(ct):
     assert 0.6 < noise(image, out) / noise(ct.image, core) < 1.5
 
 
-# -- rules that hold for all -----------------------------------------------------------------------
+# -- rules of every transform ----------------------------------------------------------------------
 
 
-def test_the_input_stays_as_it_was_and_params_replay_through_json(ct):
+def test_input_is_unchanged_and_params_replay_through_json(ct):
     before = ct.image.clone(), ct.label.clone()
     image, label, synth = made(ct, 4)
     assert torch.equal(ct.image, before[0]) and torch.equal(ct.label, before[1])
     assert synth.report[0]["outside_share"] > 0
-    told = json.loads(json.dumps(synth.params))
-    other = ts.SynthesizeTumor("hu2023", KIDNEYS, TUMOR)  # bulging is in the params
-    again = other(ct.image, ct.label, spacing=ct.spacing, params=told)
+    params = json.loads(json.dumps(synth.params))
+    other = ts.SynthesizeTumor("hu2023", KIDNEYS, TUMOR)  # the share is in the params
+    again = other(ct.image, ct.label, spacing=ct.spacing, params=params)
     assert torch.equal(again[0], image) and torch.equal(again[1], label)
 
 
-def test_a_batch_is_its_samples_and_no_other_draw_depends_on_it(ct):
+def test_batch_equals_its_samples_and_bulge_changes_no_other_draw(ct):
     synth = synthesizer(count=2)
     batch = synth(
         torch.stack([ct.image] * 2), torch.stack([ct.label] * 2), spacing=ct.spacing, seed=5
@@ -226,7 +232,7 @@ def test_a_batch_is_its_samples_and_no_other_draw_depends_on_it(ct):
         {"size_mm": "kidney", "bulge": True},
     ],
 )
-def test_with_everything_else(ct, options):
+def test_bulge_works_with_every_other_option(ct, options):
     image, label, synth = made(ct, 2, **options)
     assert image.isfinite().all()
     assert any(r["applied"] for r in synth.report)
@@ -234,7 +240,7 @@ def test_with_everything_else(ct, options):
     assert torch.equal(again[0], image) and torch.equal(again[1], label)
 
 
-def test_a_scaled_image_gets_the_same_tumour(ct):
+def test_scaled_image_gets_the_same_tumour(ct):
     image, label, _ = made(ct, 6)
     scale = ts.Scaled(-1200, 1200, 0, 1)
     synth = synthesizer(intensity=scale)
@@ -243,12 +249,12 @@ def test_a_scaled_image_gets_the_same_tumour(ct):
     assert float((scaled * 2400 - 1200 - image).abs().median()) < 0.01
 
 
-def test_an_organ_map_of_its_own_is_refused():
+def test_separate_organ_map_raises():
     with pytest.raises(ValueError, match="bulge must be off"):
         Adapter(separate_organ=True, bulge=0.3)
 
 
-def test_params_of_another_kind_are_refused(ct):
+def test_out_of_range_params_raise(ct):
     _, _, synth = made(ct, 4)
     bad = json.loads(json.dumps(synth.params))
     bad[0]["tumors"][0]["bulge"] = 2.0
@@ -256,6 +262,6 @@ def test_params_of_another_kind_are_refused(ct):
         synth(ct.image, ct.label, spacing=ct.spacing, params=bad)
 
 
-def test_a_prior_of_ones_own_bulges_if_it_says_so():
+def test_custom_prior_may_bulge():
     prior = replace(PRIORS["liver"], bulge=(0.0, 0.5))
     assert check_bulge(True, prior) is prior

@@ -1,10 +1,10 @@
-"""Scans on disk: which files belong together."""
+"""Which CTs and label maps belong together."""
 
 from __future__ import annotations
 
 import pytest
 
-from tumorsynth.scans.cases import find_pairs
+from tumorsynth.scans.pairing import find_pairs
 
 
 def names(pairs):

@@ -1,4 +1,4 @@
-"""Shapes of real masks: what is drawn from them looks like them, replays, and fits in params."""
+"""Shapes of real masks: placed tumours look like them, replay, and their outlines fit in params."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from organs import place_in
 from scipy.stats import ks_2samp
 
 import tumorsynth as ts
-from tumorsynth.placement import place as masks
+from tumorsynth.placement.types import LocalMask
 from tumorsynth.placement.user_shapes import outline_of, read_shapes
 
 
@@ -23,18 +24,10 @@ def ellipsoid(half_mm=(14.0, 9.0, 6.0), spacing=(1.0, 1.0, 1.0), side_mm=36) -> 
     return (x / half_mm[0]) ** 2 + (y / half_mm[1]) ** 2 + (z / half_mm[2]) ** 2 <= 1
 
 
-def drawn(outlines, size=20.0, seed=0, spacing=(1.0, 1.0, 1.0)) -> masks.LocalMask:
+def place_shaped(outlines, size=20.0, seed=0, spacing=(1.0, 1.0, 1.0)) -> LocalMask:
     label = torch.ones(tuple(round(64 / s) for s in spacing), dtype=torch.uint8)
-    (tumor,) = masks.place(
-        label,
-        1,
-        masks.organ_box(label, 1),
-        spacing,
-        size_mm=size,
-        rng=torch.Generator().manual_seed(seed),
-        outlines=outlines,
-    )
-    assert isinstance(tumor, masks.LocalMask)
+    (tumor,) = place_in(label, spacing, seed, size_mm=size, outlines=outlines)
+    assert isinstance(tumor, LocalMask)
     return tumor
 
 
@@ -46,30 +39,30 @@ def ratios(mask: np.ndarray, spacing=(1.0, 1.0, 1.0)) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 0.7, 3.0)])
-def test_a_shape_comes_back_at_any_size_and_spacing(spacing):
+def test_shape_is_kept_at_any_size_and_spacing(spacing):
     outline = outline_of(ellipsoid(spacing=spacing), spacing)
     for seed in range(4):
-        tumor = drawn([outline], 24.0, seed)
+        tumor = place_shaped([outline], 24.0, seed)
         assert tumor.diameter_mm == pytest.approx(24, rel=0.01)
         elongation, flatness = ratios(tumor.mask.numpy())
         assert elongation == pytest.approx(9 / 14, abs=0.08)
         assert flatness == pytest.approx(6 / 14, abs=0.08)
 
 
-def test_the_same_shape_is_turned_mirrored_and_bent():
+def test_one_shape_is_turned_mirrored_and_bent_differently_for_each_tumour():
     outline = outline_of(ellipsoid(), (1, 1, 1))
-    found = [drawn([outline], 20.0, seed).mask for seed in range(6)]
+    found = [place_shaped([outline], 20.0, seed).mask for seed in range(6)]
     for k, one in enumerate(found):
         assert not any(torch.equal(one, other) for other in found[:k])
 
 
-def test_concave_masks_keep_their_volume_s_direction_and_do_not_fail():
+def test_concave_mask_gives_a_tumour():
     mask = ellipsoid((14, 14, 14)) & ~ellipsoid((14, 14, 14)).roll((9, 0, 0), (0, 1, 2))  # a sickle
-    tumor = drawn([outline_of(mask, (1, 1, 1))], 16.0)
+    tumor = place_shaped([outline_of(mask, (1, 1, 1))], 16.0)
     assert tumor.voxels > 0
 
 
-def test_read_from_folders_files_and_arrays(tmp_path):
+def test_shapes_are_read_from_folders_files_and_arrays(tmp_path):
     nib = pytest.importorskip("nibabel")
     spacing = (1.0, 1.0, 2.0)
     mask = ellipsoid(spacing=spacing)
@@ -85,7 +78,7 @@ def test_read_from_folders_files_and_arrays(tmp_path):
     assert read_shapes(None) == ()
 
 
-def test_what_will_not_do_is_named(tmp_path):
+def test_unusable_masks_are_named(tmp_path):
     two = torch.zeros(40, 40, 40)
     two[4:12, 4:12, 4:12] = two[20:30, 20:30, 20:30] = 1
     (tmp_path / "bad.nii").write_text("no image")
@@ -111,7 +104,7 @@ def test_what_will_not_do_is_named(tmp_path):
         read_shapes(tmp_path / "empty")
 
 
-def test_pickled_cheap_and_replayed_without_the_masks():
+def test_outlines_are_small_and_replay_without_the_masks():
     ct = ts.make_phantom(spacing=(2.0, 2.0, 3.0), seed=0)
     shapes = [(ellipsoid(), (1, 1, 1)), (ellipsoid((10, 10, 10)), (1, 1, 1))]
     synth = ts.SynthesizeTumor(
@@ -131,14 +124,14 @@ def test_pickled_cheap_and_replayed_without_the_masks():
         other(ct.image, ct.label, spacing=ct.spacing, params=params)
 
 
-def test_without_shapes_nothing_else_is_drawn_otherwise():
-    plain, shaped = drawn([]), drawn([outline_of(ellipsoid(), (1, 1, 1))])
+def test_shapes_change_no_other_draw():
+    plain, shaped = place_shaped([]), place_shaped([outline_of(ellipsoid(), (1, 1, 1))])
     assert plain.params.seed == shaped.params.seed and plain.params.outline == ""
     assert plain.params.drawn_mm == shaped.params.drawn_mm
 
 
-def test_drawn_ones_are_like_the_real_ones(shared: Path):
-    """Elongation and flatness: Kolmogorov-Smirnov distance of 60 of each, 0.15 and its scatter."""
+def test_placed_tumours_are_shaped_like_the_real_ones(shared: Path):
+    """Kolmogorov-Smirnov distance at most 0.15, plus what 60 against 60 scatter by chance."""
     data = np.load(shared / "data" / "tumor_shapes" / "msd_liver_tumor.npz")
     real, outlines, sizes = [], [], []
     for k, shape in enumerate(data["shape"]):
@@ -150,7 +143,7 @@ def test_drawn_ones_are_like_the_real_ones(shared: Path):
             outlines.append(outline_of(torch.from_numpy(mask), (1, 1, 1)))
             sizes.append(float(size))
     made = [
-        ratios(drawn([one], size, k).mask.numpy())
+        ratios(place_shaped([one], size, k).mask.numpy())
         for k, (one, size) in enumerate(zip(outlines, sizes, strict=True))
     ]
     assert len(real) == 60

@@ -1,3 +1,5 @@
+"""Size priors: sampled sizes, shapes and counts agree with those of real masks."""
+
 from __future__ import annotations
 
 import csv
@@ -8,26 +10,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from organs import ISO, make_rng
 from scipy import ndimage
 from scipy.spatial import ConvexHull
 from scipy.stats import ks_2samp
 
-from tumorsynth.placement.place import LocalMask, TumorParams, draw
+from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.place import place_from_params
 from tumorsynth.placement.size_priors import MAX_ROUGHNESS, MIN_AXIS_RATIO, PRIORS, get_prior
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tumorsynth.placement.types import LocalMask, TumorParams
 
 
 def voxels(diameter: float, axes, roughness: float, seed: int) -> np.ndarray:
-    """One tumour on a 1 mm grid that is organ all over, turned at random."""
+    """One tumour, turned at random, on a 1 mm grid that is all organ."""
     side = int(2.6 * diameter) + 9
-    gen = rng(seed)
+    gen = make_rng(seed)
     w, x, y, z = torch.nn.functional.normalize(torch.randn(4, generator=gen), dim=0).tolist()
     centre = (side // 2,) * 3
     params = TumorParams(centre, diameter, axes, (w, x, y, z), roughness, seed, 0, 1.0, diameter)
-    tumor = draw(params, torch.ones(side, side, side, dtype=torch.bool), 1, (1.0, 1.0, 1.0))
+    region = OrganRegion.of_label(torch.ones(side, side, side, dtype=torch.bool), 1)
+    tumor = place_from_params(params, region, ISO)
     assert isinstance(tumor, LocalMask)
     return tumor.mask.numpy()
 
@@ -44,7 +46,7 @@ def measure(mask: np.ndarray) -> tuple[float, float, float]:
 
 
 def real_masks(file: Path, lo: float, hi: float, most: int) -> list[np.ndarray]:
-    """Real masks of diameters in (lo, hi), from all over the file: its cases differ in style."""
+    """Real masks of diameters in (lo, hi), spread over the file, whose cases differ in style."""
     data = np.load(file)
     bits, offset, shapes = data["bits"], data["offset"], data["shape"]
     found = []
@@ -55,7 +57,7 @@ def real_masks(file: Path, lo: float, hi: float, most: int) -> list[np.ndarray]:
     return [found[int(k)] for k in np.linspace(0, len(found) - 1, min(most, len(found)))]
 
 
-def test_unknown_names_are_refused_with_the_known_ones():
+def test_unknown_name_raises_and_lists_the_known_ones():
     for name in ("spleen", 3, None):
         with pytest.raises(ValueError, match="cyst, kidney, liver, lung, pancreas"):
             get_prior(name)
@@ -65,8 +67,8 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize("name", sorted(PRIORS))
-def test_draws_stay_within_their_bounds(name):
-    prior, gen = PRIORS[name], rng()
+def test_samples_stay_within_bounds(name):
+    prior, gen = PRIORS[name], make_rng()
     lo, hi = prior.range_mm
     for _ in range(300):
         diameter = prior.draw_diameter(lo, hi, gen)
@@ -80,21 +82,21 @@ def test_draws_stay_within_their_bounds(name):
         assert 1 <= prior.draw_count(gen) <= len(prior.count)
 
 
-def test_a_range_in_the_prior_s_far_tail_still_gives_sizes_in_it():
-    gen = rng()
+def test_range_in_the_prior_s_far_tail_gives_sizes_in_it():
+    gen = make_rng()
     for lo, hi in ((0.01, 0.02), (900.0, 1000.0), (7.0, 7.0)):
         assert all(lo <= PRIORS["lung"].draw_diameter(lo, hi, gen) <= hi for _ in range(20))
 
 
-def test_larger_liver_tumours_touch_the_capsule_more_often_as_measured():
+def test_larger_liver_tumours_touch_the_capsule_as_often_as_measured():
     # of 227 real ones: 30 % under 10 mm (median 7.4), 40 % at 10-15, 76 % at 20-30, 90 % at 30-50
     liver = PRIORS["liver"]
     for diameter, share in ((7.4, 0.30), (12.0, 0.42), (25.0, 0.76), (38.0, 0.88)):
         assert liver.touch_probability(diameter) == pytest.approx(share, abs=0.05)
 
 
-def test_counts_per_case_are_those_of_the_real_cases():
-    gen = rng()
+def test_counts_per_case_match_real_cases():
+    gen = make_rng()
     for name, mean in (("kidney", 1.13), ("cyst", 3.0)):
         drawn = np.mean([PRIORS[name].draw_count(gen) for _ in range(2000)])
         assert drawn == pytest.approx(mean, rel=0.12)
@@ -108,8 +110,8 @@ def test_counts_per_case_are_those_of_the_real_cases():
         ("cyst", "kits23_components.csv", "kits23_cyst"),
     ],
 )
-def test_diameters_are_those_of_real_tumours(shared: Path, name, file, source):
-    prior, gen = PRIORS[name], rng()
+def test_diameters_match_real_tumours(shared: Path, name, file, source):
+    prior, gen = PRIORS[name], make_rng()
     lo, hi = prior.range_mm
     with open(shared / "data" / "tumor_shapes" / file) as f:
         real = [float(r["eq_diam_mm"]) for r in csv.DictReader(f) if r["source"] == source]
@@ -122,7 +124,7 @@ def test_diameters_are_those_of_real_tumours(shared: Path, name, file, source):
 @pytest.mark.parametrize(
     ("name", "file"), [("liver", "msd_liver_tumor.npz"), ("kidney", "kits23.npz")]
 )
-def test_shapes_are_those_of_real_tumours(shared: Path, name, file):
+def test_shapes_match_real_tumours(shared: Path, name, file):
     """Kolmogorov-Smirnov distance at most 0.15, plus what 120 against 120 scatter by chance."""
     prior = PRIORS[name]
     masks = real_masks(shared / "data" / "tumor_shapes" / file, prior.range_mm[0], 60, 120)
@@ -130,7 +132,7 @@ def test_shapes_are_those_of_real_tumours(shared: Path, name, file):
     for k, mask in enumerate(masks):  # as many drawn shapes, of the same sizes
         real.append(measure(mask))
         diameter = float((6 * mask.sum() / math.pi) ** (1 / 3))
-        shape = prior.draw_shape(diameter, rng(k))
+        shape = prior.draw_shape(diameter, make_rng(k))
         drawn.append(measure(voxels(diameter, *shape, seed=1000 + k)))
     assert len(real) >= 80
     for feature in range(3):
@@ -139,25 +141,25 @@ def test_shapes_are_those_of_real_tumours(shared: Path, name, file):
 
 
 def convexity(plane: np.ndarray) -> float:
-    """Area over that of the convex hull, of a bool plane, by its pixels' corners."""
+    """Area of a bool plane over that of its convex hull, by the corners of its pixels."""
     corners = np.argwhere(plane)
     corners = np.concatenate([corners + shift for shift in ((0, 0), (0, 1), (1, 0), (1, 1))])
     return plane.sum() / ConvexHull(corners).volume
 
 
 @pytest.mark.parametrize(("name", "lowest"), [("liver", 0.91), ("kidney", 0.91), ("cyst", 0.91)])
-def test_outlines_are_ovals_and_no_stars(name, lowest):
-    """Slices of 12 to 20 mm; the bound lies between what smooth and jagged surfaces gave."""
+def test_outlines_are_ovals_not_stars(name, lowest):
+    """In slices of 12 to 20 mm; the bound separates smooth from jagged surfaces."""
     found = []
     for k in range(40):
         diameter = 12.0 + 0.2 * k
-        mask = voxels(diameter, *PRIORS[name].draw_shape(diameter, rng(k)), seed=k)
+        mask = voxels(diameter, *PRIORS[name].draw_shape(diameter, make_rng(k)), seed=k)
         found.append(convexity(mask[:, :, mask.sum((0, 1)).argmax()]))
     assert np.median(found) >= lowest
     assert np.percentile(found, 10) >= lowest - 0.07
 
 
-def test_rougher_means_less_spherical():
+def test_rougher_tumours_are_less_spherical():
     smooth = np.mean([measure(voxels(24.0, (1, 1, 1), 0.02, k))[2] for k in range(6)])
     rough = np.mean([measure(voxels(24.0, (1, 1, 1), 0.2, k))[2] for k in range(6)])
     assert smooth > 0.95 > rough + 0.01

@@ -1,0 +1,115 @@
+"""Find CT files and the label maps that belong to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A CT file and its label map. The results are named after ``name``."""
+
+    name: str
+    ct: Path
+    label: Path
+
+
+def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
+    """Pair the CTs and label maps of two files, one folder or two folders.
+
+    In one folder, NAME_ct.nii[.gz] pairs with NAME_label.nii[.gz]. In two folders, files of the
+    same name pair. Names are compared without .nii[.gz] and without a trailing _ct or _label.
+    A CT without a label map is listed with the path where its label map should be, so that the
+    caller reports it; a label map without a CT is ignored, and so are hidden files.
+
+    Args:
+        ct: a CT file, or a folder of CTs.
+        label: the label map, or the folder of label maps; None if one folder holds both.
+
+    Returns:
+        The pairs, sorted by name.
+
+    Raises:
+        FileNotFoundError: if ``ct`` or ``label`` does not exist.
+        ValueError: if the two do not go together, or hold no CT.
+    """
+    for path in (ct, label):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"no such file or folder: {path}")
+    if not ct.is_dir():
+        return [_pair_of_files(ct, label)]
+    if label is not None and not label.is_dir():
+        raise ValueError(
+            f"CT {ct} is a folder, so the label must be one too, got {label}; give the folder of "
+            "the label maps"
+        )
+
+    one_folder = label is None
+    cts = find_files(ct, "_ct", ending_required=one_folder)
+    labels = find_files(label or ct, "_label", ending_required=one_folder)
+    if not cts:
+        raise ValueError(
+            f"the folder {ct} holds no NAME_ct.nii.gz; name the files NAME_ct.nii.gz and "
+            "NAME_label.nii.gz, or give the folder of the CTs and then that of the label maps"
+            if one_folder
+            else f"the folder {ct} holds no .nii.gz; give the folder of the CTs"
+        )
+    ending = "_label.nii.gz" if one_folder else ".nii.gz"
+    return [
+        Pair(name, path, labels.get(name, (label or ct) / f"{name}{ending}"))
+        for name, path in sorted(cts.items())
+    ]
+
+
+def _pair_of_files(ct: Path, label: Path | None) -> Pair:
+    name = _name_of(ct, "_ct")
+    if name is None:
+        raise ValueError(
+            f"a CT must be a .nii or .nii.gz file, got {ct.name}; convert it first (DICOM with "
+            "dcm2niix, for example)"
+        )
+    if label is None or label.is_dir():
+        got = "none" if label is None else f"the folder {label}"
+        raise ValueError(
+            f"CT {ct.name} needs its label file as second argument, got {got}; give its label map"
+        )
+    return Pair(name, ct, label)
+
+
+def find_files(folder: Path, ending: str, *, ending_required: bool = False) -> dict[str, Path]:
+    """List the NIfTI files of a folder by name, without .nii[.gz] and without ``ending``.
+
+    Args:
+        folder: where to look; subfolders and hidden files are ignored.
+        ending: what a name may end in, "_ct" for example.
+        ending_required: list only the files whose name has that ending.
+
+    Raises:
+        ValueError: if two files have the same name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        name = _name_of(path, ending)
+        # a dangling link is a scan that cannot be read: list it, so that it is reported
+        is_file = path.is_file() or path.is_symlink()
+        if name is None or path.name.startswith(".") or not is_file:
+            continue
+        if ending_required and f"{ending}.nii" not in path.name:
+            continue
+        if name in found:
+            raise ValueError(
+                f"each scan needs its own name, but {found[name].name} and {path.name} in {folder} "
+                f"are both {name!r}; rename or move one"
+            )
+        found[name] = path
+    return found
+
+
+def _name_of(path: Path, ending: str) -> str | None:
+    """The file name without .nii[.gz] and without ``ending``; None if it is no NIfTI name."""
+    for suffix in (".nii.gz", ".nii"):
+        if path.name.endswith(suffix) and len(path.name) > len(suffix):
+            stem = path.name.removesuffix(suffix)
+            return stem.removesuffix(ending) or stem
+    return None

@@ -1,0 +1,132 @@
+"""What decides the result of a scan: recorded in its report, compared before a run resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import tumorsynth
+
+if TYPE_CHECKING:
+    from tumorsynth.synthesizer import SynthesizeTumor
+
+# Every report holds these options, in this order. All other parameters of `SynthesizeTumor` are
+# recorded where they differ from their default, so that earlier reports still match.
+ALWAYS_RECORDED = (
+    "organ_labels",
+    "tumor_label",
+    "p",
+    "count",
+    "size_mm",
+    "blend",
+    "contrast_hu",
+    "sigma_mm",
+    "gap_mm",
+    "merge",
+    "mass_effect",
+    "bulge",
+    "intensity",
+)
+# Entries of their own in the report, beside the options.
+NOT_OPTIONS = ("generator", "device")
+
+
+def run_settings(synth: SynthesizeTumor, *, ct: str, label: str, seed: int) -> dict[str, Any]:
+    """Collect what decides the result of a scan, in JSON's own types.
+
+    Args:
+        synth: the transform.
+        ct: file name of the CT.
+        label: file name of its label map.
+        seed: of the scan.
+    """
+    import torch
+
+    card = synth.handle.get(synth.device or "cpu").card
+    settings = {
+        "tumorsynth": tumorsynth.__version__,
+        "ct": ct,
+        "label": label,
+        "seed": seed,
+        "generator": {key: card[key] for key in ("name", "sha256", "licence") if key in card},
+        "options": _options(synth),
+        # the last bit of a convolution depends on these two
+        "device": (synth.device or torch.device("cpu")).type,
+        "threads": torch.get_num_threads(),
+    }
+    return json.loads(json.dumps(settings, default=to_json_types))
+
+
+def option_names() -> list[str]:
+    """The names that a report's options may have: the parameters of `SynthesizeTumor`."""
+    from tumorsynth.synthesizer import SynthesizeTumor
+
+    parameters = inspect.signature(SynthesizeTumor).parameters
+    rest = (name for name in parameters if name not in (*ALWAYS_RECORDED, *NOT_OPTIONS))
+    return [*ALWAYS_RECORDED, *rest]
+
+
+def _options(synth: SynthesizeTumor) -> dict[str, Any]:
+    from tumorsynth.synthesizer import SynthesizeTumor
+
+    parameters = inspect.signature(SynthesizeTumor).parameters
+    values = {name: _option(synth, name) for name in option_names()}
+    return {
+        name: value
+        for name, value in values.items()
+        if name in ALWAYS_RECORDED or value != parameters[name].default
+    }
+
+
+def _option(synth: SynthesizeTumor, name: str) -> Any:
+    if name == "intensity":
+        scale = synth.intensity
+        fields: dict[str, Any] = asdict(scale) if is_dataclass(scale) else {}
+        return {"kind": type(scale).__name__, **fields}
+    if name == "shapes":  # too long to record
+        outlines = json.dumps(synth.options["shapes"]).encode()
+        return hashlib.sha256(outlines).hexdigest() if synth.options["shapes"] else None
+    return synth.options[name]
+
+
+def explain_mismatch(report: Path, settings: dict[str, Any]) -> str | None:
+    """Say why a report does not belong to a run of these `run_settings`; None if it does."""
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return "cannot be read"
+    if not isinstance(found, dict):
+        return "is no report"
+    for key, value in settings.items():
+        old = found.get(key)
+        if old != value:
+            if isinstance(old, dict) and isinstance(value, dict):
+                key, old, value = next(
+                    (f"{key} {k}", old.get(k), value.get(k))
+                    for k in {**value, **old}
+                    if old.get(k) != value.get(k)
+                )
+            return f"made with {key} {old}, now {value}"
+    return None
+
+
+def voxels_sha256(stored: np.ndarray) -> str:
+    """Hash the numbers as stored, in C order, without header or compression."""
+    return hashlib.sha256(np.ascontiguousarray(stored).data).hexdigest()
+
+
+def to_json_types(value: Any) -> Any:
+    """Convert what `json.dumps` cannot write: for its ``default=``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
+        return value.tolist()
+    if hasattr(value, "__qualname__"):  # a function; its repr differs between processes
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)
