@@ -37,7 +37,12 @@ from tumorsynth.training.realism import (
     organ_labels_around,
     real_tumors,
 )
-from tumorsynth.training.reconstruction import choose_crops, evenly_spaced, measure_autoencoder, tiles
+from tumorsynth.training.reconstruction import (
+    choose_crops,
+    evenly_spaced,
+    measure_autoencoder,
+    tiles,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 WINDOW = (-175.0, 250.0)
@@ -90,7 +95,9 @@ def test_measures_agree_with_scipy():
     rng = np.random.default_rng(0)
     volume = rng.normal(50, 30, (21, 17, 9)).astype(np.float32)
     blurred = ndimage.gaussian_filter(volume, 1.5)
-    np.testing.assert_allclose(high_pass_noise(torch.from_numpy(volume)), volume - blurred, atol=1e-4)
+    np.testing.assert_allclose(
+        high_pass_noise(torch.from_numpy(volume)), volume - blurred, atol=1e-4
+    )
     mask = volume > 115
     far = ndimage.distance_transform_edt(~mask)
     for reach in (1, 3, 8):

@@ -28,9 +28,7 @@ GroupCaption = tuple[str, Sequence[str]]  # title of a group ("" for none), capt
 Pair = tuple[Tensor, Tensor, Sequence[int]]  # two cubes and the voxel to show them at
 
 
-def write_grid(
-    path: Path, rows: list[list[Group]], captions: Sequence[GroupCaption] = ()
-) -> None:
+def write_grid(path: Path, rows: list[list[Group]], captions: Sequence[GroupCaption] = ()) -> None:
     """Write rows of groups of tiles as a grey PNG.
 
     Args:

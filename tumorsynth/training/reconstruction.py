@@ -1,4 +1,4 @@
-"""Measure how well an autoencoder reconstructs scans, by kind of tissue, and how it uses its codes."""
+"""Measure how well an autoencoder reconstructs scans, by tissue, and how it uses its codes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def measure_autoencoder(
             differences = {"reconstruction": Difference(scan, recon, window)}
             if autoencoder.config.detail_channels:
                 differences["without_detail"] = Difference(scan, decoded, window)
-            _add_regions(regions, differences, _tissue_masks(case, where, scan, tumor_label, window))
+            _add_regions(
+                regions, differences, _tissue_masks(case, where, scan, tumor_label, window)
+            )
             if len(rows) < MAX_PICTURE_ROWS and index < max(1, MAX_PICTURE_ROWS // len(chosen)):
                 rows.append(_picture_row(scan, recon, window))
     result = _region_figures(regions)
