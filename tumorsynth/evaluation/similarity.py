@@ -1,9 +1,9 @@
 """Compare tumours: radiomic features, classifiers that try to tell them apart, a t-SNE map.
 
-The paper's figure 2 asks whether early tumours of different organs look alike: classifiers guess the
-organ from radiomic features, and a t-SNE map shows them. With the classes "real" and "synthetic" the
-same classifiers are a two-sample test. MIRP computes the features (by the IBSI reference),
-scikit-learn has the classifiers: ``pip install "tumorsynth[similarity]"``.
+The paper's figure 2 asks whether early tumours of different organs look alike: classifiers guess
+the organ from radiomic features, and a t-SNE map shows them. With the classes "real" and
+"synthetic" the same classifiers are a two-sample test. MIRP computes the features (by the IBSI
+reference), scikit-learn has the classifiers: ``pip install "tumorsynth[similarity]"``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ GROUP_GAP = 3 * TILE_GAP  # pixels between groups of tiles
 MAGNIFICATION = 2  # of pictures.png
 STEP_TILE_PIXELS = 160  # side to which tiles of sample pictures are magnified, about
 MAX_CAPTION_SCALE = 2
-LINE_GAP = 3  # pixels under a line of captions
+LINE_MARGIN = 2  # pixels above and below a line of captions
+CAPTION_HEIGHT = GLYPH_HEIGHT + 2 * LINE_MARGIN
 
 Group = list[Tensor]  # tiles (h, w) in [0, 1] that belong together, such as one plane's
 GroupCaption = tuple[str, Sequence[str]]  # title of a group ("" for none), caption of each tile
@@ -119,11 +120,12 @@ def _caption_band(
     scale = max(1, min(MAX_CAPTION_SCALE, fitting))
     lines = []
     for texts in filter(None, (titles, tiles)):
-        line = torch.zeros((GLYPH_HEIGHT + LINE_GAP) * scale, width)
+        line = torch.zeros(CAPTION_HEIGHT * scale, width)
+        top = LINE_MARGIN * scale
         for text, left, _ in texts:
             pixels = render_text(text, scale)[:, : width - left * magnification]
             start = left * magnification
-            line[: pixels.shape[0], start : start + pixels.shape[1]] = pixels
+            line[top : top + pixels.shape[0], start : start + pixels.shape[1]] = pixels
         lines.append(line)
     return torch.cat(lines)
 
