@@ -342,7 +342,7 @@ def test_all_problems_of_all_files_are_said_at_once(cases, tmp_path):
     ):
         (line,) = [
             line
-            for line in said.replace("data: ", "data:\n").split_held_out("\n")
+            for line in said.replace("data: ", "data:\n").split("\n")
             if line.startswith(f"{name}: ")
         ]
         assert words in line

@@ -195,8 +195,8 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         for mean, latest in zip(self.average.parameters(), self.trained.parameters(), strict=True):
             mean.lerp_(latest, 1 - decay)
-        for held, latest in zip(self.average.buffers(), self.trained.buffers(), strict=True):
-            held.copy_(latest)
+        for held, buffer in zip(self.average.buffers(), self.trained.buffers(), strict=True):
+            held.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.average.state_dict()
