@@ -21,7 +21,7 @@ from benchmarks.common import write
 from tumorsynth.generators.store import find_folder, read_folder
 from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.training.data import Case, load_pack
-from tumorsynth.training.pictures import grid, shown
+from tumorsynth.training.pictures import shown, write_grid
 from tumorsynth.training.reconstruction import reconstructed, reconstruction, tiles
 
 
@@ -49,7 +49,7 @@ def main() -> None:
         where = centre(cases[-1])
         scan = cases[-1].hu[where].float()
         scan = scan[:, :, scan.shape[2] // 2]
-        grid(args.picture, [[[shown(s, low, high).flip(0, 1).T for s in (scan, *slices)]]])
+        write_grid(args.picture, [[[shown(s, low, high).flip(0, 1).T for s in (scan, *slices)]]])
 
 
 def measured(autoencoder: Autoencoder, case: Case, tissues: dict[str, int]) -> dict[str, Any]:

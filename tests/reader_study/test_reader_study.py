@@ -175,7 +175,7 @@ def test_what_still_tells_is_said(tmp_path):
     assert differences([real, traits("synthetic", scan_array(3))]) == []
     assert any("dtype" in d for d in differences([real, traits("synthetic", hu.astype(np.int32))]))
     (words,) = differences([real, traits("synthetic", (hu + 0.5).astype(np.float32))])[1:]
-    assert words.startswith("rounding differed and is made alike")
+    assert words.startswith("rounding differed and is now equal")
     (words,) = differences([real, traits("synthetic", hu, spacing=(0.8, 0.7, 5.0))])
     assert words.startswith("spacing differs") and "0.8 x 0.7 x 5 mm" in words
     (words,) = differences([real, traits("synthetic", np.clip(hu, 60, None))])
@@ -186,7 +186,7 @@ def test_what_still_tells_is_said(tmp_path):
 def test_marks_in_one_folder_alone_are_refused(scans):
     (marked,) = blind(find_scans(scans / "real", "real")[0], tumor_label=2)
     bare = Scan("synthetic", scans / "synthetic" / "synthetic_ct.nii.gz", None)
-    with pytest.raises(ValueError, match="a mark must not tell"):
+    with pytest.raises(ValueError, match="marks must not distinguish"):
         differences([marked.traits, blind(bare, tumor_label=2)[0].traits])
 
 
@@ -608,9 +608,9 @@ def test_a_reader_named_on_the_command_line_is_the_only_one(tmp_path):
 
 def test_a_taken_port_is_said():
     with server.listen(0) as place:
-        with pytest.raises(ValueError, match="cannot be had .* another --port"):
+        with pytest.raises(ValueError, match="cannot be opened .* another --port"):
             server.listen(place.getsockname()[1])
-    with pytest.raises(ValueError, match="port 99999 cannot be had"):
+    with pytest.raises(ValueError, match="port 99999 cannot be opened"):
         server.listen(99999)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tumorsynth.training.data import Case, find_tumors
-from tumorsynth.training.outlines import visible
+from tumorsynth.training.outlines import tighten_outlines
 
 SIDE = 56
 TISSUE = (20.0, 220.0)
@@ -29,7 +29,7 @@ def case(contrast=-45.0, drawn=12.0, seen=9.0, level=100.0, noise=8.0):
 
 def tightened(one, tissue=TISSUE):
     tumors = find_tumors([one], 2)
-    (new,), found = visible([one], tumors, 2, tissue)
+    (new,), found = tighten_outlines([one], tumors, 2, tissue)
     return new, found
 
 
@@ -81,11 +81,11 @@ def test_a_small_bright_spot_in_a_large_tumour_does_not_become_the_tumour():
 def test_tumours_left_out_for_their_size_are_left_as_they_are():
     one = case()
     one.label[2:5, 2:5, 2:5] = 2
-    (new,), _ = visible([one], find_tumors([one], 2, min_diameter_mm=10), 2, TISSUE)
+    (new,), _ = tighten_outlines([one], find_tumors([one], 2, min_diameter_mm=10), 2, TISSUE)
     assert bool((new.label[2:5, 2:5, 2:5] == 2).all())
 
 
 def test_scans_without_labels_pass():
     one, plain = case(), Case("plain", case().hu, None)
-    cases, _ = visible([plain, one], find_tumors([plain, one], 2), 2, TISSUE)
+    cases, _ = tighten_outlines([plain, one], find_tumors([plain, one], 2), 2, TISSUE)
     assert cases[0].label is None

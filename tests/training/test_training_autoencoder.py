@@ -14,7 +14,7 @@ from balls import make_cases
 from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.training import autoencoder
 from tumorsynth.training.config import AutoencoderTraining, Hardware
-from tumorsynth.training.cubes import case_shares, hollowed, sample_cube
+from tumorsynth.training.cubes import add_hole, case_shares, sample_cube
 from tumorsynth.training.folders import save_autoencoder
 from tumorsynth.training.launch import usable_precision
 from tumorsynth.training.networks import NETWORKS, starting_autoencoder
@@ -28,7 +28,7 @@ def test_a_hollowed_cube_has_one_ball_of_one_value():
     for _ in range(40):
         cube = torch.rand(1, 24, 24, 24) * 2 - 1
         before = cube.clone()
-        made = hollowed(cube, rng)
+        made = add_hole(cube, rng)
         assert torch.equal(cube, before)
         ball = made != cube
         share = float(ball.float().mean())

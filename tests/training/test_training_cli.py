@@ -16,6 +16,7 @@ import tumorsynth as ts
 from tumorsynth.commands.main import main
 from tumorsynth.models.autoencoder import LIGHT, Autoencoder
 from tumorsynth.training.folders import save_autoencoder
+from tumorsynth.training.pictures import CAPTION_HEIGHT
 
 nib = pytest.importorskip("nibabel")
 TINY = ("--preset", "tiny", "--log-every", "5")
@@ -67,8 +68,11 @@ def test_what_a_run_leaves(folder):
         assert list((folder / stage / "tensorboard").iterdir())
     image = pytest.importorskip("PIL.Image").open(folder / "gen" / "pictures" / "step_0000020.png")
     pixels = np.asarray(image)
-    # a row for each of four crops, three planes of both volumes, five pixels a voxel, with gaps
-    assert pixels.shape == (5 * 4 * (32 + 2), 5 * 3 * (2 * 32 + 2 + 6)) and pixels.std() > 1
+    # captions, a row for each of four crops, three planes of both, five pixels a voxel, gaps
+    rows, columns = 5 * 4 * (32 + 2), 5 * 3 * (2 * 32 + 2 + 6)
+    assert pixels.shape == (CAPTION_HEIGHT + rows, columns)
+    captions, crops = pixels[:CAPTION_HEIGHT], pixels[CAPTION_HEIGHT:]
+    assert set(captions.flat) == {0, 255} and crops.std() > 1
     generator = ts.load_generator(folder / "gen")
     card = generator.card
     assert generator.name == "gen" and card["training"]["tumours"] == 2

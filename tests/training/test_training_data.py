@@ -23,13 +23,13 @@ from tumorsynth.training.crop_pool import TumorCrops
 from tumorsynth.training.data import (
     Case,
     check_cases,
-    components,
+    connected_components,
     find_tumors,
     hu_problem,
     load_pack,
     random_patch,
     save_pack,
-    split,
+    split_held_out,
 )
 
 nib = pytest.importorskip("nibabel")
@@ -80,10 +80,10 @@ def test_validation_cases_are_held_out_also_in_packs(cases, tmp_path):
     packed = load_pack(tmp_path / "pack.npz")
     assert [(c.name, c.held_out) for c in packed] == [("plain", False), ("annotated", True)]
     assert packed[1].label is not None
-    training, held_out = split(packed)
+    training, held_out = split_held_out(packed)
     assert training == packed[:1] and held_out == packed[1:]
     with pytest.raises(ValueError, match="all 1 are; list some under .training."):
-        split(held_out)
+        split_held_out(held_out)
 
     arrays = dict(np.load(tmp_path / "pack.npz"))
     del arrays["held_out"]  # as packs were
@@ -156,7 +156,7 @@ def test_data_that_goes_with_no_labels_or_is_one_scan(cases, tmp_path):
 def test_a_scan_in_metres_is_named(cases, tmp_path):
     affine = np.diag([0.001, 0.001, 0.001, 1.0])
     nib.save(nib.Nifti1Image(cases[0].hu.numpy(), affine), tmp_path / "a.nii.gz")
-    with pytest.raises(ValueError, match="a: .* 0.048 x 0.048 x 0.048 mm; .* in metres"):
+    with pytest.raises(ValueError, match="a: .* 0.048 x 0.048 x 0.048 mm; if its .* metres"):
         reading.load_data(tmp_path)
 
 
@@ -211,10 +211,11 @@ def test_components_are_those_of_scipy():
         for i, box in enumerate(ndimage.find_objects(labelled))
     )
     found = sorted(
-        (low, high, round(np.pi / 6 * d**3)) for low, high, d in components(torch.from_numpy(mask))
+        (low, high, round(np.pi / 6 * d**3))
+        for low, high, d in connected_components(torch.from_numpy(mask))
     )
     assert count > 20 and found == wanted
-    assert components(torch.zeros(3, 3, 3, dtype=torch.bool)) == []
+    assert connected_components(torch.zeros(3, 3, 3, dtype=torch.bool)) == []
 
 
 def test_tumours_are_found_and_filtered_by_size(cases):
@@ -251,17 +252,26 @@ def test_every_place_draws_from_a_window_that_moves_on():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda hu: (hu + 175) / 425, "values from .* to .* are no HU but scaled"),
+        (lambda hu: (hu + 175) / 425, "values from .* to .* are scaled, not HU"),
         (lambda hu: hu + 1024, "1024 added; subtract 1024"),
         (lambda hu: -hu, "their sign changed; multiply them by -1"),
         (lambda hu: (-hu).clip(-1024, 600), "their sign changed; multiply them by -1"),
-        (lambda hu: (hu - hu.mean()) / hu.std(), "values from -.* are no HU but scaled"),
-        (lambda hu: (hu - hu.min()) / 150, "values from 0 to .* are no HU but scaled"),
-        (lambda hu: (hu + 1000) / 1250 * 255, "values from 0 to .* hold no air and no fat"),
-        (lambda hu: ((hu + 1000) / 1250 * 255).round(), "whole numbers from 0 to 255 are .* no HU"),
+        (lambda hu: (hu - hu.mean()) / hu.std(), "values from -.* are scaled, not HU"),
+        (lambda hu: (hu - hu.min()) / 150, "values from 0 to .* are scaled, not HU"),
+        (
+            lambda hu: (hu + 1000) / 1250 * 255,
+            "hold no air and no fat, so are not HU",
+        ),
+        (
+            lambda hu: ((hu + 1000) / 1250 * 255).round(),
+            "numbers from 0 to 255 are a label map, not HU",
+        ),
         (lambda hu: hu * 0 + 60, "every voxel is 60"),
         (lambda hu: hu * np.nan, "NaN"),
-        (lambda hu: hu.clip(-1000, -900) * 2 + 1000, "hardly any voxel lies between -175 and 250"),
+        (
+            lambda hu: hu.clip(-1000, -900) * 2 + 1000,
+            "less than 1 % of .* between -175 and 250",
+        ),
     ],
 )
 def test_values_that_are_no_hu(change, said):
@@ -320,12 +330,12 @@ def test_all_problems_of_all_files_are_said_at_once(cases, tmp_path):
     said = str(caught.value)
     assert said.startswith("9 problems")
     for name, words in (
-        ("scaled", "no HU but scaled"),
+        ("scaled", "scaled, not HU"),
         ("offset", "1024 added"),
         ("shape", r"its image's shape (48, 48, 48), got (46, 48, 48)"),
         ("moved", "elsewhere in space"),
         ("halves", "integers from 0 to 255"),
-        ("organs", "whole numbers from 0 to 3 are a label map's and no HU"),
+        ("organs", "whole numbers from 0 to 3 are a label map, not HU"),
         ("four", "one 3-D volume"),
         ("broken", "cannot be read"),
         ("missing", "no such file"),

@@ -12,7 +12,12 @@ from balls import make_cases
 from tumorsynth.appearance.contrast import contrast_of, level_around
 from tumorsynth.training import autoencoder, denoiser
 from tumorsynth.training.config import PRESETS, AutoencoderTraining, DataConfig, DenoiserTraining
-from tumorsynth.training.crops import contrast_range, even_tissue, other_tissue, sample_crop
+from tumorsynth.training.crops import (
+    contrast_range,
+    even_tissue_centres,
+    sample_crop,
+    tissue_warning,
+)
 from tumorsynth.training.data import find_tumors
 
 WINDOW = (-175.0, 250.0)
@@ -22,10 +27,10 @@ TINY = DenoiserTraining(**{**PRESETS["denoiser"]["tiny"], "steps": 3, "picture_e
 def crops(config, count=40):
     cases = make_cases()
     tumors = find_tumors(cases, 2)
-    places = [even_tissue(case, config) for case in cases]
+    centres = [even_tissue_centres(case, config) for case in cases]
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        yield sample_crop(cases, tumors[seed % 2], 2, rng, places, config, WINDOW)
+        yield sample_crop(cases, tumors[seed % 2], 2, rng, centres, config, WINDOW)
 
 
 def contrasts(config):
@@ -130,11 +135,11 @@ def test_real_tumours_are_measured_one_by_one():
 def test_tumours_in_other_tissue_than_the_configs_are_told():
     cases = make_cases()
     tumors = find_tumors(cases, 2)
-    assert other_tissue(cases, tumors, 2, TINY) is None
+    assert tissue_warning(cases, tumors, 2, TINY) is None
     lung = replace(TINY, tissue_low=-950.0, tissue_high=-600.0)
-    words = other_tissue(cases, tumors, 2, lung)
+    words = tissue_warning(cases, tumors, 2, lung)
     assert "not from --tissue-low -950 to --tissue-high -600 HU (its median is 100 HU)" in words
-    assert "the tissue around the tumour is" in other_tissue(cases, tumors[:1], 2, lung)
+    assert "the tissue around the tumour is" in tissue_warning(cases, tumors[:1], 2, lung)
 
 
 def test_tumours_amid_no_tissue_at_all_divide_by_nothing():

@@ -24,10 +24,10 @@ from tumorsynth.training.data import Case, save_pack
 from tumorsynth.training.folders import read_autoencoder, save_autoencoder
 from tumorsynth.training.measures import (
     Difference,
-    Errors,
-    distance,
-    eroded,
-    noise_of,
+    RegionErrors,
+    distance_mm,
+    erode,
+    high_pass_noise,
     ssim_map,
     tumor_statistics,
 )
@@ -37,7 +37,12 @@ from tumorsynth.training.realism import (
     organ_labels_around,
     real_tumors,
 )
-from tumorsynth.training.reconstruction import crop_places, measure_autoencoder, spread, tiles
+from tumorsynth.training.reconstruction import (
+    choose_crops,
+    evenly_spaced,
+    measure_autoencoder,
+    tiles,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 WINDOW = (-175.0, 250.0)
@@ -90,18 +95,20 @@ def test_measures_agree_with_scipy():
     rng = np.random.default_rng(0)
     volume = rng.normal(50, 30, (21, 17, 9)).astype(np.float32)
     blurred = ndimage.gaussian_filter(volume, 1.5)
-    np.testing.assert_allclose(noise_of(torch.from_numpy(volume)), volume - blurred, atol=1e-4)
+    np.testing.assert_allclose(
+        high_pass_noise(torch.from_numpy(volume)), volume - blurred, atol=1e-4
+    )
     mask = volume > 115
     far = ndimage.distance_transform_edt(~mask)
     for reach in (1, 3, 8):
-        mine = distance(torch.from_numpy(mask), reach).numpy()
+        mine = distance_mm(torch.from_numpy(mask), reach).numpy()
         np.testing.assert_allclose(mine[far <= reach], far[far <= reach], rtol=1e-6)
         assert (mine[far > reach] > reach).all() and 0 < (far > 3).sum()
     solid = volume > -15
     for times in (0, 1, 3):
         # scipy takes 0 for "until nothing is left"
         wanted = ndimage.binary_erosion(solid, iterations=times) if times else solid
-        assert torch.equal(eroded(torch.from_numpy(solid), times), torch.from_numpy(wanted))
+        assert torch.equal(erode(torch.from_numpy(solid), times), torch.from_numpy(wanted))
 
 
 @pytest.mark.parametrize("level", [0.0, 300.0])
@@ -124,7 +131,7 @@ def test_errors_over_several_crops_are_those_of_all_voxels():
     rng = torch.Generator().manual_seed(0)
     scan = 50 + 20 * torch.randn(40, 20, 20, generator=rng)
     out = scan + 3 + 8 * torch.randn(40, 20, 20, generator=rng)
-    errors = Errors(WINDOW)
+    errors = RegionErrors(WINDOW)
     for part in (slice(0, 12), slice(12, 40)):
         difference = Difference(scan[part], out[part], WINDOW)
         errors.add(difference, torch.ones_like(scan[part], dtype=torch.bool))
@@ -184,7 +191,7 @@ def test_crops_are_few_and_where_the_tumours_are():
     label[20:40] = 3
     case = Case("large", hu, label)
     for tumor_label in (2, None):
-        places = crop_places(case, 64, 8, tumor_label, WINDOW)
+        places = choose_crops(case, 64, 8, tumor_label, WINDOW)
         assert 6 <= len(places) <= 8
         assert all(hu[where].shape == (64, 64, 64) for where in places)
         assert int((label[places[0]] == 2).sum()) == 1000
@@ -193,8 +200,8 @@ def test_crops_are_few_and_where_the_tumours_are():
         assert hu[where].shape == (64, 64, 64)
         covered[where] = True
     assert covered.all()
-    assert spread(list(range(10)), 3) == [1, 5, 8] and spread([1, 2], 5) == [1, 2]
-    assert spread([], 3) == []
+    assert evenly_spaced(list(range(10)), 3) == [1, 5, 8] and evenly_spaced([1, 2], 5) == [1, 2]
+    assert evenly_spaced([], 3) == []
 
 
 # -- the generator --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Does it help, and does it look real? Scores of segmentations, healthy scans, likeness of tumours.
+"""Evaluate: score segmentations, select healthy scans, compare real and synthetic tumours.
 
-Needs ``pip install "tumorsynth[evaluation]"``. Synthesis imports none of it.
+Needs ``pip install "tumorsynth[evaluation]"``. Synthesis never imports this package.
 """

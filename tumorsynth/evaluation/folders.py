@@ -1,5 +1,7 @@
-"""Predicted label maps in a folder: paired with their labels and scored, or searched for healthy
-scans (the paper's appendix E.1 synthesises into those alone)."""
+"""Folders of predicted label maps: pair them with labels and score them, or select healthy scans.
+
+The paper (appendix E.1) synthesises tumours into healthy scans only.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,20 @@ class Comparison:
 
 
 def find_comparisons(predictions: Path, labels: Path) -> tuple[list[Comparison], list[str]]:
-    """Pairs sorted by name, and the names of labels without a prediction.
+    """Pair predictions with labels.
 
-    Two folders: every .nii[.gz] of the first with its namesake in the second; names are compared
-    without .nii[.gz] and without _label at their end. Two files are one pair. FileNotFoundError and
-    ValueError say what is missing; a prediction without a label is an error, a label without a
-    prediction is not (a fold predicts a part of them).
+    Args:
+        predictions: a folder of .nii[.gz] files, or one file.
+        labels: a folder with files of the same names, or one file. Names are compared without
+            .nii[.gz] and without a final _label.
+
+    Returns:
+        The pairs sorted by name, and the names of labels without a prediction, which is no error: a
+        fold predicts some of them.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ValueError: for a folder and a file, an empty folder, or a prediction without a label.
     """
     for path in (predictions, labels):
         if not path.exists():
@@ -46,40 +56,45 @@ def find_comparisons(predictions: Path, labels: Path) -> tuple[list[Comparison],
             f"predictions and labels must be two folders or two files, got {predictions} and "
             f"{labels}"
         )
-    guesses, truths = (_named(folder) for folder in (predictions, labels))
-    _check_none_lost(guesses, truths, "label", labels, "rename or remove those predictions")
-    pairs = [Comparison(name, path, truths[name]) for name, path in sorted(guesses.items())]
-    return pairs, sorted(set(truths) - set(guesses))
+    predicted, real = (_files_by_name(folder) for folder in (predictions, labels))
+    _check_all_paired(predicted, real, "label", labels, "rename or remove those predictions")
+    pairs = [Comparison(name, path, real[name]) for name, path in sorted(predicted.items())]
+    return pairs, sorted(set(real) - set(predicted))
 
 
-def _check_none_lost(
-    guesses: dict[str, Path], others: dict[str, Path], what: str, folder: Path, fix: str
+def _check_all_paired(
+    predicted: dict[str, Path], others: dict[str, Path], kind: str, folder: Path, fix: str
 ) -> None:
-    lost = [name for name in guesses if name not in others]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    unpaired = [name for name in predicted if name not in others]
+    if unpaired:
+        more = f" and {len(unpaired) - 1} more" if len(unpaired) > 1 else ""
         raise ValueError(
-            f"every prediction needs a {what} of its name, but {folder} holds none for "
-            f"{guesses[lost[0]].name}{more}; {fix}"
+            f"every prediction needs a {kind} of its name, but {folder} holds none for "
+            f"{predicted[unpaired[0]].name}{more}; {fix}"
         )
 
 
 def score(pair: Comparison, **options: Any) -> CaseScores:
-    """Read both maps and score them; options as of `metrics.scores`.
+    """Read both label maps and score them.
 
-    ValueError where they do not share one grid: scores are of voxels, nothing is resampled.
+    Args:
+        pair: the files.
+        **options: of `metrics.scores`.
+
+    Raises:
+        ValueError: if they do not share one grid; nothing is resampled.
     """
     from tumorsynth.evaluation.metrics import scores
 
-    label, guess = nifti.read_volume(pair.label), nifti.read_volume(pair.prediction)
-    nifti.check_same_grid(label, guess, "label and prediction")
+    label, predicted = nifti.read_volume(pair.label), nifti.read_volume(pair.prediction)
+    nifti.check_same_grid(label, predicted, "label and prediction")
     spacing = np.linalg.norm(label.affine[:3, :3], axis=0)
-    return scores(guess.integers(), label.integers(), spacing.tolist(), **options)
+    return scores(predicted.integers(), label.integers(), spacing.tolist(), **options)
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan as a segmenter saw it; ``ct`` where a folder of CTs is given."""
+    """A scan as a segmenter saw it; ``ct`` is None without a folder of CTs."""
 
     name: str
     prediction: Path
@@ -87,34 +102,47 @@ class Scan:
 
 
 def find_scans(predictions: Path, cts: Path | None = None) -> list[Scan]:
-    """Every .nii[.gz] of a folder of predictions, with its namesake among the CTs.
+    """Find the predictions of a folder and their CTs.
 
-    A CT's name may end in _ct, or in nnU-Net's _0000.
+    Args:
+        predictions: a folder of .nii[.gz] files.
+        cts: a folder of CTs with the same names, which may end in _ct or in nnU-Net's _0000.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist.
+        ValueError: for an empty folder, or a prediction without a CT.
     """
     for folder in (predictions, cts):
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"no such folder: {folder}")
-    guesses = _named(predictions)
+    predicted = _files_by_name(predictions)
     if cts is None:
-        return [Scan(name, path) for name, path in sorted(guesses.items())]
+        return [Scan(name, path) for name, path in sorted(predicted.items())]
     images = {name.removesuffix("_0000"): path for name, path in find_files(cts, "_ct").items()}
-    _check_none_lost(guesses, images, "CT", cts, "rename, or give the folder of those CTs")
-    return [Scan(name, path, images[name]) for name, path in sorted(guesses.items())]
+    _check_all_paired(predicted, images, "CT", cts, "rename, or give the folder of those CTs")
+    return [Scan(name, path, images[name]) for name, path in sorted(predicted.items())]
 
 
 def volumes_ml(scan: Scan, tumor_label: int, organ_labels: Sequence[int]) -> tuple[float, float]:
-    """Predicted volume of the organ labels together, without tumour, and of the tumour."""
-    guess = nifti.read_volume(scan.prediction)
-    values = guess.integers()
-    ml = abs(float(np.linalg.det(guess.affine[:3, :3]))) / 1000
+    """Return the predicted volumes in ml of the organ (without tumour) and of the tumour."""
+    predicted = nifti.read_volume(scan.prediction)
+    values = predicted.integers()
+    voxel_ml = abs(float(np.linalg.det(predicted.affine[:3, :3]))) / 1000
     organ = int(np.isin(values, list(organ_labels)).sum())
-    return organ * ml, int((values == tumor_label).sum()) * ml
+    return organ * voxel_ml, int((values == tumor_label).sum()) * voxel_ml
 
 
 def why_not_healthy(
     organ_ml: float, tumor_ml: float, *, least_organ_ml: float, most_tumor_ml: float
 ) -> str | None:
-    """None for a healthy scan: enough of the organ, and no more tumour than allowed."""
+    """Return why a scan is not healthy, or None if it is.
+
+    Args:
+        organ_ml: predicted volume of the organ.
+        tumor_ml: predicted volume of the tumour.
+        least_organ_ml: smallest organ of a healthy scan.
+        most_tumor_ml: largest tumour of a healthy scan.
+    """
     if tumor_ml > most_tumor_ml:
         return "tumour predicted"
     if organ_ml < least_organ_ml or organ_ml == 0:
@@ -123,13 +151,18 @@ def why_not_healthy(
 
 
 def decathlon(scans: Sequence[Scan], beside: Path) -> dict[str, Any]:
-    """A dataset.json of healthy CTs with the predictions as labels; paths as from ``beside``."""
+    """Build a dataset.json of healthy CTs with the predictions as labels.
 
-    def path(to: Path) -> str:
-        return Path(os.path.relpath(to.resolve(), beside.resolve())).as_posix()
+    Args:
+        scans: healthy scans; those without a CT are left out.
+        beside: folder of the dataset.json, to which paths are relative.
+    """
+
+    def relative(path: Path) -> str:
+        return Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix()
 
     entries = [
-        {"image": path(s.ct), "label": path(s.prediction), "healthy": True}
+        {"image": relative(s.ct), "label": relative(s.prediction), "healthy": True}
         for s in scans
         if s.ct is not None
     ]
@@ -145,8 +178,8 @@ def decathlon(scans: Sequence[Scan], beside: Path) -> dict[str, Any]:
     }
 
 
-def _named(folder: Path) -> dict[str, Path]:
-    found = find_files(folder, "_label")
-    if not found:
+def _files_by_name(folder: Path) -> dict[str, Path]:
+    files = find_files(folder, "_label")
+    if not files:
         raise ValueError(f"the folder {folder} holds no .nii.gz or .nii; give another folder")
-    return found
+    return files

@@ -1,7 +1,7 @@
-"""Scores of one segmentation against its label, and their summary over cases with intervals.
+"""Score a segmentation against its label, and summarise scores over cases with intervals.
 
-Dice, surface Dice and Hausdorff distance are MONAI's; components are SciPy's, by 26-connectivity.
-docs/evaluation.md gives every definition in words.
+MONAI computes Dice, surface Dice and Hausdorff distance; SciPy finds 26-connected components.
+docs/evaluation.md defines every score.
 """
 
 from __future__ import annotations
@@ -23,28 +23,47 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+TOUCHING = np.ones((3, 3, 3))  # 26-connectivity: voxels that share a corner touch
+SCORE_DIGITS = 6  # single precision holds no more
+
+
 @dataclass(frozen=True)
 class CaseScores:
-    """Scores of one scan. None where a score is undefined, which its comment says.
+    """Scores of one scan.
 
     The tuples have one entry for each real tumour, in the order of its first voxel (C order).
+
+    Attributes:
+        dsc: Dice of the tumours; None if the label has no tumour.
+        nsd: surface Dice of the tumours; None if the label has no tumour.
+        hd95_mm: 95th percentile of the Hausdorff distance; None if the label or the prediction has
+            no tumour.
+        organ_dsc: Dice of the organ with its tumours; None if the label has no organ.
+        tumors: number of real tumours.
+        detected: number of real tumours that are detected.
+        false_positives: number of predicted components that touch no detected tumour.
+        early_tumors: number of real tumours smaller than ``early_mm``.
+        early_detected: number of early tumours that are detected.
+        early_false_positives: number of false positives smaller than ``early_mm``.
+        diameters_mm: equivalent diameters of the real tumours.
+        found: whether each real tumour is detected.
     """
 
-    dsc: float | None  # no tumour in the label
-    nsd: float | None  # no tumour in the label
-    hd95_mm: float | None  # no tumour in the label or none predicted
-    organ_dsc: float | None  # no organ in the label
+    dsc: float | None
+    nsd: float | None
+    hd95_mm: float | None
+    organ_dsc: float | None
     tumors: int
     detected: int
-    false_positives: int  # predicted components
+    false_positives: int
     early_tumors: int
     early_detected: int
-    early_false_positives: int  # of less than early_mm themselves
-    diameters_mm: tuple[float, ...]  # equivalent diameters of the real tumours
+    early_false_positives: int
+    diameters_mm: tuple[float, ...]
     found: tuple[bool, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON's own types."""
+        """Return all scores as JSON types."""
         return asdict(self) | {"diameters_mm": list(self.diameters_mm), "found": list(self.found)}
 
 
@@ -60,57 +79,68 @@ def scores(
     least_iou: float = 0.0,
     instances: Any | None = None,
 ) -> CaseScores:
-    """Compare a predicted label map with the real one.
+    """Score a predicted label map against the real one.
 
-    prediction, label: (X, Y, Z) integer maps on one grid, arrays or tensors. spacing: mm per voxel
-    along the axes. tumor_label and organ_labels hold for both; a tumour counts as organ, too.
-    early_mm: tumours of a smaller equivalent diameter are early. tolerance_mm: of surface Dice.
+    A real tumour is detected if the prediction shares a voxel with it and the intersection over
+    union with all predicted components that touch it is at least ``least_iou``. A predicted
+    component that touches no detected tumour is a false positive. Components of one voxel count, as
+    real tumours and as false positives.
 
-    A real tumour is detected where the prediction shares a voxel with it and, with ``least_iou``,
-    where the intersection over union with all predicted components that touch it is at least that
-    (0.5 is the strict convention). A predicted component that touches no detected tumour is a false
-    positive. Tumours that touch, corners included, are one, unless ``instances`` numbers them:
-    (X, Y, Z), 0 outside the tumours. Components of one voxel count, as real tumours and as false
-    positives.
+    Args:
+        prediction: (X, Y, Z) integer map, array or tensor.
+        label: (X, Y, Z) integer map on the same grid.
+        spacing: mm per voxel along the three axes.
+        tumor_label: value of tumours in both maps.
+        organ_labels: value or values of the organ in both maps; tumours count as organ, too.
+        early_mm: tumours of a smaller equivalent diameter are early.
+        tolerance_mm: tolerance of surface Dice.
+        least_iou: from 0 to 1; 0.5 is the strict convention.
+        instances: (X, Y, Z), a number for each real tumour and 0 elsewhere. Without it tumours that
+            touch, also at a corner, are one.
 
-    ValueError for another shape, spacing that is not positive, or instances that do not cover
-    exactly the label's tumours.
+    Raises:
+        ValueError: for maps of different shapes, spacing that is not positive, settings out of
+            range, or instances that do not cover exactly the label's tumours.
+
+    Example:
+        >>> case = scores(predicted, label, spacing=(0.8, 0.8, 2.5))
+        >>> case.dsc, case.detected, case.tumors
     """
-    guess, truth = _map(prediction, "prediction"), _map(label, "label")
-    if guess.shape != truth.shape:
+    predicted_map, label_map = _label_map(prediction, "prediction"), _label_map(label, "label")
+    if predicted_map.shape != label_map.shape:
         raise ValueError(
-            f"prediction and label must share one grid, got shapes {guess.shape} and "
-            f"{truth.shape}; resample the prediction onto the label's grid (nearest neighbour)"
+            f"prediction and label must share one grid, got shapes {predicted_map.shape} and "
+            f"{label_map.shape}; resample the prediction onto the label's grid (nearest neighbour)"
         )
     mm = np.asarray(spacing, float)
     if mm.shape != (3,) or not np.isfinite(mm).all() or (mm <= 0).any():
         raise ValueError(f"spacing must be three positive numbers of mm, got {spacing!r}")
     check_settings(early_mm=early_mm, tolerance_mm=tolerance_mm, least_iou=least_iou)
     organ = [organ_labels] if isinstance(organ_labels, int) else list(organ_labels)
-    predicted, real = guess == tumor_label, truth == tumor_label
+    predicted, real = predicted_map == tumor_label, label_map == tumor_label
     numbered = None
     if instances is not None:
-        numbered = _map(instances, "instances")
+        numbered = _label_map(instances, "instances")
         if numbered.shape != real.shape or ((numbered != 0) != real).any():
             raise ValueError(
                 f"instances must be 0 but where label is {tumor_label}, and number each tumour "
                 "there; make them from this label"
             )
-    organs = [np.isin(m, [*organ, tumor_label]) for m in (guess, truth)]
+    organs = [np.isin(m, [*organ, tumor_label]) for m in (predicted_map, label_map)]
     organ_dsc = None
-    if np.isin(truth, organ).any():
-        organ_dsc = _dice(*_boxed(*organs))
+    if np.isin(label_map, organ).any():
+        organ_dsc = _dice(*_crop_to_content(*organs))
     if numbered is None:
-        predicted, real = _boxed(predicted, real)
-        numbered = ndimage.label(real, np.ones((3, 3, 3)))[0]
+        predicted, real = _crop_to_content(predicted, real)
+        numbered = ndimage.label(real, TOUCHING)[0]
     else:
-        predicted, real, numbered = _boxed(predicted, real, numbered)
+        predicted, real, numbered = _crop_to_content(predicted, real, numbered)
 
-    diameters, found, false = _lesions(predicted, numbered, float(mm.prod()), least_iou)
+    diameters, detected, false = _match_tumors(predicted, numbered, float(mm.prod()), least_iou)
     early = [d < early_mm for d in diameters]
     nsd = hd95 = None
     if real.any() and predicted.any():
-        with warnings.catch_warnings():  # MONAI 1.6 uses what it deprecates
+        with warnings.catch_warnings():  # MONAI 1.6 calls its own deprecated functions
             warnings.simplefilter("ignore", FutureWarning)
             nsd = _surface_dice(predicted, real, mm, tolerance_mm)
             hd95 = _hausdorff95(predicted, real, mm)
@@ -121,56 +151,72 @@ def scores(
         nsd=nsd,
         hd95_mm=hd95,
         organ_dsc=organ_dsc,
-        tumors=len(found),
-        detected=sum(found),
+        tumors=len(detected),
+        detected=sum(detected),
         false_positives=len(false),
         early_tumors=sum(early),
-        early_detected=sum(f for f, e in zip(found, early, strict=True) if e),
+        early_detected=sum(d for d, e in zip(detected, early, strict=True) if e),
         early_false_positives=sum(d < early_mm for d in false),
         diameters_mm=tuple(diameters),
-        found=tuple(found),
+        found=tuple(detected),
     )
 
 
 def summary(cases: Sequence[CaseScores], bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Means over cases with 95 % intervals, JSON's own types.
+    """Summarise scores over cases, with 95 % intervals.
 
-    Each score is {"value", "ci95": [low, high] or None, "n", "of"}: n cases, tumours or scans count
-    (``of`` says which). Sensitivity is pooled: detected tumours of all tumours. Every score is a
-    ratio of sums over cases; the interval resamples cases (percentile bootstrap, ``bootstrap``
-    draws), because tumours of one patient are not independent. It is None below two cases that
-    count, and an interval of few cases is too narrow.
+    Every score is a ratio of sums over cases; sensitivity is pooled over all tumours. The intervals
+    resample cases (percentile bootstrap), because tumours of one patient are not independent. With
+    few cases they are too narrow.
+
+    Args:
+        cases: scores of each case.
+        bootstrap: number of resamples; 0 for no intervals.
+        seed: of the resampling.
+
+    Returns:
+        JSON types: the number of cases, and for each score {"value", "ci95": [low, high], "n",
+        "of"}, where ``n`` counts the cases, tumours or scans that ``of`` names. "ci95" is None for
+        fewer than two cases with a defined score.
+
+    Raises:
+        ValueError: for a negative ``bootstrap``.
+
+    Example:
+        >>> summary([scores(p, l, spacing) for p, l in pairs])["sensitivity"]["value"]
     """
     if bootstrap < 0:
         raise ValueError(f"bootstrap must be 0 or more draws, got {bootstrap}")
     count = len(cases)
-    ill = np.array([c.tumors > 0 for c in cases], bool)
+    with_tumor = np.array([c.tumors > 0 for c in cases], bool)
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(count, np.full(count, 1 / count), bootstrap) if count else None
+    # how often each resample holds each case
+    resamples = rng.multinomial(count, np.full(count, 1 / count), bootstrap) if count else None
 
-    def ratio(top: Sequence[float | None], below: Any, of: str) -> dict[str, Any]:
-        under = np.asarray(below, float)
-        over = np.array([t or 0.0 for t in top], float) * (under > 0)
-        n = int(under.sum())
+    def ratio(top: Sequence[float | None], bottom: Any, of: str) -> dict[str, Any]:
+        denominator = np.asarray(bottom, float)
+        numerator = np.array([t or 0.0 for t in top], float) * (denominator > 0)
+        n = int(denominator.sum())
         interval = None
-        if bootstrap and drawn is not None and (under > 0).sum() > 1:
-            parts = drawn @ under
-            draws = (drawn @ over)[parts > 0] / parts[parts > 0]
-            interval = [float(v) for v in np.percentile(draws, [2.5, 97.5])]
-        return {"value": float(over.sum() / n) if n else None, "ci95": interval, "n": n, "of": of}
+        if bootstrap and resamples is not None and (denominator > 0).sum() > 1:
+            sums = resamples @ denominator
+            ratios = (resamples @ numerator)[sums > 0] / sums[sums > 0]
+            interval = [float(v) for v in np.percentile(ratios, [2.5, 97.5])]
+        value = float(numerator.sum() / n) if n else None
+        return {"value": value, "ci95": interval, "n": n, "of": of}
 
     def mean(name: str) -> dict[str, Any]:
         values = [getattr(c, name) for c in cases]
         return ratio(values, [v is not None for v in values], "cases")
 
-    def pooled(top: str, below: str) -> dict[str, Any]:
+    def pooled(top: str, bottom: str) -> dict[str, Any]:
         return ratio(
-            [getattr(c, top) for c in cases], [getattr(c, below) for c in cases], "tumours"
+            [getattr(c, top) for c in cases], [getattr(c, bottom) for c in cases], "tumours"
         )
 
     return {
         "cases": count,
-        "cases_with_tumor": int(ill.sum()),
+        "cases_with_tumor": int(with_tumor.sum()),
         "dsc": mean("dsc"),
         "nsd": mean("nsd"),
         "hd95_mm": mean("hd95_mm"),
@@ -184,12 +230,12 @@ def summary(cases: Sequence[CaseScores], bootstrap: int = 1000, seed: int = 0) -
             [c.early_false_positives for c in cases], np.ones(count), "scans"
         ),
         "specificity": ratio(
-            [float(not c.false_positives) for c in cases], ~ill, "scans without tumour"
+            [float(not c.false_positives) for c in cases], ~with_tumor, "scans without tumour"
         ),
     }
 
 
-def _map(values: Any, name: str) -> np.ndarray:
+def _label_map(values: Any, name: str) -> np.ndarray:
     array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
     array = np.asarray(array)
     if array.ndim != 3 or not array.size or array.dtype.kind not in "iufb":
@@ -199,21 +245,21 @@ def _map(values: Any, name: str) -> np.ndarray:
     return array
 
 
-def _boxed(*maps: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The maps cut to the box of all that is not 0, with a rim of zeros one voxel wide.
+def _crop_to_content(*maps: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Crop maps to the box of all voxels that are not 0, and pad with zeros by one voxel.
 
-    The rim makes a mask's face at the scan's border a surface, as everywhere else.
+    The padding makes a mask's face at the scan's border a surface.
     """
-    whole = maps[0] != 0
+    content = maps[0] != 0
     for other in maps[1:]:
-        whole = whole | (other != 0)
-    box = ndimage.find_objects(whole.astype(np.uint8))
+        content = content | (other != 0)
+    box = ndimage.find_objects(content.astype(np.uint8))
     where = box[0] if box else (slice(0, 0),) * 3
     return tuple(np.pad(m[where], 1) for m in maps)
 
 
 def check_settings(*, early_mm: float, tolerance_mm: float, least_iou: float) -> None:
-    """ValueError for settings that no case can be scored with."""
+    """Raise ValueError for settings of `scores` that are out of range."""
     if not 0 <= least_iou <= 1:
         raise ValueError(f"least_iou must lie in [0, 1], got {least_iou}; 0.5 is the strict rule")
     if not 0 <= tolerance_mm < float("inf"):
@@ -222,41 +268,44 @@ def check_settings(*, early_mm: float, tolerance_mm: float, least_iou: float) ->
         raise ValueError(f"early_mm must be at least 0, got {early_mm}; the paper's is 20")
 
 
-def _lesions(
+def _match_tumors(
     predicted: np.ndarray, real: np.ndarray, voxel_mm3: float, least_iou: float
 ) -> tuple[list[float], list[bool], list[float]]:
-    """Equivalent diameters of the real tumours, which are found, and those of false positives."""
-    parts, _ = ndimage.label(predicted, np.ones((3, 3, 3)))
-    size = np.bincount(parts.ravel())
+    """Diameters of the real tumours, whether each is detected, and diameters of false positives."""
+    components, _ = ndimage.label(predicted, TOUCHING)
+    size = np.bincount(components.ravel())
     numbers, first, volumes = np.unique(real, return_index=True, return_counts=True)
     order = [k for k in np.argsort(first) if numbers[k] != 0]
     both = (real != 0) & predicted
-    pairs, shared = np.unique([real[both], parts[both]], axis=1, return_counts=True)
-    found, true = [], set()
+    pairs, shared = np.unique([real[both], components[both]], axis=1, return_counts=True)
+    detected, true_positives = [], set()
     for k in order:
-        ours = pairs[0] == numbers[k]
-        touching, common = pairs[1, ours], shared[ours].sum()
-        union = volumes[k] + size[touching].sum() - common
-        found.append(bool(common > 0 and common / union >= least_iou))
-        if found[-1]:
-            true.update(touching.tolist())
-    false = [_diameter(n * voxel_mm3) for k, n in enumerate(size) if k and k not in true]
-    return [_diameter(volumes[k] * voxel_mm3) for k in order], found, false
+        own = pairs[0] == numbers[k]
+        touching, intersection = pairs[1, own], shared[own].sum()
+        union = volumes[k] + size[touching].sum() - intersection
+        detected.append(bool(intersection > 0 and intersection / union >= least_iou))
+        if detected[-1]:
+            true_positives.update(touching.tolist())
+    diameters = [_diameter_mm(volumes[k] * voxel_mm3) for k in order]
+    false = [
+        _diameter_mm(n * voxel_mm3) for k, n in enumerate(size) if k and k not in true_positives
+    ]
+    return diameters, detected, false
 
 
-def _diameter(mm3: float) -> float:
+def _diameter_mm(mm3: float) -> float:
     return float((6 * mm3 / np.pi) ** (1 / 3))
 
 
 def _dice(predicted: np.ndarray, real: np.ndarray) -> float:
-    return _number(compute_dice(*_batches(predicted, real), include_background=True))
+    return _rounded(compute_dice(*_batches(predicted, real), include_background=True))
 
 
 def _surface_dice(
     predicted: np.ndarray, real: np.ndarray, mm: np.ndarray, tolerance: float
 ) -> float:
-    # by the area of surface elements: counting boundary voxels would weigh a thick slice's rim as
-    # little as a thin one's
+    # weighted by the area of surface elements: counting boundary voxels would weigh thick slices
+    # like thin ones
     value = compute_surface_dice(
         *_batches(predicted, real),
         class_thresholds=[tolerance],
@@ -264,19 +313,19 @@ def _surface_dice(
         spacing=mm.tolist(),
         use_subvoxels=True,
     )
-    return _number(value)
+    return _rounded(value)
 
 
 def _hausdorff95(predicted: np.ndarray, real: np.ndarray, mm: np.ndarray) -> float:
     value = compute_hausdorff_distance(
         *_batches(predicted, real), include_background=True, percentile=95, spacing=mm.tolist()
     )
-    return _number(value)
+    return _rounded(value)
 
 
 def _batches(predicted: np.ndarray, real: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(predicted)[None, None], torch.from_numpy(real)[None, None]
 
 
-def _number(value: torch.Tensor) -> float:
-    return round(float(value), 6)  # single precision holds no more
+def _rounded(value: torch.Tensor) -> float:
+    return round(float(value), SCORE_DIGITS)

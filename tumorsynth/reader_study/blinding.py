@@ -1,8 +1,8 @@
-"""Blinded volumes: all that tells a synthetic from a real scan beside its picture is taken away.
+"""Blind the cases of a reader study: remove all hints but the picture itself.
 
-Every case is written anew from its voxels: int16 HU within one range, axes to RAS, a header that
-holds the shape and the spacing alone, no compression. So two cases on one grid are files of one
-size and one header. What cannot be made alike is said by `differences`.
+Every case is written again from its voxels: int16 HU within one range, axes in RAS, a header with
+nothing but shape and spacing, no compression. Two cases on one grid have the same size and the same
+header. `differences` reports what cannot be made equal.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ import numpy as np
 from tumorsynth.scans import nifti
 from tumorsynth.scans.pairing import find_pairs
 
-HU_RANGE = (-1024, 3071)  # 12 bits, as scanners store them; what lies beyond is cut off in all
-MIN_LESION_ML = 0.02  # a smaller part of a label is a stray voxel, not a lesion (about 3.4 mm)
+HU_RANGE = (-1024, 3071)  # 12 bits, as scanners store them; all cases are clipped to it
+MIN_LESION_ML = 0.02  # about 3.4 mm; smaller components of a label are stray voxels
 LESIONS = ("largest", "each")
+# differences between the two folders that `differences` reports
+MAX_GRID_RATIO = 1.1  # of medians of spacing and shape
+MAX_DIAMETER_RATIO = 1.5  # of medians of lesion diameters
+MAX_LOWEST_HU_DIFFERENCE, MAX_HIGHEST_HU_DIFFERENCE = 50, 500  # of medians of extreme values
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan of the study, as found. truth: "real" or "synthetic"."""
+    """The files of a scan. truth: "real" or "synthetic"."""
 
     truth: str
     ct: Path
@@ -36,7 +40,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Traits:
-    """What of a case might tell where it comes from; `differences` compares them."""
+    """Properties of a case that might reveal its origin; `differences` compares them."""
 
     truth: str
     dtype: str
@@ -53,7 +57,7 @@ class Case:
     """One blinded case.
 
     hu: (X, Y, Z) int16, axes in RAS. spacing: mm. mark: voxel of the lesion's centre, or None.
-    source: file name and lesion number; for the study's records, never for the page.
+    source: file name and lesion number, for the study's records; the page never gets it.
     """
 
     hu: np.ndarray
@@ -63,7 +67,7 @@ class Case:
     traits: Traits
 
     def nifti(self) -> bytes:
-        """A NIfTI file, uncompressed: its size follows from the shape alone."""
+        """Return an uncompressed NIfTI file, whose size depends on the shape alone."""
         affine = np.diag([*self.spacing, 1.0])
         affine[:3, 3] = -(np.array(self.hu.shape) - 1) / 2 * self.spacing
         image = nifti.require_nibabel().Nifti1Image(self.hu, affine, dtype=np.int16)
@@ -73,40 +77,46 @@ class Case:
 
 @dataclass(frozen=True)
 class Lesion:
-    """centre: the voxel of the lesion nearest to its centre of mass. diameter_mm: equivalent."""
+    """A lesion: its voxel nearest to the centre of mass, and its equivalent diameter."""
 
     centre: np.ndarray
     diameter_mm: float
 
 
 class Vault:
-    """Volumes in one unnamed file: it is gone with the process, however that ends."""
+    """Volumes in one unnamed file, which disappears with the process."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()
         self._lock = threading.Lock()
 
     def put(self, volume: bytes) -> Callable[[], bytes]:
-        """Keeps a volume; returns what reads it again."""
+        """Store a volume and return a function that reads it."""
         with self._lock:
-            place = self._file.seek(0, 2)
+            offset = self._file.seek(0, 2)
             self._file.write(volume)
             self._file.flush()
 
         def get() -> bytes:
             with self._lock:
-                self._file.seek(place)
+                self._file.seek(offset)
                 return self._file.read(len(volume))
 
         return get
 
 
 def find_scans(folder: Path, truth: str, labels: Path | None = None) -> list[Scan]:
-    """The scans of a folder, by name.
+    """Find the scans of a folder, sorted by name.
 
-    With ``labels``, a folder: every .nii[.gz] with its namesake there. Without: every
-    NAME_ct.nii[.gz], with NAME_label.nii[.gz] beside it or not; where there is none of these,
-    every .nii[.gz]. ValueError where only some scans have a label, and where there is no scan.
+    Args:
+        folder: CTs: NAME_ct.nii[.gz], with or without NAME_label.nii[.gz] beside them; if there are
+            no such names, every .nii[.gz].
+        truth: "real" or "synthetic".
+        labels: a folder of label maps with the names of the CTs.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        ValueError: for a folder without scans, or if only some scans have a label.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--{truth} must be a folder of CTs, but there is no {folder}")
@@ -139,11 +149,21 @@ def find_scans(folder: Path, truth: str, labels: Path | None = None) -> list[Sca
 def blind(
     scan: Scan, *, tumor_label: int, lesions: str = "largest", field_mm: float | None = None
 ) -> list[Case]:
-    """The cases of one scan: without a label one, unmarked; else one per lesion marked.
+    """Make the blinded cases of a scan.
 
-    lesions: "largest" of the scan alone, or "each" of at least 0.02 ml. field_mm: edge of the cube
-    shown around the mark (around the scan's centre where there is none), moved into the scan where
-    it sticks out; None shows the whole scan.
+    Args:
+        scan: its files. A scan without a label becomes one case without a mark.
+        tumor_label: label value of lesions.
+        lesions: "largest" for one case, or "each" for a case of every lesion of at least 0.02 ml.
+        field_mm: edge of the cube shown around the mark (or the scan's centre), moved to lie inside
+            the scan; None for the whole scan.
+
+    Raises:
+        ValueError: for bad settings, or a label without a lesion.
+
+    Example:
+        >>> (case,) = blind(Scan("real", ct, label), tumor_label=2, field_mm=120)
+        >>> case.nifti(), case.mark
     """
     if lesions not in LESIONS:
         raise ValueError(f"--lesions must be {' or '.join(LESIONS)}, got {lesions!r}")
@@ -154,24 +174,24 @@ def blind(
         volume, label = nifti.read_volume(scan.ct), None
     else:
         volume, label = nifti.read_pair(scan.ct, scan.label)
-    turn = orientations.io_orientation(volume.affine)
-    values = orientations.apply_orientation(volume.values(), turn)
-    edges = np.linalg.norm(volume.affine[:3, :3], axis=0)[turn[:, 0].argsort()]
-    x, y, z = (round(float(e), 3) for e in edges)  # files hold float32, rounded here or there
+    to_ras = orientations.io_orientation(volume.affine)
+    values = orientations.apply_orientation(volume.values(), to_ras)
+    edges = np.linalg.norm(volume.affine[:3, :3], axis=0)[to_ras[:, 0].argsort()]
+    x, y, z = (round(float(e), 3) for e in edges)  # headers differ in the last digits of float32
     values = np.nan_to_num(values, nan=HU_RANGE[0], posinf=HU_RANGE[1], neginf=HU_RANGE[0])
     hu = np.rint(np.clip(values, *HU_RANGE)).astype(np.int16)
-    found: list[Lesion | None] = [None]
+    marked: list[Lesion | None] = [None]
     if label is not None:
-        mask = orientations.apply_orientation(label.integers(), turn) == tumor_label
-        found = [*_lesions(mask, (x, y, z))]
-        if not found:
+        mask = orientations.apply_orientation(label.integers(), to_ras) == tumor_label
+        marked = [*_find_lesions(mask, (x, y, z))]
+        if not marked:
             raise ValueError(
                 f"every label needs a lesion to mark, but {label.name} holds none of at least "
                 f"{MIN_LESION_ML} ml with the value {tumor_label}; see --tumor-label and "
                 "--synthetic-tumor-label"
             )
     cases = []
-    for number, lesion in enumerate(found[:1] if lesions == "largest" else found, start=1):
+    for number, lesion in enumerate(marked[:1] if lesions == "largest" else marked, start=1):
         centre = np.array(hu.shape) // 2 if lesion is None else lesion.centre
         start, size = _field(hu.shape, centre, (x, y, z), field_mm)
         part = hu[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
@@ -191,25 +211,26 @@ def blind(
     return cases
 
 
-def _lesions(mask: np.ndarray, spacing: Sequence[float]) -> list[Lesion]:
-    """The connected parts of a mask, corners connect, largest first."""
+def _find_lesions(mask: np.ndarray, spacing: Sequence[float]) -> list[Lesion]:
+    """The 26-connected components of a mask, largest first."""
     from scipy import ndimage
 
-    parts, _ = ndimage.label(mask, np.ones((3, 3, 3)))
-    found = []
-    for k, box in enumerate(ndimage.find_objects(parts), start=1):
-        voxels = np.argwhere(parts[box] == k) + [s.start for s in box]
-        volume = len(voxels) * float(np.prod(spacing))
-        if volume >= MIN_LESION_ML * 1000:
-            far = (((voxels - voxels.mean(0)) * spacing) ** 2).sum(1)
-            found.append(Lesion(voxels[far.argmin()], (6 * volume / np.pi) ** (1 / 3)))
-    return sorted(found, key=lambda lesion: -lesion.diameter_mm)
+    components, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+    lesions = []
+    for k, box in enumerate(ndimage.find_objects(components), start=1):
+        voxels = np.argwhere(components[box] == k) + [s.start for s in box]
+        volume_mm3 = len(voxels) * float(np.prod(spacing))
+        if volume_mm3 >= MIN_LESION_ML * 1000:
+            squared_mm = (((voxels - voxels.mean(0)) * spacing) ** 2).sum(1)
+            diameter_mm = (6 * volume_mm3 / np.pi) ** (1 / 3)
+            lesions.append(Lesion(voxels[squared_mm.argmin()], diameter_mm))
+    return sorted(lesions, key=lambda lesion: -lesion.diameter_mm)
 
 
 def _field(
     shape: Sequence[int], centre: np.ndarray, spacing: Sequence[float], field_mm: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First voxel and shape of what is shown."""
+    """First voxel and shape of the field shown."""
     size = np.array(shape)
     if field_mm is not None:
         size = np.minimum(size, np.maximum(1, np.rint(field_mm / np.array(spacing)).astype(int)))
@@ -217,39 +238,56 @@ def _field(
 
 
 def differences(traits: Sequence[Traits]) -> list[str]:
-    """What still tells real from synthetic after blinding, and what only did so before."""
+    """Report what still distinguishes real from synthetic cases, and what only did before blinding.
+
+    Args:
+        traits: of all cases.
+
+    Returns:
+        A sentence for each difference.
+
+    Raises:
+        ValueError: if only one side is marked.
+    """
     if len({t.diameter_mm is None for t in traits}) > 1:
         raise ValueError(
-            "a mark must not tell real from synthetic: give labels for both folders, or for neither"
+            "marks must not distinguish real from synthetic: give labels for both folders, or for "
+            "neither"
         )
     real = [t for t in traits if t.truth == "real"]
     synthetic = [t for t in traits if t.truth == "synthetic"]
-    found = []
+    reports = []
 
-    def compare(what: str, pick: Any, unit: str, apart: Any) -> None:
+    def compare(name: str, pick: Any, unit: str, differs: Any) -> None:
         a, b = (np.median([pick(t) for t in side], axis=0) for side in (real, synthetic))
-        if np.any(apart(a, b)):
-            shown = " against ".join(
+        if np.any(differs(a, b)):
+            medians = " against ".join(
                 " x ".join(f"{v:.3g}" for v in np.atleast_1d(m)) for m in (a, b)
             )
-            found.append(f"{what} differs: median {shown} {unit} (real against synthetic)")
+            reports.append(f"{name} differs: median {medians} {unit} (real against synthetic)")
 
-    def far(share: float) -> Any:
-        return lambda a, b: np.maximum(a, b) > (1 + share) * np.maximum(np.minimum(a, b), 1e-6)
+    def ratio_above(limit: float) -> Any:
+        return lambda a, b: np.maximum(a, b) > limit * np.maximum(np.minimum(a, b), 1e-6)
 
-    compare("spacing", lambda t: t.spacing, "mm", far(0.1))
-    compare("shape", lambda t: t.shape, "voxels; --field-mm cuts all to one field", far(0.1))
-    compare("lowest value", lambda t: t.hu_range[0], "HU", lambda a, b: abs(a - b) > 50)
-    compare("highest value", lambda t: t.hu_range[1], "HU", lambda a, b: abs(a - b) > 500)
+    def difference_above(limit: float) -> Any:
+        return lambda a, b: abs(a - b) > limit
+
+    grid = ratio_above(MAX_GRID_RATIO)
+    compare("spacing", lambda t: t.spacing, "mm", grid)
+    compare("shape", lambda t: t.shape, "voxels; --field-mm cuts all to one field", grid)
+    lowest, highest = MAX_LOWEST_HU_DIFFERENCE, MAX_HIGHEST_HU_DIFFERENCE
+    compare("lowest value", lambda t: t.hu_range[0], "HU", difference_above(lowest))
+    compare("highest value", lambda t: t.hu_range[1], "HU", difference_above(highest))
     if all(t.diameter_mm is not None for t in traits):
-        compare("lesion diameter", lambda t: t.diameter_mm, "mm", far(0.5))
-    for what, pick in (
+        diameter = ratio_above(MAX_DIAMETER_RATIO)
+        compare("lesion diameter", lambda t: t.diameter_mm, "mm", diameter)
+    for name, pick in (
         ("dtype", lambda t: t.dtype),
         ("orientation", lambda t: t.orientation),
         ("rounding", lambda t: "whole HU" if t.whole_hu else "fractions of HU"),
     ):
         sides = [Counter(pick(t) for t in side) for side in (real, synthetic)]
         if set(sides[0]) != set(sides[1]):
-            words = " against ".join(", ".join(sorted(side)) for side in sides)
-            found.append(f"{what} differed and is made alike: {words} (real against synthetic)")
-    return found
+            values = " against ".join(", ".join(sorted(side)) for side in sides)
+            reports.append(f"{name} differed and is now equal: {values} (real against synthetic)")
+    return reports

@@ -1,7 +1,7 @@
 """The table of a reader study: sensitivity, specificity and accuracy with confidence intervals.
 
-Positive is "real" unless said otherwise. Then sensitivity is the share of real cases called real,
-specificity the share of synthetic cases found out; readers who cannot tell get half of each.
+By default "real" is positive: sensitivity is the share of real cases called real, specificity the
+share of synthetic cases called synthetic. A reader who guesses has an accuracy of about one half.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 from tumorsynth.reader_study.store import ANSWERS, Answer, Store
 
 INTERVALS = ("wilson", "exact")
+Z_95 = 1.959963984540054  # standard deviations of a normal 95 % interval
 
 
 @dataclass(frozen=True)
 class Share:
-    """right of count, as a share of 1, with a 95 % interval; NaN where nothing is to count."""
+    """The share of right answers from 0 to 1 with its 95 % interval; NaN without answers."""
 
     right: int
     count: int
@@ -36,7 +37,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Row:
-    """One reader, or all together. auc: of the answers graded by confidence. seconds: median."""
+    """The figures of one reader, or of all together.
+
+    auc: of the answers, graded by confidence. seconds: median per case.
+    """
 
     reader: str
     cases: int
@@ -50,7 +54,14 @@ class Row:
 def row(
     reader: str, answers: Sequence[Answer], *, positive: str = "real", interval: str = "wilson"
 ) -> Row:
-    """The figures of these answers; those of several readers may stand together."""
+    """Compute the figures of answers, of one or several readers.
+
+    Args:
+        reader: name for the row.
+        answers: the answers.
+        positive: "real" or "synthetic".
+        interval: "wilson" or "exact".
+    """
     negative = _other(positive)
     return Row(
         reader=reader,
@@ -64,11 +75,18 @@ def row(
 
 
 def share(answers: Sequence[Answer], interval: str = "wilson") -> Share:
-    """How many are right, with a 95 % interval: Wilson's, or the exact one of Clopper and Pearson.
+    """Compute the share of right answers with a 95 % interval.
 
     Answers of several readers to one case are not independent. The interval is then that of the
-    effective number of answers, after Korn and Graubard (1998): the number divided by the design
-    effect of cases, kept between the number of cases and that of answers.
+    effective number of answers (Korn and Graubard, 1998): the number of answers divided by the
+    design effect of cases, clipped to lie between the numbers of cases and of answers.
+
+    Args:
+        answers: the answers to count.
+        interval: "wilson", or "exact" (Clopper and Pearson).
+
+    Raises:
+        ValueError: for another interval.
     """
     if interval not in INTERVALS:
         raise ValueError(f"--interval must be {' or '.join(INTERVALS)}, got {interval!r}")
@@ -78,20 +96,21 @@ def share(answers: Sequence[Answer], interval: str = "wilson") -> Share:
         return Share(0, 0, math.nan, math.nan, math.nan)
     value = sum(right) / count
     by_case: dict[str, list[bool]] = {}
-    for answer, good in zip(answers, right, strict=True):
-        by_case.setdefault(answer.case, []).append(good)
+    for answer, is_right in zip(answers, right, strict=True):
+        by_case.setdefault(answer.case, []).append(is_right)
     effective: float = len(by_case)
     if 0 < value < 1 and 1 < len(by_case) < count:
-        off = np.array([sum(good) - value * len(good) for good in by_case.values()])
-        variance = (off**2).sum() * len(off) / (len(off) - 1) / count**2
-        effective = min(max(value * (1 - value) / max(variance, 1e-12), len(off)), count)
+        residuals = np.array([sum(right) - value * len(right) for right in by_case.values()])
+        cases = len(residuals)
+        variance = (residuals**2).sum() * cases / (cases - 1) / count**2
+        effective = min(max(value * (1 - value) / max(variance, 1e-12), cases), count)
     low, high = (_wilson if interval == "wilson" else _exact)(value * effective, effective)
     return Share(sum(right), count, value, low, high)
 
 
 def _wilson(right: float, count: float) -> tuple[float, float]:
-    """As scipy's binomtest(...).proportion_ci(method="wilson"), of numbers that are not whole."""
-    z = 1.959963984540054
+    """As scipy's binomtest(...).proportion_ci(method="wilson"), for any real numbers."""
+    z = Z_95
     value = right / count
     middle = (value + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(value * (1 - value) / count + (z / count / 2) ** 2)
@@ -108,20 +127,32 @@ def _exact(right: float, count: float) -> tuple[float, float]:
 
 def _auc(answers: Sequence[Answer], positive: str) -> float:
     """Area under the ROC curve of the confidence, signed by the answer: 0.5 is chance."""
-    graded = [(a.confidence if a.answer == positive else -a.confidence) for a in answers]
-    yes = np.array([g for a, g in zip(answers, graded, strict=True) if a.truth == positive])
-    no = np.array([g for a, g in zip(answers, graded, strict=True) if a.truth != positive])
-    if not len(yes) or not len(no):
+    grades = [(a.confidence if a.answer == positive else -a.confidence) for a in answers]
+    positives = np.array([g for a, g in zip(answers, grades, strict=True) if a.truth == positive])
+    negatives = np.array([g for a, g in zip(answers, grades, strict=True) if a.truth != positive])
+    if not len(positives) or not len(negatives):
         return math.nan
-    difference = yes[:, None] - no[None]
+    difference = positives[:, None] - negatives[None]
     return float((difference > 0).mean() + (difference == 0).mean() / 2)
 
 
 def study_results(
     store: Store, *, positive: str = "real", interval: str = "wilson"
 ) -> dict[str, Any]:
-    """JSON-able: the rows of those who have finished, and who has not. NaN becomes None."""
-    rows, pooled, unfinished = [], [], []
+    """Compute the results of a study.
+
+    Args:
+        store: the open study.
+        positive: "real" or "synthetic".
+        interval: "wilson" or "exact".
+
+    Returns:
+        A JSON-able dict: ``rows`` and ``table`` of the readers who have finished, and of all of
+        them together; ``unfinished``, the others. NaN becomes None.
+    """
+    rows: list[Row] = []
+    pooled: list[Answer] = []
+    unfinished: list[dict[str, Any]] = []
     for reader in store.readers():
         answers = store.answers(reader)
         if not reader.finished:
@@ -135,13 +166,14 @@ def study_results(
         "positive": positive,
         "convention": convention(positive),
         "interval": f"95 %, {interval}",
-        "rows": [_plain(asdict(r)) for r in rows],
+        "rows": [_replace_nan(asdict(r)) for r in rows],
         "table": table(rows),
         "unfinished": unfinished,
     }
 
 
 def convention(positive: str) -> str:
+    """Describe sensitivity and specificity in words; ValueError for another ``positive``."""
     other = _other(positive)
     return (
         f"positive = {positive}: sensitivity is the share of {positive} cases called {positive}, "
@@ -156,7 +188,7 @@ def _other(positive: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Cells, the heading first; shares in per cent."""
+    """Format rows as lines of cells, the heading first, shares in per cent."""
     heading = ["reader", "cases", "sensitivity", "specificity", "accuracy", "AUC", "s per case"]
     body = [
         [r.reader, str(r.cases), str(r.sensitivity), str(r.specificity), str(r.accuracy)]
@@ -166,7 +198,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     return [heading, *body]
 
 
-def _plain(value: Any) -> Any:
+def _replace_nan(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _replace_nan(v) for k, v in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

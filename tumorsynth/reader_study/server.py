@@ -1,8 +1,8 @@
-"""The web server of a reader study: the page, blinded volumes, answers. 127.0.0.1 only.
+"""The web server of a reader study: the page, blinded volumes, answers; on 127.0.0.1 only.
 
-Starlette on uvicorn: both small, long kept, and the check of the Host header comes with them. The
-page lies under a path that nobody can guess, and no answer but a finished reader's own table
-depends on the truth.
+Starlette on uvicorn: both are small and well maintained, and Starlette checks the Host header. The
+path of the page is a secret token. No response depends on the truth, except for the own results of
+a reader who has finished.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tumorsynth.reader_study.store import Reader, Refused, Store
 HOST = "127.0.0.1"
 STATIC = Path(__file__).parent / "static"
 HEADERS = {
-    # 'self' alone: the viewer's font and textures are data: in its own file
+    # data: is for the viewer's font and textures, which its file holds
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self' data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -53,7 +53,7 @@ BODY_LIMIT = 10_000  # bytes; an answer has about 150
 
 @dataclass(frozen=True)
 class Served:
-    """What the page gets of a case: a blinded NIfTI file, and the voxel to mark or None."""
+    """What the page gets of a case: a function that reads its NIfTI file, the voxel to mark."""
 
     volume: Callable[[], bytes]
     mark: tuple[int, int, int] | None
@@ -61,7 +61,11 @@ class Served:
 
 @dataclass(frozen=True)
 class Study:
-    """What a server needs. cases: by opaque id. reader_name: the only reader, or None to ask."""
+    """What the server needs.
+
+    cases: by opaque id. reader_name: the only reader; None to let the page ask. positive: "real" or
+    "synthetic", for the results.
+    """
 
     store: Store
     cases: dict[str, Served]
@@ -70,7 +74,7 @@ class Study:
 
 
 def build_app(study: Study) -> Starlette:
-    """The application; every address of it begins with /TOKEN/."""
+    """Build the application; all its paths begin with /TOKEN/."""
     store = study.store
 
     def about(request: Request) -> Response:
@@ -82,15 +86,15 @@ def build_app(study: Study) -> Starlette:
     def start(data: dict[str, Any]) -> dict[str, Any]:
         name = study.reader_name if study.reader_name is not None else data.get("name")
         if not isinstance(name, str):
-            raise Refused("a reader needs a name")
+            raise Refused("a reader must have a name; enter one")
         reader = store.reader(name)
-        given = {a.case: a for a in store.answers(reader)}
+        answers = {a.case: a for a in store.answers(reader)}
         cases = [
             {
                 "id": case,
                 "mark": study.cases[case].mark,
-                "answer": given[case].answer if case in given else None,
-                "confidence": given[case].confidence if case in given else None,
+                "answer": answers[case].answer if case in answers else None,
+                "confidence": answers[case].confidence if case in answers else None,
             }
             for case in store.order(reader)
         ]
@@ -107,7 +111,7 @@ def build_app(study: Study) -> Starlette:
             reader,
             str(data.get("case")),
             str(data.get("answer")),
-            data.get("confidence"),  # type: ignore[arg-type] # checked there
+            data.get("confidence"),  # type: ignore[arg-type] # the store checks it
             data.get("seconds"),  # type: ignore[arg-type]
         )
         return {"saved": True}
@@ -123,7 +127,7 @@ def build_app(study: Study) -> Starlette:
 
     def own_results(reader: Reader) -> dict[str, Any]:
         if not reader.finished:
-            raise Refused("the result is shown when all cases are answered and closed")
+            raise Refused("results are shown once all cases are answered and the study is closed")
         figures = row(reader.name, store.answers(reader), positive=study.positive)
         return {"table": table([figures]), "convention": convention(study.positive)}
 
@@ -133,17 +137,17 @@ def build_app(study: Study) -> Starlette:
             raise HTTPException(404)
         return Response(case.volume(), media_type="application/octet-stream")
 
-    inside = [
+    routes = [
         Route("/api/study", about),
-        Route("/api/start", _post(start), methods=["POST"]),
-        Route("/api/answer", _post(answer), methods=["POST"]),
-        Route("/api/finish", _post(finish), methods=["POST"]),
-        Route("/api/results", _post(results), methods=["POST"]),
+        Route("/api/start", _json_endpoint(start), methods=["POST"]),
+        Route("/api/answer", _json_endpoint(answer), methods=["POST"]),
+        Route("/api/finish", _json_endpoint(finish), methods=["POST"]),
+        Route("/api/results", _json_endpoint(results), methods=["POST"]),
         Route("/volume/{case}.nii", volume),
         Mount("/", StaticFiles(directory=STATIC, html=True)),
     ]
     return Starlette(
-        routes=[Mount(f"/{store.token}", routes=inside)],
+        routes=[Mount(f"/{store.token}", routes=routes)],
         middleware=[
             Middleware(_Headers),
             Middleware(
@@ -153,12 +157,17 @@ def build_app(study: Study) -> Starlette:
     )
 
 
-def _post(work: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Any]:
-    """JSON in, JSON out. Other sites cannot send this content type without being asked first."""
+def _json_endpoint(
+    handle: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Callable[[Request], Any]:
+    """An endpoint that maps JSON to JSON.
+
+    Other sites cannot send this content type: the browser asks the server first, which refuses.
+    """
 
     async def endpoint(request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-            raise HTTPException(415, "application/json is wanted")
+            raise HTTPException(415, "the content type must be application/json")
         body = b""
         async for chunk in request.stream():
             body += chunk
@@ -167,25 +176,25 @@ def _post(work: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request
         try:
             data = json.loads(body)
         except ValueError:
-            raise HTTPException(400, "this is no JSON") from None
+            raise HTTPException(400, "the body must be JSON") from None
         if not isinstance(data, dict):
-            raise HTTPException(400, "an object is wanted")
+            raise HTTPException(400, "the body must be a JSON object")
         try:
-            return JSONResponse(_finite(work(data)))
+            return JSONResponse(_replace_nonfinite(handle(data)))
         except Refused as error:
             return JSONResponse({"error": str(error)}, status_code=409)
 
     return endpoint
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: _replace_nonfinite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Headers:
-    """Adds HEADERS to every answer, and takes away what tells when a file was written."""
+    """Middleware that adds HEADERS to every response and removes the times of files."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -202,28 +211,39 @@ class _Headers:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on 127.0.0.1 that a browser can already wait at; port 0 takes a free one.
+    """Open a listening socket on 127.0.0.1, so that a browser can connect before `serve`.
 
-    ValueError where the port cannot be had.
+    Args:
+        port: 0 for a free one.
+
+    Raises:
+        ValueError: if the port is in use or out of range.
     """
-    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((HOST, port))
-        found.listen()
+        listener.bind((HOST, port))
+        listener.listen()
     except (OSError, OverflowError) as error:
-        found.close()
-        raise ValueError(f"port {port} cannot be had ({error}); choose another --port") from error
-    return found
+        listener.close()
+        raise ValueError(
+            f"port {port} cannot be opened ({error}); choose another --port"
+        ) from error
+    return listener
 
 
-def address(study: Study, place: socket.socket) -> str:
-    """What to open in a browser; the same at each start with the same port."""
-    return f"http://{HOST}:{place.getsockname()[1]}/{study.store.token}/"
+def address(study: Study, listener: socket.socket) -> str:
+    """Return the address to open in a browser; it stays the same for the same port."""
+    return f"http://{HOST}:{listener.getsockname()[1]}/{study.store.token}/"
 
 
-def serve(study: Study, place: socket.socket) -> None:
-    """Serve until Ctrl-C or a signal to end."""
+def serve(study: Study, listener: socket.socket) -> None:
+    """Serve a study until Ctrl-C or SIGTERM.
+
+    Args:
+        study: the cases and the store of answers.
+        listener: from `listen`.
+    """
     config = uvicorn.Config(
         build_app(study),
         log_level="warning",
@@ -233,4 +253,4 @@ def serve(study: Study, place: socket.socket) -> None:
         lifespan="off",
     )
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[place])
+        uvicorn.Server(config).run(sockets=[listener])

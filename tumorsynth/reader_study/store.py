@@ -1,8 +1,7 @@
-"""The study's SQLite file: cases with their truth, readers, answers.
+"""The SQLite file of a reader study: cases with their truth, readers, answers.
 
-Each change is one transaction in WAL mode, on the disk before the page hears that it is saved. The
-truth is in this file and nowhere in what the server sends; whoever can open the file can read it,
-so it is made for its owner alone.
+Each change is a transaction in WAL mode, and is on the disk before the page shows that it is saved.
+The file holds the truth, which the server never sends; only its owner may read the file.
 """
 
 from __future__ import annotations
@@ -18,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 1  # of the file
 ANSWERS = ("real", "synthetic")
-CONFIDENCE = range(1, 6)
+CONFIDENCE = range(1, 6)  # a guess ... certain
+MAX_NAME_LETTERS = 80
+MAX_SECONDS = 1e6  # for one answer
 
 _TABLES = """
 CREATE TABLE study (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -40,12 +41,12 @@ CREATE TABLE answers (
 
 
 class Refused(ValueError):
-    """What a reader may not do (any more), or what is no answer."""
+    """A request that a reader may not make, or a malformed answer."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """id: opaque, what the page says for the name. finished: no answer may change any more."""
+    """A reader. id: opaque, used by the page. finished: answers cannot change any more."""
 
     id: str
     name: str
@@ -55,7 +56,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Answer:
-    """One reader's answer to one case, beside the truth. seconds: with the case on the screen."""
+    """A reader's answer to a case, with the truth. seconds: time the case was on the screen."""
 
     reader: str
     case: str
@@ -66,51 +67,80 @@ class Answer:
 
 
 class Store:
-    """An open study file. ``write=False`` reads it alone, while a server may be writing."""
+    """An open study file.
+
+    Args:
+        path: the file; it is created if it does not exist.
+        write: False to only read, while a server may be writing.
+
+    Raises:
+        FileNotFoundError: if there is no file to read, or no folder to create it in.
+        OSError: if the file cannot be written.
+        ValueError: for a file that is no study, or of another format.
+
+    Example:
+        >>> with contextlib.closing(Store(Path("answers.sqlite"), write=False)) as store:
+        ...     print(study_results(store)["rows"])
+    """
 
     def __init__(self, path: Path, *, write: bool = True):
         self.path = Path(path)
         self.lock = threading.Lock()
         if not write and not self.path.is_file():
-            raise FileNotFoundError(f"no such file: {self.path}; `reader-study serve` makes it")
+            raise FileNotFoundError(
+                f"no such file: {self.path}; create it with `reader-study serve`"
+            )
         if write and not self.path.parent.is_dir():
-            raise FileNotFoundError(f"no such folder for the answers: {self.path.parent}")
+            raise FileNotFoundError(
+                f"no such folder: {self.path.parent}; create it, or give another --db"
+            )
         if write:
-            self.path.touch(mode=0o600)  # the truth is in it
+            self.path.touch(mode=0o600)  # only the owner may read the truth
         uri = f"{self.path.resolve().as_uri()}?mode={'rwc' if write else 'ro'}"
         try:
             self.db = sqlite3.connect(
                 uri, uri=True, timeout=10, isolation_level=None, check_same_thread=False
             )
             if write:
-                if self.db.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-                    self._get("format")  # another program's file is left as it is
-                self.db.execute("PRAGMA journal_mode = WAL")
-                self.db.execute("PRAGMA synchronous = FULL")
-                self.db.execute("PRAGMA foreign_keys = ON")
-                with self._change():
-                    if self.db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
-                        for statement in _TABLES.split(";\n"):
-                            self.db.execute(statement)
-                        self._put("format", str(FORMAT))
-                        # the page's address holds it: other accounts and pages cannot guess it
-                        self._put("token", secrets.token_urlsafe(16))
-            made = self._get("format")
+                self._prepare_to_write()
+            format = self._get("format")
         except sqlite3.DatabaseError as error:
-            if "disk" in str(error):  # full, or it fails
+            if "disk" in str(error):  # full or failing
                 raise OSError(
                     f"the answers cannot be written to {self.path} ({error}); make room, or choose "
                     "another --db"
                 ) from error
             raise ValueError(f"{self.path} is not a reader study's file ({error})") from error
-        if made != str(FORMAT):
-            raise ValueError(f"{self.path} has format {made}, this version reads {FORMAT}")
+        if format != str(FORMAT):
+            raise ValueError(
+                f"{self.path} must have format {FORMAT}, got {format}; use the version of "
+                "tumorsynth that wrote it"
+            )
+
+    def _prepare_to_write(self) -> None:
+        """Set the modes of the file, and create its tables if it is empty."""
+        if not self._is_empty():
+            self._get("format")  # fails for the file of another program, which stays as it is
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute("PRAGMA synchronous = FULL")
+        self.db.execute("PRAGMA foreign_keys = ON")
+        with self._change():
+            if self._is_empty():
+                for statement in _TABLES.split(";\n"):
+                    self.db.execute(statement)
+                self._put("format", str(FORMAT))
+                # part of the page's address, which other accounts and pages cannot guess
+                self._put("token", secrets.token_urlsafe(16))
+
+    def _is_empty(self) -> bool:
+        return self.db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
 
     def close(self) -> None:
         self.db.close()
 
     @contextmanager
     def _change(self) -> Iterator[None]:
+        """A transaction, rolled back on errors."""
         with self.lock:
             self.db.execute("BEGIN IMMEDIATE")
             try:
@@ -128,49 +158,60 @@ class Store:
         self.db.execute("INSERT INTO study VALUES (?, ?)", (key, value))
 
     def _get(self, key: str) -> str | None:
-        found = self._rows("SELECT value FROM study WHERE key = ?", key)
-        return found[0][0] if found else None
+        rows = self._rows("SELECT value FROM study WHERE key = ?", key)
+        return rows[0][0] if rows else None
 
     @property
     def token(self) -> str:
-        """Of the page's address; the same for the life of the study."""
+        """Secret part of the page's address; it never changes for a study."""
         return str(self._get("token"))
 
     def set_up(self, cases: Sequence[tuple[str, str, str]]) -> list[str]:
-        """Opaque ids of the cases, given as (truth, source, SHA-256 of the volume as served).
+        """Register the cases, or check that they are those of the study.
 
-        The first time they are written down; after that they must be the same to the last voxel.
+        Args:
+            cases: (truth, source, SHA-256 of the blinded volume) of each.
+
+        Returns:
+            Their opaque ids.
+
+        Raises:
+            ValueError: for equal names, or if the study holds other cases or other voxels.
         """
-        wanted = {(truth, source): sha for truth, source, sha in cases}
-        if len(wanted) != len(cases):
+        current = {(truth, source): sha for truth, source, sha in cases}
+        if len(current) != len(cases):
             raise ValueError("each case needs its own file name within its folder; rename some")
         with self._change():
             if self.db.execute("SELECT count(*) FROM cases").fetchone() == (0,):
                 rows = [
                     (secrets.token_hex(8), truth, source, sha)
-                    for (truth, source), sha in wanted.items()
+                    for (truth, source), sha in current.items()
                 ]
-                # by id, so that not even the order of the rows tells
+                # sorted by id, so that the order of the rows reveals nothing
                 self.db.executemany("INSERT INTO cases VALUES (?, ?, ?, ?)", sorted(rows))
             known = {
                 (truth, source): (case, sha)
                 for case, truth, source, sha in self.db.execute("SELECT * FROM cases")
             }
         changed = [
-            k for k in wanted.keys() | known.keys() if known.get(k, "")[1:] != (wanted.get(k),)
+            k for k in current.keys() | known.keys() if known.get(k, "")[1:] != (current.get(k),)
         ]
         if changed:
             raise ValueError(
                 f"{self.path} belongs to a study of other cases: {len(changed)} of them are new, "
-                "gone or changed; give the same folders and options, or another --db"
+                "missing or changed; give the same folders and options, or another --db"
             )
         return [known[truth, source][0] for truth, source, _ in cases]
 
     def reader(self, name: str) -> Reader:
-        """The reader of this name, new or known; upper and lower case are the same."""
+        """Return the reader of this name, created if new; case is ignored.
+
+        Raises:
+            Refused: for a name that is empty, too long or not printable.
+        """
         name = " ".join(name.split())
-        if not 1 <= len(name) <= 80 or not name.isprintable():
-            raise Refused("a reader's name must have 1 to 80 letters")
+        if not 1 <= len(name) <= MAX_NAME_LETTERS or not name.isprintable():
+            raise Refused(f"a reader's name must have 1 to {MAX_NAME_LETTERS} letters")
         with self._change():
             self.db.execute(
                 "INSERT INTO readers VALUES (?, ?, ?, ?, NULL) ON CONFLICT (name) DO NOTHING",
@@ -179,13 +220,14 @@ class Store:
         return self._readers("name = ? COLLATE NOCASE", name)[0]
 
     def reader_of(self, reader: str) -> Reader:
-        """By the opaque id; Refused for an unknown one."""
-        found = self._readers("id = ?", reader)
-        if not found:
-            raise Refused("this reader is unknown; open the page anew")
-        return found[0]
+        """Return the reader with this opaque id; raise Refused if there is none."""
+        readers = self._readers("id = ?", reader)
+        if not readers:
+            raise Refused("this reader is unknown; reload the page")
+        return readers[0]
 
     def readers(self) -> list[Reader]:
+        """Return all readers, in the order in which they started."""
         return self._readers("1")
 
     def _readers(self, where: str, *values: Any) -> list[Reader]:
@@ -195,11 +237,12 @@ class Store:
         return [Reader(key, name, seed, at is not None) for key, name, seed, at in rows]
 
     def order(self, reader: Reader) -> list[str]:
-        """All cases, shuffled by the reader's own seed: the same at each start."""
+        """Return all cases in the reader's own random order, which never changes."""
         cases = [case for (case,) in self._rows("SELECT id FROM cases")]
         return sorted(cases, key=lambda c: hashlib.sha256((reader.seed + c).encode()).digest())
 
     def answers(self, reader: Reader) -> list[Answer]:
+        """Return all answers of a reader."""
         rows = self._rows(
             "SELECT case_id, truth, answer, confidence, seconds FROM answers "
             "JOIN cases ON cases.id = case_id WHERE reader = ?",
@@ -208,13 +251,24 @@ class Store:
         return [Answer(reader.name, *row) for row in rows]
 
     def save(self, reader: Reader, case: str, answer: str, confidence: int, seconds: float) -> None:
-        """One answer per reader and case; a later one replaces it and adds its time."""
+        """Save an answer; it replaces the reader's earlier one to this case and adds its time.
+
+        Args:
+            reader: who answers.
+            case: opaque id.
+            answer: "real" or "synthetic".
+            confidence: 1 (a guess) to 5 (certain).
+            seconds: time the case was on the screen since the last save.
+
+        Raises:
+            Refused: for a malformed answer, an unknown case, or a reader who has finished.
+        """
         if answer not in ANSWERS:
             raise Refused(f"an answer must be {' or '.join(ANSWERS)}, got {answer!r}")
         if type(confidence) is not int or confidence not in CONFIDENCE:
-            raise Refused(f"a confidence must be 1 to 5, got {confidence!r}")
-        if type(seconds) not in (int, float) or not 0 <= seconds < 1e6:
-            raise Refused(f"the time taken must be in seconds, got {seconds!r}")
+            raise Refused(f"a confidence must be a whole number from 1 to 5, got {confidence!r}")
+        if type(seconds) not in (int, float) or not 0 <= seconds < MAX_SECONDS:
+            raise Refused(f"seconds must be from 0 to {MAX_SECONDS:g}, got {seconds!r}")
         with self._change():
             if not self.db.execute("SELECT 1 FROM cases WHERE id = ?", (case,)).fetchone():
                 raise Refused("this case is not in the study")
@@ -228,7 +282,11 @@ class Store:
             )
 
     def finish(self, reader: Reader) -> None:
-        """Close the reader's answers; Refused while some are missing."""
+        """Close the reader's answers.
+
+        Raises:
+            Refused: if some are missing, or the reader has finished before.
+        """
         with self._change():
             self._check_open(reader)
             (left,) = self.db.execute(
@@ -236,7 +294,7 @@ class Store:
                 (reader.id,),
             ).fetchone()
             if left:
-                raise Refused(f"{left} cases are not answered yet")
+                raise Refused(f"{left} cases are not answered yet; answer all of them first")
             self.db.execute(
                 "UPDATE readers SET finished = ? WHERE id = ?", (time.time(), reader.id)
             )

@@ -1,1 +1,1 @@
-"""Training of generators: never imported by inference."""
+"""Training of generators; synthesis never imports this package."""

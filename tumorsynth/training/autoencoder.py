@@ -1,7 +1,9 @@
 """Stage 1: train an autoencoder on CT, annotated or not (paper 3.1).
 
-tumorsynth train autoencoder dataset.json -o RUN/ae
-python -m tumorsynth.training.autoencoder pack.npz -o RUN/ae    (needs torch only)
+    tumorsynth train autoencoder dataset.json -o RUN/ae
+    python -m tumorsynth.training.autoencoder pack.npz -o RUN/ae    (torch only)
+
+RUN/ae becomes an autoencoder folder.
 """
 
 from __future__ import annotations
@@ -30,30 +32,30 @@ from tumorsynth.training.data import (
     Case,
     Cases,
     check_cases,
-    complain,
-    counted,
     fingerprint,
-    given,
-    split,
+    pluralize,
+    raise_problems,
+    read_cases_now,
+    split_held_out,
 )
 from tumorsynth.training.discriminators import Adversaries, random_slices
 from tumorsynth.training.engine import (
-    Average,
-    ahead,
-    places,
-    random_of,
+    WeightAverage,
+    batch_slots,
+    prefetch,
+    random_stream,
     train_loop,
     update,
 )
 from tumorsynth.training.evaluate import autoencoder_metrics
 from tumorsynth.training.folders import (
     UNMEASURED,
-    facts,
-    no_licence,
+    default_licence,
     save_autoencoder,
+    training_facts,
 )
 from tumorsynth.training.launch import check_hardware, launch, usable_precision
-from tumorsynth.training.log import millions, say
+from tumorsynth.training.log import millions, print_status
 from tumorsynth.training.losses import (
     ReconstructionLoss,
     commitment,
@@ -64,9 +66,19 @@ from tumorsynth.training.losses import (
 )
 from tumorsynth.training.networks import starting_autoencoder
 from tumorsynth.training.pictures import Pair, side_by_side
-from tumorsynth.training.run_folder import RunFolder, claimed, identity_of, written
+from tumorsynth.training.run_folder import (
+    RunFolder,
+    explain_write_errors,
+    identity_of,
+    lock_folder,
+)
 
-CROPS, RANGE, PICTURE, SLICES = 0, 1, 2, 3  # purposes of random streams
+# purposes of random streams of stage 1
+CROP_STREAM, RANGE_STREAM, PICTURE_STREAM, SLICE_STREAM = 0, 1, 2, 3
+RANGE_CUBES = 64  # from which the latent's range and the detail are fitted
+LATENT_PERCENTILES = (0.1, 99.9)  # that become the normalised latent's range
+PICTURE_ROWS = 4
+PICTURE_CAPTIONS = ("scan", "reconstruction")
 
 
 def train(
@@ -79,15 +91,33 @@ def train(
     init: str | None = None,
     card: dict[str, Any] | None = None,
 ) -> Autoencoder:
-    """Train, and write an autoencoder folder into ``output``; returns it, on the CPU.
+    """Train an autoencoder and write an autoencoder folder.
 
-    cases: or what reads them, called once all else is checked. init: an autoencoder to start from,
-    as for `read_autoencoder`. Raises ValueError for every problem with the cases before anything
-    starts; see `train_loop` for what happens later.
+    The finished network is measured on the held-out cases, or else on those trained on; the
+    figures and a grid of pictures are written into the folder. If the run is killed while it
+    measures, the folder is complete but for these, and resuming measures again.
 
-    Cases that are held out are not trained on: the result is measured on them, or else on the
-    others, and the figures and a grid of pictures are written into the folder. Killed while
-    measuring, the folder is whole but for them, and resuming measures again.
+    Args:
+        cases: scans, or a function that reads them; it is called after all other arguments are
+            checked. Held-out cases are measured and not trained on.
+        output: folder of the run, which becomes the autoencoder folder.
+        config: settings of the training.
+        hardware: where to run.
+        resume: continue from the last checkpoint in ``output``.
+        init: an autoencoder to start from, as for `read_autoencoder`.
+        card: fields of the card, such as "licence".
+
+    Returns:
+        The autoencoder, on the CPU.
+
+    Raises:
+        ValueError: for settings or cases that cannot be trained with, before anything starts.
+        FileNotFoundError: for a start that does not exist.
+        Diverged: see `train_loop`, as for OSError and SystemExit.
+
+    Example:
+        >>> cases = load_pack(Path("ct.npz"))
+        >>> autoencoder = train(cases, Path("RUN/ae"), AutoencoderTraining(steps=4000))
     """
     check_hardware(hardware)
     model, started = starting_autoencoder(config, init)
@@ -98,14 +128,14 @@ def train(
     run = RunFolder(
         output, identity_of(config, stage=1, init=started and started["sha256"]), resume
     )
-    cases = given(cases)
-    complain(check_cases(cases, config.patch_size))
-    cases, held_out = split(cases)
-    run.complete(scans={c.name: fingerprint(c) for c in cases})
+    read = read_cases_now(cases)
+    raise_problems(check_cases(read, config.patch_size))
+    training, held_out = split_held_out(read)
+    run.complete(scans={c.name: fingerprint(c) for c in training})
     config = replace(config, precision=usable_precision(hardware, config.precision))
     fabric = launch(hardware, config.precision)
-    with claimed(output):
-        stage = AutoencoderStage(fabric, model, cases, config, hardware.workers)
+    with lock_folder(output):
+        stage = AutoencoderStage(fabric, model, training, config, hardware.workers)
         title = f"autoencoder of {millions(model)} M parameters"
         seconds = train_loop(fabric, run, stage, config, title)
         result = cast(Autoencoder, stage.average.average)
@@ -113,23 +143,25 @@ def train(
             result.to(fabric.device).eval().requires_grad_(False)
             stage.measure_range(result)
             stage.fit_detail(result)
-            training = {
-                **asdict(config),
-                **facts(cases, held_out, fabric, seconds),
-            }
-            full = {
+            fields = {
                 "name": output.name,
-                "licence": no_licence(started),
+                "licence": default_licence(started),
                 **(card or {}),
                 "metrics": {"skipped": UNMEASURED},
-                "training": training,
+                "training": {
+                    **asdict(config),
+                    **training_facts(training, held_out, fabric, seconds),
+                },
                 **({"init": started} if started else {}),
             }
-            with written(run):
-                save_autoencoder(result, output, full)
-                say(fabric, f"measuring on {counted(len(held_out or cases), 'scan')} ...")
-                full["metrics"] = autoencoder_metrics(result, cases, held_out, config.steps, output)
-                save_autoencoder(result.to("cpu"), output, full)
+            with explain_write_errors(run):
+                save_autoencoder(result, output, fields)
+                scans = pluralize(len(held_out or training), "scan")
+                print_status(fabric, f"measuring on {scans} ...")
+                fields["metrics"] = autoencoder_metrics(
+                    result, training, held_out, config.steps, output
+                )
+                save_autoencoder(result.to("cpu"), output, fields)
         fabric.barrier()
     return result
 
@@ -151,7 +183,7 @@ class AutoencoderStage:
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
         self.reconstruct, self.wrapped = fabric.setup(Reconstruct(model), self.optimiser)
-        self.average = Average(copy.deepcopy(model), model, config.ema)
+        self.average = WeightAverage(copy.deepcopy(model), model, config.ema)
         self.reconstruction = ReconstructionLoss()
         self.perceptual = slice_perceptual(config.perceptual).to(fabric.device)
         self.adversaries: Adversaries | None = None
@@ -162,11 +194,11 @@ class AutoencoderStage:
             self.adversary_optimiser = torch.optim.AdamW(
                 self.adversaries.parameters(), lr=config.discriminator_lr, betas=(0.5, 0.9)
             )
-            self.judge, self.wrapped_adversary = fabric.setup(
+            self.discriminate, self.wrapped_adversary = fabric.setup(
                 self.adversaries, self.adversary_optimiser
             )
         self.shares = case_shares(cases)
-        self.places = places(fabric, config)
+        self.slots = batch_slots(fabric, config)
         self.batches: Iterator[list[Tensor]] | None = None
 
     def state(self) -> dict[str, Any]:
@@ -176,134 +208,158 @@ class AutoencoderStage:
             parts["adversary_optimiser"] = self.adversary_optimiser
         return parts
 
-    def crops(self, step: int) -> list[Tensor]:
-        """This process's cubes of a step, one tensor (b, 1, D, H, W) in [-1, 1] a part."""
+    def cubes(self, step: int) -> list[Tensor]:
+        """Return this process's cubes of a step: (b, 1, D, H, W) in [-1, 1] for each part."""
         return [
-            torch.stack([self._crop(CROPS, step, place) for place in part]) for part in self.places
+            torch.stack([self._cube(CROP_STREAM, step, slot) for slot in part])
+            for part in self.slots
         ]
 
-    def _crop(self, *stream: int) -> Tensor:
-        rng = random_of(self.config.seed, *stream)
+    def _cube(self, *stream: int) -> Tensor:
+        rng = random_stream(self.config.seed, *stream)
         return sample_cube(self.cases, self.shares, self.config, rng)
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         if self.batches is None:
-            self.batches = ahead(self.crops, iter(range(step, self.config.steps)), self.workers)
+            self.batches = prefetch(self.cubes, iter(range(step, self.config.steps)), self.workers)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         parts = next(self.batches)
-        told: dict[str, Tensor] = {}
-        for index, (part, crops) in enumerate(zip(self.places, parts, strict=True)):
+        sums: dict[str, Tensor] = {}
+        for index, (slots, cubes) in enumerate(zip(self.slots, parts, strict=True)):
             last = index == len(parts) - 1
-            losses = self._part(step, part, crops.to(self.fabric.device), last)
+            losses = self._part(step, slots, cubes.to(self.fabric.device), last)
             for name, value in losses.items():
-                told[name] = told.get(name, torch.zeros_like(value)) + value.detach() / len(parts)
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / len(parts)
         update(self.model, self.wrapped, self.config.clip)
-        if self._judging(step):
+        if self._is_adversarial(step):
             assert self.adversaries is not None
             update(self.adversaries, self.wrapped_adversary, self.config.clip)
         self.average.update(step)
-        return told
+        return sums
 
-    def _part(self, step: int, part: list[int], x: Tensor, last: bool) -> dict[str, Tensor]:
-        """Losses and gradients of one part of a step: of the cubes x at these places."""
-        c, parts = self.config, self.config.accumulate
+    def _part(self, step: int, slots: list[int], x: Tensor, last: bool) -> dict[str, Tensor]:
+        """Losses and gradients of one part of a step: of the cubes x in these slots."""
+        config = self.config
         with self.fabric.no_backward_sync(self.reconstruct, enabled=not last):
             with self.fabric.autocast():
                 recon, latent, quantised = self.reconstruct(x)
             recon, latent, quantised = recon.float(), latent.float(), quantised.float()
-            losses = {"l1": self.reconstruction(recon, x)}
-            loss = losses["l1"]
-            if self.model.codebook is not None:
-                losses["commitment"] = commitment(latent, quantised)
-                loss = loss + c.commitment_weight * losses["commitment"]
-                if c.dead_code_every and last and (step + 1) % c.dead_code_every == 0:
-                    self.model.codebook.restart_dead(latent.detach())
-            else:
-                loss = loss + c.latent_weight * latent.square().mean()
-            if c.perceptual != "none":
-                losses["perceptual"] = self.perceptual(recon, x)
-                loss = loss + c.perceptual_weight * losses["perceptual"]
+            restart = config.dead_code_every and last and (step + 1) % config.dead_code_every == 0
+            loss, losses = self._reconstruction_loss(x, recon, latent, quantised, bool(restart))
             slices: list[Tensor] = []
-            if self._judging(step):
-                assert self.adversaries is not None
-                slices = self._slices(step, part, x, recon)
-                self.adversaries.requires_grad_(False)
-                with self.fabric.autocast():
-                    with torch.no_grad():
-                        real = self.adversaries(slices[0], x)
-                    fake = self.adversaries(slices[1], recon)
-                self.adversaries.requires_grad_(True)
-                for (_, real_features), (logits, features) in zip(real, fake, strict=True):
-                    loss = loss + c.adversarial_weight * (
-                        hinge_generator_loss(logits.float())
-                        + c.feature_weight * feature_matching(real_features, features)
-                    )
+            if self._is_adversarial(step):
+                slices = self._slices(step, slots, x, recon)
+                loss = self._add_adversarial_loss(loss, slices, x, recon)
             losses = {"loss": loss, **losses}
-            self.fabric.backward(loss / parts)
-        if c.adversarial_weight:
+            self.fabric.backward(loss / config.accumulate)
+        if config.adversarial_weight:
             losses["discriminators"] = torch.zeros_like(loss)
         if slices:
-            with self.fabric.no_backward_sync(self.judge, enabled=not last):
-                with self.fabric.autocast():
-                    both = self.judge(
-                        torch.cat([slices[0], slices[1].detach()]), torch.cat([x, recon.detach()])
-                    )
-                judged = torch.zeros_like(loss)
-                for logits, _ in both:
-                    judged = judged + hinge_discriminator_loss(*logits.float().chunk(2))
-                self.fabric.backward(judged / parts)
-            losses["discriminators"] = judged
+            losses["discriminators"] = self._discriminator_step(slices, x, recon, last)
         return losses
 
-    def _slices(self, step: int, part: list[int], x: Tensor, recon: Tensor) -> list[Tensor]:
-        """Slices of the scans and of their reconstructions: which, only step and place decide."""
-        drawn = []
-        for index, place in enumerate(part):
-            number = int(random_of(self.config.seed, SLICES, step, place).integers(2**62))
-            one = (v[index : index + 1] for v in (x, recon))
-            drawn.append(random_slices(*one, generator=torch.Generator().manual_seed(number)))
-        return [torch.cat(volume) for volume in zip(*drawn, strict=True)]
+    def _reconstruction_loss(
+        self, x: Tensor, recon: Tensor, latent: Tensor, quantised: Tensor, restart_codes: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss but for the adversarial part, and its terms for the log."""
+        config = self.config
+        losses = {"l1": self.reconstruction(recon, x)}
+        loss = losses["l1"]
+        if self.model.codebook is not None:
+            losses["commitment"] = commitment(latent, quantised)
+            loss = loss + config.commitment_weight * losses["commitment"]
+            if restart_codes:
+                self.model.codebook.restart_dead(latent.detach())
+        else:
+            loss = loss + config.latent_weight * latent.square().mean()
+        if config.perceptual != "none":
+            losses["perceptual"] = self.perceptual(recon, x)
+            loss = loss + config.perceptual_weight * losses["perceptual"]
+        return loss, losses
 
-    def _judging(self, step: int) -> bool:
+    def _add_adversarial_loss(
+        self, loss: Tensor, slices: list[Tensor], x: Tensor, recon: Tensor
+    ) -> Tensor:
+        """The loss with what the discriminators, which do not learn here, say of the cubes."""
+        assert self.adversaries is not None
+        config = self.config
+        self.adversaries.requires_grad_(False)
+        with self.fabric.autocast():
+            with torch.no_grad():
+                real = self.adversaries(slices[0], x)
+            fake = self.adversaries(slices[1], recon)
+        self.adversaries.requires_grad_(True)
+        for (_, real_features), (logits, features) in zip(real, fake, strict=True):
+            loss = loss + config.adversarial_weight * (
+                hinge_generator_loss(logits.float())
+                + config.feature_weight * feature_matching(real_features, features)
+            )
+        return loss
+
+    def _discriminator_step(
+        self, slices: list[Tensor], x: Tensor, recon: Tensor, last: bool
+    ) -> Tensor:
+        """Loss and gradients of the discriminators."""
+        with self.fabric.no_backward_sync(self.discriminate, enabled=not last):
+            with self.fabric.autocast():
+                outputs = self.discriminate(
+                    torch.cat([slices[0], slices[1].detach()]), torch.cat([x, recon.detach()])
+                )
+            total = x.new_zeros(())
+            for logits, _ in outputs:
+                total = total + hinge_discriminator_loss(*logits.float().chunk(2))
+            self.fabric.backward(total / self.config.accumulate)
+        return total
+
+    def _slices(self, step: int, slots: list[int], x: Tensor, recon: Tensor) -> list[Tensor]:
+        """Slices of the scans and of their reconstructions; step and slot decide which."""
+        pairs = []
+        for index, slot in enumerate(slots):
+            seed = int(random_stream(self.config.seed, SLICE_STREAM, step, slot).integers(2**62))
+            cubes = (v[index : index + 1] for v in (x, recon))
+            pairs.append(random_slices(*cubes, generator=torch.Generator().manual_seed(seed)))
+        return [torch.cat(volume) for volume in zip(*pairs, strict=True)]
+
+    def _is_adversarial(self, step: int) -> bool:
         late = step >= self.config.adversarial_start * self.config.steps
         return self.adversaries is not None and late
 
     @torch.no_grad()
     def measure_range(self, model: Autoencoder) -> None:
-        """Scale of a continuous latent: the 0.1 and 99.9 percentiles over all channels."""
+        """Set the range of a continuous latent: percentiles 0.1 and 99.9 over all channels."""
         if model.codebook is not None:
             return
         latents = []
-        for index in range(64):
-            crop = self._crop(RANGE, index)[None]
-            latents.append(model.encode(crop.to(self.fabric.device)).flatten().float().cpu())
-        low, high = np.percentile(torch.cat(latents).numpy(), [0.1, 99.9])
+        for index in range(RANGE_CUBES):
+            cube = self._cube(RANGE_STREAM, index)[None]
+            latents.append(model.encode(cube.to(self.fabric.device)).flatten().float().cpu())
+        low, high = np.percentile(torch.cat(latents).numpy(), LATENT_PERCENTILES)
         model.latent_low.fill_(float(low))
         model.latent_high.fill_(float(high))
 
     def fit_detail(self, model: Autoencoder) -> None:
-        """The directions of the detail, from 64 crops with nothing put in."""
+        """Fit the directions of the detail on 64 cubes without holes."""
         plain = replace(self.config, hollow=0.0)
-        streams = (random_of(self.config.seed, RANGE, index) for index in range(64))
+        streams = (random_stream(self.config.seed, RANGE_STREAM, k) for k in range(RANGE_CUBES))
         cubes = (sample_cube(self.cases, self.shares, plain, rng)[None] for rng in streams)
         model.fit_detail(cube.to(self.fabric.device) for cube in cubes)
 
     @torch.no_grad()
     def picture(self) -> Tensor:
-        """Four cubes, each beside its reconstruction in three planes; there is no detail yet."""
+        """Draw four cubes, each beside its reconstruction, which has no detail yet."""
         model = self.average.average
         pairs: list[Pair] = []
-        for index in range(4):
-            crop = self._crop(PICTURE, index)[None]
-            recon = model(crop.to(self.fabric.device)).cpu()
-            middle = [n // 2 for n in crop.shape[2:]]
-            pairs.append(((crop[0, 0] + 1) / 2, (recon[0, 0] + 1) / 2, middle))
-        return side_by_side(pairs)
+        for index in range(PICTURE_ROWS):
+            cube = self._cube(PICTURE_STREAM, index)[None]
+            recon = model(cube.to(self.fabric.device)).cpu()
+            middle = [n // 2 for n in cube.shape[2:]]
+            pairs.append(((cube[0, 0] + 1) / 2, (recon[0, 0] + 1) / 2, middle))
+        return side_by_side(pairs, PICTURE_CAPTIONS)
 
 
 class Reconstruct(nn.Module):
-    """Cubes -> reconstruction, latent, quantised latent; the codebook learns on the way."""
+    """Map cubes to reconstruction, latent and quantised latent; the codebook learns meanwhile."""
 
     def __init__(self, model: Autoencoder):
         super().__init__()
@@ -316,19 +372,19 @@ class Reconstruct(nn.Module):
 def main() -> None:
     from tumorsynth.training.reading import load_data
 
-    told = parse_arguments([AutoencoderTraining, Hardware], "autoencoder", _extra)
-    preset = PRESETS["autoencoder"][told["preset"]]
+    flags = parse_arguments([AutoencoderTraining, Hardware], "autoencoder", _add_flags)
+    labels = Path(flags["labels"]) if flags["labels"] else None
     train(
-        partial(load_data, Path(told["data"]), Path(told["labels"]) if told["labels"] else None),
-        Path(told["out"]),
-        configured(AutoencoderTraining, preset, told),
-        configured(Hardware, {}, told),
-        resume=told["resume"],
-        init=told["init"],
+        partial(load_data, Path(flags["data"]), labels),
+        Path(flags["out"]),
+        configured(AutoencoderTraining, PRESETS["autoencoder"][flags["preset"]], flags),
+        configured(Hardware, {}, flags),
+        resume=flags["resume"],
+        init=flags["init"],
     )
 
 
-def _extra(parser: Any) -> None:
+def _add_flags(parser: Any) -> None:
     parser.add_argument("--init", help="a trained folder to start from")
 
 

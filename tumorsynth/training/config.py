@@ -1,7 +1,7 @@
-"""What the training commands can be told: every field here is a flag there, under the same name.
+"""Settings of the training commands: every field is a flag of the same name.
 
-A preset is a set of values for a stage's fields; a flag that is given wins over the preset. No
-torch here: the command line reads this file for its help.
+A preset is a set of values for the fields of a stage; flags override it. This module does not
+import torch, because the command line reads it for its help.
 """
 
 from __future__ import annotations
@@ -16,134 +16,137 @@ T = TypeVar("T")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """Declare a field of a config with its default, its help and its choices."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-ONOFF = ("on", "off")
+ON_OFF = ("on", "off")
 
 
 @dataclass(frozen=True)
 class Training:
-    """What both stages have in common."""
+    """Settings that both stages have."""
 
     steps: int = option(4000, "Optimiser steps.")
     patch_size: int = option(48, "Side of the cubes trained on, in mm (voxels at 1 mm).")
-    batch_size: int = option(4, "Cubes per step, over all devices and accumulated parts.")
-    accumulate: int = option(1, "Split a step's cubes into this many parts, for less memory.")
+    batch_size: int = option(4, "Cubes per step, summed over devices and accumulated parts.")
+    accumulate: int = option(1, "Parts to split the cubes of a step into, to save memory.")
     lr: float = option(2e-3, "Learning rate after the warm-up; falls by a cosine to 1 % of it.")
     warmup: int = option(100, "Steps of linear warm-up.")
     weight_decay: float = option(1e-4, "AdamW's weight decay.")
-    clip: float = option(1.0, "Largest norm of the gradient.")
-    ema: float = option(0.0, "Decay of the average of the weights that is kept; 0 keeps the last.")
-    precision: str = option("bf16-mixed", "Arithmetic.", ("bf16-mixed", "32-true"))
-    seed: int = option(0, "Decides the first weights, all crops and all noise.")
+    clip: float = option(1.0, "Largest norm of the gradient; larger ones are scaled down.")
+    ema: float = option(0.0, "Decay of the average of weights that is saved; 0 saves the last.")
+    precision: str = option("bf16-mixed", "Precision of the arithmetic.", ("bf16-mixed", "32-true"))
+    seed: int = option(0, "Seed of the first weights, all crops and all noise.")
     save_every: int = option(500, "Steps between checkpoints.")
-    picture_every: int = option(500, "Steps between sample pictures; 0 draws none.")
+    picture_every: int = option(500, "Steps between sample pictures; 0 for none.")
     log_every: int = option(50, "Steps between lines of the log.")
 
 
 @dataclass(frozen=True)
 class AutoencoderTraining(Training):
-    """Stage 1: reconstruction of any CT, annotated or not."""
+    """Settings of stage 1: an autoencoder of any CT, annotated or not."""
 
     network: str = option(
-        "light", "Sizes of the network; base is the published one.", ("tiny", "light", "base")
+        "light", "Size of the network; base is the published one.", ("tiny", "light", "base")
     )
     codes: int | None = option(
-        None, "Codes of the codebook, 0 for a continuous latent. [default: the network's]"
+        None, "Number of codes; 0 for a continuous latent. [default: the network's]"
     )
     latent_channels: int | None = option(
-        None, "Numbers per latent voxel: more are sharper. [default: the network's]"
+        None, "Channels of the latent; more are sharper. [default: the network's]"
     )
-    commitment_weight: float = option(0.25, "Of the encoder's distance to its codes.")
+    commitment_weight: float = option(0.25, "Weight of the encoder's distance to its codes.")
     dead_code_every: int = option(100, "Steps between restarts of unused codes.")
-    latent_weight: float = option(1e-4, "Of the mean square of a continuous latent.")
+    latent_weight: float = option(1e-4, "Weight of the mean square of a continuous latent.")
     detail_channels: int = option(
         24,
-        "Numbers per latent voxel that carry a scan's noise past the denoiser, found at the end.",
+        "Channels that carry a scan's noise past the denoiser, fitted at the end.",
     )
-    window_low: float = option(-175.0, "HU that the network sees as -1; all below is the same.")
-    window_high: float = option(250.0, "HU that the network sees as 1; all above is the same.")
-    tissue_low: float = option(-50.0, "Most voxels of a cube lie from these HU ...")
-    tissue_high: float = option(240.0, "... to these.")
+    window_low: float = option(-175.0, "HU that become -1; lower values are clipped.")
+    window_high: float = option(250.0, "HU that become 1; higher values are clipped.")
+    tissue_low: float = option(-50.0, "Most voxels of a cube lie above these HU ...")
+    tissue_high: float = option(240.0, "... and below these.")
     hollow: float = option(
-        0.3, "Share of cubes with a ball of one value put in, as stage 2 hollows out its tumours."
+        0.3, "Share of cubes with a ball of one value, like the holes of stage 2."
     )
     perceptual: str = option(
-        "none", "Perceptual loss over slices of three planes.", ("none", "gradient", "monai")
+        "none", "Perceptual loss over slices of the three planes.", ("none", "gradient", "monai")
     )
-    perceptual_weight: float = option(0.1, "Of the perceptual loss.")
+    perceptual_weight: float = option(0.1, "Weight of the perceptual loss.")
     adversarial_weight: float = option(
-        0.0, "Of each discriminator (slices, volumes); 0 has none. The paper's is 1."
+        0.0, "Weight of each discriminator (slices, volumes); 0 for none. The paper's is 1."
     )
-    adversarial_start: float = option(0.5, "Share of the steps after which they are switched on.")
-    feature_weight: float = option(4.0, "Of feature matching, in units of adversarial-weight.")
+    adversarial_start: float = option(0.5, "Share of steps after which discriminators start.")
+    feature_weight: float = option(4.0, "Weight of feature matching, times adversarial-weight.")
     discriminator_width: int = option(32, "Channels of the discriminators' first layer.")
-    discriminator_lr: float = option(2e-4, "Their learning rate.")
+    discriminator_lr: float = option(2e-4, "Learning rate of the discriminators.")
 
 
 @dataclass(frozen=True)
 class DenoiserTraining(Training):
-    """Stage 2: tumours in the latent of a frozen autoencoder."""
+    """Settings of stage 2: a denoiser of tumours in the latent of a frozen autoencoder."""
 
     steps: int = option(600, "Optimiser steps.")
     patch_size: int = option(64, "Side of the cubes around the tumours, in mm.")
-    batch_size: int = option(8, "Cubes per step, over all devices and accumulated parts.")
+    batch_size: int = option(8, "Cubes per step, summed over devices and accumulated parts.")
     lr: float = option(1e-3, "Learning rate after the warm-up; falls by a cosine to 1 % of it.")
     warmup: int = option(50, "Steps of linear warm-up.")
     weight_decay: float = option(1e-2, "AdamW's weight decay.")
-    ema: float = option(
-        0.995, "Decay of the average of the weights that is kept; 0 keeps the last."
-    )
+    ema: float = option(0.995, "Decay of the average of weights that is saved; 0 saves the last.")
     network: str = option(
-        "light", "Sizes of the network; base is the published one.", ("tiny", "light", "base")
+        "light", "Size of the network; base is the published one.", ("tiny", "light", "base")
     )
     prediction: str = option("x0", "What the network predicts.", ("noise", "x0", "v"))
-    timesteps: int = option(4, "Noise levels; more than 10 are sampled by DDIM.")
+    timesteps: int = option(4, "Noise levels; with more than 10 the sampler is DDIM.")
     zero_terminal_snr: str = option(
-        "off", "Whether the last noise level holds no signal; not for noise prediction.", ONOFF
+        "off",
+        "Whether the last noise level holds no signal; not for noise prediction.",
+        ON_OFF,
     )
     contrast: str = option(
-        "on", "Whether the denoiser is told each tumour's contrast, so that it can be asked.", ONOFF
+        "on", "Whether the contrast conditions the denoiser, so that users can set it.", ON_OFF
     )
-    tissue_low: float = option(20.0, "Tissue around a tumour, and to move one to, is from this HU")
-    tissue_high: float = option(220.0, "... to this.")
-    evenness: float = option(30.0, "HU by which tissue to move a tumour to may vary.")
+    tissue_low: float = option(
+        20.0, "Tissue around tumours, and to transplant them into, lies above these HU ..."
+    )
+    tissue_high: float = option(220.0, "... and below these.")
+    evenness: float = option(30.0, "HU by which tissue to transplant tumours into may vary.")
     inside_weight: float = option(4.0, "Extra weight of the loss inside the tumour.")
-    transplant: float = option(0.75, "Share of crops whose tumour is moved into other tissue.")
-    pool: int = option(256, "Encoded crops held at a time, over all devices.")
-    reuse: int = option(8, "Steps after which each place of the batch gets a new crop.")
+    transplant: float = option(0.75, "Share of crops whose tumour is put into other tissue.")
+    pool: int = option(256, "Encoded crops held at a time, summed over devices.")
+    reuse: int = option(8, "Steps after which each slot of the batch gets a new crop.")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which tumours stage 2 learns from."""
+    """The tumours that stage 2 learns from."""
 
     tumor_label: int = option(2, "Label value of tumour voxels.")
-    min_diameter_mm: float = option(4.5, "Smaller tumours (equivalent diameter) are left out.")
+    min_diameter_mm: float = option(4.5, "Smallest equivalent diameter of tumours to learn from.")
     outlines: str = option(
         "visible",
-        "Where a tumour is: as annotated, or where it can be seen within that.",
+        "Outlines of tumours: as annotated, or tightened to the visible edge.",
         ("visible", "annotated"),
     )
-    max_diameter_mm: float | None = option(None, "Larger tumours are left out. [default: none]")
+    max_diameter_mm: float | None = option(None, "Largest equivalent diameter. [default: no limit]")
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where to run. All as in Lightning Fabric; left alone, `fabric run` and torchrun decide."""
+    """Where to run, as in Lightning Fabric. `fabric run` and torchrun set what is left open."""
 
     accelerator: str | None = option(None, "cpu, cuda, ... [default: a GPU where there is one]")
     devices: str | None = option(None, "Devices, or processes on a CPU, per node. [default: 1]")
     num_nodes: int | None = option(None, "Machines. [default: 1]")
-    strategy: str | None = option(None, "How to share the work: ddp. [default: ddp from 2 on]")
+    strategy: str | None = option(None, "How devices share the work. [default: ddp from two on]")
     workers: int = option(2, "Threads that prepare crops, per process.")
 
 
-# lung tissue and what stands out of it by 800 HU, in one window
+# one window for lung tissue and for tumours, which are 800 HU brighter
 LUNG = {"window_low": -1000.0, "tissue_low": -950.0, "tissue_high": 200.0}
 
-# what a preset changes; "light" is what the fields say: what ships
+# what each preset changes; "light", the defaults, is the preset of the bundled generators
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "autoencoder": {
         "tiny": {
@@ -209,22 +212,39 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-SIGNED = ("window_low", "window_high", "tissue_low", "tissue_high")
-SHARES = ("hollow", "transplant", "ema", "adversarial_start")
-COUNTS = ("steps", "patch_size", "batch_size", "accumulate", "save_every", "log_every", "timesteps")
+SIGNED_FIELDS = ("window_low", "window_high", "tissue_low", "tissue_high")
+SHARE_FIELDS = ("hollow", "transplant", "ema", "adversarial_start")
+COUNT_FIELDS = (
+    "steps",
+    "patch_size",
+    "batch_size",
+    "accumulate",
+    "save_every",
+    "log_every",
+    "timesteps",
+)
 
 
 def configured(kind: type[T], preset: dict[str, Any], given: dict[str, Any]) -> T:
-    """A config of a preset and of the flags given (None: not given), checked."""
+    """Build a config from a preset and from flags, and check it.
+
+    Args:
+        kind: class of the config.
+        preset: values of fields.
+        given: values of flags, which override the preset; None for a flag that was not given.
+
+    Raises:
+        ValueError: for a value out of range; the message names the flag.
+    """
     names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     values = {**preset, **{k: v for k, v in given.items() if v is not None}}
     config = kind(**{k: v for k, v in values.items() if k in names})
-    check(config)
+    check_config(config)
     return config
 
 
-def check(config: Any) -> None:
-    """Raises ValueError for what no training can mean."""
+def check_config(config: Any) -> None:
+    """Raise ValueError for a value that is out of range; the message names the flag."""
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
         flag = "--" + f.name.replace("_", "-")
@@ -234,15 +254,15 @@ def check(config: Any) -> None:
             continue
         if not math.isfinite(value):
             raise ValueError(f"{flag} must be a number, got {value}")
-        if f.name not in SIGNED and value < 0:
+        if f.name not in SIGNED_FIELDS and value < 0:
             raise ValueError(f"{flag} must not be negative, got {value}")
-        if f.name in SHARES and not value <= 1:
+        if f.name in SHARE_FIELDS and not value <= 1:
             raise ValueError(f"{flag} must be from 0 to 1, got {value:g}")
     if getattr(config, "ema", 0) == 1:
-        raise ValueError("--ema must be below 1, which would keep the first weights, got 1")
+        raise ValueError("--ema must be below 1, because 1 keeps the first weights, got 1")
     if not 1 <= getattr(config, "tumor_label", 1) <= 255:
         raise ValueError(
-            f"--tumor-label must be from 1 to 255, as 0 is what is not labelled, got "
+            "--tumor-label must be from 1 to 255, because 0 is background, got "
             f"{config.tumor_label}"
         )
     for name in ("window", "tissue"):
@@ -250,7 +270,7 @@ def check(config: Any) -> None:
         if low is not None and high is not None and not low < high:
             raise ValueError(f"--{name}-low must be below --{name}-high, got {low} and {high}")
     if isinstance(config, Training):
-        for name in COUNTS:
+        for name in COUNT_FIELDS:
             if getattr(config, name, 1) < 1:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}"
@@ -263,7 +283,7 @@ def check(config: Any) -> None:
 
 
 def parse_arguments(kinds: list[type], stage: str, extra: Callable[[Any], None]) -> dict[str, Any]:
-    """The same flags without typer, for machines that have torch only; None where not given."""
+    """Parse the flags without typer, for machines that have torch only; None if not given."""
     parser = argparse.ArgumentParser(prog=f"python -m tumorsynth.training.{stage}")
     parser.add_argument("data")
     parser.add_argument("-o", "--out", required=True)
@@ -273,16 +293,16 @@ def parse_arguments(kinds: list[type], stage: str, extra: Callable[[Any], None])
     extra(parser)
     for kind in kinds:
         for f in fields(kind):
-            words, choices = f.metadata["help"], f.metadata["choices"]
+            text, choices = f.metadata["help"], f.metadata["choices"]
             parser.add_argument(
                 "--" + f.name.replace("_", "-"),
                 type=field_type(f.type),
                 choices=choices,
-                help=words.replace("%", "%%"),
+                help=text.replace("%", "%%"),
             )
     return vars(parser.parse_args())
 
 
 def field_type(annotation: Any) -> type:
-    """int, float or str of a field's annotation, which is text here: "int | None"."""
+    """Return int, float or str for the annotation of a field, a text such as "int | None"."""
     return {"int": int, "float": float, "str": str}[str(annotation).split(" ")[0]]

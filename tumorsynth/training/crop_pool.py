@@ -1,26 +1,25 @@
-"""The pool of tumour crops of stage 2: which ones each place of the batch uses at each step."""
+"""The pool of tumour crops of stage 2: which crop each slot of the batch uses at each step."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
 from torch import Tensor
 
 from tumorsynth.training.config import DenoiserTraining
-from tumorsynth.training.crops import even_tissue, sample_crop
+from tumorsynth.training.crops import even_tissue_centres, sample_crop
 from tumorsynth.training.data import Case, Tumor
-from tumorsynth.training.engine import random_of
+from tumorsynth.training.engine import random_stream
 
-CROPS, CHOICE, PICTURE = 10, 11, 12  # purposes of random streams of stage 2
-Key = tuple[int, int]  # of a crop: the place in the batch that uses it, and a running number
+CROP_STREAM, CHOICE_STREAM, PICTURE_STREAM = 10, 11, 12  # purposes of random streams of stage 2
+CropKey = tuple[int, int]  # the slot of the batch that uses a crop, and a running number
 
 
 class TumorCrops:
-    """Which crop each place of the batch uses at each step, and the crops themselves.
+    """Which crop each slot of the batch uses at each step, and the crops themselves.
 
-    Every place has a window over crops of its own, numbered from 0: it fills in the first steps,
-    and then the oldest leaves and a new one comes in every ``reuse`` steps. Which crops are there
-    depends on the step alone, so that a resumed run and any number of processes see the same.
+    Every slot has a window over crops of its own, numbered from 0. The window fills in the first
+    steps; after that a new crop replaces the oldest every ``reuse`` steps. The step alone decides
+    which crops are there, so that a resumed run and any number of processes see the same.
     """
 
     def __init__(
@@ -33,27 +32,36 @@ class TumorCrops:
     ):
         self.cases, self.tumors, self.tumor_label = cases, tumors, tumor_label
         self.config, self.window_hu = config, window
-        self.places = [even_tissue(case, config) for case in cases]
-        self.held = max(1, config.pool // config.batch_size)
+        self.tissue_centres = [even_tissue_centres(case, config) for case in cases]
+        self.per_slot = max(1, config.pool // config.batch_size)
 
-    def window(self, step: int, place: int) -> tuple[int, int]:
-        """The crops of a place from which it draws at a step: from, to (exclusive)."""
-        filling = 2 * (self.held - 1)
-        if step < filling:
+    def window(self, step: int, slot: int) -> tuple[int, int]:
+        """Return the crops that a slot chooses from at a step: first, last + 1."""
+        filling_steps = 2 * (self.per_slot - 1)
+        if step < filling_steps:
             return 0, 1 + step // 2
         reuse = max(1, self.config.reuse)
-        made = self.held + (step - filling + place % reuse) // reuse
-        return made - self.held, made
+        stop = self.per_slot + (step - filling_steps + slot % reuse) // reuse
+        return stop - self.per_slot, stop
 
-    def key(self, step: int, place: int) -> Key:
-        rng = random_of(self.config.seed, CHOICE, step, place)
-        return place, int(rng.integers(*self.window(step, place)))
+    def key(self, step: int, slot: int) -> CropKey:
+        """Return the crop that a slot uses at a step."""
+        rng = random_stream(self.config.seed, CHOICE_STREAM, step, slot)
+        return slot, int(rng.integers(*self.window(step, slot)))
 
-    def draw(self, keys: list[Key]) -> dict[Key, tuple[Tensor, Tensor]]:
-        return {key: self.crop(random_of(self.config.seed, CROPS, *key)) for key in keys}
+    def sample(self, keys: list[CropKey]) -> dict[CropKey, tuple[Tensor, Tensor]]:
+        """Return HU and tumour mask of each of these crops."""
+        return {key: self.crop(random_stream(self.config.seed, CROP_STREAM, *key)) for key in keys}
 
-    def crop(self, rng: Any) -> tuple[Tensor, Tensor]:
+    def crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Sample a crop around a random tumour: HU and mask, (1, side, side, side) each."""
         tumor = self.tumors[int(rng.integers(len(self.tumors)))]
         return sample_crop(
-            self.cases, tumor, self.tumor_label, rng, self.places, self.config, self.window_hu
+            self.cases,
+            tumor,
+            self.tumor_label,
+            rng,
+            self.tissue_centres,
+            self.config,
+            self.window_hu,
         )

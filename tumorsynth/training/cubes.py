@@ -1,4 +1,4 @@
-"""The cubes of scans that stage 1 learns from: which scan, where, jittered, some with a hole."""
+"""Sample the cubes that stage 1 learns from: jittered, some with a hole."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from tumorsynth.training.data import Case, augment, random_patch, to_unit
 
 
 def case_shares(cases: list[Case]) -> np.ndarray:
-    """How often each case is drawn: annotated scans are the organ at hand, and drawn as often as
-    all others together; within either by the root of the volume."""
+    """Return the probability of each case.
+
+    Annotated scans show the organ of interest: together they are as probable as all others
+    together. Within either group the probability grows with the square root of the volume.
+    """
     size = np.array([case.hu.numel() ** 0.5 for case in cases])
     annotated = np.array([case.label is not None for case in cases])
     shares = size / size.sum()
@@ -24,22 +27,22 @@ def case_shares(cases: list[Case]) -> np.ndarray:
 def sample_cube(
     cases: list[Case], shares: np.ndarray, config: AutoencoderTraining, rng: np.random.Generator
 ) -> Tensor:
-    """(1, side, side, side) in [-1, 1], axes (z, x, y), contrast and offset jittered."""
+    """Sample a cube (1, side, side, side) in [-1, 1], axes (z, x, y), with jittered HU."""
     case = cases[int(rng.choice(len(cases), p=shares))]
     tissue = (config.tissue_low, config.tissue_high)
     patch = augment(random_patch(case, config.patch_size, rng, tissue)[None], rng)
     gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-15, 15)
     unit = to_unit(patch * gain + offset, (config.window_low, config.window_high))
     cube = (unit * 2 - 1).permute(0, 3, 1, 2).contiguous()
-    return hollowed(cube, rng) if rng.random() < config.hollow else cube
+    return add_hole(cube, rng) if rng.random() < config.hollow else cube
 
 
-def hollowed(cube: Tensor, rng: np.random.Generator) -> Tensor:
-    """The cube (1, side, side, side) with one ball of a single value: the 0 of the hole that stage
-    2 asks about, or any, at radii of a twelfth to a quarter of the side.
+def add_hole(cube: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return a cube (1, side, side, side) with a ball of one value put in.
 
-    Crops that hold little but one tissue, lung above all, have little variance: what stands out of
-    them comes out of the norms far beyond all else, unless such crops were trained on.
+    The value is 0, as in the holes of stage 2, or random; the radius is a twelfth to a quarter of
+    the side. In a crop of nearly uniform tissue, above all lung, normalisation layers magnify
+    whatever stands out, unless such crops were trained on.
     """
     side = cube.shape[-1]
     radius = rng.uniform(side / 12, side / 4)

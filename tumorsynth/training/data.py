@@ -1,9 +1,9 @@
-"""Training data: scans on the generator's grid, packed into one array file, their tumours, patches.
+"""Training data: scans at 1 mm, packs of them in one file, checks, tumours and patches.
 
-A pack is an ``.npz`` that needs numpy alone to read: ``hu_<k>`` (int16, clipped to PACKED_HU) and,
-where a scan is annotated, ``label_<k>`` (uint8), RAS axes x, y, z at 1 mm, ``names``, and
-``held_out`` (bool): not trained on, but measured in the end. Nothing here needs more than torch and
-numpy; NIfTI is read in `tumorsynth.training.reading`.
+A pack is an ``.npz`` file with ``names``, ``held_out`` (bool: measured and not trained on), and for
+each scan k ``hu_<k>`` (int16, clipped to PACKED_HU) and, if annotated, ``label_<k>`` (uint8), axes
+x, y, z in RAS at 1 mm. This module needs torch and NumPy alone; `tumorsynth.training.reading` reads
+NIfTI.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from torch import Tensor
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.scans.nifti import write_atomic
 
-PACKED_HU = (-1024, 600)  # what any window of a generator may need
-LEAST_HU = 50  # between the darkest and the brightest voxel of any scan: fat and muscle alone
+PACKED_HU = (-1024, 600)  # HU range of a pack: at least the window of any generator
+MIN_HU_SPAN = 50  # between the darkest and the brightest voxel of a scan, even of soft tissue alone
+MAX_CHECKED_VOXELS = 1_000_000  # of a scan, evenly spaced, in `hu_problem`
+MIN_DIAMETER_MM = 4.5  # equivalent diameter of the tumours to learn from
 
 
 @dataclass
 class Case:
-    """One scan at 1 mm, RAS: ``hu`` int16 (X, Y, Z) in PACKED_HU, ``label`` uint8 or None.
+    """One scan at 1 mm in RAS.
 
-    held_out: never trained on; the finished network is measured on it.
+    name: unique among the cases. hu: (X, Y, Z) int16 in PACKED_HU. label: (X, Y, Z) uint8, or None
+    without annotation. held_out: the finished network is measured on it and never trained on it.
     """
 
     name: str
@@ -40,12 +43,12 @@ class Case:
     held_out: bool = False
 
 
-Cases = list[Case] | Callable[[], list[Case]]  # or what reads them, once all else is checked
+Cases = list[Case] | Callable[[], list[Case]]  # or a function that reads them
 
 
 @dataclass(frozen=True)
 class Tumor:
-    """One annotated tumour: its case, the box of its voxels and its equivalent diameter."""
+    """One annotated tumour: index of its case, box of its voxels, equivalent diameter."""
 
     case: int
     low: tuple[int, int, int]
@@ -57,7 +60,12 @@ class Tumor:
 
 
 def save_pack(cases: list[Case], path: Path) -> None:
-    """Write a pack, whole or not at all."""
+    """Write a pack; a failure leaves an earlier file as it was.
+
+    Args:
+        cases: the scans to pack.
+        path: the .npz file to write.
+    """
     arrays: dict[str, np.ndarray] = {
         "names": np.array([c.name for c in cases]),
         "held_out": np.array([c.held_out for c in cases], dtype=bool),
@@ -71,7 +79,15 @@ def save_pack(cases: list[Case], path: Path) -> None:
 
 
 def load_pack(path: Path) -> list[Case]:
-    """The cases of a pack; nothing in the file is executed."""
+    """Read the cases of a pack; nothing in the file is executed.
+
+    Args:
+        path: a file of `save_pack` or ``tumorsynth train pack``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a pack.
+    """
     try:
         pack = np.load(path, allow_pickle=False)
         held_out = pack["held_out"] if "held_out" in pack else np.zeros(len(pack["names"]), bool)
@@ -92,13 +108,17 @@ def load_pack(path: Path) -> list[Case]:
         ) from error
 
 
-def given(cases: Cases) -> list[Case]:
-    """The cases, read now where they are still to be read."""
+def read_cases_now(cases: Cases) -> list[Case]:
+    """Return the cases; a function that reads them is called."""
     return cases() if callable(cases) else cases
 
 
-def split(cases: list[Case]) -> tuple[list[Case], list[Case]]:
-    """(to train on, held out). Raises ValueError where nothing is left to train on."""
+def split_held_out(cases: list[Case]) -> tuple[list[Case], list[Case]]:
+    """Return the cases to train on and the held-out ones.
+
+    Raises:
+        ValueError: if all cases are held out.
+    """
     training = [case for case in cases if not case.held_out]
     if not training:
         raise ValueError(
@@ -108,69 +128,73 @@ def split(cases: list[Case]) -> tuple[list[Case], list[Case]]:
     return training, [case for case in cases if case.held_out]
 
 
+def pluralize(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 scan", "2 scans"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 # -- checks ---------------------------------------------------------------------------------------
 
 
 class DataProblems(ValueError):
-    """All that is wrong with the training data, each with the name of its case."""
+    """All problems of the training data, each with the name of its case."""
 
     def __init__(self, problems: list[str]):
         super().__init__(
-            f"{counted(len(problems), 'problem')} with the training data: " + ";\n".join(problems)
+            f"{pluralize(len(problems), 'problem')} with the training data: " + ";\n".join(problems)
         )
         self.problems = problems
 
 
-def complain(problems: list[str]) -> None:
-    """Raise DataProblems with all of them, if there are any."""
+def raise_problems(problems: list[str]) -> None:
+    """Raise DataProblems if there are any problems."""
     if problems:
         raise DataProblems(problems)
 
 
 def hu_problem(hu: Tensor) -> str | None:
-    """What is wrong with values that should be HU, or None."""
-    values = hu.flatten()[:: max(1, hu.numel() // 1_000_000)].float()
+    """Return why values cannot be HU, or None."""
+    values = hu.flatten()[:: max(1, hu.numel() // MAX_CHECKED_VOXELS)].float()
     if not bool(torch.isfinite(values).all()):
         return "the image holds NaN or infinite values"
 
-    def share(of: Tensor) -> float:
-        return float(of.float().mean())
+    def share(mask: Tensor) -> float:
+        return float(mask.float().mean())
 
     low, high = float(values.min()), float(values.max())
     if low == high:
         return f"every voxel is {low:g}; give the CT in HU"
     whole = low == 0 and high <= 255 and not bool((values % 1).any())
     if whole and share(values == 0) > 0.2 and len(values.unique()) < 128:
-        return f"whole numbers from 0 to {high:g} are a label map's and no HU; give the CT"
-    if high - low < LEAST_HU:
-        return f"values from {low:g} to {high:g} are no HU but scaled; give the CT in HU"
-    # no body has more bone than air and more fat than other soft tissue (cut off at -200 HU or so,
-    # air would count as fat), nor much above 590 HU, but air with its sign changed
+        return f"whole numbers from 0 to {high:g} are a label map, not HU; give the CT"
+    if high - low < MIN_HU_SPAN:
+        return f"values from {low:g} to {high:g} are scaled, not HU; give the CT in HU"
+    # A body has neither more bone than air together with more fat than other soft tissue (air that
+    # is clipped at about -200 HU counts as fat), nor a tenth of its voxels above 590 HU.
     fat, soft = share((values > -250) & (values < -1)), share((values > -1) & (values < 250))
     air, bone = share(values <= -250), share(values >= 250)
-    much = share(values > 590) > 0.1 and fat > 0.1 and air < 0.1
-    if much or (low < -250 and fat > soft and bone > air):
+    bright = share(values > 590) > 0.1 and fat > 0.1 and air < 0.1
+    if bright or (low < -250 and fat > soft and bone > air):
         return "the values look like HU with their sign changed; multiply them by -1"
-    # nor a tenth of its voxels at 900 to 1300 HU, but soft tissue stored with 1024 added
+    # nor a tenth of its voxels at 900 to 1300 HU
     if share((values > 900) & (values < 1300)) > 0.1:
         return "the values look like HU with 1024 added; subtract 1024"
     if low == 0:  # air and fat lie below
-        return f"values from 0 to {high:g} hold no air and no fat: no HU; give the CT in HU"
+        return f"values from 0 to {high:g} hold no air and no fat, so are not HU; give the CT in HU"
     if share((values > HU_LOW) & (values < HU_HIGH)) < 0.01:
         return (
-            f"hardly any voxel lies between {HU_LOW:g} and {HU_HIGH:g} HU (values from {low:g} to "
-            f"{high:g}); give the CT in HU"
+            f"less than 1 % of voxels lie between {HU_LOW:g} and {HU_HIGH:g} HU (values from "
+            f"{low:g} to {high:g}); give the CT in HU"
         )
     return None
 
 
 def check_cases(cases: list[Case], patch_size: int) -> list[str]:
-    """Problems of cases for a patch of this size, each with the name of its case."""
+    """Return the problems of cases for a patch of this size in mm, each with the case's name."""
     problems = []
     for case in cases:
-        wrong = hu_problem(case.hu)
-        if wrong:
-            problems.append(f"{case.name}: {wrong}")
+        if problem := hu_problem(case.hu):
+            problems.append(f"{case.name}: {problem}")
         if case.label is not None and case.label.shape != case.hu.shape:
             problems.append(
                 f"{case.name}: a label must have its image's shape {tuple(case.hu.shape)}, "
@@ -181,24 +205,24 @@ def check_cases(cases: list[Case], patch_size: int) -> list[str]:
                 f"{case.name}: {' x '.join(map(str, case.hu.shape))} mm is smaller than the patch "
                 f"of {patch_size} mm; lower --patch-size or leave the case out"
             )
-    return problems + seen_before(cases)
+    return problems + held_out_duplicates(cases)
 
 
-def seen_before(cases: list[Case]) -> list[str]:
-    """Scans that are held out though training sees the same voxels under another name."""
+def held_out_duplicates(cases: list[Case]) -> list[str]:
+    """Return a problem for each held-out scan whose voxels are trained on under another name."""
     if not any(c.held_out for c in cases):
         return []
     trained = {fingerprint(c)["hu"]: c.name for c in cases if not c.held_out}
     return [
-        f"{c.name}: held out, but the same voxels as {trained[crc]}, which is trained on; leave "
-        "it out of one of the two lists"
+        f"{c.name}: held out, but the same voxels as {trained[crc]}, which is trained on; remove "
+        "it from one of the two lists"
         for c in cases
         if c.held_out and (crc := fingerprint(c)["hu"]) in trained
     ]
 
 
 def fingerprint(case: Case) -> dict[str, Any]:
-    """Shape and checksums of a scan and of its label (None without): the same for the same."""
+    """Return the shape and the checksums of a scan and of its label (None without one)."""
 
     def checksum(volume: Tensor) -> int:
         return zlib.crc32(volume.contiguous().numpy().data)
@@ -216,41 +240,52 @@ def fingerprint(case: Case) -> dict[str, Any]:
 def find_tumors(
     cases: list[Case],
     tumor_label: int,
-    min_diameter_mm: float = 4.5,
+    min_diameter_mm: float = MIN_DIAMETER_MM,
     max_diameter_mm: float | None = None,
 ) -> list[Tumor]:
-    """Connected tumours (26 neighbours) of these equivalent diameters in the annotated cases.
+    """Find the annotated tumours: 26-connected components of the tumour label.
 
-    Raises DataProblems, naming every case and what its label holds, where there are none.
+    Args:
+        cases: the scans; those without a label are passed over.
+        tumor_label: label value of tumours.
+        min_diameter_mm: smallest equivalent diameter.
+        max_diameter_mm: largest equivalent diameter; None for no limit.
+
+    Raises:
+        DataProblems: if there are none; it names every case and what its label holds.
     """
     tumors: list[Tumor] = []
-    without = []
-    most = float("inf") if max_diameter_mm is None else max_diameter_mm
+    reasons = []  # why each case has none
+    largest = float("inf") if max_diameter_mm is None else max_diameter_mm
     for k, case in enumerate(cases):
         if case.label is None:
-            without.append(f"{case.name}: no label")
+            reasons.append(f"{case.name}: no label")
             continue
-        found = [Tumor(k, *part) for part in components(case.label == tumor_label)]
-        tumors += [t for t in found if min_diameter_mm <= t.diameter_mm <= most]
-        sizes = ", ".join(f"{t.diameter_mm:.1f}" for t in found)
-        held = ", ".join(str(int(v)) for v in case.label.unique() if v)
-        without.append(
-            f"{case.name}: tumours of {sizes} mm, none from {min_diameter_mm:g} to {most:g} mm"
-            if found
-            else f"{case.name}: no voxels of tumour label {tumor_label}, but of {held or 'none'}"
+        own = [Tumor(k, *part) for part in connected_components(case.label == tumor_label)]
+        tumors += [t for t in own if min_diameter_mm <= t.diameter_mm <= largest]
+        sizes = ", ".join(f"{t.diameter_mm:.1f}" for t in own)
+        values = ", ".join(str(int(v)) for v in case.label.unique() if v)
+        reasons.append(
+            f"{case.name}: tumours of {sizes} mm, none from {min_diameter_mm:g} to {largest:g} mm"
+            if own
+            else f"{case.name}: no voxels of tumour label {tumor_label}, but of {values or 'none'}"
         )
     if not tumors:
-        complain([f"{w}; pass --tumor-label or other sizes" for w in without])
+        raise_problems([f"{w}; pass --tumor-label or other sizes" for w in reasons])
     return tumors
 
 
-def components(mask: Tensor) -> list[tuple[tuple[int, int, int], tuple[int, int, int], float]]:
-    """Box (low, high) and equivalent diameter in mm of each connected part of a 1 mm mask.
+def connected_components(
+    mask: Tensor,
+) -> list[tuple[tuple[int, int, int], tuple[int, int, int], float]]:
+    """Find the 26-connected components of a mask (X, Y, Z) at 1 mm.
 
-    Every voxel points at itself first; then, over all pairs of neighbours, what the one points at
-    is made to point at what the other does where that is later, until nothing changes: every
-    voxel then points at the last one of its part.
+    Returns:
+        For each component its first and last + 1 voxel along each axis, and its equivalent
+        diameter in mm.
     """
+    # Each voxel starts with its own number. Neighbours take the larger number of the two until
+    # nothing changes; each component then has the number of its last voxel.
     voxels = mask.nonzero()
     if not len(voxels):
         return []
@@ -262,7 +297,7 @@ def components(mask: Tensor) -> list[tuple[tuple[int, int, int], tuple[int, int,
     numbered[box] = index
     numbered = F.pad(numbered, (1,) * 6, value=-1)
     pairs = []
-    for dx, dy, dz in list(np.ndindex(3, 3, 3))[:13]:  # half of the neighbours: pairs count once
+    for dx, dy, dz in list(np.ndindex(3, 3, 3))[:13]:  # half of the 26: each pair once
         x, y, z = box.shape
         other = numbered[dx : dx + x, dy : dy + y, dz : dz + z][box]
         pairs.append(torch.stack([index, other])[:, other >= 0])
@@ -288,13 +323,8 @@ def components(mask: Tensor) -> list[tuple[tuple[int, int, int], tuple[int, int,
 # -- patches --------------------------------------------------------------------------------------
 
 
-def counted(number: int, what: str) -> str:
-    """ "1 scan", "2 scans" """
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def to_unit(hu: Tensor, window: tuple[float, float]) -> Tensor:
-    """HU -> [0, 1], clipped to the window."""
+    """Map HU to [0, 1], clipped to the window."""
     low, high = window
     return ((hu.float() - low) / (high - low)).clamp(0, 1)
 
@@ -302,7 +332,11 @@ def to_unit(hu: Tensor, window: tuple[float, float]) -> Tensor:
 def random_patch(
     case: Case, side: int, rng: np.random.Generator, tissue: tuple[float, float], tries: int = 8
 ) -> Tensor:
-    """A (side, side, side) HU patch, mostly in the range of ``tissue``, as float; axes x, y, z."""
+    """Sample a patch (side, side, side) in HU, float.
+
+    Patches with less than half of their voxels in the HU range ``tissue`` are sampled again, at
+    most ``tries`` times. Scans smaller than the patch are padded with their last voxels.
+    """
     hu = case.hu
     pad = [max(0, side - n) for n in hu.shape]
     if any(pad):
@@ -321,7 +355,7 @@ def random_patch(
 
 
 def augment(patches: Tensor, rng: np.random.Generator) -> Tensor:
-    """Flips along all axes and a swap of x and y; the same for every channel of (C, X, Y, Z)."""
+    """Flip (C, X, Y, Z) along random axes and swap x and y at random, the same for all channels."""
     flips = [axis for axis in (1, 2, 3) if rng.random() < 0.5]
     patches = patches.flip(flips)
     return patches.transpose(1, 2) if rng.random() < 0.5 else patches

@@ -3,8 +3,9 @@
     tumorsynth train denoiser dataset.json -o RUN/gen --autoencoder RUN/ae --tumor-label 2
     python -m tumorsynth.training.denoiser pack.npz -o RUN/gen --autoencoder RUN/ae  (torch only)
 
-T = 4 steps of the cosine schedule. By default the network predicts x0, which with so few steps and
-tumours comes out closer to real contrast than predicting noise. RUN/gen is a generator folder.
+The noise schedule is a cosine of 4 steps. By default the network predicts x0: with so few steps and
+so few tumours this reproduces the contrast of real tumours better than predicting noise. RUN/gen
+becomes a generator folder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from tumorsynth.appearance.contrast import ContrastConfig, contrast_of, level_around
 from tumorsynth.generators.diffusion import Generator
 from tumorsynth.generators.sampling import q_sample, target
+from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.training.config import (
     PRESETS,
     DataConfig,
@@ -30,43 +32,52 @@ from tumorsynth.training.config import (
     configured,
     parse_arguments,
 )
-from tumorsynth.training.crop_pool import CHOICE, PICTURE, Key, TumorCrops
-from tumorsynth.training.crops import contrast_range, other_tissue
+from tumorsynth.training.crop_pool import CHOICE_STREAM, PICTURE_STREAM, CropKey, TumorCrops
+from tumorsynth.training.crops import contrast_range, tissue_warning
 from tumorsynth.training.data import (
+    Case,
     Cases,
     DataProblems,
     Tumor,
     check_cases,
-    complain,
-    counted,
     find_tumors,
     fingerprint,
-    given,
-    split,
+    pluralize,
+    raise_problems,
+    read_cases_now,
+    split_held_out,
     to_unit,
 )
 from tumorsynth.training.engine import (
-    Average,
-    ahead,
-    places,
-    random_of,
+    WeightAverage,
+    batch_slots,
+    prefetch,
+    random_stream,
     train_loop,
     update,
 )
 from tumorsynth.training.evaluate import generator_metrics
 from tumorsynth.training.folders import (
     UNMEASURED,
-    facts,
-    no_licence,
+    default_licence,
     origin,
     read_autoencoder,
+    training_facts,
 )
 from tumorsynth.training.launch import check_hardware, launch, usable_precision
-from tumorsynth.training.log import millions, say
-from tumorsynth.training.networks import sampler_of, starting_denoiser
-from tumorsynth.training.outlines import visible
-from tumorsynth.training.pictures import Pair, middle_of, side_by_side
-from tumorsynth.training.run_folder import RunFolder, claimed, identity_of, written
+from tumorsynth.training.log import millions, print_status
+from tumorsynth.training.networks import sampler_config, starting_denoiser
+from tumorsynth.training.outlines import tighten_outlines
+from tumorsynth.training.pictures import Pair, middle_voxel, side_by_side
+from tumorsynth.training.run_folder import (
+    RunFolder,
+    explain_write_errors,
+    identity_of,
+    lock_folder,
+)
+
+PICTURE_ROWS = 4
+PICTURE_CAPTIONS = ("training crop", "generated tumour")
 
 
 def train(
@@ -81,88 +92,125 @@ def train(
     init: str | None = None,
     card: dict[str, Any] | None = None,
 ) -> Generator:
-    """Train, and write a generator folder into ``output``; returns the generator, on the CPU.
+    """Train a denoiser and write a generator folder.
 
-    cases: or what reads them, called once all else is checked. autoencoder: as for
-    `read_autoencoder`. init: a generator whose denoiser to start from. Raises ValueError for every
-    problem with the cases before anything starts.
+    Args:
+        cases: annotated scans, or a function that reads them; it is called after all other
+            arguments are checked. Held-out cases are measured and not trained on.
+        autoencoder: a folder or a bundled generator's name, as for `read_autoencoder`.
+        output: folder of the run, which becomes the generator folder.
+        config: settings of the training.
+        data: which tumours to learn from.
+        hardware: where to run.
+        resume: continue from the last checkpoint in ``output``.
+        init: a generator whose denoiser to start from.
+        card: fields of the card, such as "name" and "licence".
+
+    Returns:
+        The generator, on the CPU.
+
+    Raises:
+        ValueError: for settings or cases that cannot be trained with, before anything starts.
+        FileNotFoundError: for an autoencoder or a start that does not exist.
+        Diverged: see `train_loop`, as for OSError and SystemExit.
+
+    Example:
+        >>> cases = load_pack(Path("liver.npz"))
+        >>> generator = train(cases, "RUN/ae", Path("RUN/gen"), DenoiserTraining(steps=600))
     """
     check_hardware(hardware)
     trained, stage1 = read_autoencoder(autoencoder)
     network, multiple, started = starting_denoiser(config, trained, init)
-    if config.patch_size % multiple:
-        raise ValueError(
-            f"--patch-size must be a multiple of {multiple} for these networks, "
-            f"got {config.patch_size}"
-        )
-    low, high = trained.config.window
-    if not low <= config.tissue_low < config.tissue_high <= high:
-        raise ValueError(
-            f"the tissue of {config.tissue_low:g} to {config.tissue_high:g} HU must lie in the "
-            f"autoencoder's window of {low:g} to {high:g} HU; choose another --autoencoder, "
-            "--preset, or --tissue-low and --tissue-high"
-        )
-    used = {"autoencoder": stage1["sha256"], "init": started and started["sha256"]}
-    run = RunFolder(output, identity_of(config, stage=2, **asdict(data), **used), resume)
-    cases = given(cases)
-    problems = check_cases(cases, config.patch_size)
-    cases, held_out = split(cases)
-    tumors: list[Tumor] = []
-    try:
-        tumors = find_tumors(cases, data.tumor_label, data.min_diameter_mm, data.max_diameter_mm)
-    except DataProblems as error:
-        problems += error.problems
-    complain(problems)
-    annotated = cases
-    run.complete(scans={c.name: fingerprint(c) for c in cases})
+    _check_sizes(config, trained, multiple)
+    started_from = {"autoencoder": stage1["sha256"], "init": started and started["sha256"]}
+    run = RunFolder(output, identity_of(config, stage=2, **asdict(data), **started_from), resume)
+    annotated, held_out, tumors = _read_tumors(cases, config, data)
+    run.complete(scans={c.name: fingerprint(c) for c in annotated})
+    cases = annotated
     if data.outlines == "visible":
         tissue = config.tissue_low, config.tissue_high
-        cases, tumors = visible(cases, tumors, data.tumor_label, tissue)
-    told = config.contrast == "on"
-    contrast = contrast_range(cases, tumors, data.tumor_label, config) if told else None
+        cases, tumors = tighten_outlines(cases, tumors, data.tumor_label, tissue)
+    conditioned = config.contrast == "on"
+    contrast = contrast_range(cases, tumors, data.tumor_label, config) if conditioned else None
     config = replace(config, precision=usable_precision(hardware, config.precision))
     fabric = launch(hardware, config.precision)
-    for words in (
-        other_tissue(cases, tumors, data.tumor_label, config),
+    for warning in (
+        tissue_warning(cases, tumors, data.tumor_label, config),
         started and started.get("autoencoder"),
     ):
-        if words:
-            say(fabric, f"mind: {words}")
-    generator = Generator(
-        trained,
-        copy.deepcopy(network),
-        sampler_of(config, multiple, contrast),
-        {
-            "name": output.name,
-            "licence": no_licence(started, stage1),
-            **(card or {}),
-        },
-    )
+        if warning:
+            print_status(fabric, f"mind: {warning}")
+    fields = {"name": output.name, "licence": default_licence(started, stage1), **(card or {})}
+    sampler = sampler_config(config, multiple, contrast)
+    generator = Generator(trained, copy.deepcopy(network), sampler, fields)
     crops = TumorCrops(cases, tumors, data.tumor_label, config, generator.window)
-    with claimed(output):
+    with lock_folder(output):
         stage = DenoiserStage(fabric, network, generator, crops, hardware.workers)
-        title = f"denoiser of {millions(network)} M parameters on {_described(tumors, contrast)}"
+        title = f"denoiser of {millions(network)} M parameters on {_summarize(tumors, contrast)}"
         seconds = train_loop(fabric, run, stage, config, title)
         if fabric.is_global_zero:
             generator.card["training"] = {
                 **asdict(config),
                 **asdict(data),
                 "tumours": len(tumors),
-                **facts(cases, held_out, fabric, seconds),
+                **training_facts(cases, held_out, fabric, seconds),
             }
             generator.card["autoencoder"] = origin(stage1)
             if started:
                 generator.card["init"] = started
-            generator.card["metrics"] = {"skipped": UNMEASURED}
-            with written(run):
-                generator.save(output)  # whole already, should the measuring be interrupted
-                say(fabric, f"measuring on {counted(len(held_out or annotated), 'scan')} ...")
-                generator.card["metrics"] = generator_metrics(
-                    generator, annotated, held_out, data.tumor_label, config.steps, output
-                )
-                generator.to("cpu").save(output)
+            with explain_write_errors(run):
+                _measure_and_save(generator, annotated, held_out, data, config, output, fabric)
         fabric.barrier()
     return generator.to("cpu")
+
+
+def _check_sizes(config: DenoiserTraining, autoencoder: Autoencoder, multiple: int) -> None:
+    if config.patch_size % multiple:
+        raise ValueError(
+            f"--patch-size must be a multiple of {multiple} for these networks, "
+            f"got {config.patch_size}"
+        )
+    low, high = autoencoder.config.window
+    if not low <= config.tissue_low < config.tissue_high <= high:
+        raise ValueError(
+            f"the tissue of {config.tissue_low:g} to {config.tissue_high:g} HU must lie in the "
+            f"autoencoder's window of {low:g} to {high:g} HU; choose another --autoencoder, "
+            "--preset, or --tissue-low and --tissue-high"
+        )
+
+
+def _read_tumors(
+    cases: Cases, config: DenoiserTraining, data: DataConfig
+) -> tuple[list[Case], list[Case], list[Tumor]]:
+    """Cases to train on, held-out cases, and the tumours of the former; all problems at once."""
+    read = read_cases_now(cases)
+    problems = check_cases(read, config.patch_size)
+    training, held_out = split_held_out(read)
+    tumors: list[Tumor] = []
+    try:
+        tumors = find_tumors(training, data.tumor_label, data.min_diameter_mm, data.max_diameter_mm)
+    except DataProblems as error:
+        problems += error.problems
+    raise_problems(problems)
+    return training, held_out, tumors
+
+
+def _measure_and_save(
+    generator: Generator,
+    training: list[Case],
+    held_out: list[Case],
+    data: DataConfig,
+    config: DenoiserTraining,
+    output: Path,
+    fabric: Any,
+) -> None:
+    generator.card["metrics"] = {"skipped": UNMEASURED}
+    generator.save(output)  # complete even if the measuring is interrupted
+    print_status(fabric, f"measuring on {pluralize(len(held_out or training), 'scan')} ...")
+    generator.card["metrics"] = generator_metrics(
+        generator, training, held_out, data.tumor_label, config.steps, output
+    )
+    generator.to("cpu").save(output)
 
 
 class DenoiserStage:
@@ -179,85 +227,91 @@ class DenoiserStage:
         )
         self.denoise, self.wrapped = fabric.setup(self.network, self.optimiser)
         self.generator = generator.to(fabric.device)
-        self.average = Average(generator.denoiser, network, self.config.ema)
+        self.average = WeightAverage(generator.denoiser, network, self.config.ema)
         self.schedule = generator.schedule
-        self.places = places(fabric, self.config)
-        self.encoded: dict[Key, tuple[Tensor, Tensor]] = {}
-        self.batches: Iterator[dict[Key, tuple[Tensor, Tensor]]] | None = None
+        self.slots = batch_slots(fabric, self.config)
+        self.encoded: dict[CropKey, tuple[Tensor, Tensor]] = {}  # latent and condition
+        self.batches: Iterator[dict[CropKey, tuple[Tensor, Tensor]]] | None = None
 
     def state(self) -> dict[str, Any]:
         return {"model": self.network, "optimiser": self.optimiser, "average": self.average}
 
-    def plans(self, first: int) -> Iterator[list[Key]]:
-        """For every step from ``first`` on the crops that it uses and no step since has used."""
-        seen: set[Key] = set()
+    def new_crops(self, first: int) -> Iterator[list[CropKey]]:
+        """Yield for every step from ``first`` on the crops that no step since has used."""
+        seen: set[CropKey] = set()
         for step in range(first, self.config.steps):
-            keys = {self.crops.key(step, place) for part in self.places for place in part}
+            keys = {self.crops.key(step, slot) for part in self.slots for slot in part}
             yield sorted(keys - seen)
             seen = {k for k in seen | keys if k[1] >= self.crops.window(step, k[0])[0]}
 
     @torch.no_grad()
     def encode(self, hu: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised latent of a tumour crop, and its condition.
+        """Encode a tumour crop into its normalised latent and its condition.
 
-        One crop at a time: in a batch the last digits could depend on the batch-mates, and with
-        them a resumed run.
+        One crop at a time: in a batch the last digits could depend on the other crops, and a
+        resumed run would differ.
         """
         image = to_unit(hu[None].to(self.fabric.device), self.generator.window)
         inside = mask[None].to(image.device)
-        contrast = self.contrast(hu[None].to(image.device), inside)
+        contrast = self.measure_contrast(hu[None].to(image.device), inside)
         autoencoder = self.generator.autoencoder
         with self.fabric.autocast():
             volume = (image * 2 - 1).permute(0, 1, 4, 2, 3).contiguous()
             latent = autoencoder.normalize(autoencoder.encode(volume)).float()
             return latent, self.generator.condition(image, inside, contrast).float()
 
-    def contrast(self, hu: Tensor, mask: Tensor) -> Tensor | None:
-        """(B,): what the denoiser is told of tumours (B, 1, X, Y, Z) that are there."""
-        taught = self.generator.sampler.contrast
-        if taught is None:
+    def measure_contrast(self, hu: Tensor, mask: Tensor) -> Tensor | None:
+        """Measure the contrast (B,) in HU that conditions the denoiser; None without condition.
+
+        Args:
+            hu: (B, 1, X, Y, Z) in HU.
+            mask: (B, 1, X, Y, Z) bool, the tumours.
+        """
+        condition = self.generator.sampler.contrast
+        if condition is None:
             return None
-        return contrast_of(hu, mask, level_around(hu, mask, taught.tissue))
+        return contrast_of(hu, mask, level_around(hu, mask, condition.tissue))
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
         if self.batches is None:
-            self.batches = ahead(self.crops.draw, self.plans(step), self.workers)
+            self.batches = prefetch(self.crops.sample, self.new_crops(step), self.workers)
         for key, crop in next(self.batches).items():
             self.encoded[key] = self.encode(*crop)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        told = torch.zeros((), device=self.fabric.device)
-        for index, part in enumerate(self.places):
-            last = index == len(self.places) - 1
+        total = torch.zeros((), device=self.fabric.device)
+        for index, part in enumerate(self.slots):
+            last = index == len(self.slots) - 1
             with self.fabric.no_backward_sync(self.denoise, enabled=not last):
                 loss = self._loss(step, part)
-                self.fabric.backward(loss / len(self.places))
-            told += loss.detach() / len(self.places)
+                self.fabric.backward(loss / len(self.slots))
+            total += loss.detach() / len(self.slots)
         update(self.network, self.wrapped, self.config.clip)
         self.average.update(step)
         for key in [k for k in self.encoded if k[1] < self.crops.window(step + 1, k[0])[0]]:
             del self.encoded[key]
-        return {"loss": told}
+        return {"loss": total}
 
-    def _loss(self, step: int, part: list[int]) -> Tensor:
-        chosen = [self.encoded[self.crops.key(step, place)] for place in part]
+    def _loss(self, step: int, slots: list[int]) -> Tensor:
+        chosen = [self.encoded[self.crops.key(step, slot)] for slot in slots]
         x0 = torch.cat([latent for latent, _ in chosen])
-        cond = torch.cat([c for _, c in chosen])
-        times, noises = zip(*(self._noise(step, place, x0) for place in part), strict=True)
+        condition = torch.cat([c for _, c in chosen])
+        times, noises = zip(*(self._noise(step, slot, x0) for slot in slots), strict=True)
         t = torch.tensor(times, device=x0.device)
         noise = torch.stack(noises).to(x0.device)
         x_t = q_sample(self.schedule, x0, t, noise)
         with self.fabric.autocast():
-            answer = self.denoise(x_t, t, cond).float()
+            predicted = self.denoise(x_t, t, condition).float()
         wanted = target(self.schedule, x0, t, noise, self.generator.sampler.prediction)
-        # outside the hole the answer stands in the condition already
-        mask = cond[:, x0.shape[1] : x0.shape[1] + 1]
+        # outside the hole the condition already holds the answer
+        mask = condition[:, x0.shape[1] : x0.shape[1] + 1]
         weight = 1 + self.config.inside_weight * (mask > -1).float()
-        error = (weight * (answer - wanted).square()).mean((1, 2, 3, 4))
+        error = (weight * (predicted - wanted).square()).mean((1, 2, 3, 4))
         return (error / weight.mean((1, 2, 3, 4))).mean()
 
-    def _noise(self, step: int, place: int, like: Tensor) -> tuple[int, Tensor]:
-        rng = random_of(self.config.seed, CHOICE, step, place, 1)
+    def _noise(self, step: int, slot: int, like: Tensor) -> tuple[int, Tensor]:
+        """Noise level and noise of a slot of the batch at a step."""
+        rng = random_stream(self.config.seed, CHOICE_STREAM, step, slot, 1)
         shape = tuple(like.shape[1:])
         return int(rng.integers(self.schedule.timesteps)), torch.from_numpy(
             rng.standard_normal(shape, dtype="float32")
@@ -265,47 +319,48 @@ class DenoiserStage:
 
     @torch.no_grad()
     def picture(self) -> Tensor:
-        """Four tumours, each beside what the generator paints into its mask, in three planes."""
+        """Draw four training crops, each beside what the generator paints into its mask."""
         pairs: list[Pair] = []
-        for index in range(4):
-            hu, mask = self.crops.crop(random_of(self.config.seed, PICTURE, index))
+        for index in range(PICTURE_ROWS):
+            hu, mask = self.crops.crop(random_stream(self.config.seed, PICTURE_STREAM, index))
             image = to_unit(hu[None].to(self.fabric.device), self.generator.window)
             inside = mask[None].to(image.device)
-            told = self.contrast(hu[None].to(image.device), inside)
+            contrast = self.measure_contrast(hu[None].to(image.device), inside)
             with self.fabric.autocast():
-                painted = self.generator.inpaint(image, inside, seed=index, contrast_hu=told)
+                painted = self.generator.inpaint(image, inside, seed=index, contrast_hu=contrast)
             volumes = image[0, 0].float().cpu(), painted[0, 0].float().cpu()
-            pairs.append((*volumes, middle_of(mask[0])))
-        return side_by_side(pairs)
+            pairs.append((*volumes, middle_voxel(mask[0])))
+        return side_by_side(pairs, PICTURE_CAPTIONS)
 
 
-def _described(tumors: list[Tumor], contrast: ContrastConfig | None) -> str:
-    """What was found, for a person to see whether it is tumours."""
+def _summarize(tumors: list[Tumor], contrast: ContrastConfig | None) -> str:
+    """Number, sizes and contrast of the tumours, so that the user sees whether they are tumours."""
     sizes = sorted(t.diameter_mm for t in tumors)
-    words = f"{counted(len(tumors), 'tumour')} of {sizes[0]:.0f} to {sizes[-1]:.0f} mm"
+    summary = f"{pluralize(len(tumors), 'tumour')} of {sizes[0]:.0f} to {sizes[-1]:.0f} mm"
     if contrast is None:
-        return words
-    return f"{words}, contrast to draw {contrast.low:g} to {contrast.high:g} HU"
+        return summary
+    return f"{summary}, contrast to draw {contrast.low:g} to {contrast.high:g} HU"
 
 
 def main() -> None:
     from tumorsynth.training.reading import load_data
 
-    told = parse_arguments([DenoiserTraining, DataConfig, Hardware], "denoiser", _extra)
+    flags = parse_arguments([DenoiserTraining, DataConfig, Hardware], "denoiser", _add_flags)
+    labels = Path(flags["labels"]) if flags["labels"] else None
     train(
-        partial(load_data, Path(told["data"]), Path(told["labels"]) if told["labels"] else None),
-        told["autoencoder"],
-        Path(told["out"]),
-        configured(DenoiserTraining, PRESETS["denoiser"][told["preset"]], told),
-        configured(DataConfig, {}, told),
-        configured(Hardware, {}, told),
-        resume=told["resume"],
-        init=told["init"],
-        card={"name": told["name"]} if told["name"] else None,
+        partial(load_data, Path(flags["data"]), labels),
+        flags["autoencoder"],
+        Path(flags["out"]),
+        configured(DenoiserTraining, PRESETS["denoiser"][flags["preset"]], flags),
+        configured(DataConfig, {}, flags),
+        configured(Hardware, {}, flags),
+        resume=flags["resume"],
+        init=flags["init"],
+        card={"name": flags["name"]} if flags["name"] else None,
     )
 
 
-def _extra(parser: Any) -> None:
+def _add_flags(parser: Any) -> None:
     parser.add_argument("--autoencoder", required=True, help="folder or bundled generator's name")
     parser.add_argument("--name", help="the generator's name [default: the folder's]")
     parser.add_argument("--init", help="a trained generator to start from")

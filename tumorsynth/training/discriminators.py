@@ -10,13 +10,20 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """(B, 1, H, W) or (B, 1, D, H, W) -> logits per patch, and the features of every layer.
+    """Map (B, 1, H, W) or (B, 1, D, H, W) to logits per patch and the features of every layer.
 
-    ``layers`` convolutions (kernel 4, stride 2: ``width`` channels, doubled at each up to 8 width),
-    then one with kernel 3 and stride 1, then the logits. GroupNorm (none in the first layer, which
-    has to see how strong the noise is): no statistics are shared in a batch, so a sample's logits
-    do not depend on its batch-mates, on the batch size or on the number of processes, and nothing
-    but the weights has to be saved.
+    ``layers`` convolutions of kernel 4 and stride 2, one of kernel 3 and stride 1, then the logits.
+    GroupNorm shares no statistics within a batch, so that the logits of a sample do not depend on
+    the rest of the batch or on the number of processes. The first layer has no norm, because it
+    has to see the strength of the noise.
+
+    Args:
+        dims: 2 for slices, 3 for volumes.
+        width: channels of the first layer, doubled at each up to 8 * width.
+        layers: convolutions of stride 2.
+
+    Raises:
+        ValueError: for other dims, or fewer than one channel or layer.
     """
 
     def __init__(self, dims: int = 3, width: int = 64, layers: int = 3):
@@ -57,8 +64,8 @@ class PatchDiscriminator(nn.Module):
 class Adversaries(nn.Module):
     """The two discriminators: of slices (b, 1, S, S) and of volumes (b, 1, S, S, S).
 
-    In float32 on a CPU: the gradient of its bfloat16 convolutions is NaN for layers of 2^3 voxels
-    and one channel (seen with torch 2.13).
+    On a CPU they run in float32: with torch 2.13 the gradients of bfloat16 convolutions are NaN for
+    layers of 2^3 voxels and one channel.
     """
 
     def __init__(self, width: int):
@@ -67,36 +74,43 @@ class Adversaries(nn.Module):
         self.volumes = PatchDiscriminator(3, width)
 
     def forward(self, slices: Tensor, volumes: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
-        plain = volumes.device.type == "cpu"
-        with torch.autocast("cpu", enabled=False) if plain else nullcontext():
+        on_cpu = volumes.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
             return [self.slices(slices.float()), self.volumes(volumes.float())]
 
 
 def random_slices(
     *volumes: Tensor, count: int = 1, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """The same ``count`` random slices of each of the three planes from each of the volumes.
+    """Take the same random slices of the three planes from each of the volumes.
 
-    volumes: (B, 1, S, S, S), all of one shape: a scan and its reconstruction. Each gives
-    (3 count B, 1, S, S), sorted by plane, then draw, then sample; every sample has slices of its
-    own. The places are drawn on the CPU (from ``generator``, else the global random state): the
-    same on every device.
+    Args:
+        volumes: (B, 1, S, S, S), all of one shape, such as a scan and its reconstruction.
+        count: slices of each plane and sample.
+        generator: source of the slice numbers, by default the global random state. They are sampled
+            on the CPU: the same for every device.
+
+    Returns:
+        For each volume (3 * count * B, 1, S, S), sorted by plane, then draw, then sample.
+
+    Raises:
+        ValueError: for volumes that are no cubes or differ in shape.
     """
     shape = volumes[0].shape
     if len(shape) != 5 or len(set(shape[2:])) != 1 or any(v.shape != shape for v in volumes):
         raise ValueError(
-            "slices are drawn from cubes (B, 1, S, S, S) of one shape, got "
+            "slices must come from cubes (B, 1, S, S, S) of one shape, got "
             f"{', '.join(str(tuple(v.shape)) for v in volumes)}"
         )
     batch, side = shape[0], shape[2]
-    where = torch.randint(side, (3, count, batch), generator=generator).to(volumes[0].device)
-    every = torch.arange(batch, device=where.device)
+    numbers = torch.randint(side, (3, count, batch), generator=generator).to(volumes[0].device)
+    samples = torch.arange(batch, device=numbers.device)
 
-    def drawn(volume: Tensor) -> Tensor:
+    def take(volume: Tensor) -> Tensor:
         slices = []
-        for axis, draws in zip((2, 3, 4), where, strict=True):
+        for axis, draws in zip((2, 3, 4), numbers, strict=True):
             plane = volume.movedim(axis, 1)  # (B, S, 1, S, S)
-            slices += [plane[every, draw] for draw in draws]
+            slices += [plane[samples, draw] for draw in draws]
         return torch.cat(slices)
 
-    return [drawn(volume) for volume in volumes]
+    return [take(volume) for volume in volumes]

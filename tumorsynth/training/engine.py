@@ -1,9 +1,9 @@
-"""The loop that both stages run in: steps, checkpoints, resume, signals.
+"""The loop that both stages run in: steps, checkpoints, resuming, signals.
 
-Nothing random outlives a step: crops and noise are functions of (seed, step, place in the batch),
-and torch's own random state is set at the start of every step. So a checkpoint is weights and a
-step number, a resumed run repeats an uninterrupted one, and the work can be split over any number
-of processes.
+No random state outlives a step: crops and noise are functions of (seed, step, slot of the batch),
+and torch's own random state is set at the start of every step. Hence a checkpoint is weights and a
+step number, a resumed run repeats an uninterrupted one, and any number of processes can share the
+work.
 """
 
 from __future__ import annotations
@@ -23,36 +23,46 @@ from torch import Tensor
 
 from tumorsynth.training.config import Training
 from tumorsynth.training.log import Log
-from tumorsynth.training.run_folder import CHECKPOINT, RunFolder, written
+from tumorsynth.training.run_folder import CHECKPOINT, RunFolder, explain_write_errors
 
 
 class Stage(Protocol):
-    """What the loop asks of a stage."""
+    """What the loop needs of a stage."""
 
     def state(self) -> dict[str, Any]:
-        """All that a step changes: parts with state_dict and load_state_dict, by name."""
+        """Return all that a step changes: parts with state_dict and load_state_dict, by name."""
         ...
 
     def step(self, step: int, rate: float) -> dict[str, Tensor]:
-        """One optimiser step with this learning rate; the losses, "loss" first, for the log."""
+        """Take one optimiser step with this learning rate; return the losses, "loss" first."""
         ...
 
     def picture(self) -> Tensor:
-        """(H, W) in [0, 1]: what the stage can do by now."""
+        """Draw (H, W) in [0, 1] what the stage can do so far."""
         ...
 
 
 class Diverged(ValueError):
-    """The loss is no number any more."""
+    """The loss is NaN or infinite."""
 
 
 def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, title: str) -> float:
-    """Steps from the last checkpoint, or from 0, to ``config.steps``; the last is saved.
+    """Train a stage from its last checkpoint, or from step 0, to ``config.steps``.
 
-    Returns the seconds that took, those before a resumption included.
+    Args:
+        fabric: from `launch`.
+        run: folder of the run.
+        stage: what to train.
+        config: settings of the training.
+        title: first line of the log.
 
-    Raises Diverged for a loss that is NaN or infinite, OSError for a full disk, and SystemExit
-    after SIGTERM or Ctrl-C: each leaves the last good checkpoint.
+    Returns:
+        Seconds of training, including those before a resumption.
+
+    Raises:
+        Diverged: for a loss that is NaN or infinite.
+        OSError: for files that cannot be written.
+        SystemExit: after SIGTERM or Ctrl-C. All three leave the last good checkpoint.
     """
     if config.batch_size % (fabric.world_size * config.accumulate):
         raise ValueError(
@@ -60,9 +70,8 @@ def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, titl
             f"and {fabric.world_size} x {config.accumulate}"
         )
     state = stage.state()
-    saved = run.load()
     first, seconds, start = 0, 0.0, time.time()
-    if saved is not None:
+    if (saved := run.load()) is not None:
         first = int(saved["step"])
         seconds = float(saved.get("seconds", 0.0))
         for name, part in state.items():
@@ -70,28 +79,27 @@ def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, titl
     spent = seconds  # what the last checkpoint says: resuming a finished run changes nothing
     if fabric.is_global_zero:
         run.path.mkdir(parents=True, exist_ok=True)
-        for stale in run.path.glob(f".{CHECKPOINT}.*"):  # of a killed process
+        for stale in run.path.glob(f".{CHECKPOINT}.*"):  # left by a killed process
             stale.unlink()
     fabric.barrier()
-    with written(run), _Signals() as signals, Log(fabric, run.path, config, first, title) as log:
+    with (
+        explain_write_errors(run),
+        _Signals() as signals,
+        Log(fabric, run.path, config, first, title) as log,
+    ):
         for step in range(first, config.steps):
-            torch.manual_seed(_mixed(config.seed, step))
+            torch.manual_seed(_step_seed(config.seed, step))
             rate = learning_rate(config, step)
             losses = stage.step(step, rate)
-            names = list(losses)
-            sums = torch.stack([v.detach().float() for v in losses.values()])
-            stop = torch.tensor([float(signals.caught)], device=sums.device)
-            told = fabric.all_reduce(torch.cat([sums / fabric.world_size, stop]), reduce_op="sum")
-            *values, stop_sum = told.tolist()
-            if not all(map(math.isfinite, values)):
-                bad = ", ".join(f"{n} {v}" for n, v in zip(names, values, strict=True))
+            means, stopping = _share_losses(fabric, losses, signals.caught)
+            if not all(map(math.isfinite, means.values())):
+                values = ", ".join(f"{name} {value}" for name, value in means.items())
                 raise Diverged(
-                    f"the loss is not finite at step {step} ({bad}); lower --lr {config.lr:g}, or "
-                    f"use --precision 32-true; {_kept(run)}"
+                    f"the loss is not finite at step {step} ({values}); lower --lr {config.lr:g}, "
+                    f"or use --precision 32-true; {_what_remains(run)}"
                 )
             done = step + 1
-            log.write(done, rate, dict(zip(names, values, strict=True)))
-            stopping = stop_sum > 0
+            log.write(done, rate, means)
             if fabric.is_global_zero:
                 if config.picture_every and done % config.picture_every == 0:
                     log.picture(done, stage.picture())
@@ -106,14 +114,25 @@ def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, titl
     return spent
 
 
+def _share_losses(
+    fabric: Any, losses: dict[str, Tensor], signal_caught: int
+) -> tuple[dict[str, float], bool]:
+    """Mean losses over all processes, and whether any of them was told to stop."""
+    own = torch.stack([v.detach().float() for v in losses.values()])
+    stop = torch.tensor([float(signal_caught)], device=own.device)
+    sums = fabric.all_reduce(torch.cat([own / fabric.world_size, stop]), reduce_op="sum")
+    *means, stop_sum = sums.tolist()
+    return dict(zip(losses, means, strict=True)), stop_sum > 0
+
+
 def learning_rate(config: Training, step: int) -> float:
-    """Linear warm-up, then a cosine to 1 %."""
+    """Return the rate of a step: linear warm-up, then a cosine to 1 %."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup)) * (0.01 + 0.99 * cosine)
 
 
-def places(fabric: Any, config: Training) -> list[list[int]]:
-    """The places of the step's batch that this process fills, one list per accumulated part."""
+def batch_slots(fabric: Any, config: Training) -> list[list[int]]:
+    """Return the slots of the batch that this process fills, a list for each accumulated part."""
     size = config.batch_size // (config.accumulate * fabric.world_size)
     starts = [
         (part * fabric.world_size + fabric.global_rank) * size for part in range(config.accumulate)
@@ -122,27 +141,27 @@ def places(fabric: Any, config: Training) -> list[list[int]]:
 
 
 def update(network: torch.nn.Module, optimiser: Any, clip: float) -> None:
-    """One optimiser step with the gradients that are there, clipped to this norm, and then none."""
+    """Take an optimiser step with the gradients clipped to this norm, then clear them."""
     torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
 
 
-def random_of(*numbers: int) -> np.random.Generator:
-    """A random stream of its own for (seed, purpose, step, place, ...)."""
+def random_stream(*numbers: int) -> np.random.Generator:
+    """Return an independent random stream for (seed, purpose, step, slot, ...)."""
     return np.random.default_rng(list(numbers))
 
 
-def _mixed(seed: int, step: int) -> int:
+def _step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
-def _kept(run: RunFolder) -> str:
+def _what_remains(run: RunFolder) -> str:
     return f"{run.checkpoint} stays" if run.checkpoint.is_file() else "no checkpoint yet"
 
 
 class _Signals:
-    """SIGTERM (a queue's time is up) and the first Ctrl-C: remembered until the step is done."""
+    """Defer SIGTERM (a job's time is up) and the first Ctrl-C until the step is done."""
 
     def __enter__(self) -> _Signals:
         self.caught = 0
@@ -164,19 +183,22 @@ class _Signals:
             signal.signal(number, handler)
 
 
-class Average:
-    """A moving average of a network's weights, part of the state."""
+class WeightAverage:
+    """An exponential moving average of a network's weights, part of the state.
 
-    def __init__(self, average: torch.nn.Module, now: torch.nn.Module, decay: float):
-        self.average, self.now, self.decay = average, now, decay
+    average: the network that holds the average. trained: the network whose weights are averaged.
+    """
+
+    def __init__(self, average: torch.nn.Module, trained: torch.nn.Module, decay: float):
+        self.average, self.trained, self.decay = average, trained, decay
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for mean, now in zip(self.average.parameters(), self.now.parameters(), strict=True):
-            mean.lerp_(now, 1 - decay)
-        for held, latest in zip(self.average.buffers(), self.now.buffers(), strict=True):
-            held.copy_(latest)
+        for mean, latest in zip(self.average.parameters(), self.trained.parameters(), strict=True):
+            mean.lerp_(latest, 1 - decay)
+        for held, buffer in zip(self.average.buffers(), self.trained.buffers(), strict=True):
+            held.copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.average.state_dict()
@@ -185,14 +207,17 @@ class Average:
         self.average.load_state_dict(state)
 
 
-def ahead(make: Callable[[Any], Any], plans: Iterator[Any], workers: int) -> Iterator[Any]:
-    """map(make, plans), made by threads a little ahead of time; plans are drawn in order here."""
+def prefetch(make: Callable[[Any], Any], items: Iterator[Any], workers: int) -> Iterator[Any]:
+    """Yield make(item) in order, computed by threads up to 2 * workers items ahead.
+
+    The calling thread draws the items. Without workers nothing is computed ahead.
+    """
     if workers < 1:
-        yield from map(make, plans)
+        yield from map(make, items)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting = deque(pool.submit(make, plan) for plan in islice(plans, 2 * workers))
-        while waiting:
-            answer = waiting.popleft().result()
-            waiting.extend(pool.submit(make, plan) for plan in islice(plans, 1))
-            yield answer
+        pending = deque(pool.submit(make, item) for item in islice(items, 2 * workers))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(make, item) for item in islice(items, 1))
+            yield result

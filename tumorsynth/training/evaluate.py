@@ -1,10 +1,10 @@
-"""Measure what a training made, for its card: reconstruction, inpainting, contrast and noise.
+"""Measure a trained network for its card: reconstruction, inpainting, contrast and noise.
 
     python -m tumorsynth.training.evaluate RUN/gen heldout.npz --organ-label 1 --tumor-label 2
     python -m tumorsynth.training.evaluate RUN/ae heldout.npz
 
-Prints JSON, and writes a grid of pictures where --pictures names one. Needs torch only. The
-training commands end with `autoencoder_metrics` and `generator_metrics`.
+Prints JSON; --pictures writes a grid of pictures, too. Needs torch only. The training commands end
+with `autoencoder_metrics` and `generator_metrics`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,15 @@ from tumorsynth.training.realism import (
     real_tumors,
     synthetic_tumors,
 )
-from tumorsynth.training.reconstruction import measure_autoencoder, reconstruction, spread
+from tumorsynth.training.reconstruction import evenly_spaced, measure_autoencoder, reconstruction
 
 PICTURES = "pictures.png"
+MAX_AUTOENCODER_CROPS, MAX_GENERATOR_CROPS, MAX_TUMORS = (
+    64,
+    32,
+    16,
+)  # measured after a long training
+MIN_MEASURED = 4  # crops or tumours after a short one
 
 HOW_RECONSTRUCTION = (
     "reconstruction: crops through the autoencoder, clipped to its window; voxels inside the "
@@ -60,15 +66,25 @@ def autoencoder_metrics(
     steps: int,
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """``card["metrics"]`` of an autoencoder, and pictures.png in a folder.
+    """Measure an autoencoder for ``card["metrics"]``.
 
-    On the held-out scans, or else on those trained on, which the card then says. steps: of the
-    training; a short one is measured on fewer crops, so that it stays short.
+    Args:
+        autoencoder: the trained network.
+        training: scans that it was trained on; measured if none is held out, as the card then says.
+        held_out: scans that it was not trained on.
+        steps: of the training; short trainings are measured on fewer crops.
+        folder: where to write pictures.png.
+
+    Returns:
+        A JSON-able dict; ``how`` describes the figures in words.
     """
     start = time.time()
     pictures = None if folder is None else folder / PICTURES
     measured = measure_autoencoder(
-        autoencoder, held_out or training, crops=_share(steps, 64), pictures=pictures
+        autoencoder,
+        held_out or training,
+        crops=_measured(steps, MAX_AUTOENCODER_CROPS),
+        pictures=pictures,
     )
     how = [measured_on(training, held_out), HOW_RECONSTRUCTION]
     if pictures is not None:
@@ -88,10 +104,20 @@ def generator_metrics(
     folder: Path | None = None,
     organ_labels: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """``card["metrics"]`` of a generator, and pictures.png in a folder; as `autoencoder_metrics`.
+    """Measure a generator for ``card["metrics"]``.
 
-    organ_labels: where synthetic tumours are put, by default `organ_labels_around` the tumours of
-    all cases.
+    Args:
+        generator: the trained generator.
+        training: as in `autoencoder_metrics`.
+        held_out: as in `autoencoder_metrics`.
+        tumor_label: label value of tumours.
+        steps: of the training; short trainings are measured on fewer crops and tumours.
+        folder: where to write pictures.png.
+        organ_labels: labels to place synthetic tumours in, by default `organ_labels_around` the
+            tumours of all cases.
+
+    Returns:
+        A JSON-able dict; ``how`` describes the figures in words.
     """
     start = time.time()
     cases = held_out or training
@@ -99,13 +125,18 @@ def generator_metrics(
     if organ_labels is None:
         organ_labels = organ_labels_around([*training, *held_out], tumor_label)
     measured = {
-        **measure_autoencoder(generator.autoencoder, cases, tumor_label, crops=_share(steps, 32)),
+        **measure_autoencoder(
+            generator.autoencoder,
+            cases,
+            tumor_label,
+            crops=_measured(steps, MAX_GENERATOR_CROPS),
+        ),
         **measure_generator(
             generator,
             cases,
             tumor_label,
             organ_labels,
-            tumours=_share(steps, 16),
+            tumours=_measured(steps, MAX_TUMORS),
             pictures=pictures,
         ),
     }
@@ -121,7 +152,7 @@ def generator_metrics(
 
 
 def measured_on(training: list[Case], held_out: list[Case]) -> str:
-    """Which scans the figures are of, and whether training saw them."""
+    """Describe which scans the figures are of, and whether training saw them."""
     if held_out:
         return f"scans held out of the training: {', '.join(c.name for c in held_out)}"
     return (
@@ -130,21 +161,21 @@ def measured_on(training: list[Case], held_out: list[Case]) -> str:
     )
 
 
-def _share(steps: int, most: int) -> int:
-    return max(4, min(most, steps // 20))
+def _measured(steps: int, largest: int) -> int:
+    return max(MIN_MEASURED, min(largest, steps // 20))
 
 
-def tumors(
+def compare_tumors(
     generator: Generator, case: Case, organ_labels: list[int], tumor_label: int, calls: int
 ) -> dict[str, Any]:
-    """`summary` of the real tumours of a case, and of three synthetic ones for each call."""
-    made = list(synthetic_tumors(generator, case, organ_labels, tumor_label, range(calls)))
+    """Summarise the real tumours of a case, and three synthetic ones for each call."""
+    synthetic = list(synthetic_tumors(generator, case, organ_labels, tumor_label, range(calls)))
     real = real_tumors(case, organ_labels, tumor_label)
-    out = {"real": summary([one.statistics for one in real])} if real else {}
-    out["synthetic"] = summary([one.statistics for one in made])
-    if made:
-        out["inpainting"] = inpainting_error(generator, spread(made, 8))
-    return out
+    result = {"real": summary([one.statistics for one in real])} if real else {}
+    result["synthetic"] = summary([one.statistics for one in synthetic])
+    if synthetic:
+        result["inpainting"] = inpainting_error(generator, evenly_spaced(synthetic, 8))
+    return result
 
 
 def main() -> None:
@@ -175,7 +206,7 @@ def main() -> None:
             continue
         result[case.name] = {
             "reconstruction": reconstruction(generator.autoencoder, case, args.organ_label),
-            **tumors(generator, case, args.organ_label, args.tumor_label, args.calls),
+            **compare_tumors(generator, case, args.organ_label, args.tumor_label, args.calls),
         }
     print(json.dumps(result, indent=2))
 

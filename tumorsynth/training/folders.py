@@ -1,4 +1,4 @@
-"""Autoencoder folders: model.safetensors, card.json and CARD.md, as generator folders have them."""
+"""Autoencoder folders (model.safetensors, card.json, CARD.md), and what a card says of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,16 @@ UNMEASURED = "stopped before it was measured; the same command with --resume doe
 
 
 def save_autoencoder(autoencoder: Autoencoder, folder: Path, card: dict[str, Any]) -> Path:
-    """Write an autoencoder folder; a kill leaves an earlier one there as it was."""
+    """Write an autoencoder folder; an interruption leaves an earlier one as it was.
+
+    Args:
+        autoencoder: the network, on any device.
+        folder: where to write.
+        card: fields of the card.
+
+    Returns:
+        The folder.
+    """
     tensors = {k: v.detach().cpu().contiguous() for k, v in autoencoder.state_dict().items()}
     raw = save(tensors)
     full = {
@@ -48,14 +57,22 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path, card: dict[str, Any
     return write_folder(folder, raw, full)
 
 
-@torch.random.fork_rng(devices=[])  # first weights are drawn
+@torch.random.fork_rng(devices=[])  # building a network draws first weights
 def read_autoencoder(
     name_or_folder: str, flag: str = "--autoencoder"
 ) -> tuple[Autoencoder, dict[str, Any]]:
-    """A frozen autoencoder, on the CPU, and the card it came with.
+    """Read a frozen autoencoder and its card.
 
-    From an autoencoder folder, a generator folder, or a bundled generator's name. Raises
-    FileNotFoundError for what is not there, ValueError for files that do not belong together.
+    Args:
+        name_or_folder: an autoencoder folder, a generator folder, or a bundled generator's name.
+        flag: the command's flag, for error messages.
+
+    Returns:
+        The autoencoder, on the CPU, and its card.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or name.
+        ValueError: if the files do not belong together or are of another version.
     """
     folder = find_autoencoder(name_or_folder, flag)
     card = read_card(folder)
@@ -64,7 +81,7 @@ def read_autoencoder(
     raw = (folder / MODEL).read_bytes() if (folder / MODEL).is_file() else b""
     digest = hashlib.sha256(raw).hexdigest()
     if digest != card["sha256"] and (folder / _staged_card(digest)).is_file():
-        card = read_card(folder, _staged_card(digest))  # a save was killed half-way
+        card = read_card(folder, _staged_card(digest))  # a save was interrupted
     if digest != card["sha256"]:
         raise ValueError(
             f"{folder / MODEL} is missing or not the file its card describes (sha256); restore it"
@@ -74,9 +91,9 @@ def read_autoencoder(
         tensors = load(raw)
         check_bounds(card["config"])
         config = AutoencoderConfig(**card["config"]["autoencoder"])
-        with torch.device("meta"):  # without memory: what a config asks for, the tensors must hold
+        with torch.device("meta"):  # no memory is allocated before the sizes are checked
             planned = Autoencoder(config)
-    except Exception as error:  # of many kinds: torch's own where a size is absurd
+    except Exception as error:  # torch raises errors of many types for absurd sizes
         raise ValueError(
             f"{folder} does not hold an autoencoder of this version: {error}; train it anew"
         ) from error
@@ -87,7 +104,7 @@ def read_autoencoder(
 
 
 def origin(card: dict[str, Any]) -> dict[str, Any]:
-    """What the card of a training says of a network that it started from or builds on."""
+    """Return what a card says of another network that the training started from or builds on."""
     kept = ("licence", "data", "training", "init")
     return {
         "name": card["name"],
@@ -96,38 +113,47 @@ def origin(card: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def no_licence(init: dict[str, Any] | None, autoencoder: dict[str, Any] | None = None) -> str:
-    """The licence of a card where none was given, by the cards of what the training built on."""
-    words = "none stated (--licence); nothing freer than the terms of the scans trained on"
+def default_licence(init: dict[str, Any] | None, autoencoder: dict[str, Any] | None = None) -> str:
+    """Return the licence text of a card where the user gave none.
+
+    Args:
+        init: card of the network that the training started from.
+        autoencoder: card of the autoencoder that a denoiser was trained over.
+    """
+    text = "none stated (--licence); nothing freer than the terms of the scans trained on"
     if init is not None:
-        words += f" and of what it started from, {init['name']}"
+        text += f" and of what it started from, {init['name']}"
     if autoencoder is not None:
-        words += f" and of its autoencoder, {autoencoder['name']}"
-    return words
+        text += f" and of its autoencoder, {autoencoder['name']}"
+    return text
 
 
-def facts(
+def training_facts(
     cases: Sequence[Case], held_out: Sequence[Case], fabric: Any, seconds: float
 ) -> dict[str, Any]:
-    """What the card of a training says besides its settings: on which scans, where, how long."""
+    """Return what a card says of a training besides its settings: scans, hardware, duration."""
     return {
         "scans": [c.name for c in cases],
         "held_out": [c.name for c in held_out],
-        "device": hardware_of(fabric.device),
+        "device": describe_device(fabric.device),
         "processes": fabric.world_size,
         "seconds": round(seconds),
     }
 
 
-def hardware_of(device: torch.device) -> str:
-    """What a process of a training ran on, for its card."""
+def describe_device(device: torch.device) -> str:
+    """Return the name of the hardware that a process trains on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, threads: {torch.get_num_threads()})"
 
 
 def find_autoencoder(name_or_folder: str, flag: str = "--autoencoder") -> Path:
-    """The folder of `read_autoencoder`'s argument; FileNotFoundError where there is none."""
+    """Return the folder that `read_autoencoder` reads.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
     text = str(name_or_folder)
     bundled = bundled_folder() / text if Path(text).name == text else None
     for folder in (bundled, Path(text)):

@@ -1,4 +1,4 @@
-"""Where a training runs: Lightning Fabric, or one process with torch alone where that is absent."""
+"""Launch a training: with Lightning Fabric, or in one process if Lightning is not installed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tumorsynth.models.conv import cpu_computes_bfloat16
+from tumorsynth.models.kernels import cpu_computes_bfloat16
 from tumorsynth.training.config import Hardware
 
 
 def check_hardware(hardware: Hardware) -> None:
-    """ValueError for what this machine has not: said before the scans are read."""
+    """Check that this machine has the hardware, before scans are read.
+
+    Raises:
+        ValueError: for an accelerator or devices that it does not have.
+    """
     kind = (hardware.accelerator or "auto").lower()
     if kind not in ("auto", "cpu", "cuda", "gpu", "mps", "tpu"):
         raise ValueError(f"--accelerator must be cpu, cuda or gpu, got {hardware.accelerator}")
     apple = torch.backends.mps.is_available()
-    there = {"cuda": torch.cuda.is_available(), "mps": apple}
-    if not there.get(kind, kind != "gpu" or any(there.values())):
+    available = {"cuda": torch.cuda.is_available(), "mps": apple}
+    if not available.get(kind, kind != "gpu" or any(available.values())):
         raise ValueError(
-            f"--accelerator {hardware.accelerator}: there is no such GPU here; take --accelerator "
+            f"--accelerator {hardware.accelerator}: there is no such GPU here; use --accelerator "
             "cpu, or leave it out"
         )
-    devices = (hardware.devices or "auto").replace(" ", "")  # as Lightning has them
+    devices = (hardware.devices or "auto").replace(" ", "")  # in Lightning's notation
     numbers = all(part.isdigit() for part in devices.rstrip(",").split(","))
     if devices == "0" or not (numbers or devices in ("auto", "-1")):
         raise ValueError(f"--devices must be at least 1, or auto, got {hardware.devices}")
@@ -50,9 +54,16 @@ def usable_precision(hardware: Hardware, precision: str) -> str:
 
 
 def launch(hardware: Hardware, precision: str) -> Any:
-    """A launched Fabric, or an `Alone` with the same methods.
+    """Launch Lightning Fabric, or return a `SingleProcess` with the same methods.
 
-    What the hardware leaves open is left to ``fabric run`` (LT_* variables), torchrun and SLURM.
+    ``fabric run`` (LT_* variables), torchrun and SLURM decide what the hardware leaves open.
+
+    Args:
+        hardware: where to run.
+        precision: "bf16-mixed" or "32-true".
+
+    Raises:
+        ModuleNotFoundError: for several devices without Lightning.
     """
     try:
         from lightning.fabric import Fabric
@@ -61,43 +72,48 @@ def launch(hardware: Hardware, precision: str) -> Any:
             raise ModuleNotFoundError(
                 'more than one device needs lightning: pip install "tumorsynth[train]"'
             ) from None
-        return Alone(hardware.accelerator, usable_precision(hardware, precision))
-    for name in ("lightning.fabric", "lightning.pytorch"):  # either may say what it is about to do
+        return SingleProcess(hardware.accelerator, usable_precision(hardware, precision))
+    for name in ("lightning.fabric", "lightning.pytorch"):  # both announce their settings
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1x1 layers
-    given: dict[str, Any] = {
+    # 1x1x1 layers have ambiguous strides
+    warnings.filterwarnings("ignore", message="Grad strides do not match")
+    fabric = Fabric(**_fabric_options(hardware, precision))
+    if "LT_CLI_USED" not in os.environ:  # `fabric run` has started the processes
+        fabric.launch()
+    # otherwise the threads of gloo outlive the training and sometimes abort the process
+    atexit.register(_destroy_process_group)
+    return fabric
+
+
+def _fabric_options(hardware: Hardware, precision: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
         "accelerator": hardware.accelerator,
         "devices": hardware.devices,
         "num_nodes": hardware.num_nodes,
         "strategy": hardware.strategy,
     }
     local = os.environ.get("LOCAL_WORLD_SIZE")
-    if local and "LT_CLI_USED" not in os.environ:  # torchrun: it has started the processes
-        given["devices"] = given["devices"] or local
-        given["num_nodes"] = given["num_nodes"] or int(os.environ["WORLD_SIZE"]) // int(local)
-    if given["devices"] is None and "LT_DEVICES" not in os.environ:
-        given["devices"] = "1"
-    kept = {key: value for key, value in given.items() if value is not None}
-    if isinstance(kept.get("devices"), str) and kept["devices"].isdigit():
-        kept["devices"] = int(kept["devices"])
+    if local and "LT_CLI_USED" not in os.environ:  # torchrun has started the processes
+        options["devices"] = options["devices"] or local
+        options["num_nodes"] = options["num_nodes"] or int(os.environ["WORLD_SIZE"]) // int(local)
+    if options["devices"] is None and "LT_DEVICES" not in os.environ:
+        options["devices"] = "1"
+    options = {key: value for key, value in options.items() if value is not None}
+    if isinstance(options.get("devices"), str) and options["devices"].isdigit():
+        options["devices"] = int(options["devices"])
     if os.environ.get("LT_PRECISION") is None:
-        kept["precision"] = usable_precision(hardware, precision)
-    fabric = Fabric(**kept)
-    if "LT_CLI_USED" not in os.environ:  # `fabric run` has started the processes
-        fabric.launch()
-    # or the threads of gloo outlive what they work for, and now and then abort an ended process
-    atexit.register(_leave)
-    return fabric
+        options["precision"] = usable_precision(hardware, precision)
+    return options
 
 
-def _leave() -> None:
+def _destroy_process_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-class Alone:
-    """What the engine asks of Fabric, for one process: nothing but torch."""
+class SingleProcess:
+    """The methods of Fabric that the engine uses, for one process and with torch alone."""
 
     global_rank, world_size, is_global_zero = 0, 1, True
 

@@ -1,6 +1,6 @@
-"""Losses of stage 1 (paper 3.1): reconstruction, perception of slices, codebook, adversary.
+"""Losses of stage 1 (paper 3.1): reconstruction, perceptual, codebook, adversarial.
 
-Volumes are (B, 1, D, H, W) in [-1, 1], where 1 is 212.5 HU: an L1 of 0.05 is 10.6 HU.
+Volumes are (B, 1, D, H, W) in [-1, 1]; a difference of 1 is 212.5 HU in the default window.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PERCEPTUAL = ("none", "gradient", "monai")
-WINDOW, STRIDE = 7, 3  # pixels, of the local statistics: every third window, for a CPU's sake
+WINDOW_PIXELS = 7  # side of the windows of local statistics
+WINDOW_STRIDE = 3  # pixels between windows; every third is enough, and faster on a CPU
 SCALES = 3  # 1, 2 and 4 mm at the generator's 1 mm
-# Local contrasts are divided by sd + FLOOR: 8.5 HU, so that noise-free areas are not blown up.
-FLOOR = 0.04
+MIN_SD = 0.04  # added to a window's standard deviation: 8.5 HU, so that noise-free areas stay small
+STRUCTURE_WEIGHT = 0.1
 _RADIMAGENET = "RadImageNet-ResNet50_notop.pth"
 _SNAPSHOT = "models--MONAI--checkpoints/snapshots/*/"
-# MONAI's networks for 2-D slices: the packages they need, and what they need in torch's hub folder
-NETWORKS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = {
+# MONAI's networks for 2-D slices: packages and files in torch's hub folder that each needs
+PERCEPTUAL_NETWORKS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = {
     "radimagenet_resnet50": (
         ("monai", "huggingface_hub"),
         # its code, and its weights in one of two places
@@ -40,9 +41,15 @@ NETWORKS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = {
 class ReconstructionLoss(nn.Module):
     """Mean absolute ("l1", the default) or squared ("l2") difference over all voxels.
 
-    L1 is the paper's and keeps edges: its minimum is the median of what a latent may stand for, so
-    a voxel of one tissue or the other comes out as one of them, where L2 gives the mean of both.
-    Either alone removes the noise that does not fit through the latent.
+    The paper uses L1, which keeps edges: its minimum is the median of the volumes that share a
+    latent, so that a voxel becomes one tissue or the other; with L2 it becomes the mean of both.
+    Either alone removes noise that the latent cannot hold.
+
+    Args:
+        kind: "l1" or "l2".
+
+    Raises:
+        ValueError: for another kind.
     """
 
     def __init__(self, kind: str = "l1"):
@@ -59,15 +66,20 @@ class ReconstructionLoss(nn.Module):
 def slice_perceptual(
     kind: str = "gradient", network: str = "radimagenet_resnet50", weights: Path | None = None
 ) -> nn.Module:
-    """A module (recon, target) -> loss over the 2-D slices of all three planes.
+    """Build a module (recon, target) -> loss over the 2-D slices of all three planes.
 
-    "none": zero. "gradient": :class:`SliceGradient`, which needs no weights.
-    "monai": ``monai.losses.PerceptualLoss`` on half of the slices (random ones, from the global
-    random state) with one of NETWORKS, whose weights must be in torch's hub folder already: nothing
-    is downloaded here. ``weights`` is a file for "resnet50".
+    Args:
+        kind: "none" for zero; "gradient" for `SliceGradient`, which needs no weights; "monai" for
+            ``monai.losses.PerceptualLoss`` on a random half of the slices (from the global random
+            state).
+        network: one of PERCEPTUAL_NETWORKS, for "monai". Its weights must already be in torch's hub
+            folder: nothing is downloaded.
+        weights: a file of weights, for "resnet50".
 
-    Raises ValueError for another kind or network, ImportError for a package that is missing,
-    FileNotFoundError for weights that are.
+    Raises:
+        ValueError: for another kind or network.
+        ImportError: for a missing package.
+        FileNotFoundError: for missing weights.
     """
     if kind == "none":
         return _Zero()
@@ -79,24 +91,18 @@ def slice_perceptual(
 
 
 class SliceGradient(nn.Module):
-    """What a network's first layers would see of a slice, without a network: edges and texture.
+    """Compare edges and texture of slices, as the first layers of a network would.
 
     For the slices of each plane at 1, 2 and 4 mm (2x2 averages), the sum of three mean absolute
     differences between reconstruction and scan:
 
-    * edges: the finite differences along both axes of the slice;
-    * texture: the standard deviation in windows of 7 x 7 pixels. It does not ask where a grain is,
-      only how strong it is, and so is the one term here to which a blurred copy is worse than a
-      sharp one with grain of its own;
-    * structure, a tenth: the local contrast ``(v - mean) / (sd + 8.5 HU)`` of a window's
-      middle, in which a faint vessel counts as much as a bone.
+    * edges: finite differences along both axes of the slice;
+    * texture: standard deviation in windows of 7 x 7 pixels. It depends on the strength of noise
+      and not on its pattern: sharp noise of another pattern costs less than a blurred copy;
+    * structure, weighted by 0.1: local contrast ``(v - mean) / (sd + 8.5 HU)`` in the middle of a
+      window, which weighs a faint vessel like a bone.
 
-    Zero for equal volumes and never negative. float32 whatever the input's type.
-
-    Measured (400 steps of fine-tuning the light autoencoder, one run each, on the liver of a scan
-    kept out): beside L1, with weights of 1 and 4, the error stayed at 10.0 HU and the noise that
-    comes through rose from 6.5 to 7.1 and 7.3 HU of the scan's 11.8; a CPU's step took 14 to 17 %
-    longer.
+    The loss is float32, zero for equal volumes and never negative.
     """
 
     def forward(self, recon: Tensor, target: Tensor) -> Tensor:
@@ -106,40 +112,45 @@ class SliceGradient(nn.Module):
                 f"{tuple(recon.shape)} and {tuple(target.shape)}"
             )
         total = recon.new_zeros((), dtype=torch.float32)
-        with torch.autocast(recon.device.type, enabled=False):  # differences of near-equal numbers
+        with torch.autocast(
+            recon.device.type, enabled=False
+        ):  # differences of nearly equal numbers
             for axis in (2, 3, 4):
                 a, b = (_slices(v.float(), axis) for v in (recon, target))
                 for scale in range(SCALES):
                     if scale:
                         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-                    if min(a.shape[2:]) < WINDOW:
+                    if min(a.shape[2:]) < WINDOW_PIXELS:
                         break
                     total = total + _slice_difference(a, b)
         return total / (3 * SCALES)
 
 
 def _slices(volume: Tensor, axis: int) -> Tensor:
-    """(B, C, D, H, W) -> (B n C, 1, h, w): all slices across one axis."""
+    """All slices of (B, C, D, H, W) across one axis: (B n C, 1, h, w)."""
     slices = volume.movedim(axis, 1)
     return slices.reshape(-1, 1, *slices.shape[-2:])
 
 
 def _slice_difference(a: Tensor, b: Tensor) -> Tensor:
-    d = a - b
-    edges = (d.diff(dim=2).abs().mean() + d.diff(dim=3).abs().mean()) / 2
-    (contrast_a, sd_a), (contrast_b, sd_b) = _local(a), _local(b)
-    return edges + (sd_a - sd_b).abs().mean() + 0.1 * (contrast_a - contrast_b).abs().mean()
+    difference = a - b
+    edges = (difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()) / 2
+    (contrast_a, sd_a), (contrast_b, sd_b) = _local_statistics(a), _local_statistics(b)
+    structure = (contrast_a - contrast_b).abs().mean()
+    return edges + (sd_a - sd_b).abs().mean() + STRUCTURE_WEIGHT * structure
 
 
-def _local(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised contrast of the middles, and standard deviation, of windows inside the slice."""
-    mean = F.avg_pool2d(x, WINDOW, STRIDE)
-    middle = x[..., WINDOW // 2 :: STRIDE, WINDOW // 2 :: STRIDE]
+def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised contrast of the middle, and standard deviation, of each window."""
+    mean = F.avg_pool2d(x, WINDOW_PIXELS, WINDOW_STRIDE)
+    first = WINDOW_PIXELS // 2
+    middle = x[..., first::WINDOW_STRIDE, first::WINDOW_STRIDE]
     middle = middle[..., : mean.shape[2], : mean.shape[3]]
-    # squares about 0 lose no more than 1e-6 here: values are within [-1, 1] or little beyond
-    variance = (F.avg_pool2d(x.square(), WINDOW, STRIDE) - mean.square()).clamp_min(0)
+    # for values of about [-1, 1] the difference of squares is exact to 1e-6
+    squares = F.avg_pool2d(x.square(), WINDOW_PIXELS, WINDOW_STRIDE)
+    variance = (squares - mean.square()).clamp_min(0)
     sd = (variance + 1e-6).sqrt()  # the root's slope is infinite at 0
-    return (middle - mean) / (sd + FLOOR), sd
+    return (middle - mean) / (sd + MIN_SD), sd
 
 
 class _Zero(nn.Module):
@@ -163,7 +174,7 @@ class _MonaiPerceptual(nn.Module):
         self.loss.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> _MonaiPerceptual:
-        return super().train(False)  # a judge does not learn, nor do its batch statistics
+        return super().train(False)  # neither its weights nor its batch statistics change
 
     def forward(self, recon: Tensor, target: Tensor) -> Tensor:
         if self.unit:
@@ -172,23 +183,24 @@ class _MonaiPerceptual(nn.Module):
 
 
 def _check_monai(network: str, weights: Path | None) -> None:
-    """Everything MONAI would import or download is here already, or an error says what is not."""
-    if network not in NETWORKS:
+    """Raise unless all that MONAI would import or download is present."""
+    if network not in PERCEPTUAL_NETWORKS:
         raise ValueError(
-            f"the perceptual network must be one of {', '.join(NETWORKS)}, got {network!r}"
+            f"the perceptual network must be one of {', '.join(PERCEPTUAL_NETWORKS)}, got "
+            f"{network!r}"
         )
     if weights is not None and network != "resnet50":
         raise ValueError(
-            f'a file of weights is for network "resnet50" alone, got network {network!r}; put the '
-            "others' weights where torch.hub keeps them"
+            f'a file of weights is for network "resnet50" alone, got network {network!r}; put its '
+            "weights into torch's hub folder"
         )
-    packages, files = NETWORKS[network]
-    other = 'or use the perceptual loss "gradient", which needs none'
+    packages, files = PERCEPTUAL_NETWORKS[network]
+    alternative = 'or use the perceptual loss "gradient", which needs none'
     absent = [package for package in packages if find_spec(package) is None]
     if absent:
         raise ImportError(
             f'the perceptual network "{network}" needs {" and ".join(absent)}; '
-            f"pip install {' '.join(absent)}, {other}"
+            f"pip install {' '.join(absent)}, {alternative}"
         )
     hub = Path(torch.hub.get_dir())
     missing = [
@@ -198,25 +210,30 @@ def _check_monai(network: str, weights: Path | None) -> None:
         missing = [] if Path(weights).is_file() else [str(weights)]
     if missing:
         raise FileNotFoundError(
-            f'the perceptual network "{network}" is not at hand: {" and ".join(missing)} missing; '
-            f"let monai.losses.PerceptualLoss download it once, {other}"
+            f'the perceptual network "{network}" lacks {" and ".join(missing)}; '
+            f"let monai.losses.PerceptualLoss download it once, {alternative}"
         )
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Mean of ``relu(1 - real)`` and ``relu(1 + fake)``: 1 for one that knows nothing, best 0."""
+    """Return the mean of ``relu(1 - real)`` and ``relu(1 + fake)``: 1 at chance, 0 at best."""
     return (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """``-mean(logits)`` of reconstructions, whose gradient must reach them."""
+    """Return ``-mean(logits)`` of reconstructions."""
     return -fake_logits.mean()
 
 
 def feature_matching(real_features: Sequence[Tensor], fake_features: Sequence[Tensor]) -> Tensor:
-    """Mean over layers of the L1 between a discriminator's features; the real ones are detached.
+    """Return the mean over layers of the L1 between a discriminator's features (VQGAN; paper 3.1).
 
-    Of scan and reconstruction, layer by layer (VQGAN; paper 3.1).
+    Args:
+        real_features: of the scan, layer by layer; they are detached.
+        fake_features: of its reconstruction.
+
+    Raises:
+        ValueError: for different numbers of layers.
     """
     if len(real_features) != len(fake_features) or not real_features:
         raise ValueError(
@@ -231,9 +248,8 @@ def feature_matching(real_features: Sequence[Tensor], fake_features: Sequence[Te
 
 
 def commitment(latent: Tensor, quantised: Tensor) -> Tensor:
-    """Mean squared distance of the encoder's output to its codes, which are detached.
+    """Return the mean squared distance of the encoder's output to its codes, which are detached.
 
-    The codes follow by moving average (`Codebook`), so this is the one codebook loss. 0 for a
-    continuous latent.
+    `Codebook` updates the codes by a moving average, so that no other codebook loss is needed.
     """
     return F.mse_loss(latent.float(), quantised.detach().float())

@@ -1,4 +1,4 @@
-"""The networks that the two stages train: their sizes, and their first weights, new or trained."""
+"""Build the networks that the two stages train, with new or trained weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 from tumorsynth.training.config import AutoencoderTraining, DenoiserTraining
 from tumorsynth.training.folders import origin, read_autoencoder
 
+MAX_DDPM_TIMESTEPS = 10
+DDIM_STEPS = 50  # about
 NETWORKS = {
     "tiny": replace(LIGHT, encoder_widths=(16, 32), decoder_widths=(32, 16)),
     "light": LIGHT,
@@ -28,8 +30,18 @@ NETWORKS = {
 def starting_autoencoder(
     config: AutoencoderTraining, init: str | None
 ) -> tuple[Autoencoder, dict[str, Any] | None]:
-    """The network of a config, untrained or as in ``init``, which may have fewer channels, and the
-    `origin` of that."""
+    """Build the autoencoder of a config.
+
+    Args:
+        config: settings of the training.
+        init: a trained autoencoder to start from; it may have fewer latent channels.
+
+    Returns:
+        The network, and the `origin` of ``init`` or None.
+
+    Raises:
+        ValueError: if ``init`` has another size or window.
+    """
     sizes = replace(
         NETWORKS[config.network],
         window=(config.window_low, config.window_high),
@@ -45,24 +57,26 @@ def starting_autoencoder(
     if init is None:
         return model, None
     trained, card = read_autoencoder(init, "--init")
-    asked = config.latent_channels is not None and not sizes.codes
-    wider = asked and trained.config.latent_channels < sizes.latent_channels
-    given = replace(trained.config, detail_channels=sizes.detail_channels)  # it is found anew
-    if wider:
-        given = replace(given, latent_channels=sizes.latent_channels)
-    if given != sizes:
+    may_widen = config.latent_channels is not None and not sizes.codes
+    widened = replace(trained.config, detail_channels=sizes.detail_channels)  # fitted anew
+    if may_widen and trained.config.latent_channels < sizes.latent_channels:
+        widened = replace(widened, latent_channels=sizes.latent_channels)
+    if widened != sizes:
         raise ValueError(
             f"--init {init} has another size or window than --network {config.network} with "
             f"{sizes.codes} codes, {sizes.latent_channels} latent channels and {sizes.window} HU: "
             f"{trained.config}"
         )
-    return _continued(trained, model), origin(card)
+    return _copy_weights(trained, model), origin(card)
 
 
 @torch.no_grad()
-def _continued(trained: Autoencoder, model: Autoencoder) -> Autoencoder:
-    """The trained network with the untrained one's further latent channels, which the decoder
-    hardly listens to at first, and its detail, which is found after the training."""
+def _copy_weights(trained: Autoencoder, model: Autoencoder) -> Autoencoder:
+    """Copy trained weights into a network that may have more latent channels.
+
+    The decoder starts with small weights for the additional channels. The detail is not copied,
+    because it is fitted after the training.
+    """
     old, new = trained.state_dict(), model.state_dict()
     old.pop("detail_basis", None)
     new["decoder.stem.weight"] *= 0.1
@@ -75,15 +89,27 @@ def _continued(trained: Autoencoder, model: Autoencoder) -> Autoencoder:
 def starting_denoiser(
     config: DenoiserTraining, autoencoder: Autoencoder, init: str | None
 ) -> tuple[nn.Module, int, dict[str, Any] | None]:
-    """The denoiser for an autoencoder's latent, what a crop must be a multiple of, in mm, and the
-    `origin` of the generator it starts from."""
-    sampler_of(config, 1)  # says what does not go together
+    """Build the denoiser for the latent of an autoencoder.
+
+    Args:
+        config: settings of the training.
+        autoencoder: the frozen autoencoder.
+        init: a generator whose denoiser to start from.
+
+    Returns:
+        The network; the number of mm that a crop's side must be a multiple of; the `origin` of
+        ``init`` or None.
+
+    Raises:
+        ValueError: for settings that do not fit each other, the autoencoder or ``init``.
+    """
+    sampler_config(config, 1)  # refuses settings that do not fit each other
     cosine_schedule(config.timesteps)
     channels, factor = autoencoder.config.latent_channels, autoencoder.config.factor
     if config.network == "base":
         if config.contrast == "on":
             raise ValueError(
-                "--network base is the published one, which is not told the contrast; pass "
+                "--network base is the published one, which has no contrast condition; pass "
                 "--contrast off, or --preset base"
             )
         published = UNetConfig()
@@ -98,8 +124,8 @@ def starting_denoiser(
         halvings = len(published.multipliers) - 1
     else:
         kind = ConvUNet
-        told = int(config.contrast == "on")
-        sizes = ConvUNetConfig(latent_channels=channels, cond_channels=channels + 1 + told)
+        cond_channels = channels + 1 + int(config.contrast == "on")
+        sizes = ConvUNetConfig(latent_channels=channels, cond_channels=cond_channels)
         if config.network == "tiny":
             sizes = replace(sizes, widths=(16, 32), blocks=1, time_channels=32)
         halvings = len(sizes.widths) - 1
@@ -125,7 +151,7 @@ def starting_denoiser(
 
 
 def _same_latent(one: Autoencoder, other: Autoencoder) -> bool:
-    """Whether two autoencoders have the same latent: all weights but those of the detail."""
+    """Whether two autoencoders have the same latent: all weights are equal but the detail's."""
     a, b = (
         {k: v for k, v in network.state_dict().items() if k != "detail_basis"}
         for network in (one, other)
@@ -133,12 +159,20 @@ def _same_latent(one: Autoencoder, other: Autoencoder) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def sampler_of(
+def sampler_config(
     config: DenoiserTraining, multiple: int, contrast: ContrastConfig | None = None
 ) -> SamplerConfig:
-    """How the trained generator samples: DDPM for few noise levels, else DDIM in about 50 steps."""
-    few = config.timesteps <= 10
-    stride = max(1, config.timesteps // 50)
+    """Return the sampler of the trained generator.
+
+    DDPM for at most 10 noise levels, else DDIM in about 50 steps.
+
+    Args:
+        config: settings of the training.
+        multiple: number of mm that a crop's side must be a multiple of.
+        contrast: contrast condition of the denoiser; None without one.
+    """
+    few = config.timesteps <= MAX_DDPM_TIMESTEPS
+    stride = max(1, config.timesteps // DDIM_STEPS)
     while config.timesteps % stride:
         stride -= 1
     return SamplerConfig(
@@ -146,8 +180,8 @@ def sampler_of(
         timesteps=config.timesteps,
         steps=config.timesteps if few else config.timesteps // stride,
         prediction=cast(Prediction, config.prediction),
-        # In crops that hold little but one tissue latents reach 2 and, in livers, 6: cut off at 1.5
-        # they decode to dots. Predicted noise needs the bound: its first error is multiplied.
+        # In crops of nearly uniform tissue latents reach 2 to 6; clamped to 1.5 they decode to
+        # dots. Noise prediction needs the clamp, because its first error is amplified.
         clamp=1.5 if config.prediction == "noise" else None,
         mask_conditioning="area",
         zero_terminal_snr=config.zero_terminal_snr == "on",

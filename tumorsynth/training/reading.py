@@ -1,6 +1,6 @@
-"""Scans from NIfTI files to the generator's grid: RAS, 1 mm, in HU. Needs MONAI.
+"""Read scans from NIfTI files onto the generator's grid: RAS, 1 mm, HU. Needs MONAI.
 
-Every case is read and checked before anything is trained, and all problems are said at once.
+All cases are read and checked before anything is trained, and one error lists all problems.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from torch import Tensor
 from tumorsynth.training.data import (
     PACKED_HU,
     Case,
-    complain,
+    held_out_duplicates,
     hu_problem,
     load_pack,
-    seen_before,
+    raise_problems,
 )
 
-MOST_MM3 = 1.5e9  # a whole body in its field of view is 0.5e9
-LEAST_MM = 5.0  # the longest side of any CT
-LIKE_THIS = 'write {"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}'
+MAX_VOLUME_MM3 = 1.5e9  # a whole body in its field of view has 0.5e9
+MIN_LONGEST_SIDE_MM = 5.0  # of any CT
+MAX_READING_THREADS = 4  # each holds a whole scan in float32
+BODY_HU = -300  # voxels above belong to the body
+MIN_BODY_SHARE = 0.02  # of a slice that belongs to the body
+DATASET_EXAMPLE = 'write {"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}'
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,24 @@ class Source:
 
 
 def load_data(data: Path, labels: Path | None = None) -> list[Case]:
-    """The cases of a pack (.npz), a dataset.json, or a folder of images (and one of labels).
+    """Read training cases.
 
-    What a dataset.json lists under "validation" is read alike, and held out of the training.
-    Raises ValueError with every problem of every case.
+    Args:
+        data: a pack (.npz), a dataset.json, or a folder of CTs. Cases listed under "validation" in
+            a dataset.json are held out.
+        labels: a folder of label maps, for a folder of CTs.
+
+    Raises:
+        FileNotFoundError: if ``data`` does not exist.
+        ValueError: with every problem of every case.
+
+    Example:
+        >>> cases = load_data(Path("images"), Path("labels"))
     """
     if labels is not None and not data.is_dir():
         raise ValueError(
-            f"--labels goes with a folder of CTs, but {data} is none: a dataset.json and a pack "
-            "say themselves where the labels are; leave --labels out"
+            f"--labels goes with a folder of CTs, but {data} is not one; leave --labels out: a "
+            "dataset.json and a pack name their own labels"
         )
     if data.suffix == ".npz":
         return load_pack(data)
@@ -55,7 +67,12 @@ def load_data(data: Path, labels: Path | None = None) -> list[Case]:
 
 
 def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
-    """The files that a dataset.json lists, or that one or two folders hold."""
+    """Find the files that a dataset.json lists, or that one or two folders hold.
+
+    Raises:
+        FileNotFoundError: if ``data`` does not exist.
+        ValueError: if it lists or holds no cases, or is malformed.
+    """
     if data.is_dir():
         return _in_folders(data, labels)
     if not data.is_file():
@@ -65,35 +82,36 @@ def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
     try:
         listed = json.loads(data.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{data} must be JSON: {error}; {LIKE_THIS}") from error
+        raise ValueError(f"{data} must be JSON: {error}; {DATASET_EXAMPLE}") from error
     if not isinstance(listed, dict) or "training" not in listed:
-        raise ValueError(f'{data} has no list "training"; {LIKE_THIS}')
+        raise ValueError(f'{data} has no list "training"; {DATASET_EXAMPLE}')
     sources: list[Source] = []
     for key in ("training", "validation"):
         entries = listed.get(key) or []
         if not isinstance(entries, list):
             raise ValueError(
-                f'"{key}" in {data} must be a list, got {str(entries)[:80]}; {LIKE_THIS}'
+                f'"{key}" in {data} must be a list, got {str(entries)[:80]}; {DATASET_EXAMPLE}'
             )
         sources += [_source(data, entry, key == "validation") for entry in entries]
     if all(source.held_out for source in sources):
         raise ValueError(f"{data} lists no cases under training; add some")
-    names = _distinct([Path(os.path.abspath(source.image)) for source in sources])
+    names = _distinct_names([Path(os.path.abspath(source.image)) for source in sources])
     return [replace(source, name=name) for source, name in zip(sources, names, strict=True)]
 
 
-def _distinct(files: list[Path]) -> list[str]:
-    """File names without .nii[.gz], after as many of their folders as tell different files apart:
-    "s1/ct" and "s2/ct"."""
-    words = {file: (*file.parent.parts[1:], _stem(file)) for file in files}
-    depth = dict.fromkeys(words, 1)
+def _distinct_names(files: list[Path]) -> list[str]:
+    """File names without .nii[.gz], with as many folders as make them unique: "s1/ct", "s2/ct"."""
+    parts_of = {file: (*file.parent.parts[1:], _stem(file)) for file in files}
+    depth = dict.fromkeys(parts_of, 1)
     while True:
-        names = {file: "/".join(parts[-depth[file] :]) for file, parts in words.items()}
+        names = {file: "/".join(parts[-depth[file] :]) for file, parts in parts_of.items()}
         taken = list(names.values())
-        alike = [f for f in words if taken.count(names[f]) > 1 and depth[f] < len(words[f])]
-        if not alike:
+        ambiguous = [
+            f for f in parts_of if taken.count(names[f]) > 1 and depth[f] < len(parts_of[f])
+        ]
+        if not ambiguous:
             return [names[file] for file in files]
-        for file in alike:
+        for file in ambiguous:
             depth[file] += 1
 
 
@@ -102,7 +120,7 @@ def _source(dataset: Path, entry: Any, held_out: bool) -> Source:
     if not isinstance(image, str) or not isinstance(label, str | None):
         raise ValueError(
             f"every case in {dataset} must have the path of its image, and of its label if it has "
-            f"one, got {str(entry)[:80]}; {LIKE_THIS}"
+            f"one, got {str(entry)[:80]}; {DATASET_EXAMPLE}"
         )
     folder = dataset.parent
     return Source(_stem(image), folder / image, folder / label if label else None, held_out)
@@ -114,54 +132,65 @@ def _in_folders(images: Path, labels: Path | None) -> list[Source]:
             raise ValueError(
                 f"label maps in the CTs' own folder must be named NAME_label.nii.gz beside "
                 f"NAME_ct.nii.gz, but {images} holds none; rename them, or keep them in a folder "
-                "of their own for --labels"
+                "of their own and pass it as --labels"
             )
         labels = None
     if labels is None:
-        found = sorted(p for p in images.iterdir() if p.name.endswith((".nii", ".nii.gz")))
-        if not found:
+        files = sorted(p for p in images.iterdir() if p.name.endswith((".nii", ".nii.gz")))
+        if not files:
             raise ValueError(f"{images} holds no .nii or .nii.gz files; pass the folder of the CTs")
-        if not any("_label.nii" in p.name for p in found):
-            return [Source(_stem(p), p, None) for p in found]
+        if not any("_label.nii" in p.name for p in files):
+            return [Source(_stem(p), p, None) for p in files]
     from tumorsynth.scans.pairing import find_pairs
 
     return [Source(c.name, c.ct, c.label) for c in find_pairs(images, labels)]
 
 
 def read_cases(sources: list[Source], workers: int | None = None) -> list[Case]:
-    """All cases; raises ValueError with every problem of every case.
+    """Read all cases, in order.
 
-    workers: threads that read, by default one for each processor, four at most: every one holds
-    a whole scan in float32. Unpacking and resampling leave Python's lock.
+    Args:
+        sources: the files of the cases.
+        workers: threads that read, by default one for each processor, at most four: each holds a
+            whole scan in float32. Decompression and resampling release the interpreter lock.
+
+    Raises:
+        ValueError: with every problem of every case.
     """
     reader = _reader()
     from monai.data import CacheDataset
 
-    workers = workers or min(4, os.cpu_count() or 1)
-    read = CacheDataset(sources, reader, num_workers=workers, progress=False, copy_cache=False)
-    cases = [case for case in read if isinstance(case, Case)]
-    problems = [words for words in read if isinstance(words, str)]
+    workers = workers or min(MAX_READING_THREADS, os.cpu_count() or 1)
+    results = CacheDataset(sources, reader, num_workers=workers, progress=False, copy_cache=False)
+    cases = [case for case in results if isinstance(case, Case)]
+    problems = [problem for problem in results if isinstance(problem, str)]
     for name in sorted({s.name for s in sources}):
         same = [s for s in sources if s.name == name]
         if len({s.held_out for s in same}) > 1:
             problems.append(
-                f'{name}: listed under both "training" and "validation"; what is trained on cannot '
-                "be held out: leave it out of one"
+                f'{name}: listed under both "training" and "validation"; a scan that is trained on '
+                "cannot be held out: remove it from one"
             )
         elif len(same) > 1:
             problems.append(f"{name}: listed twice; list it once")
-    complain(problems or seen_before(cases))
+    raise_problems(problems or held_out_duplicates(cases))
     return cases
 
 
 def read_case(source: Source) -> Case:
-    """One case, cropped to the body; ValueError says what is wrong with it, without its name."""
+    """Read one case and crop it to the body.
+
+    Raises:
+        ValueError: with the problems of the case, without its name.
+    """
     return _read(source, *_transforms())
 
 
 def _reader() -> Any:
-    """MONAI's kind of transform, from a Source to its Case or to words of what is wrong with it:
-    an exception would end the reading of all others."""
+    """A MONAI transform from a Source to its Case, or to a problem in words.
+
+    An exception would end the reading of all other cases.
+    """
     load, grid = _transforms()
     from monai.transforms import Transform
 
@@ -182,43 +211,44 @@ def _read(source: Source, load: Any, grid: Any) -> Case:
             raise ValueError(f"no such file: {path}")
     try:
         raw = load({key: str(path) for key, path in paths.items()})
-    except Exception as error:  # MONAI wraps whatever its readers raise
+    except Exception as error:  # MONAI's readers raise errors of many types
         cause = error.__cause__ or error
         raise ValueError(f"cannot be read ({' '.join(str(cause).split())[:200]})") from error
     image = raw["image"]
-    wrong = [hu_problem(image.as_tensor())]
+    problems = [hu_problem(image.as_tensor())]
     if image.ndim != 4 or image.shape[0] != 1:
-        wrong = [f"a CT must be one 3-D volume, got the shape {tuple(image.shape)}"]
+        problems = [f"a CT must be one 3-D volume, got the shape {tuple(image.shape)}"]
     else:
-        wrong.append(_size_problem(image))
+        problems.append(_size_problem(image))
     if "label" in raw:
-        wrong.append(_label_problem(image, raw["label"]))
-    if any(wrong):
-        raise ValueError("; ".join(w for w in wrong if w))
-    if "label" in raw:  # the same grid by number as by shape: headers differ in the last digits
+        problems.append(_label_problem(image, raw["label"]))
+    if any(problems):
+        raise ValueError("; ".join(problem for problem in problems if problem))
+    if "label" in raw:  # exactly the image's grid, although the headers may differ in rounding
         raw["label"].affine = image.affine
-    done = grid(raw)
-    hu = done["image"].as_tensor()[0]
+    resampled = grid(raw)
+    hu = resampled["image"].as_tensor()[0]
     box = body_box(hu)
-    label = done["label"].as_tensor()[0][box].round().byte().clone() if "label" in done else None
+    label = None
+    if "label" in resampled:
+        label = resampled["label"].as_tensor()[0][box].round().byte().clone()
     hu = hu[box].round().clamp(*PACKED_HU).short().clone()
     return Case(source.name, hu, label, source.held_out)
 
 
 def _size_problem(image: Any) -> str | None:
-    """Before it is resampled to 1 mm: a wrong header would take all memory."""
+    """Why a CT cannot be resampled to 1 mm: with a wrong header it would exhaust the memory."""
     spacing = np.linalg.norm(np.asarray(image.affine, dtype=float)[:3, :3], axis=0)
     sides = spacing * image.shape[1:]
     size = " x ".join(f"{side:.4g}" for side in sides)
-    if np.isfinite(sides).all() and 0 < sides.max() < LEAST_MM:
+    if np.isfinite(sides).all() and 0 < sides.max() < MIN_LONGEST_SIDE_MM:
         return (
-            f"by its header the CT is {size} mm; where its voxels are given in metres, multiply "
-            "them by 1000"
+            f"by its header the CT is {size} mm; if its spacing is in metres, multiply it by 1000"
         )
-    if np.isfinite(sides).all() and 0 < sides.prod() <= MOST_MM3:
+    if np.isfinite(sides).all() and 0 < sides.prod() <= MAX_VOLUME_MM3:
         return None
     return (
-        f"a CT must be some body's size, at most {MOST_MM3:.2g} mm3, but by its header it is "
+        f"a CT must be of at most {MAX_VOLUME_MM3:.2g} mm3, but by its header it is "
         f"{size} mm; repair the header"
     )
 
@@ -230,7 +260,7 @@ def _label_problem(image: Any, label: Any) -> str | None:
             f"got {tuple(label.shape[1:])}"
         )
     if not np.allclose(label.affine, image.affine, atol=0.1):
-        return "its label lies elsewhere in space than the image (the affines differ)"
+        return "the label lies elsewhere in space than the image (the affines differ); resample it"
     values = label.as_tensor()
     if bool((values != values.round()).any()) or not 0 <= float(values.min()) <= 255:
         return "label values must be integers from 0 to 255"
@@ -240,7 +270,7 @@ def _label_problem(image: Any, label: Any) -> str | None:
 
 
 def _transforms() -> tuple[Any, Any]:
-    """(from the files, to the grid): MONAI's, for cases with and without a label."""
+    """MONAI's transforms that load the files and resample to the grid, label optional."""
     try:
         from monai.transforms import (
             Compose,
@@ -278,12 +308,12 @@ def _transforms() -> tuple[Any, Any]:
 
 
 def body_box(hu: Tensor) -> tuple[slice, slice, slice]:
-    """The box of the body: the slices with more than 2 % of voxels above -300 HU."""
-    body = (hu > -300).float()
+    """Return the slices that hold the body: more than 2 % of their voxels lie above -300 HU."""
+    body = (hu > BODY_HU).float()
     slices = []
     for axis in range(3):
         share = body.mean(dim=tuple(a for a in range(3) if a != axis))
-        inside = (share > 0.02).nonzero().flatten()
+        inside = (share > MIN_BODY_SHARE).nonzero().flatten()
         low, high = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, hu.shape[axis])
         slices.append(slice(low, high))
     return slices[0], slices[1], slices[2]

@@ -1,4 +1,4 @@
-"""How a generator's tumours compare with real ones, and what it changes beside them."""
+"""Compare a generator's tumours with real ones, and measure what it changes beside them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,43 @@ from torch import Tensor
 
 from tumorsynth.generators.diffusion import Generator
 from tumorsynth.synthesizer import SynthesizeTumor
-from tumorsynth.training.data import Case, DataProblems, components, find_tumors, to_unit
-from tumorsynth.training.measures import distance, summary, tumor_statistics
-from tumorsynth.training.outlines import alone
-from tumorsynth.training.pictures import grid, middle_of, outlined, sections, shown
-from tumorsynth.training.reconstruction import Place, cube, reconstructed, spread
+from tumorsynth.training.data import Case, DataProblems, connected_components, find_tumors, to_unit
+from tumorsynth.training.measures import SHELL_MM, distance_mm, summary, tumor_statistics
+from tumorsynth.training.outlines import tumor_mask
+from tumorsynth.training.pictures import (
+    PLANES,
+    Group,
+    GroupCaption,
+    anatomical_slices,
+    middle_voxel,
+    outlined,
+    shown,
+    write_grid,
+)
+from tumorsynth.training.reconstruction import CropSlices, cube, evenly_spaced, reconstructed
 
-SIZES_MM = (8.0, 20.0)  # of the synthetic tumours measured
-TILE_MM = 48  # side of the pictures
+SYNTHETIC_SIZE_MM = (8.0, 20.0)  # of the synthetic tumours measured
+TUMORS_PER_CALL = 3
+CROP_MARGIN_MM = 24  # around a tumour
+TILE_MM = 48  # side of the pictures' tiles
+MAX_PICTURE_ROWS = 6
+ORGAN_DISTANCE_MM = (2, 5)  # from a tumour, where its organ's labels are read
+RING_MM = (2, 6)  # around a hole, where inpainting should change nothing
+SYNTHETIC_VIEWS = ("before", "after", "outlined")
+REAL_VIEWS = ("scan", "outlined")
 
 
 @dataclass
-class Painted:
-    """A synthetic tumour in healthy tissue, or a real one: crops (X, Y, Z) around it."""
+class TumorCrop:
+    """A synthetic or a real tumour: crops (X, Y, Z) around it."""
 
     case: Case
-    centre: Sequence[int]
+    centre: Sequence[int]  # voxel of the scan
     seed: int
     before: Tensor  # HU; of a real tumour the scan as it is
     after: Tensor
     mask: Tensor
-    statistics: tuple[float, float, float]
+    statistics: tuple[float, float, float]  # of `tumor_statistics`
 
 
 def measure_generator(
@@ -47,17 +63,25 @@ def measure_generator(
     holes: int = 8,
     pictures: Path | None = None,
 ) -> dict[str, Any]:
-    """How synthetic tumours compare with real ones, and what is changed beside them; JSON-able.
+    """Compare synthetic tumours with real ones, and measure what is changed beside them.
 
-    ``tumours`` has contrast and noise (`summary`) of the "real" ones and of at most so many
-    "synthetic" ones of 8 to 20 mm in healthy tissue of at most so many scans.
-    ``inpainting`` is of at most so many holes of those tumours' shapes in the same places, see
-    `inpainting_error`. ``skipped`` says why something is not there. pictures: a PNG to write.
+    Args:
+        generator: the generator to measure.
+        cases: scans; only annotated ones are used.
+        tumor_label: label value of the real tumours.
+        organ_labels: labels to place synthetic tumours in, by default `organ_labels_around`.
+        tumours: most synthetic tumours of 8 to 20 mm to measure.
+        scans: most scans to place them in; scans with tumours come first.
+        holes: most holes of the synthetic tumours' shapes to measure `inpainting_error` on.
+        pictures: a PNG to write.
 
-    organ_labels: where synthetic tumours are put, by default `organ_labels_around`.
+    Returns:
+        A JSON-able dict: ``organ_labels``; ``tumours`` with the `summary` of the "real" and the
+        "synthetic" ones; ``inpainting`` of `inpainting_error`; ``skipped``, the reason why
+        something is missing.
     """
     annotated = [case for case in cases if case.label is not None]
-    chosen = sorted(annotated, key=lambda case: not _has(case, tumor_label))[:scans]
+    chosen = sorted(annotated, key=lambda case: not _has_label(case, tumor_label))[:scans]
     if organ_labels is None:
         organ_labels = organ_labels_around(annotated, tumor_label)
     result: dict[str, Any] = {"organ_labels": list(organ_labels)}
@@ -67,64 +91,73 @@ def measure_generator(
         why = "no label but the tumours' own, or none at all, to put synthetic tumours into"
         return {**result, "skipped": why}
     real = [one for case in chosen for one in real_tumors(case, organ_labels, tumor_label)]
-    made: list[Painted] = []
+    synthetic: list[TumorCrop] = []
     reasons: list[str] = []
-    each = -(-tumours // len(chosen))
+    per_scan = -(-tumours // len(chosen))
     for case in chosen:
-        calls = range(-(-each // 3))
-        made += list(synthetic_tumors(generator, case, organ_labels, tumor_label, calls, reasons))[
-            :each
-        ]
+        seeds = range(-(-per_scan // TUMORS_PER_CALL))
+        crops = synthetic_tumors(generator, case, organ_labels, tumor_label, seeds, reasons)
+        synthetic += list(crops)[:per_scan]
     result["tumours"] = {
         name: summary([one.statistics for one in ones])
-        for name, ones in (("real", real), ("synthetic", made[:tumours]))
+        for name, ones in (("real", real), ("synthetic", synthetic[:tumours]))
         if ones
     }
-    if made:
-        result["inpainting"] = inpainting_error(generator, spread(made, holes))
+    if synthetic:
+        result["inpainting"] = inpainting_error(generator, evenly_spaced(synthetic, holes))
     else:
         result["skipped"] = f"no synthetic tumour: {'; '.join(sorted(set(reasons)))}"
-    if pictures is not None and (made or real):
+    if pictures is not None and (synthetic or real):
         low, high = generator.window
-        grid(pictures, _rows(spread(made, 6), spread(real, 6), (high - low) / 4))
+        _write_pictures(
+            pictures,
+            evenly_spaced(synthetic, MAX_PICTURE_ROWS),
+            evenly_spaced(real, MAX_PICTURE_ROWS),
+            (high - low) / 4,
+        )
     return result
 
 
-def _has(case: Case, value: int) -> bool:
+def _has_label(case: Case, value: int) -> bool:
     return case.label is not None and bool((case.label == value).any())
 
 
 def organ_labels_around(cases: Sequence[Case], tumor_label: int) -> list[int]:
-    """Label values of at least a quarter of what is labelled 2 to 5 mm around the tumours."""
+    """Return the labels that hold at least a quarter of the labelled voxels around the tumours.
+
+    Voxels 2 to 5 mm away from a tumour count.
+    """
     counts = torch.zeros(256, dtype=torch.long)
+    nearest, farthest = ORGAN_DISTANCE_MM
     for case in cases:
         if case.label is None:
             continue
-        for low, high, _ in components(case.label == tumor_label):
-            where = _around(low, high, case.hu.shape, 6)
+        for low, high, _ in connected_components(case.label == tumor_label):
+            where = _crop_around(low, high, case.hu.shape, farthest + 1)
             label = case.label[where]
-            far = distance(label == tumor_label, 5)
-            counts += label[(far > 2) & (far <= 5)].long().bincount(minlength=256)
+            far = distance_mm(label == tumor_label, farthest)
+            counts += label[(far > nearest) & (far <= farthest)].long().bincount(minlength=256)
     counts[0] = counts[tumor_label] = 0
     return [] if not counts.any() else (counts >= counts.sum() / 4).nonzero().flatten().tolist()
 
 
-def real_tumors(case: Case, organ_labels: Sequence[int], tumor_label: int) -> list[Painted]:
-    """The annotated tumours of a case, from 4.5 mm."""
+def real_tumors(case: Case, organ_labels: Sequence[int], tumor_label: int) -> list[TumorCrop]:
+    """Return crops of the annotated tumours of a case, from 4.5 mm."""
     assert case.label is not None
     try:
-        found = find_tumors([case], tumor_label)
+        tumors = find_tumors([case], tumor_label)
     except DataProblems:
         return []
-    out = []
-    for tumor in found:
-        where = _around(tumor.low, tumor.high, case.hu.shape)
+    crops = []
+    for tumor in tumors:
+        where = _crop_around(tumor.low, tumor.high, case.hu.shape)
         hu, label = case.hu[where].float(), case.label[where]
-        mask = alone(case, tumor, tumor_label)[where]
+        mask = tumor_mask(case, tumor, tumor_label)[where]
         centre = [(a + b) // 2 for a, b in zip(tumor.low, tumor.high, strict=True)]
         organ = torch.isin(label, torch.tensor(list(organ_labels), dtype=label.dtype))
-        out.append(Painted(case, centre, 0, hu, hu, mask, tumor_statistics(hu, mask, organ)))
-    return out
+        statistics = tumor_statistics(hu, mask, organ)
+        crops.append(TumorCrop(case, centre, 0, hu, hu, mask, statistics))
+    return crops
 
 
 def synthetic_tumors(
@@ -134,111 +167,130 @@ def synthetic_tumors(
     tumor_label: int,
     seeds: Sequence[int],
     reasons: list[str] | None = None,
-) -> Iterator[Painted]:
-    """Three tumours for each seed in the organ of a case; reasons: gets why some are not made."""
+) -> Iterator[TumorCrop]:
+    """Synthesise three tumours for each seed in the organ of a case, and yield crops of them.
+
+    Args:
+        generator: the generator to measure.
+        case: an annotated case.
+        organ_labels: labels to place tumours in.
+        tumor_label: label value of tumours.
+        seeds: one synthesis call for each.
+        reasons: a list to which the reasons of skipped tumours are appended.
+    """
     assert case.label is not None
     low, high = generator.window
     hu, label = case.hu.float().clamp(low, high)[None], case.label[None]
     labels = [int(v) for v in organ_labels]
     organ = torch.isin(case.label, torch.tensor(labels, dtype=case.label.dtype))
-    synth = SynthesizeTumor(
+    synthesize = SynthesizeTumor(
         generator,
         labels,
         tumor_label=tumor_label,
-        count=3,
-        size_mm=SIZES_MM,
+        count=TUMORS_PER_CALL,
+        size_mm=SYNTHETIC_SIZE_MM,
         device=generator.device,
     )
     for seed in seeds:
-        image, new_label = synth(hu, label, seed=seed)
-        for record in synth.report:
+        image, new_label = synthesize(hu, label, seed=seed)
+        for record in synthesize.report:
             if not record["applied"]:
                 if reasons is not None:
                     reasons.append(record["reason"])
                 continue
             centre = record["centre_voxel"]
-            where = _around(centre, centre, case.hu.shape)
+            where = _crop_around(centre, centre, case.hu.shape)
             new = (new_label[0][where] == tumor_label) & (label[0][where] != tumor_label)
-            mask = _part_of(new, [c - s.start for c, s in zip(centre, where, strict=True)])
+            mask = _component_at(new, [c - s.start for c, s in zip(centre, where, strict=True)])
             after = image[0][where]
             statistics = tumor_statistics(after, mask, organ[where] & ~new)
-            yield Painted(case, centre, record["seed"], hu[0][where], after, mask, statistics)
+            yield TumorCrop(case, centre, record["seed"], hu[0][where], after, mask, statistics)
 
 
 @torch.no_grad()
-def inpainting_error(generator: Generator, holes: Sequence[Painted]) -> dict[str, Any]:
-    """What `Generator.inpaint` changes beside a hole in healthy tissue, in HU.
+def inpainting_error(generator: Generator, holes: Sequence[TumorCrop]) -> dict[str, Any]:
+    """Measure in HU what `Generator.inpaint` changes beside a hole in healthy tissue.
 
-    The crop (the generator's side) is hollowed where the synthetic tumour was; the sampler puts a
-    tumour there, so that nothing can be said of the hole itself. Outside it the crop should come
-    back as it was: RMSE over all of it, and RMSE and bias over the ring 2 to 6 mm around the
-    hole; ``reconstruction_...`` is the error of the autoencoder alone in the same voxels, which
-    is the least that can be, and ``without_detail_...`` that of its decoded latent, where it has
-    detail. Voxels beyond the window are left out.
+    The crop (of the generator's size) is hollowed where the synthetic tumour was, and the sampler
+    paints a tumour there. Outside the hole the crop should stay as it was; inside, no answer is
+    right or wrong. Voxels beyond the window are left out.
+
+    Args:
+        generator: the generator to measure.
+        holes: synthetic tumours, whose place and shape the holes get.
+
+    Returns:
+        A JSON-able dict: RMSE over all voxels outside the hole (``outside_``), RMSE and bias over
+        the ring 2 to 6 mm around it (``ring_``); ``reconstruction_...``, the error of the
+        autoencoder alone in the same voxels, a lower bound; ``without_detail_...``, that of its
+        decoded latent, where it has detail.
     """
     low, high = generator.window
-    errors: dict[str, list[Tensor]] = {"outside": [], "ring": []}
-    plain: dict[str, list[Tensor]] = {"outside": [], "ring": []}
-    bare: dict[str, list[Tensor]] = {"outside": [], "ring": []}
+    kinds = ("inpainted", "reconstruction", "without_detail")
+    errors: dict[str, dict[str, list[Tensor]]] = {k: {"outside": [], "ring": []} for k in kinds}
     for hole in holes:
-        index = [
-            torch.arange(c - generator.crop_size // 2, c + (generator.crop_size + 1) // 2)
-            for c in hole.centre
-        ]
-        # beyond the scan its last voxels go on
-        index = [i.clamp(0, n - 1) for i, n in zip(index, hole.case.hu.shape, strict=True)]
+        index = _crop_indices(hole, generator.crop_size)
         scan = hole.case.hu[index[0]][:, index[1]][:, :, index[2]].float()
-        mask = _moved(hole.mask, hole, index)
+        mask = _mask_on_crop(hole, index)
         crop = to_unit(scan, (low, high))[None, None].to(generator.device)
         painted = generator.inpaint(crop, mask[None, None].to(crop.device), seed=hole.seed)
-        out = painted[0, 0].cpu() * (high - low) + low
-        _, again, decoded = reconstructed(generator.autoencoder, scan)
-        far = distance(mask, 6)
+        inpainted = painted[0, 0].cpu() * (high - low) + low
+        _, recon, decoded = reconstructed(generator.autoencoder, scan)
+        far = distance_mm(mask, RING_MM[1])
         seen = (scan > low) & (scan < high)
-        for name, region in (("outside", far > 0), ("ring", (far > 2) & (far <= 6))):
-            errors[name].append((out - scan)[region & seen])
-            plain[name].append((again - scan)[region & seen])
-            bare[name].append((decoded - scan)[region & seen])
-    ring, outside = torch.cat(errors["ring"]), torch.cat(errors["outside"])
+        regions = {"outside": far > 0, "ring": (far > RING_MM[0]) & (far <= RING_MM[1])}
+        for kind, volume in zip(kinds, (inpainted, recon, decoded), strict=True):
+            for name, region in regions.items():
+                errors[kind][name].append((volume - scan)[region & seen])
 
-    def rmse(error: Tensor) -> float:
+    def rmse(kind: str, name: str) -> float:
+        error = torch.cat(errors[kind][name])
         return round(float(error.double().square().mean().sqrt()), 2)
 
-    told = {
+    ring = torch.cat(errors["inpainted"]["ring"])
+    figures = {
         "holes": len(holes),
-        "outside_rmse_hu": rmse(outside),
-        "ring_rmse_hu": rmse(ring),
+        "outside_rmse_hu": rmse("inpainted", "outside"),
+        "ring_rmse_hu": rmse("inpainted", "ring"),
         "ring_bias_hu": round(float(ring.double().mean()), 2),
-        "reconstruction_outside_rmse_hu": rmse(torch.cat(plain["outside"])),
-        "reconstruction_ring_rmse_hu": rmse(torch.cat(plain["ring"])),
+        "reconstruction_outside_rmse_hu": rmse("reconstruction", "outside"),
+        "reconstruction_ring_rmse_hu": rmse("reconstruction", "ring"),
     }
     if generator.autoencoder.config.detail_channels:
-        told["without_detail_outside_rmse_hu"] = rmse(torch.cat(bare["outside"]))
-        told["without_detail_ring_rmse_hu"] = rmse(torch.cat(bare["ring"]))
-    return told
+        figures["without_detail_outside_rmse_hu"] = rmse("without_detail", "outside")
+        figures["without_detail_ring_rmse_hu"] = rmse("without_detail", "ring")
+    return figures
 
 
-def _moved(mask: Tensor, hole: Painted, index: list[Tensor]) -> Tensor:
-    """The mask of a crop `_around` the hole, on another crop of the scan, given by its indices."""
+def _crop_indices(hole: TumorCrop, side: int) -> list[Tensor]:
+    """Voxels along each axis of a cube around a hole; beyond the scan its last voxels repeat."""
+    return [
+        torch.arange(c - side // 2, c + (side + 1) // 2).clamp(0, n - 1)
+        for c, n in zip(hole.centre, hole.case.hu.shape, strict=True)
+    ]
+
+
+def _mask_on_crop(hole: TumorCrop, index: list[Tensor]) -> Tensor:
+    """The mask of a hole on another crop of the scan, given by its indices."""
     whole = torch.zeros(hole.case.hu.shape, dtype=torch.bool)
-    whole[_around(hole.centre, hole.centre, hole.case.hu.shape)] = mask
+    whole[_crop_around(hole.centre, hole.centre, hole.case.hu.shape)] = hole.mask
     return whole[index[0]][:, index[1]][:, :, index[2]]
 
 
-def _part_of(mask: Tensor, at: Sequence[int]) -> Tensor:
-    """The connected part of a mask that holds a voxel; corners connect, they are 1.7 mm away."""
+def _component_at(mask: Tensor, voxel: Sequence[int]) -> Tensor:
+    """The 26-connected component of a mask that holds a voxel."""
     part = torch.zeros_like(mask)
-    part[tuple(at)] = True
+    part[tuple(voxel)] = True
     while True:
-        grown = (distance(part, 1) <= 1.8) & mask
+        grown = (distance_mm(part, 1) <= 1.8) & mask  # neighbours at a corner are 1.7 mm away
         if torch.equal(grown, part):
             return part
         part = grown
 
 
-def _around(
-    low: Sequence[int], high: Sequence[int], shape: Sequence[int], margin: int = 24
-) -> Place:
+def _crop_around(
+    low: Sequence[int], high: Sequence[int], shape: Sequence[int], margin: int = CROP_MARGIN_MM
+) -> CropSlices:
     a, b, c = (
         slice(max(0, int(lo) - margin), min(n, int(hi) + margin))
         for lo, hi, n in zip(low, high, shape, strict=True)
@@ -246,35 +298,47 @@ def _around(
     return a, b, c
 
 
-def _rows(made: list[Painted], real: list[Painted], reach: float) -> list[list[list[Tensor]]]:
-    """Synthetic tumours: before, after, outlined; beside each a real one: plain, outlined."""
-    rows = []
-    for k in range(max(len(made), len(real))):
-        row = []
-        for one, views in ((made[k : k + 1], 3), (real[k : k + 1], 2)):
-            row += _views(one[0], views, reach) if one else []
-        rows.append(row)
-    return rows
+def _write_pictures(
+    path: Path, synthetic: list[TumorCrop], real: list[TumorCrop], half_window_hu: float
+) -> None:
+    """Write rows of a synthetic and a real tumour each; the shorter list ends in black tiles."""
+    captions: list[GroupCaption] = []
+    rows: list[list[Group]] = [[] for _ in range(max(len(synthetic), len(real)))]
+    for kind, crops, views in (
+        ("synthetic tumour", synthetic, SYNTHETIC_VIEWS),
+        ("real tumour", real, REAL_VIEWS),
+    ):
+        if not crops:
+            continue
+        captions += [(f"{kind}, {plane}", views) for plane in PLANES]
+        black = [[torch.zeros(TILE_MM, TILE_MM) for _ in views] for _ in PLANES]
+        for k, row in enumerate(rows):
+            row += _views(crops[k], len(views), half_window_hu) if k < len(crops) else black
+    write_grid(path, rows, captions)
 
 
-def _views(one: Painted, views: int, reach: float) -> list[list[Tensor]]:
-    """Three groups of tiles, one for each plane, of TILE_MM around a tumour; ``reach`` HU above and
-    below the tissue around it are white and black."""
-    middle = middle_of(one.mask)  # near the scan's edge it is not the crop's
-    where = cube(middle, one.mask.shape, TILE_MM)
+def _views(crop: TumorCrop, views: int, half_window_hu: float) -> list[Group]:
+    """The last of (before, after, outlined) for each plane, TILE_MM wide, around a tumour.
+
+    White and black are ``half_window_hu`` above and below the tissue around the tumour.
+    """
+    middle = middle_voxel(crop.mask)  # near the scan's edge it is not the crop's middle
+    where = cube(middle, crop.mask.shape, TILE_MM)
     at = [m - s.start for m, s in zip(middle, where, strict=True)]
-    before, after, mask = one.before[where], one.after[where], one.mask[where]
-    far = distance(mask, 8)
-    around = before[(far > 2) & (far <= 8)]
+    before, after, mask = crop.before[where], crop.after[where], crop.mask[where]
+    far = distance_mm(mask, SHELL_MM[1])
+    around = before[(far > SHELL_MM[0]) & (far <= SHELL_MM[1])]
     level = float(around.median()) if len(around) else float(before.median())
+    low, high = level - half_window_hu, level + half_window_hu
     groups = []
-    for old, new, inside in zip(*(sections(v, at) for v in (before, after, mask)), strict=True):
-        old, new = (shown(v, level - reach, level + reach) for v in (old, new))
+    slices = (anatomical_slices(v, at) for v in (before, after, mask))
+    for old, new, inside in zip(*slices, strict=True):
+        old, new = shown(old, low, high), shown(new, low, high)
         tiles = [old, new, outlined(new, inside)][3 - views :]
-        groups.append([_padded(tile) for tile in tiles])
+        groups.append([_pad_to_tile(tile) for tile in tiles])
     return groups
 
 
-def _padded(tile: Tensor) -> Tensor:
-    """A tile that ends with the scan, with black, so that columns stay columns."""
+def _pad_to_tile(tile: Tensor) -> Tensor:
+    """Pad a tile that ends with the scan with black, so that columns stay aligned."""
     return F.pad(tile, (0, TILE_MM - tile.shape[1], 0, TILE_MM - tile.shape[0]))

@@ -1,4 +1,4 @@
-// The page of a reader study: start, cases, done. Knows of each case an opaque id and a voxel.
+// The page of a reader study: start, cases, done. Of each case it knows an opaque id and a voxel.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -23,23 +23,23 @@ let reader = null; // opaque id
 let cases = []; // {id, mark, answer, confidence}
 let current = 0;
 let draft = { answer: null, confidence: null };
-let preset = 1; // stays from case to case, as the layout does
+let preset = 1; // kept from case to case, like the layout
 let layout = 0;
 let crossShown = true;
-let pointer = null; // on the canvas, in its pixels
-let ready = false; // a picture is on the screen
+let pointer = null; // in canvas pixels
+let ready = false; // whether the current case is on the screen
 const clock = { spent: 0, since: null };
 
 const nv = new niivue.Niivue({
   backColor: [0, 0, 0, 1],
   crosshairColor: CROSS,
-  crosshairGap: 60, // times the line's width: the lesion stays free
+  crosshairGap: 60, // times the line's width: keeps the lesion clear
   crosshairWidthUnit: "percent", // of the field
   dragAndDropEnabled: false,
   fontColor: [0.72, 0.76, 0.79, 1],
   fontMinPx: 11,
   isAntiAlias: false,
-  isCornerOrientationText: true, // clear of the cross
+  isCornerOrientationText: true, // away from the cross
   isRadiologicalConvention: true,
   loadingText: "",
   logLevel: "error",
@@ -48,23 +48,23 @@ const nv = new niivue.Niivue({
   tileMargin: 2,
 });
 
-// ---- talking to the server
+// ---- requests to the server
 
 async function post(name, data) {
-  let answer;
+  let response;
   try {
-    answer = await fetch(`api/${name}`, {
+    response = await fetch(`api/${name}`, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(data),
     });
   } catch {
-    throw new Error("The server does not answer: start it again, then repeat this step.");
+    throw new Error("The server does not answer: restart it, then repeat this step.");
   }
-  const told = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(told.error || `The server refused this (${answer.status}).`);
+  const reply = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Error(reply.error || `The server refused this (${response.status}).`);
   alarm(null);
-  return told;
+  return reply;
 }
 
 function alarm(words) {
@@ -72,7 +72,7 @@ function alarm(words) {
   $("alarm").textContent = words || "";
 }
 
-const guarded = (work) => (...given) => Promise.resolve(work(...given)).catch((e) => alarm(e.message));
+const guarded = (action) => (...args) => Promise.resolve(action(...args)).catch((e) => alarm(e.message));
 
 function show(id) {
   for (const one of ["start", "reading", "done"]) $(one).hidden = one !== id;
@@ -96,10 +96,10 @@ function setWindow(k) {
     nv.volumes[0].cal_max = level + width / 2;
     nv.updateGLVolume();
   }
-  tellWindow();
+  showWindow();
 }
 
-function tellWindow() {
+function showWindow() {
   if (!nv.volumes.length) return;
   const { cal_min: low, cal_max: high } = nv.volumes[0];
   $("window-text").textContent = `W ${Math.round(high - low)} · L ${Math.round((high + low) / 2)} HU`;
@@ -136,7 +136,7 @@ function zoom(factor) {
   nv.setPan2Dxyzmm([0, 1, 2].map((k) => pan[k] + (pan[3] - next) * mm[k]).concat(next));
 }
 
-function plane() { // under the pointer, or the first shown
+function plane() { // the one under the pointer, or the first shown
   if (pointer) {
     const tile = nv.screenSlices.find(({ leftTopWidthHeight: [x, y, w, h] }) =>
       pointer[0] >= x && pointer[0] < x + w && pointer[1] >= y && pointer[1] < y + h);
@@ -156,7 +156,7 @@ nv.onLocationChange = ({ vox, values }) => {
   const at = [2, 1, 0].map((k) => `${["sag", "cor", "ax"][k]} ${Math.round(vox[k]) + 1}/${dims[k + 1]}`);
   $("place").textContent = `${at.join(" · ")} · ${Math.round(values[0].value)} HU at the cross`;
 };
-nv.onIntensityChange = tellWindow;
+nv.onIntensityChange = showWindow;
 
 // ---- cases
 
@@ -181,7 +181,7 @@ async function open(k) {
   } catch {
     throw new Error("The case cannot be loaded: is the server running? Choose the case again.");
   }
-  if (cases[current].id !== id) return; // another was chosen meanwhile
+  if (cases[current].id !== id) return; // the reader has chosen another case meanwhile
   alarm(null);
   setWindow(preset);
   setLayout(layout);
@@ -219,7 +219,7 @@ async function save() {
   const next = after.find((k) => !cases[k].answer);
   if (next !== undefined) return open(next);
   render();
-  note("Saved. All cases are answered: look again, or close the study.");
+  note("Saved. All cases are answered: review them, or close the study.");
 }
 
 function note(words) { $("note").textContent = words; }
@@ -251,12 +251,12 @@ const step = (by) => open((current + by + cases.length) % cases.length);
 // ---- start and end
 
 async function begin(name) {
-  const told = await post("start", { name });
-  reader = told.reader;
-  cases = told.cases;
-  sessionStorage.setItem("name", told.name); // a reload goes on
-  $("reader").textContent = told.name;
-  if (told.finished) return done(await post("results", { reader }));
+  const study = await post("start", { name });
+  reader = study.reader;
+  cases = study.cases;
+  sessionStorage.setItem("name", study.name); // so that a reload continues
+  $("reader").textContent = study.name;
+  if (study.finished) return done(await post("results", { reader }));
   $("cases").replaceChildren(...cases.map((_, k) => {
     const button = document.createElement("button");
     button.textContent = k + 1;
@@ -359,11 +359,11 @@ PRESETS.forEach(([, key], k) => { KEYS[key] = () => setWindow(k); });
 function pressed(event) {
   if ($("reading").hidden || document.querySelector("dialog[open]")) return;
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const work = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  event.stopPropagation(); // the viewer has keys of its own
-  if (!work) return;
+  const action = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  event.stopPropagation(); // the viewer binds keys, too
+  if (!action) return;
   event.preventDefault();
-  if (event.type === "keydown" && (ready || event.key.startsWith("Arrow")) && !(event.repeat && event.key === "Enter")) work();
+  if (event.type === "keydown" && (ready || event.key.startsWith("Arrow")) && !(event.repeat && event.key === "Enter")) action();
 }
 addEventListener("keydown", pressed, true);
 addEventListener("keyup", pressed, true);
@@ -385,7 +385,7 @@ document.addEventListener("visibilitychange", () => tick(true));
 
 guarded(async () => {
   const answer = await fetch("api/study").catch(() => null);
-  if (!answer || !answer.ok) throw new Error("The server does not answer: start it, and load this page again.");
+  if (!answer || !answer.ok) throw new Error("The server does not answer: start it, then reload this page.");
   const study = await answer.json();
   $("start-count").textContent = study.cases;
   for (const one of document.querySelectorAll(".if-marked")) one.hidden = !study.marked;
