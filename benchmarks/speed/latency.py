@@ -35,7 +35,7 @@ from tumorsynth.commands.timing import (
     times,
 )
 from tumorsynth.generators.diffusion import Generator
-from tumorsynth.models import conv
+from tumorsynth.models import conv, kernels
 from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.models.unet import FactorizedUNet
 
@@ -57,7 +57,7 @@ def variants(name: str, generator: Generator, repeats: int) -> list[dict[str, An
     """The same networks as PyTorch runs them, in float32, and in bfloat16 where that is fast."""
     on_cpu = generator.device.type == "cpu"
     kinds = [("float32", True), ("float32", False), ("bfloat16", False)]
-    if on_cpu and not conv.cpu_computes_bfloat16():
+    if on_cpu and not kernels.cpu_computes_bfloat16():
         kinds.pop()
     rows = []
     for generator.precision, plain in kinds if on_cpu else [k for k in kinds if not k[1]]:

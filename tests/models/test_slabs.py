@@ -9,11 +9,11 @@ from tiny import tiny_crop, tiny_generator
 from torch import Tensor, nn
 
 import tumorsynth as ts
-from tumorsynth.geometry import Frame, plan_crop
+from tumorsynth.geometry import Box, Frame, plan_crop
 from tumorsynth.models import slabs
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv import GroupNorm, Linear
-from tumorsynth.pipeline.records import Job
+from tumorsynth.pipeline.records import PaintRequest
 
 KINDS = {
     "published": {},
@@ -206,9 +206,8 @@ def test_a_tumour_is_the_one_of_the_whole_crop(blend, spacing, monkeypatch):
     label = torch.ones(image.shape, dtype=torch.uint8)
     synth = ts.SynthesizeTumor(generator, count=2, size_mm=9.0, blend=blend)
     near, new_label = synth(image, label, spacing=spacing, seed=5)
-    monkeypatch.setattr(
-        Job, "near", property(lambda job: tuple(slice(0, n) for n in job.crop.shape))
-    )
+    whole_crop = property(lambda request: Box.whole(request.crop.shape))
+    monkeypatch.setattr(PaintRequest, "needed", whole_crop)
     whole, whole_label = synth(image, label, spacing=spacing, seed=5)
     assert torch.equal(new_label, whole_label) and not torch.equal(near, image)
     assert float((near - whole).abs().max()) < 0.5

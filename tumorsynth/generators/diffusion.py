@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import islice
 from operator import index
 from pathlib import Path
@@ -32,8 +34,8 @@ from tumorsynth.generators.sampling import (
     draw_noise,
 )
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
-from tumorsynth.models.conv import cpu_computes_bfloat16
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
+from tumorsynth.models.kernels import cpu_computes_bfloat16, cpu_isa
 from tumorsynth.models.slabs import Near
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 
@@ -52,15 +54,16 @@ class Generator:
     autoencoder: :class:`tumorsynth.models.autoencoder.Autoencoder`.
     denoiser: a network called as ``denoiser(x_t, t, cond)``.
     card: name, licence, data, metrics; free-form but for ``name``.
-    precision: "float32", "bfloat16" (of the convolutions and matrix products), or "auto", which may
-        be set at any time: bfloat16 on CPUs that compute in it, where the network predicts x0 or v,
-        else float32. The shipped generator's tumours change by 0.3 HU (root mean square), its
-        scan's noise being 12 (benchmarks/results/latency_cpu.json): the same seed gives the same
-        tumour bit by bit on like machines, and to that on others. A network that predicts noise
-        computes in full float32, with "bfloat16" in those steps that multiply an error by more than
-        4: the first of the published four multiplies it by 263, the others by 2.4 at most.
-        "float32" of all else is on CUDA what PyTorch has it be there: by default its convolutions
-        round to TF32.
+    precision: "auto" (the default), "float32" or "bfloat16", which convolutions and matrix products
+        then compute in. You may set it at any time. "auto" is bfloat16 on CPUs that compute in it,
+        where the network predicts x0 or v, and float32 elsewhere. "bfloat16" on a CPU that would
+        only emulate it warns once and computes in float32.
+
+        In bfloat16 the same seed gives the same tumour bit by bit on like machines; against float32
+        it differs by much less than a scan's noise. A network that predicts noise computes in full
+        float32, with "bfloat16" in those steps that multiply an error by more than 4: the first of
+        the published four multiplies it by 263, the others by 2.4 at most. "float32" of all else is
+        on CUDA what PyTorch has it be there: by default its convolutions round to TF32.
     """
 
     def __init__(
@@ -323,7 +326,7 @@ class Generator:
         """The network's answer at this step, which t (B,) holds for each sample."""
         bar = float(self.schedule.alphas_cumprod[step])
         amplified = 1 - bar > MOST_AMPLIFIED**2 * bar
-        if self.sampler.prediction == "noise" and (amplified or self.precision != "bfloat16"):
+        if self.sampler.prediction == "noise" and (amplified or not self._in_bfloat16()):
             with self._reduced(False), full_float32(x_t.device.type):
                 return self._run(self.denoiser, x_t, t, cond).float()
         with self._reduced():
@@ -370,16 +373,21 @@ class Generator:
 
     def _reduced(self, allowed: bool = True) -> torch.autocast:
         """The context a network runs in: a caller's autocast has no say in it."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self._in_bfloat16() and allowed
+        )
+
+    def _in_bfloat16(self) -> bool:
+        """Whether the networks compute in bfloat16 at this precision, on this device."""
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
-        kind = self.device.type
-        reduced = self.precision == "bfloat16" or (
-            self.precision == "auto"
-            and self.sampler.prediction != "noise"
-            and kind == "cpu"
-            and cpu_computes_bfloat16()
-        )
-        return torch.autocast(kind, torch.bfloat16, enabled=reduced and allowed)
+        on_cpu = self.device.type == "cpu"
+        if self.precision == "auto":
+            return on_cpu and self.sampler.prediction != "noise" and cpu_computes_bfloat16()
+        if self.precision == "bfloat16" and on_cpu and not cpu_computes_bfloat16():
+            _warn_of_float32()
+            return False
+        return self.precision == "bfloat16"
 
     def _noise(self, cond: Tensor, seeds: list[int] | None, noise: Tensor | None) -> Tensor:
         if noise is not None:
@@ -480,6 +488,16 @@ def config_of(generator: Generator) -> dict[str, Any]:
     raise TypeError(
         f"a generator to save needs a denoiser of type {' or '.join(DENOISERS)}, got "
         f"{type(generator.denoiser).__name__}"
+    )
+
+
+@cache  # once per process
+def _warn_of_float32() -> None:
+    warnings.warn(
+        "precision is 'bfloat16', which this CPU only emulates (PyTorch uses "
+        f"{cpu_isa()}): the generator computes in float32; "
+        "set generator.precision = 'auto' to have the CPU decide without this warning",
+        stacklevel=2,
     )
 
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import platform
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
-
-
-@cache
-def cpu_computes_bfloat16() -> bool:
-    """Whether this processor multiplies in bfloat16 (as Linux lists it; elsewhere False).
-
-    PyTorch runs bfloat16 on any processor, but where it is emulated it is slower than float32.
-    """
-    info = Path("/proc/cpuinfo")
-    if platform.machine() != "x86_64" or not info.exists():
-        return False
-    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
-    return not BFLOAT16_FLAGS.isdisjoint(flags.split()) and torch.backends.mkldnn.is_available()
+from tumorsynth.models.kernels import (
+    cpu_computes_bfloat16,
+    onednn_convolves,
+    onednn_has_linear,
+    uses_onednn,
+)
 
 
 def cpu_layout(x: Tensor) -> Tensor:
@@ -112,15 +102,39 @@ class Conv3d(nn.Conv3d):
 
     On one thread PyTorch gives small float32 convolutions to slow_conv3d, which unfolds the input
     first and takes up to eight times as long as oneDNN. Without gradients oneDNN is asked directly.
+    Where the CPU emulates bfloat16, the layer computes in float32 and rounds once.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if emulates_bfloat16(input):
+            return in_float32(self._conv_forward, input, weight, bias)
         if isinstance(self.padding, str) or self.padding_mode != "zeros":
             return super()._conv_forward(input, weight, bias)
         if not _float32(input, weight) or not asks_onednn(input):
             return super()._conv_forward(input, weight, bias)
         return torch.mkldnn_convolution(
             input, weight, bias, self.padding, self.stride, self.dilation, self.groups
+        )
+
+
+class ConvTranspose3d(nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d`; in float32, rounded once, where the CPU emulates bfloat16."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if output_size is None and emulates_bfloat16(input):
+            return in_float32(self._plain, input, self.weight, self.bias)
+        return super().forward(input, output_size)
+
+    def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv_transpose3d(
+            input,
+            weight,
+            bias,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.output_padding,  # type: ignore[arg-type]
+            self.groups,
+            self.dilation,  # type: ignore[arg-type]
         )
 
 
@@ -137,7 +151,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     PyTorch gives float32 matrix products to MKL, which on processors not of Intel's keeps to
     narrower vectors: oneDNN takes half the time there.
     """
-    if not (_float32(x, weight) and asks_onednn(x) and _onednn_has_linear()):
+    if emulates_bfloat16(x):
+        return in_float32(linear, x, weight, bias)
+    if not (_float32(x, weight) and asks_onednn(x) and onednn_has_linear()):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -148,24 +164,29 @@ def asks_onednn(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and uses_onednn()
+        and onednn_convolves()
     )
+
+
+def emulates_bfloat16(x: Tensor) -> bool:
+    """Whether a layer would compute x in bfloat16 on a CPU whose libraries only emulate it.
+
+    x is in bfloat16, or the caller's autocast would round it.
+    """
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype == torch.float64:
+        return False
+    return (cpu_autocast() or x.dtype) == torch.bfloat16 and not cpu_computes_bfloat16()
+
+
+def in_float32(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """Call ``function`` in float32 on the CPU and round its result to bfloat16."""
+    with torch.autocast("cpu", enabled=False):
+        return function(*(t if t is None else t.float() for t in tensors)).bfloat16()
 
 
 def _float32(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype == torch.float32 and not cpu_autocast()
-
-
-@cache
-def _onednn_has_linear() -> bool:
-    """Whether this PyTorch has the linear layer that its compiler uses, called as it is here."""
-    x, weight = torch.ones(2, 3), torch.ones(4, 3)
-    try:
-        out = torch.ops.mkldnn._linear_pointwise(x, weight, torch.ones(4), "none", [], "")
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return torch.equal(out, torch.full((2, 4), 4.0))
 
 
 def cpu_autocast() -> torch.dtype | None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tumorsynth.models.conv import Conv3d, GroupNorm, cpu_layout
+from tumorsynth.models.conv import Conv3d, ConvTranspose3d, GroupNorm, cpu_layout
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ConvUNet(nn.Module):
         self.grows = nn.ModuleList()
         self.ups = nn.ModuleList()
         for wide, width in zip(widths[:0:-1], widths[-2::-1], strict=True):
-            self.grows.append(nn.ConvTranspose3d(wide, width, 2, stride=2))
+            self.grows.append(ConvTranspose3d(wide, width, 2, stride=2))
             self.ups.append(
                 nn.ModuleList(
                     Block(width * (2 if i == 0 else 1), width, c) for i in range(c.blocks)

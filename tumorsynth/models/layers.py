@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tumorsynth.models.conv import Conv3d, GroupNorm, pad_replicate
+from tumorsynth.models.conv import Conv3d, ConvTranspose3d, GroupNorm, pad_replicate
 
 
 class Conv(nn.Module):
@@ -40,7 +40,7 @@ class UpConv(nn.Module):
         super().__init__()
         self.padding = 1
         self.replicate = padding == "replicate"
-        self.convt = nn.ConvTranspose3d(inputs, outputs, 4, 2, padding=3 if self.replicate else 1)
+        self.convt = ConvTranspose3d(inputs, outputs, 4, 2, padding=3 if self.replicate else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.replicate:

@@ -19,7 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tumorsynth.models.conv import asks_onednn, channel_sums, cpu_autocast, cpu_layout
+from tumorsynth.models.conv import (
+    asks_onednn,
+    channel_sums,
+    cpu_autocast,
+    cpu_layout,
+    emulates_bfloat16,
+)
 from tumorsynth.models.layers import Conv, ResidualBlock, UpConv
 
 SLAB = 3 * 2**19  # numbers of a layer's input or output that go together: with all between, 20 MB
@@ -40,10 +46,12 @@ def through(layers: Iterable[nn.Module], x: Tensor, near: Near | None = None) ->
     tail = flat[-2:] if near is not None and _worth_it(flat, x, near) else []
     flat = flat[: len(flat) - len(tail)]
     dtype = cpu_autocast() or x.dtype
-    if asks_onednn(x) and dtype in (torch.float32, torch.bfloat16) and _large(flat, x, dtype):
+    inner = torch.float32 if emulates_bfloat16(x) else dtype
+    if asks_onednn(x) and inner in (torch.float32, torch.bfloat16) and _large(flat, x, inner):
         with torch.autocast("cpu", enabled=False):
-            run = [_Slabs(volume, dtype).through(flat, tail) for volume in x]
+            run = [_Slabs(volume, inner).through(flat, tail) for volume in x]
         x, half, sums = (_batch(parts) for parts in zip(*run, strict=True))
+        x, half = x.to(dtype), half.to(dtype)
     else:
         x = cpu_layout(x)
         for layer in flat:

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tumorsynth.models.conv import Conv3d, GroupNorm, Linear, cpu_autocast, cpu_layout
+from tumorsynth.models.conv import (
+    Conv3d,
+    ConvTranspose3d,
+    GroupNorm,
+    Linear,
+    cpu_autocast,
+    cpu_layout,
+)
 
 CHUNK = 2**21  # bytes of q, k and v together, of the sequences that go together on a CPU
 SHORT = 48  # tokens
@@ -362,7 +369,7 @@ class FactorizedUNet(nn.Module):
             for dim_in, dim_out in zip(inputs[::-1], widths[::-1], strict=True)
         )
         self.grow = nn.ModuleList(
-            nn.ConvTranspose3d(w, w, (1, 4, 4), stride=(1, 2, 2), padding=(0, 1, 1))
+            ConvTranspose3d(w, w, (1, 4, 4), stride=(1, 2, 2), padding=(0, 1, 1))
             for w in inputs[:0:-1]
         )
         self.last_res = ResidualBlock(2 * config.dim, config.dim, config.groups, time_dim=0)

@@ -1,0 +1,109 @@
+"""What the libraries behind PyTorch can do on this processor: tried once, then remembered.
+
+The libraries decide, not the processor's list of features: ``ONEDNN_MAX_CPU_ISA`` and
+``ATEN_CPU_CAPABILITY`` limit them, and a build of PyTorch may lack oneDNN.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+X86_WITHOUT_BFLOAT16 = ("NO AVX", "DEFAULT", "AVX2")  # PyTorch's names of its capability
+
+
+def cpu_isa() -> str:
+    """Describe the instruction set that PyTorch and oneDNN use on this processor.
+
+    Returns:
+        PyTorch's capability, the limits set in the environment, whether oneDNN is missing, and
+        whether the CPU computes in bfloat16: ``"AVX512, bfloat16"`` or
+        ``"AVX2 (ATEN_CPU_CAPABILITY=avx2), no bfloat16"``.
+    """
+    limits = ", ".join(f"{name}={os.environ[name]}" for name in ISA_LIMITS if os.environ.get(name))
+    parts = [torch.backends.cpu.get_cpu_capability() + (f" ({limits})" if limits else "")]
+    if not uses_onednn():
+        parts.append("no oneDNN")
+    parts.append("bfloat16" if cpu_computes_bfloat16() else "no bfloat16")
+    return ", ".join(parts)
+
+
+def uses_onednn() -> bool:
+    """Whether PyTorch has oneDNN and may use it: ``torch.backends.mkldnn.enabled`` can change."""
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether convolutions on this CPU multiply in bfloat16.
+
+    PyTorch accepts bfloat16 on any processor. Where the libraries emulate it, a convolution takes
+    from five times to some hundred times as long as in float32.
+    """
+    return uses_onednn() and _multiplies_bfloat16()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Try it: bfloat16 instructions of x86 and Arm read denormal numbers as 0, float32 ones do not.
+
+    The answer is the same every time, unlike a comparison of times.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if x86 and torch.backends.cpu.get_cpu_capability() in X86_WITHOUT_BFLOAT16:
+        return False
+    layers: list[Callable[[Tensor, Tensor], Tensor]] = [_convolve, F.conv_transpose3d]
+    denormal, scale = 2.0**-130, 2.0**40
+    flushes = not bool(_full((1,), denormal))  # the caller's setting, for float32
+    torch.set_flush_denormal(False)
+    image, weight = _full((1, 16, 4, 4, 4), denormal), _full((16, 16, 3, 3, 3), scale)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return all(
+                bool(layer(image, weight).all())
+                and not bool(layer(image.bfloat16(), weight.bfloat16()).any())
+                for layer in layers
+            )
+    except RuntimeError:  # "bf16 path needs the cpu support ..."
+        return False
+    finally:
+        torch.set_flush_denormal(flushes)
+
+
+@cache
+def onednn_convolves() -> bool:
+    """Whether this PyTorch has oneDNN's convolution, called as it is here, in float32."""
+    x, weight = _full((1, 2, 3, 3, 3), 1.0), _full((4, 2, 3, 3, 3), 1.0)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            out = _convolve(x, weight)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(out, _full((1, 4, 1, 1, 1), 54.0))
+
+
+@cache
+def onednn_has_linear() -> bool:
+    """Whether this PyTorch has the linear layer that its compiler uses, called as it is here."""
+    x, weight = _full((2, 3), 1.0), _full((4, 3), 1.0)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            out = torch.ops.mkldnn._linear_pointwise(x, weight, weight[:, 0], "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(out, _full((2, 4), 4.0))
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mkldnn_convolution(x, weight, None, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
+
+
+def _full(shape: tuple[int, ...], value: float) -> Tensor:
+    """A float32 tensor on the CPU, whatever the caller's defaults."""
+    return torch.full(shape, value, device="cpu", dtype=torch.float32)
