@@ -17,7 +17,7 @@ from tiny import tiny_crop, tiny_generator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tumorsynth.generators import diffusion as generators
+from tumorsynth.generators import precision
 from tumorsynth.models import conv, kernels, slabs
 from tumorsynth.models.conv import Linear
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
@@ -29,7 +29,7 @@ SMALLEST = 2.0**-126  # normal float32: bfloat16 instructions take what is below
 def emulates(monkeypatch):
     """A CPU whose libraries accept bfloat16 but only emulate it."""
     monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: False)
-    generators._warn_of_float32.cache_clear()
+    precision._warn_of_float32.cache_clear()
 
 
 class Products(TorchDispatchMode):
@@ -162,7 +162,7 @@ def test_bfloat16_asked_for_is_float32_with_one_warning(emulates, prediction):
 
 
 def test_without_onednn_bfloat16_is_float32(monkeypatch):
-    generators._warn_of_float32.cache_clear()
+    precision._warn_of_float32.cache_clear()
     generator, (crop, mask) = tiny_generator(prediction="x0"), tiny_crop()
     with torch.backends.mkldnn.flags(enabled=False):
         exact = generator.change(crop, mask, seed=0)

@@ -16,8 +16,8 @@ if int(tio.__version__.split(".")[0]) > 1:
     pytest.skip("TorchIO 2 has tests/torchio/test_torchio2.py", allow_module_level=True)
 
 import tumorsynth as ts  # noqa: E402
-from tumorsynth.generators import store as weights  # noqa: E402
-from tumorsynth.generators.diffusion import build  # noqa: E402
+from tumorsynth.generators import store  # noqa: E402
+from tumorsynth.generators.config import build  # noqa: E402
 from tumorsynth.generators.handcrafted import HandcraftedConfig  # noqa: E402
 from tumorsynth.torchio import RandomSynthesizeTumor, SynthesizeTumor  # noqa: E402
 
@@ -223,7 +223,7 @@ def test_one_of_queue_and_loader_with_workers():
 def test_numpy_errors_are_not_raised(prior, generator):
     given = subject(np.diag([1.3, 0.7, 2.2, 1]), shape=(48, 64, 24))
     given["image"].data[:, :4] = float("nan")
-    weights._loaded.clear()  # loading is part of it
+    store._loaded.clear()  # loading is part of it
     settings = {"size_mm": prior, "count": None, "intensity": ts.HU(), "generator": generator}
     with np.errstate(all="raise"):
         out = transform(**settings)(given)

@@ -42,28 +42,29 @@ def info(
 
     Prints the card of NAME after checking its files against it; without NAME, the bundled ones.
     """
-    from tumorsynth.generators import store as weights
+    from tumorsynth.generators import store
+    from tumorsynth.generators.folder import read_card
 
-    names = weights.bundled_names() if name is None else [name]
-    if name is not None and name != weights.HANDCRAFTED:
-        folder = weights.find_folder(name)
-        if weights.read_card(folder).get("kind") == "autoencoder":
+    names = store.bundled_names() if name is None else [name]
+    if name is not None and name != store.HANDCRAFTED:
+        folder = store.find_folder(name)
+        if read_card(folder).get("kind") == "autoencoder":
             _print_card(_of_autoencoder(name, folder))
             return
     for each in names:
-        generator = weights.load_generator(each)  # which checks the files against the card
+        generator = store.load_generator(each)  # which checks the files against the card
         card = {k: v for k, v in generator.card.items() if k not in ("format", "config")}
         if name is None:
-            default = "  (default)" if each == weights.default_generator() else ""
+            default = "  (default)" if each == store.default_generator() else ""
             words = card.get("description") or card.get("source", "")
             print(f"{each}{default}: {plain(words)}")
             continue
-        if each != weights.HANDCRAFTED:
+        if each != store.HANDCRAFTED:
             parts = {k: getattr(generator, k) for k in ("autoencoder", "denoiser")}
             card["parameters"] = {
                 k: f"{sum(p.numel() for p in part.parameters()):,}" for k, part in parts.items()
             }
-            folder = weights.find_folder(each)
+            folder = store.find_folder(each)
             card["file"] = _file(folder, card)
         _print_card(card)
 
@@ -80,7 +81,7 @@ def _of_autoencoder(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _file(folder: Path, card: dict[str, Any]) -> str:
-    from tumorsynth.generators.store import MODEL
+    from tumorsynth.generators.folder import MODEL
 
     words = f"{(folder / MODEL).stat().st_size / 1e6:.1f} MB, sha256 agrees"
     if "config_sha256" in card:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tumorsynth.devices import plain_defaults
 from tumorsynth.generators.checkpoint import AGAIN, CheckpointError, LazyTensor, read_checkpoint
-from tumorsynth.generators.diffusion import Generator, SamplerConfig
+from tumorsynth.generators.config import SamplerConfig
+from tumorsynth.generators.diffusion import Generator
 from tumorsynth.generators.sampling import cosine_schedule
 from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.models.unet import FactorizedUNet
