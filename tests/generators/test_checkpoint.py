@@ -441,7 +441,7 @@ def test_a_part_of_a_storage_does_not_keep_the_whole(tmp_path: Path) -> None:
 
 
 def test_too_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tumorsynth.generators.checkpoint.MAX_ENTRIES", 5)
+    monkeypatch.setattr("tumorsynth.generators.checkpoint.MAX_ZIP_ENTRIES", 5)
     entries = {f"a/data/{k}": b"" for k in range(5)}
     with pytest.raises(CheckpointError, match="more than 5 entries"):
         read_checkpoint(archive(tmp_path / "x.pt", pickle.dumps({}, 2), entries))

@@ -50,13 +50,9 @@ class Generator:
         card: name, licence, data, metrics; free-form but for ``name``.
 
     Attributes:
-        precision: format that convolutions and matrix products compute in; you may set it at any
-            time. "auto" (default) is bfloat16 on CPUs that compute in it if the denoiser predicts
-            x0 or v, else float32. "float32" follows PyTorch's settings, which round convolutions to
-            TF32 on CUDA by default. "bfloat16" falls back to float32, with one warning, on CPUs
-            that only emulate it. A denoiser that predicts noise computes in full float32, except
-            with "bfloat16" in steps that amplify its error little. In bfloat16 the same seed gives
-            the same tumour bit by bit on machines of one kind.
+        precision: format that convolutions and matrix products compute in: "auto" (default),
+            "float32" or "bfloat16", see `tumorsynth.generators.precision`. You may set it at any
+            time.
         source: name or folder that the generator was loaded from; None if it was built in memory.
         compiled: the compiled networks after `compile`; None runs them as they are.
 
@@ -161,7 +157,8 @@ class Generator:
         Raises:
             ValueError: if shapes, seed, contrast or ``near`` do not fit the crop.
         """
-        inputs, latent = self._paint(crop, tumor_mask, seed, noise, contrast_hu)
+        inputs = self.prepare(crop, tumor_mask, seed, noise, contrast_hu)
+        latent = self.sample(inputs.cond, inputs.noise)
         volume, box = (
             inputs.volume,
             latent_box(near, crop.shape[2:], self.autoencoder.config.factor),
@@ -194,7 +191,8 @@ class Generator:
         Returns:
             (B, 1, X, Y, Z) in the crop's scale, 0 beyond ``near``.
         """
-        inputs, latent = self._paint(crop, tumor_mask, seed, noise, contrast_hu)
+        inputs = self.prepare(crop, tumor_mask, seed, noise, contrast_hu)
+        latent = self.sample(inputs.cond, inputs.noise)
         volume, box = (
             inputs.volume,
             latent_box(near, crop.shape[2:], self.autoencoder.config.factor),
@@ -216,14 +214,12 @@ class Generator:
         noise: Tensor | None = None,
         contrast_hu: float | Sequence[float] | Tensor | None = None,
     ) -> NetworkInputs:
-        """Return what the networks need for a batch; arguments and errors as for `inpaint`."""
+        """Return what the networks need; arguments and errors are those of `inpaint`."""
         seeds = per_sample_seeds(seed, len(crop)) if noise is None else None
-        target = contrast_target(
-            crop, tumor_mask, self.window, self.sampler.contrast, seeds, contrast_hu
-        )
-        volume, cond = self._condition(
-            crop, tumor_mask, None if target is None else target.contrast_hu
-        )
+        trained = self.sampler.contrast
+        target = contrast_target(crop, tumor_mask, self.window, trained, seeds, contrast_hu)
+        hu = None if target is None else target.contrast_hu
+        volume, cond = self._condition(crop, tumor_mask, hu)
         if noise is None:
             assert seeds is not None
             noise = self._draw_noise(cond, [torch.Generator().manual_seed(s) for s in seeds])
@@ -366,18 +362,6 @@ class Generator:
         return other
 
     # -- private -----------------------------------------------------------------------------------
-
-    def _paint(
-        self,
-        crop: Tensor,
-        tumor_mask: Tensor,
-        seed: int | Sequence[int] | None,
-        noise: Tensor | None,
-        contrast_hu: float | Sequence[float] | Tensor | None,
-    ) -> tuple[NetworkInputs, Tensor]:
-        """Return the networks' inputs and the normalised latent of the crop with a tumour."""
-        inputs = self.prepare(crop, tumor_mask, seed, noise, contrast_hu)
-        return inputs, self.sample(inputs.cond, inputs.noise)
 
     def _condition(
         self, crop: Tensor, tumor_mask: Tensor, contrast_hu: Tensor | None

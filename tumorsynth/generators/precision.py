@@ -1,4 +1,13 @@
-"""Number format of a diffusion generator's networks: float32, or bfloat16 where that is safe."""
+"""Number format of a diffusion generator's networks: float32, or bfloat16 where that is safe.
+
+* "auto" is bfloat16 on CPUs that compute in it if the denoiser predicts x0 or v, else float32.
+* "float32" follows PyTorch's settings: by default, CUDA convolutions round to TF32.
+* "bfloat16" falls back to float32, with one warning, on CPUs that only emulate it.
+
+A denoiser that predicts noise computes in full float32, except with "bfloat16" in steps that
+amplify its error little. In bfloat16 the same seed gives the same tumour bit by bit on machines of
+one kind.
+"""
 
 from __future__ import annotations
 
