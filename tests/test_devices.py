@@ -23,7 +23,7 @@ MPS = torch.device("mps")
 
 @pytest.fixture(autouse=True)
 def unsaid(monkeypatch):
-    monkeypatch.setattr(devices, "_said", set())
+    monkeypatch.setattr(devices, "_warned", set())
 
 
 def lacking(device):

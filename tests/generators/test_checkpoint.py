@@ -358,7 +358,8 @@ def test_the_classes_stood_in_for_are_not_imported(tmp_path: Path) -> None:
     path = archive(tmp_path / "x.pt", b"\x80\x02comegaconf.listconfig\nListConfig\n)\x81}b.")
     code = (
         "import sys; sys.modules['omegaconf'] = sys.modules['lightning'] = None\n"
-        f"from tumorsynth.generators.checkpoint import read_checkpoint; read_checkpoint({str(path)!r})"
+        "from tumorsynth.generators.checkpoint import read_checkpoint\n"
+        f"read_checkpoint({str(path)!r})"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 

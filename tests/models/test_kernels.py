@@ -174,8 +174,8 @@ def test_without_onednn_bfloat16_is_float32(monkeypatch):
 @pytest.mark.parametrize("large", [0, 2**40], ids=["slabs", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_callers_bfloat16_is_computed_in_float32_and_rounded(emulates, kind, large, monkeypatch):
-    monkeypatch.setattr(slabs, "LARGE", large)
-    monkeypatch.setattr(slabs, "SLAB", 3000)
+    monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", large)
+    monkeypatch.setattr(slabs, "MAX_SLAB_VALUES", 3000)
     model, x = autoencoder(kind), 2 * torch.rand(1, 1, 20, 12, 28) - 1
     near = (slice(4, 12), slice(4, 8), slice(8, 16))
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_layers_go_pytorchs_way_where_onednn_refuses(monkeypatch):
 
     generator, (crop, mask) = tiny_generator(codes=16), tiny_crop()
     generator.precision = "float32"
-    monkeypatch.setattr(slabs, "LARGE", 0)
+    monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", 0)
     expected = generator.change(crop, mask, seed=0)
     with monkeypatch.context() as patched:
         patched.setattr(torch, "mkldnn_convolution", refuse)
@@ -259,7 +259,7 @@ from tumorsynth.models import kernels, slabs
 
 assert not kernels.cpu_computes_bfloat16(), kernels.cpu_isa()
 print(kernels.cpu_isa())
-slabs.LARGE, slabs.SLAB = 0, 3000
+slabs.MAX_CACHED_BYTES, slabs.MAX_SLAB_VALUES = 0, 3000
 model, x = autoencoder("published"), torch.rand(1, 1, 16, 16, 16)
 with torch.no_grad():
     exact = there_and_back(model, x)
