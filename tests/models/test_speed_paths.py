@@ -253,7 +253,7 @@ def test_which_network_computes_in_what(monkeypatch, prediction, precision, flag
 
 def test_noise_is_predicted_in_float32_where_its_error_grows(monkeypatch):
     """The first of four steps multiplies an error by 263, the others by 2.4 at most."""
-    monkeypatch.setattr("tumorsynth.generator.cpu_computes_bfloat16", lambda: True)
+    monkeypatch.setattr("tumorsynth.generators.precision.cpu_computes_bfloat16", lambda: True)
     generator, seen = tiny_generator(prediction="noise"), []
     generator.precision = "bfloat16"
     generator.denoiser.register_forward_hook(
