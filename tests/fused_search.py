@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tumorsynth.models import codebook as module
 from tumorsynth.models.codebook import Codebook
-from tumorsynth.models.nearest_triton import CODES, VOXELS, nearest
+from tumorsynth.models.nearest_triton import BLOCK_CODES, BLOCK_VOXELS, nearest
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
@@ -41,8 +41,8 @@ def exact(latent: Tensor, codes: Tensor) -> Tensor:
     "shape, size",
     [
         ((1, 8, 4, 4, 4), 256),
-        ((3, 8, 3, 5, 7), 2 * CODES + 1),
-        ((2, 8, 1, 1, VOXELS + 1), CODES - 1),
+        ((3, 8, 3, 5, 7), 2 * BLOCK_CODES + 1),
+        ((2, 8, 1, 1, BLOCK_VOXELS + 1), BLOCK_CODES - 1),
         ((2, 3, 2, 3, 4), 100),
         ((5, 1, 1, 1, 1), 1),
     ],

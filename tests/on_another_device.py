@@ -183,9 +183,9 @@ def test_how_many_operators_a_tumour_costs():
     assert synth.report[0]["applied"] and 800 < seen.count <= 1050
     crop, mask = crop_and_mask(64, 1, DEVICE)
     with torch.no_grad(), Launches() as seen:
-        latent = generator._encode(crop)
+        latent = generator.encode_volume(crop)
         t = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-        cond = generator._condition(crop, mask, torch.full((1,), -30.0, device=DEVICE))[0]
+        cond = generator.condition(crop, mask, torch.full((1,), -30.0, device=DEVICE))
         before = seen.count
         generator.denoiser(latent, t, cond)
     assert seen.count - before <= 95

@@ -15,14 +15,15 @@ from tiny import tiny_crop, tiny_generator
 
 import tumorsynth as ts
 from tumorsynth import devices
-from tumorsynth.generators import store as weights
+from tumorsynth.generators import store
+from tumorsynth.generators.folder import read_folder
 
 MPS = torch.device("mps")
 
 
 @pytest.fixture(autouse=True)
 def unsaid(monkeypatch):
-    monkeypatch.setattr(devices, "_said", set())
+    monkeypatch.setattr(devices, "_warned", set())
 
 
 def lacking(device):
@@ -156,7 +157,7 @@ def test_a_programs_defaults_do_not_reach_the_phantom():
 @pytest.mark.parametrize("kind", [torch.float64, "device"], ids=str)
 def test_a_programs_defaults_do_not_reach_the_weights(kind):
     with other_defaults(kind):
-        read = weights.read_folder(weights.bundled_folder() / "liver-early")
+        read = read_folder(store.bundled_folder() / "liver-early")
     for network in (read.autoencoder, read.denoiser):
         held = [*network.parameters(), *network.buffers()]
         assert {t.device.type for t in held} == {"cpu"}

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from tumorsynth.generators.diffusion import Generator, SamplerConfig
+from tumorsynth.generators.config import SamplerConfig
+from tumorsynth.generators.diffusion import Generator
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig

@@ -1,4 +1,4 @@
-"""Devices that are none, lack an operator or are lost, and a program's own settings."""
+"""Check and use devices, and hold torch's global settings where results depend on them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-_said: set[tuple[str, str]] = set()
-_full_lock = threading.Lock()
-_full_depth = 0  # of full_float32, over all threads: the settings are the process's
-_full_restore = ExitStack()
+_warned: set[tuple[str, str]] = set()  # (step, device type) of `or_on_cpu`
+# full_float32 nests over all threads, since the settings belong to the process
+_float32_lock = threading.Lock()
+_float32_depth = 0
+_float32_restore = ExitStack()
 
 
 def parse_device(device: Any) -> torch.device:
-    """The torch device of that name; whether it is there is found out where it is used."""
+    """Return the torch device of a name, without checking that it exists.
+
+    Raises:
+        ValueError: if torch knows no device of that name.
+    """
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -29,8 +34,12 @@ def parse_device(device: Any) -> torch.device:
 
 
 def check_device(device: torch.device) -> None:
-    """ValueError unless torch can compute on it here and now; a forked worker's CUDA RuntimeError
-    passes."""
+    """Check that torch can compute on a device.
+
+    Raises:
+        ValueError: if it cannot.
+        RuntimeError: torch's own, in a forked worker that uses CUDA or if memory is full.
+    """
     try:
         torch.ones(1, device=device).add(1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -45,14 +54,14 @@ def check_device(device: torch.device) -> None:
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """float32 and the CPU where a tensor is made without saying which, as the code here expects.
+    """Make float32 and the CPU the defaults for new tensors.
 
-    A program may have said otherwise with ``torch.set_default_dtype`` or ``set_default_device``;
-    a seed shall mean the same tumours there, and CPU generators draw on the CPU alone.
+    A program may have called ``torch.set_default_dtype`` or ``set_default_device``. A seed must
+    give the same tumours there, and CPU generators draw on the CPU only.
     """
-    found, dtype = torch.empty(()).device, torch.get_default_dtype()
+    device, dtype = torch.empty(()).device, torch.get_default_dtype()
     with ExitStack() as stack:
-        if found.type != "cpu":
+        if device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
@@ -62,73 +71,84 @@ def plain_defaults() -> Iterator[None]:
 
 @contextmanager
 def full_float32(kind: str) -> Iterator[None]:
-    """float32 with all of its digits on a device of that kind, for what cannot do with fewer.
+    """Compute convolutions and matrix products in full float32 on devices of a type.
 
-    By default PyTorch rounds what goes into CUDA's convolutions to TF32, 10 of 23 digits; a program
-    may have said the same of matrix products. Both are as they were afterwards.
+    By default PyTorch rounds the inputs of CUDA convolutions to TF32 (10 of 23 bits), and a program
+    may have asked for the same in matrix products. The settings are restored afterwards.
+
+    Args:
+        kind: type of the device, such as "cuda".
     """
-    global _full_depth
+    global _float32_depth
     if kind != "cuda":
         yield
         return
-    with _full_lock:
-        _full_depth += 1
-        if _full_depth == 1:
-            _without_tf32(_full_restore)
+    with _float32_lock:
+        _float32_depth += 1
+        if _float32_depth == 1:
+            _without_tf32(_float32_restore)
     try:
         yield
     finally:
-        with _full_lock:
-            _full_depth -= 1
-            if _full_depth == 0:
-                _full_restore.close()
+        with _float32_lock:
+            _float32_depth -= 1
+            if _float32_depth == 0:
+                _float32_restore.close()
 
 
 def _without_tf32(restore: ExitStack) -> None:
     backends: Any = torch.backends
 
-    def without(owner: Any, name: str, exact: object) -> None:
-        found = getattr(owner, name)
-        if found != exact:
-            restore.callback(setattr, owner, name, found)
-            setattr(owner, name, exact)
+    def set_until_restored(owner: Any, name: str, value: object) -> None:
+        current = getattr(owner, name)
+        if current != value:
+            restore.callback(setattr, owner, name, current)
+            setattr(owner, name, value)
 
-    # torch >= 2.9 has newer names, of which some are for several operators, and wants no mixture
-    general = (getattr(owner, "fp32_precision", "none") for owner in (backends, backends.cudnn))
-    newer = any(precision != "none" for precision in general)
+    # torch >= 2.9 has newer settings, some of them for several operators, and refuses a mixture
+    overall = (getattr(owner, "fp32_precision", "none") for owner in (backends, backends.cudnn))
+    newer = any(precision != "none" for precision in overall)
     for old, new in (
         (backends.cudnn, lambda: backends.cudnn.conv),
         (backends.cuda.matmul, lambda: backends.cuda.matmul),
     ):
         if not newer:
             try:
-                without(old, "allow_tf32", False)
+                set_until_restored(old, "allow_tf32", False)
                 continue
-            except RuntimeError:  # what torch says of a mixture
+            except RuntimeError:  # torch refuses a mixture
                 pass
-        without(new(), "fp32_precision", "ieee")
+        set_until_restored(new(), "fp32_precision", "ieee")
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether asking a tensor for its values costs no waiting for a device."""
+    """Whether a tensor's values can be read without host-device synchronisation."""
     return tensor.device.type == "cpu"
 
 
 def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device. From ordinary memory CUDA has read it when this returns, so that
-    neither waiting for the device's earlier work nor keeping the tensor is needed."""
+    """Copy a tensor to a device without waiting for the device's earlier work.
+
+    CUDA has read a tensor in pageable memory when this returns, so the caller need not keep it.
+    """
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def or_on_cpu(step: str, device: torch.device, work: Callable[[torch.device], T]) -> T:
-    """work(device), or work(CPU) where the device lacks an operator, which is said once."""
+    """Return work(device), or work(CPU) if the device lacks an operator.
+
+    Args:
+        step: name of the work, for the one warning.
+        device: where to try first.
+        work: the function to call.
+    """
     try:
         return work(device)
-    except NotImplementedError as error:  # what torch says of an operator without a kernel
+    except NotImplementedError as error:  # torch raises it for an operator without a kernel
         if device.type == "cpu":
             raise
-        if (step, device.type) not in _said:
-            _said.add((step, device.type))
+        if (step, device.type) not in _warned:
+            _warned.add((step, device.type))
             reason = str(error).strip().split("\n")[0][:160]
             warnings.warn(
                 f"{device.type} lacks an operator, so {step} runs on the CPU: {reason}",
@@ -138,7 +158,7 @@ def or_on_cpu(step: str, device: torch.device, work: Callable[[torch.device], T]
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether a device failed for good: every later call in this process will fail as well."""
+    """Whether a device failed for good, so that every later call in this process fails too."""
     if isinstance(error, torch.cuda.OutOfMemoryError) or not isinstance(error, RuntimeError):
         return False
     kinds = getattr(torch, "AcceleratorError", ())  # torch >= 2.8

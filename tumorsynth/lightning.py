@@ -28,7 +28,7 @@ except ImportError:
 
 from tumorsynth.adapter import SETTINGS, Adapter
 from tumorsynth.arguments import check_keywords, check_probability
-from tumorsynth.generators.diffusion import per_sample_seeds
+from tumorsynth.random_streams import per_sample_seeds
 
 __all__ = ["TumorSynthCallback"]
 

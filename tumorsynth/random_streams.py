@@ -1,4 +1,4 @@
-"""Independent random streams derived from one seed.
+"""Seeds: one for each sample of a batch, and independent random streams derived from one seed.
 
 A tumour stores two seeds in its params. Whatever else is random about it comes from a substream of
 one of these, so that a new random quantity changes no existing one.
@@ -6,7 +6,13 @@ one of these, so that a new random quantity changes no existing one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
+from operator import index
+
 import torch
+
+from tumorsynth.arguments import any_bool
 
 # Each stream XORs the seed with its own salt. Params of earlier versions replay only while these
 # numbers stay as they are.
@@ -31,3 +37,31 @@ def substream(seed: int, name: str) -> torch.Generator:
         A generator that depends on the seed and the name alone.
     """
     return torch.Generator().manual_seed(seed ^ STREAM_SALTS[name])
+
+
+def per_sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+    """Return one seed for each sample of a batch.
+
+    Args:
+        seed: one int, which counts up over the batch; one int for each sample; or None, which draws
+            from torch's global generator. Integers of NumPy and torch count as ints.
+        batch: number of samples.
+
+    Raises:
+        ValueError: if a seed is not an int from 0 to 2**63 - 1, or their number is not ``batch``.
+    """
+    if seed is None:
+        return torch.randint(2**63 - 1, (batch,)).tolist()
+    try:  # index() accepts integers of NumPy and torch, and rejects floats
+        seeds = [index(s) for s in islice(seed, batch + 1)]  # type: ignore[arg-type]
+    except TypeError:
+        try:
+            seeds = [index(seed) + i for i in range(batch)]  # type: ignore[arg-type]
+        except TypeError:
+            seeds = []
+    if any_bool(seed) or len(seeds) != batch or any(s < 0 or s >= 2**63 for s in seeds):
+        raise ValueError(
+            f"seed must be one non-negative int below 2**63, or one for each of the {batch} "
+            f"samples, got {seed!r}; pass seed=0, or a list of {batch} ints"
+        )
+    return seeds

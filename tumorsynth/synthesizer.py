@@ -16,7 +16,6 @@ from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.mass_effect import MassEffect
 from tumorsynth.arguments import check_probability
 from tumorsynth.devices import parse_device, plain_defaults
-from tumorsynth.generators.diffusion import per_sample_seeds
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
 from tumorsynth.intensity import HU, Intensity
@@ -30,6 +29,7 @@ from tumorsynth.pipeline.requests import request_tumors, skip_records
 from tumorsynth.pipeline.settings import check_settings
 from tumorsynth.pipeline.validation import check_batch, check_params
 from tumorsynth.placement.types import Skip
+from tumorsynth.random_streams import per_sample_seeds
 from tumorsynth.threads import one_thread
 
 

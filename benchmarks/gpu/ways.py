@@ -34,7 +34,8 @@ from tumorsynth.commands.timing import (
     synchronise,
 )
 from tumorsynth.devices import full_float32
-from tumorsynth.generators.diffusion import Generator, SamplerConfig
+from tumorsynth.generators.config import SamplerConfig
+from tumorsynth.generators.diffusion import Generator
 from tumorsynth.generators.sampling import Prediction
 from tumorsynth.models import codebook
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import write
-from tumorsynth.generators.store import find_folder, read_folder
+from tumorsynth.generators.folder import read_folder
+from tumorsynth.generators.store import find_folder
 from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.training.data import Case, load_pack
 from tumorsynth.training.pictures import shown, write_grid

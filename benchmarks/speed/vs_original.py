@@ -176,9 +176,9 @@ def noise_of(device: torch.device) -> Tensor:
 def our_steps(synth: ts.SynthesizeTumor, device: torch.device) -> list[tuple[Any, str, str]]:
     generator = synth.handle.get(device)
     steps = [
-        (generator, "_encode", "encode"),
+        (generator, "encode_volume", "encode"),
         (generator, "sample", "denoise"),
-        (generator, "_decode", "decode"),
+        (generator, "decode_latent", "decode"),
     ]
     if generator.autoencoder.codebook is not None:
         steps.append((generator.autoencoder, "quantize", "quantise"))

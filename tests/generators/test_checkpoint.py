@@ -358,7 +358,8 @@ def test_the_classes_stood_in_for_are_not_imported(tmp_path: Path) -> None:
     path = archive(tmp_path / "x.pt", b"\x80\x02comegaconf.listconfig\nListConfig\n)\x81}b.")
     code = (
         "import sys; sys.modules['omegaconf'] = sys.modules['lightning'] = None\n"
-        f"from tumorsynth.generators.checkpoint import read_checkpoint; read_checkpoint({str(path)!r})"
+        "from tumorsynth.generators.checkpoint import read_checkpoint\n"
+        f"read_checkpoint({str(path)!r})"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
@@ -441,7 +442,7 @@ def test_a_part_of_a_storage_does_not_keep_the_whole(tmp_path: Path) -> None:
 
 
 def test_too_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tumorsynth.generators.checkpoint.MAX_ENTRIES", 5)
+    monkeypatch.setattr("tumorsynth.generators.checkpoint.MAX_ZIP_ENTRIES", 5)
     entries = {f"a/data/{k}": b"" for k in range(5)}
     with pytest.raises(CheckpointError, match="more than 5 entries"):
         read_checkpoint(archive(tmp_path / "x.pt", pickle.dumps({}, 2), entries))

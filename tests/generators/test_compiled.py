@@ -185,7 +185,7 @@ def agrees(generator: Generator, compiled: Generator, sizes: tuple[int, ...]) ->
 
 
 def test_a_generator_keeps_its_numbers_settings_and_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("tumorsynth.generators.diffusion.cpu_computes_bfloat16", lambda: True)
+    monkeypatch.setattr("tumorsynth.generators.precision.cpu_computes_bfloat16", lambda: True)
     plain, generator = tiny_generator(codes=16), tiny_generator(codes=16)
     plain.precision = generator.precision = "float32"
     backend = Counting()

@@ -10,7 +10,7 @@ from balls import make_cases
 from tiny import tiny_crop, tiny_generator
 
 from tumorsynth.generators.diffusion import Generator
-from tumorsynth.generators.store import read_folder
+from tumorsynth.generators.folder import read_folder
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.training.autoencoder import train
 from tumorsynth.training.config import PRESETS, AutoencoderTraining, configured

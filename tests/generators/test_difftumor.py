@@ -15,7 +15,7 @@ from tumorsynth.generators.checkpoint import CheckpointError
 from tumorsynth.generators.difftumor import (
     AUTOENCODER_NAMES,
     DENOISER_NAMES,
-    SCHEDULE,
+    SCHEDULE_BUFFERS,
     autoencoder_state,
     denoiser_state,
     published_names,
@@ -67,7 +67,7 @@ def tables(networks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def buffers(timesteps: int) -> dict[str, Tensor]:
     schedule = cosine_schedule(timesteps)
     made = {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod}
-    return {name: made.get(name, schedule.betas).float() for name in SCHEDULE}
+    return {name: made.get(name, schedule.betas).float() for name in SCHEDULE_BUFFERS}
 
 
 def write(folder: Path, tables: tuple[dict[str, Any], dict[str, Any]]) -> tuple[Path, Path]:

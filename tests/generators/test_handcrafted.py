@@ -12,13 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tumorsynth.generators.handcrafted import (
-    HandcraftedConfig,
-    HandcraftedGenerator,
-    _blobs,
-    _blur,
-    _distance,
-)
+from tumorsynth.generators.filters import blobs, blur, distance_mm
+from tumorsynth.generators.handcrafted import HandcraftedConfig, HandcraftedGenerator
 
 N = 48
 
@@ -36,7 +31,7 @@ def ball(diameter, centre=(N // 2,) * 3, n=N):
 def organ(hu=110.0, noise=12.0, seed=0, n=N):
     """A homogeneous organ with CT-like (correlated) noise, in HU, (1, 1, n, n, n)."""
     rng = torch.Generator().manual_seed(seed)
-    field = _blur(torch.randn(n, n, n, generator=rng), 0.6)
+    field = blur(torch.randn(n, n, n, generator=rng), 0.6)
     return hu + noise * (field / field.std())[None, None]
 
 
@@ -45,7 +40,7 @@ def change_hu(hu, mask, seed=0, config=None):
 
 
 def noise_sd(hu, where):
-    return float((hu[0, 0] - _blur(hu[0, 0], 1.5))[where[0, 0]].std())
+    return float((hu[0, 0] - blur(hu[0, 0], 1.5))[where[0, 0]].std())
 
 
 def test_interface():
@@ -112,7 +107,7 @@ def test_vessel_inside_is_replaced():
     x, y = torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij")
     tube = ((x - 24) ** 2 + (y - 25) ** 2 <= 2.5**2)[None, None, :, :, None].expand_as(mask)
     # A vessel as a scanner shows it, blurred by 0.6 mm.
-    with_vessel = hu + 70.0 * _blur(tube[0, 0].float(), 0.6)
+    with_vessel = hu + 70.0 * blur(tube[0, 0].float(), 0.6)
     after = with_vessel + change_hu(with_vessel, mask, 1)
     inside, rest = mask & tube, mask & ~tube
     assert float(with_vessel[inside].mean() - with_vessel[rest].mean()) > 50
@@ -132,7 +127,7 @@ def test_change_carries_on_beyond_the_mask_and_ends():
     mask = ball(10)
     config = HandcraftedConfig(texture_hu=(0.0, 0.0), capsule_probability=0.0)
     change = change_hu(organ(110.0, noise=0.0), mask, 2, config)
-    distance = _distance(mask[0, 0])[None, None]
+    distance = distance_mm(mask[0, 0])[None, None]
     contrast = float(change[mask].mean())
     assert -60 < contrast < -10
     torch.testing.assert_close(
@@ -171,7 +166,7 @@ def test_capsule_is_a_bright_rim_of_large_tumors_only():
 
 def test_texture_correlation_length():
     for length in (2.0, 3.0, 4.0):
-        field = _blobs(torch.Size((60, 60, 60)), length, torch.Generator().manual_seed(0))
+        field = blobs(torch.Size((60, 60, 60)), length, torch.Generator().manual_seed(0))
         assert float(field.mean()) == pytest.approx(0, abs=1e-3)
         assert float(field.std()) == pytest.approx(1, abs=1e-3)
         lags = [float((field[k:] * field[: 60 - k]).mean()) for k in range(8)]
@@ -190,7 +185,7 @@ def test_distance_is_right_to_half_a_millimetre():
         )
         shell = (true > 3) & (true < 11)
         # A ball of voxel centres ends up to half a voxel below its radius.
-        error = _distance(ball(2 * radius)[0, 0])[shell] - true[shell]
+        error = distance_mm(ball(2 * radius)[0, 0])[shell] - true[shell]
         assert -0.5 < float(error.min()) and float(error.max()) < 1.0
 
 
@@ -199,7 +194,7 @@ def test_inpaint_pastes_with_a_soft_edge_and_keeps_the_rest():
     out = generator.inpaint(crop, mask, 3)
     hu_change = 425 * (out - crop)
     assert -60 < float(hu_change[mask].mean()) < -10
-    far = _distance(mask[0, 0])[None, None] > 12.5
+    far = distance_mm(mask[0, 0])[None, None] > 12.5
     assert torch.equal(out[far], crop[far])
     profile = hu_change[0, 0, 24, 24, 24:44].abs()
     assert float(profile[:4].mean()) > 15 and float(profile[12:].max()) < 1
@@ -384,7 +379,7 @@ def test_real_enhanced_liver(shared):
         crop, organ_crop = hu[cut][None, None], liver[cut][None, None]
         mask = ball(diameter, (32, 32, 32), 64) & organ_crop
         after = crop + change_hu(crop, mask, k)
-        distance = _distance(mask[0, 0])[None, None]
+        distance = distance_mm(mask[0, 0])[None, None]
         shell = organ_crop & (distance > 3) & (distance < 10)
         parenchyma = crop[shell].median()
         assert 10 < float(parenchyma - after[mask].mean()) < 60

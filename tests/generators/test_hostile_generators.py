@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save
 from tiny import tiny_crop, tiny_generator
 
 import tumorsynth as ts
-from tumorsynth.generators.diffusion import build
-from tumorsynth.generators.store import config_digest, read_folder
+from tumorsynth.generators.config import build
+from tumorsynth.generators.folder import config_digest, read_folder
 
 LONG = int(os.environ.get("TUMORSYNTH_EXAMPLES", "0"))
 SECONDS = 10  # of CPU time, of a load and a tumour

@@ -144,7 +144,7 @@ def test_the_gradient_passes_straight_through():
     assert latent.grad is not None and torch.equal(latent.grad, weight)
     with torch.no_grad():  # what is decoded is a code (the one before this update)
         again = Codebook(8, 3).train()
-        again._seed(torch.ones(8, dtype=torch.bool), latent, rng())
+        again._place_codes(torch.ones(8, dtype=torch.bool), latent, rng())
     torch.testing.assert_close(quantised.detach(), again.lookup(codes))
 
 

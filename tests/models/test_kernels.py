@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tiny import tiny_crop, tiny_generator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tumorsynth.generators import diffusion as generators
+from tumorsynth.generators import precision
 from tumorsynth.models import conv, kernels, slabs
 from tumorsynth.models.conv import Linear
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
@@ -28,7 +29,7 @@ SMALLEST = 2.0**-126  # normal float32: bfloat16 instructions take what is below
 def emulates(monkeypatch):
     """A CPU whose libraries accept bfloat16 but only emulate it."""
     monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: False)
-    generators._warn_of_float32.cache_clear()
+    precision._warn_of_float32.cache_clear()
 
 
 class Products(TorchDispatchMode):
@@ -161,7 +162,7 @@ def test_bfloat16_asked_for_is_float32_with_one_warning(emulates, prediction):
 
 
 def test_without_onednn_bfloat16_is_float32(monkeypatch):
-    generators._warn_of_float32.cache_clear()
+    precision._warn_of_float32.cache_clear()
     generator, (crop, mask) = tiny_generator(prediction="x0"), tiny_crop()
     with torch.backends.mkldnn.flags(enabled=False):
         exact = generator.change(crop, mask, seed=0)
@@ -173,8 +174,8 @@ def test_without_onednn_bfloat16_is_float32(monkeypatch):
 @pytest.mark.parametrize("large", [0, 2**40], ids=["slabs", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_callers_bfloat16_is_computed_in_float32_and_rounded(emulates, kind, large, monkeypatch):
-    monkeypatch.setattr(slabs, "LARGE", large)
-    monkeypatch.setattr(slabs, "SLAB", 3000)
+    monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", large)
+    monkeypatch.setattr(slabs, "MAX_SLAB_VALUES", 3000)
     model, x = autoencoder(kind), 2 * torch.rand(1, 1, 20, 12, 28) - 1
     near = (slice(4, 12), slice(4, 8), slice(8, 16))
     with torch.no_grad():
@@ -233,7 +234,7 @@ def test_layers_go_pytorchs_way_where_onednn_refuses(monkeypatch):
 
     generator, (crop, mask) = tiny_generator(codes=16), tiny_crop()
     generator.precision = "float32"
-    monkeypatch.setattr(slabs, "LARGE", 0)
+    monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", 0)
     expected = generator.change(crop, mask, seed=0)
     with monkeypatch.context() as patched:
         patched.setattr(torch, "mkldnn_convolution", refuse)
@@ -250,7 +251,7 @@ def test_layers_go_pytorchs_way_where_onednn_refuses(monkeypatch):
 
 LIMITED = """
 import sys, warnings
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 import torch
 from test_slabs import autoencoder, far, there_and_back
 from tiny import tiny_crop, tiny_generator
@@ -258,7 +259,7 @@ from tumorsynth.models import kernels, slabs
 
 assert not kernels.cpu_computes_bfloat16(), kernels.cpu_isa()
 print(kernels.cpu_isa())
-slabs.LARGE, slabs.SLAB = 0, 3000
+slabs.MAX_CACHED_BYTES, slabs.MAX_SLAB_VALUES = 0, 3000
 model, x = autoencoder("published"), torch.rand(1, 1, 16, 16, 16)
 with torch.no_grad():
     exact = there_and_back(model, x)
@@ -292,7 +293,8 @@ assert torch.equal(made["bfloat16"], made["float32"])
 )
 def test_under_a_limit_of_the_libraries(limits):
     unlimited = {k: v for k, v in os.environ.items() if k not in kernels.ISA_LIMITS}
-    code = LIMITED.format(tests=os.path.dirname(__file__))
+    here = Path(__file__).parent
+    code = LIMITED.format(folders=[str(here), str(here.parent)])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=unlimited | limits,

@@ -50,8 +50,10 @@ def far(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("large", [0, 2**40], ids=["slabs", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_numbers_are_those_of_the_layers(kind, large, monkeypatch):
-    monkeypatch.setattr(slabs, "LARGE", large)
-    monkeypatch.setattr(slabs, "SLAB", 3000)  # one to three planes: many slabs, the last one less
+    monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", large)
+    monkeypatch.setattr(
+        slabs, "MAX_SLAB_VALUES", 3000
+    )  # one to three planes: many slabs, the last one less
     model, x = autoencoder(kind), 2 * torch.rand(2, 1, 20, 12, 28) - 1
     before = x.clone()
     with torch.enable_grad():  # PyTorch's own way
@@ -72,8 +74,8 @@ def test_the_numbers_are_those_of_the_layers(kind, large, monkeypatch):
 @pytest.mark.parametrize("large", [0, 2**40], ids=["slabs", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_near_a_tumour_the_numbers_are_those_of_the_whole(kind, large, monkeypatch):
-    monkeypatch.setattr(slabs, "LARGE", large)
-    monkeypatch.setattr(slabs, "SLAB", 3000)
+    monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", large)
+    monkeypatch.setattr(slabs, "MAX_SLAB_VALUES", 3000)
     model, latent = autoencoder(kind), torch.randn(2, 8, 6, 4, 8)
     boxes = [
         (slice(8, 12), slice(4, 12), slice(12, 20)),
@@ -89,8 +91,8 @@ def test_near_a_tumour_the_numbers_are_those_of_the_whole(kind, large, monkeypat
 
 @needs_mkldnn
 def test_what_is_made_is_a_few_tensors_of_the_crops_size_and_slabs(monkeypatch):
-    monkeypatch.setattr(slabs, "LARGE", 0)
-    monkeypatch.setattr(slabs, "SLAB", 2**14)
+    monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", 0)
+    monkeypatch.setattr(slabs, "MAX_SLAB_VALUES", 2**14)
     model, latent = autoencoder("published"), torch.randn(1, 8, 12, 12, 12)
     with torch.no_grad():
         model.decode(latent)
@@ -104,7 +106,7 @@ def test_what_is_made_is_a_few_tensors_of_the_crops_size_and_slabs(monkeypatch):
 
 
 def test_training_and_gradients_go_the_plain_way(monkeypatch):
-    monkeypatch.setattr(slabs, "LARGE", 0)
+    monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", 0)
     model, x = autoencoder("published"), torch.rand(1, 1, 8, 8, 8)
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())

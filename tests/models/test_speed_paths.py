@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tumorsynth.generators.diffusion import Generator
-from tumorsynth.models import unet
+from tumorsynth.models import attention
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.codebook import Codebook
 from tumorsynth.models.conv import Conv3d, cpu_layout, pad_replicate
@@ -26,6 +26,7 @@ from tumorsynth.models.kernels import (
     onednn_convolves,
     uses_onednn,
 )
+from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 from tumorsynth.pipeline.paint import GPU_BATCH, Painter
 from tumorsynth.placement.organ import organ_box
 from tumorsynth.synthesizer import SynthesizeTumor
@@ -134,12 +135,12 @@ def test_a_codebook_costs_the_decoder_no_digits():
 
 def test_attention_goes_by_parts_that_fit_a_cache_to_the_same_numbers(monkeypatch):
     torch.manual_seed(0)
-    config = unet.UNetConfig(dim=8, heads=2, multipliers=(1, 2))
-    model = unet.FactorizedUNet(config).eval().requires_grad_(False)
+    config = UNetConfig(dim=8, heads=2, multipliers=(1, 2))
+    model = FactorizedUNet(config).eval().requires_grad_(False)
     x, cond = torch.randn(1, 8, 8, 16, 16), torch.randn(1, 9, 8, 16, 16)
 
     def run(chunk: int) -> tuple[Tensor, int]:
-        monkeypatch.setattr(unet, "CHUNK", chunk)
+        monkeypatch.setattr(attention, "CHUNK_BYTES", chunk)
         with torch.no_grad(), Kernels() as seen:
             return model(x, 1, cond), seen.largest
 
@@ -174,8 +175,8 @@ def test_each_network_is_one_graph_for_torch_compile(kind):
     torch.manual_seed(0)
     generator, (crop, mask) = tiny_generator(codes=32), tiny_crop()
     if kind == "factorized":
-        unet_config = unet.UNetConfig(dim=8, heads=2, multipliers=(1, 2))
-        generator = Generator(generator.autoencoder, unet.FactorizedUNet(unet_config))
+        unet_config = UNetConfig(dim=8, heads=2, multipliers=(1, 2))
+        generator = Generator(generator.autoencoder, FactorizedUNet(unet_config))
     expected = generator.change(crop, mask, seed=0)
     with torch.random.fork_rng():
         torch._dynamo.reset()
@@ -209,7 +210,7 @@ def test_an_organ_is_looked_for_in_slabs(monkeypatch):
 
 def dtypes(generator: Generator, monkeypatch, flags: bool) -> dict[str, torch.dtype]:
     """In which format the last layers of encoder, denoiser and decoder answer."""
-    monkeypatch.setattr("tumorsynth.generators.diffusion.cpu_computes_bfloat16", lambda: flags)
+    monkeypatch.setattr("tumorsynth.generators.precision.cpu_computes_bfloat16", lambda: flags)
     seen: dict[str, torch.dtype] = {}
     parts = {
         "encode": generator.autoencoder.encoder,
@@ -252,7 +253,7 @@ def test_which_network_computes_in_what(monkeypatch, prediction, precision, flag
 
 def test_noise_is_predicted_in_float32_where_its_error_grows(monkeypatch):
     """The first of four steps multiplies an error by 263, the others by 2.4 at most."""
-    monkeypatch.setattr("tumorsynth.generators.diffusion.cpu_computes_bfloat16", lambda: True)
+    monkeypatch.setattr("tumorsynth.generators.precision.cpu_computes_bfloat16", lambda: True)
     generator, seen = tiny_generator(prediction="noise"), []
     generator.precision = "bfloat16"
     generator.denoiser.register_forward_hook(

@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tumorsynth.models.unet import (
+from tumorsynth.models.attention import (
     Attention,
-    FactorizedUNet,
     RelativePositionBias,
     Rotary,
     SpatialLinearAttention,
-    UNetConfig,
     rotate,
 )
+from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 
 SMALL = UNetConfig(dim=8, multipliers=(1, 2), heads=2, head_dim=8, groups=4, rotary_dim=8)
 
@@ -75,7 +74,7 @@ def test_bfloat16_autocast_is_close() -> None:
 
 
 def test_relative_position_buckets() -> None:
-    buckets = RelativePositionBias(UNetConfig()).buckets(48, torch.device("cpu"))
+    buckets = RelativePositionBias(32, 8, 32).buckets(48, torch.device("cpu"))
     before, after = buckets[40].flip(0)[7:], buckets[0]  # distances 0, 1, ... to either side
     # one bucket a distance up to 7, then logarithmic, all that is 32 or further in the last one
     golden = [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12]
@@ -107,7 +106,8 @@ def test_rotation_leaves_the_channels_beyond_its_own() -> None:
 def test_depth_attention_is_the_written_formula() -> None:
     """q scaled, then q and k rotated by pairs, then bias, softmax: step by step as published."""
     torch.manual_seed(0)
-    attention, bias = Attention(8, SMALL), RelativePositionBias(SMALL)(6)
+    attention = Attention(8, SMALL.heads, SMALL.head_dim)
+    bias = RelativePositionBias(SMALL.buckets, SMALL.heads, SMALL.max_distance)(6)
     x = torch.randn(1, 6, 8)
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     q, k, v = (normed @ attention.to_qkv.weight.T).reshape(6, 3, 2, 8).permute(1, 2, 0, 3)
@@ -129,7 +129,7 @@ def test_depth_attention_is_the_written_formula() -> None:
 
 
 def test_linear_attention_keeps_slices_apart() -> None:
-    attention = SpatialLinearAttention(8, SMALL)
+    attention = SpatialLinearAttention(8, SMALL.heads, SMALL.head_dim)
     x = torch.randn(1, 8, 4, 3, 3)
     order = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(attention(x)[:, :, order], attention(x[:, :, order]))

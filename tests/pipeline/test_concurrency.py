@@ -16,7 +16,7 @@ from tiny import tiny_generator
 
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
-from tumorsynth.generators import store as weights
+from tumorsynth.generators import store
 
 ROOT = Path(__file__).resolve().parents[2]
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -86,7 +86,7 @@ def test_a_fork_after_use(tmp_path, held):
     free, taken = threading.Event(), threading.Event()
 
     def hold():
-        with weights._lock:
+        with store._lock:
             taken.set()
             free.wait(600)
 

@@ -18,8 +18,8 @@ if int(tio.__version__.split(".")[0]) > 1:
 
 import tumorsynth as ts  # noqa: E402
 from tumorsynth.appearance.contrast import ContrastConfig  # noqa: E402
-from tumorsynth.generators import store as weights  # noqa: E402
-from tumorsynth.generators.diffusion import build  # noqa: E402
+from tumorsynth.generators import store  # noqa: E402
+from tumorsynth.generators.config import build  # noqa: E402
 from tumorsynth.generators.handcrafted import HandcraftedConfig  # noqa: E402
 from tumorsynth.torchio import RandomSynthesizeTumor, SynthesizeTumor  # noqa: E402
 
@@ -227,7 +227,7 @@ def test_numpy_errors_are_not_raised(prior, generator, tmp_path):
     given["image"].data[:, :4] = float("nan")
     if generator == "tiny":
         generator = tiny_generator(contrast=ContrastConfig()).save(tmp_path / "tiny")
-    weights._loaded.clear()  # loading is part of it
+    store._loaded.clear()  # loading is part of it
     settings = {"size_mm": prior, "count": None, "intensity": ts.HU(), "generator": generator}
     with np.errstate(all="raise"):
         out = transform(**settings)(given)

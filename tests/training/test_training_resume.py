@@ -239,14 +239,14 @@ def test_a_disk_that_fills_names_the_file_and_the_remedy(
             os.symlink("/dev/full", path)
             return os.open(path, os.O_WRONLY), path
 
-        monkeypatch.setattr("tumorsynth.generators.store.tempfile.mkstemp", mkstemp)
+        monkeypatch.setattr("tumorsynth.generators.folder.tempfile.mkstemp", mkstemp)
     config = AutoencoderTraining(**{**vars(STAGE1), "steps": 1})
     with pytest.raises(OSError, match=r"cannot be written .*No space left.*make room") as caught:
         autoencoder.train(cases, run, config)
     assert exit_code(caught.value) == 1
     if name != "log.csv":
         assert f"{run}/{name}" in str(caught.value) and "checkpoint.pt stays" in str(caught.value)
-        monkeypatch.setattr("tumorsynth.generators.store.tempfile.mkstemp", mkstemp_of_python)
+        monkeypatch.setattr("tumorsynth.generators.folder.tempfile.mkstemp", mkstemp_of_python)
         autoencoder.train(cases, run, config, resume=True)
         assert (run / name).is_file()
 

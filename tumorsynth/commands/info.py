@@ -75,7 +75,7 @@ def _parameters(network: Any) -> str:
 
 
 def _describe_file(folder: Path, card: dict[str, Any]) -> str:
-    from tumorsynth.generators.store import MODEL
+    from tumorsynth.generators.folder import MODEL
 
     words = f"{(folder / MODEL).stat().st_size / 1e6:.1f} MB, sha256 agrees"
     if "config_sha256" in card:

@@ -134,21 +134,16 @@ def pass_times(
     device = generator.device
     crop, mask = crop_and_mask(side or generator.crop_size, batch, device)
     seeds = list(range(batch))
-    aim = generator._aim(crop, mask, seeds, None)
-    cond, volume = generator._condition(crop, mask, None if aim is None else aim[2])
-    noise = generator._noise(cond, seeds, None).to(device)
-    raw = generator.autoencoder.denormalize(generator.sample(cond, noise))
+    inputs = generator.prepare(crop, mask, seeds)
+    noise, decoder = inputs.noise.to(device), generator.autoencoder.decoder
+    raw = generator.autoencoder.denormalize(generator.sample(inputs.cond, noise))
     quantised = generator.autoencoder.quantize(raw)
 
-    def decode() -> Tensor:
-        with generator._reduced():
-            return generator._run(generator.autoencoder.decoder, quantised)
-
     runs: dict[str, Callable[[], object]] = {
-        "encode": lambda: generator._encode(volume),
-        "denoise": lambda: generator.sample(cond, noise),
+        "encode": lambda: generator.encode_volume(inputs.volume),
+        "denoise": lambda: generator.sample(inputs.cond, noise),
         "quantise": lambda: generator.autoencoder.quantize(raw),
-        "decode": decode,
+        "decode": lambda: generator.run_network(decoder, quantised),
         "inpaint": lambda: generator.inpaint(crop, mask, seed=seeds),
         "change": lambda: generator.change(crop, mask, seed=seeds),
     }
@@ -195,9 +190,9 @@ def call_times(
     ]
     if isinstance(generator, Generator):
         steps += [
-            (generator, "_encode", "encode"),
+            (generator, "encode_volume", "encode"),
             (generator, "sample", "denoise"),
-            (generator, "_decode", "decode"),
+            (generator, "decode_latent", "decode"),
         ]
         if generator.autoencoder.codebook is not None:
             steps.append((generator.autoencoder, "quantize", "quantise"))

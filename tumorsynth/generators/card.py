@@ -1,14 +1,23 @@
-"""A generator's card as a page for people: CARD.md."""
+"""Render a generator's card as Markdown: CARD.md."""
 
 from __future__ import annotations
 
 from typing import Any
 
-HIDDEN = ("name", "description", "config", "config_sha256", "format")  # from CARD.md's entries
+HIDDEN = ("name", "description", "config", "config_sha256", "format")  # not listed as entries
+SENTENCE_CHARACTERS = 60  # longer strings in a list count as sentences
 
 
 def readable_card(card: dict[str, Any]) -> str:
-    """CARD.md of a card: a heading, a paragraph, single values, and a section for every other."""
+    """Render a card.
+
+    Args:
+        card: the card, with at least ``name``.
+
+    Returns:
+        Markdown: a heading, the description, the single values as a list, and a section for each
+        dict or list.
+    """
     lines = [f"# {card['name']}", ""]
     if "description" in card:
         lines += [str(card["description"]), ""]
@@ -22,11 +31,11 @@ def readable_card(card: dict[str, Any]) -> str:
 
 
 def _section(key: str, value: Any, level: int) -> list[str]:
-    """Entries as a list, tables of figures as tables, anything deeper as sections of its own."""
+    """Render entries as a list, dicts of dicts as a table, anything deeper as subsections."""
     lines = ["#" * level + " " + key.replace("_", " "), ""]
     if isinstance(value, list):
         return lines + [f"- {item}" for item in value] + [""]
-    deeper = {k: v for k, v in value.items() if isinstance(v, dict) or _wordy(v)}
+    deeper = {k: v for k, v in value.items() if isinstance(v, dict) or _has_sentences(v)}
     plain = {k: v for k, v in value.items() if k not in deeper}
     if plain:
         lines += [*_as_list(plain), ""]
@@ -39,9 +48,9 @@ def _section(key: str, value: Any, level: int) -> list[str]:
     return lines
 
 
-def _wordy(value: Any) -> bool:
-    """A list of sentences, rather than of names or numbers."""
-    return isinstance(value, list) and any(len(str(item)) > 60 for item in value)
+def _has_sentences(value: Any) -> bool:
+    """Whether this is a list of sentences, rather than of names or numbers."""
+    return isinstance(value, list) and any(len(str(item)) > SENTENCE_CHARACTERS for item in value)
 
 
 def _as_list(entries: dict[str, Any]) -> list[str]:

@@ -1,10 +1,9 @@
-"""A restricted reader of torch checkpoints, for files that somebody else has written.
+"""A restricted reader of torch checkpoints from other people.
 
-A torch checkpoint is a zip archive with a pickle in it, and unpickling a foreign file normally
-runs whatever the file says. Here every global in the pickle is either one of the few that the
-published DiffTumor checkpoints hold, replaced by an inert stand-in, or the whole file is refused
-with its name. Tensors are read only when they are asked for: optimiser moments, discriminators
-and the perceptual network stay on the disk.
+A torch checkpoint is a zip archive with a pickle in it, and unpickling normally runs whatever the
+file says. This reader replaces the few globals that published DiffTumor checkpoints hold by inert
+stand-ins, and refuses files with any other global. Tensors are read only on request: optimiser
+moments, discriminators and the perceptual network stay on the disk.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# The published files hold well under 1 MiB of pickle; these bounds keep the worst file at seconds
-# of time and a few hundred MiB of memory, whatever it does with them.
+# Published files hold well under 1 MiB of pickle. These limits bound the time and memory that any
+# file can cost to seconds and a few hundred MiB.
 MAX_PICKLE_BYTES = 8 << 20
 MAX_OPCODES = 1_000_000
-MAX_ENTRIES = 100_000
-MAX_VALUES = 1 << 28  # of one tensor that repeats its storage: a stride of 0 costs a file nothing
-# typed loosely: the stubs of its steps differ between versions of the type checker
+MAX_ZIP_ENTRIES = 100_000
+MAX_EXPANDED_VALUES = 1 << 28  # of a tensor larger than its storage (a stride of 0)
+# typed as Any: type checkers disagree about its methods
 _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ignore]
-SETS = ("EMPTY_SET", "ADDITEMS", "FROZENSET")
+SET_OPCODES = ("EMPTY_SET", "ADDITEMS", "FROZENSET")
 AGAIN = "download the file again from its authors"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not what it should be; the message names the file and what is wrong."""
+    """A checkpoint is damaged or not the expected one; the message names the file."""
 
 
 class _Inert:
-    """Stands for an object of no use here (omegaconf nodes). Keeps nothing, does nothing.
+    """Stand-in for an object that is not needed (omegaconf nodes). Stores and runs nothing.
 
-    __setstate__ comes before any attribute that a pickle would set otherwise.
+    Its __setstate__ keeps a pickle from setting attributes.
     """
 
     __slots__ = ()
@@ -51,7 +50,7 @@ class _Inert:
 
 
 class _Dict(dict):
-    """Stands for OrderedDict, defaultdict and Counter: what they are made from is dropped."""
+    """Stand-in for OrderedDict, defaultdict and Counter; constructor arguments are dropped."""
 
     __slots__ = ()
 
@@ -63,14 +62,23 @@ class _Dict(dict):
 
 
 class _Named(_Inert):
-    """Stands for a type that is only named, never called: typing.Any, list, dict, int."""
+    """Stand-in for a type that is named and never called: typing.Any, list, dict, int."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a checkpoint whose values are still on the disk; `load()` reads them."""
+    """A tensor of a checkpoint whose values are still on the disk.
+
+    Args:
+        archive: the checkpoint.
+        key: name of the storage.
+        dtype: of the stored values.
+        offset: of the first value, in values.
+        shape: of the tensor.
+        stride: of the tensor, in values.
+    """
 
     archive: _Archive
     key: str
@@ -80,20 +88,24 @@ class LazyTensor:
     stride: tuple[int, ...]
 
     def load(self) -> Tensor:
-        """The values, a view of the storage as it was saved (which may be an expanded one)."""
+        """Read the values.
+
+        Raises:
+            CheckpointError: if the file is damaged, or the tensor is far larger than its storage.
+        """
         entry = self.archive.storage_entry(self.key)
-        if math.prod(self.shape) > max(entry.file_size, MAX_VALUES):
+        if math.prod(self.shape) > max(entry.file_size, MAX_EXPANDED_VALUES):
             raise self.archive.error(
                 f"holds a tensor of shape {self.shape} out of {entry.file_size} stored bytes"
             )
         data = bytearray(self.archive.read(entry))
         flat = torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0)
         view = flat.to(self.dtype).as_strided(self.shape, self.stride, self.offset)
-        # a part of a storage does not keep the whole of it in memory
+        # copy a part, which would keep the whole storage in memory
         return view.clone() if view.numel() < flat.numel() else view
 
     def __setstate__(self, state: object) -> None:
-        """BUILD would change what has been checked."""
+        """Refuse the BUILD opcode, which would change what has been checked."""
         raise TypeError("a tensor's description cannot be changed")
 
 
@@ -112,7 +124,7 @@ class _StorageType(_Inert):
 
 
 class _RebuildTensor(_Inert):
-    """Stands for torch._utils._rebuild_tensor_v2: checks everything, reads nothing."""
+    """Stand-in for torch._utils._rebuild_tensor_v2: checks everything, reads nothing."""
 
     __slots__ = ()
 
@@ -134,7 +146,7 @@ class _RebuildTensor(_Inert):
 
 
 def _sizes(value: object) -> bool:
-    """A short tuple of non-negative integers."""
+    """Whether this is a short tuple of non-negative integers."""
     return (
         isinstance(value, tuple)
         and len(value) <= 8
@@ -153,7 +165,7 @@ _GLOBALS: dict[tuple[str, str], object] = {
     ("omegaconf.nodes", "AnyNode"): _Inert,
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("typing", "Any"): _Named(),
-    # pickle protocol 2 writes the builtins under their Python 2 names
+    # pickle protocol 2 uses the Python 2 names of builtins
     **{(m, n): _Named() for m in ("builtins", "__builtin__") for n in ("list", "dict", "int")},
     ("__builtin__", "long"): _Named(),
     **{
@@ -186,8 +198,8 @@ class _Archive:
                 f"{path.name} is not a whole zip checkpoint as torch.save writes it ({error}); "
                 f"{AGAIN}"
             ) from error
-        if len(self.zip.infolist()) > MAX_ENTRIES:
-            raise self.error(f"holds more than {MAX_ENTRIES} entries")
+        if len(self.zip.infolist()) > MAX_ZIP_ENTRIES:
+            raise self.error(f"holds more than {MAX_ZIP_ENTRIES} entries")
         self.entries = {info.filename: info for info in self.zip.infolist()}
         self._check_entries(path.stat().st_size)
         pickles = [name for name in self.entries if PurePosixPath(name).parts[1:] == ("data.pkl",)]
@@ -202,7 +214,7 @@ class _Archive:
         self.pickle = self.entries[pickles[0]]
 
     def _check_entries(self, size_on_disk: int) -> None:
-        """No compression (a bomb unpacks to more than the file holds), no odd names, no overlap."""
+        """Refuse compression (zip bombs), unsafe names and overlapping entries."""
         infos = self.zip.infolist()
         if len(infos) != len(self.entries):
             raise self.error("holds two entries of one name")
@@ -239,10 +251,10 @@ class _Archive:
 
 
 class _Unpickler(_PythonUnpickler):
-    """Python's own unpickler in its Python form, whose steps can be watched: keys of dicts.
+    """Python's unpickler in its pure-Python form, which allows checking the keys of dicts.
 
-    A key is hashed. The hash of a tuple of a tuple twice, 60 times over, takes for ever, and so
-    do many large integers of one hash; strings and small integers, all that is needed, do not.
+    Keys are hashed. Deeply nested tuples take forever to hash, and so do many large integers with
+    the same hash; strings and small integers do not.
     """
 
     dispatch = dict(_PythonUnpickler.dispatch)
@@ -264,7 +276,7 @@ class _Unpickler(_PythonUnpickler):
         super().load_setitem()
 
     def _items(self) -> None:
-        self._check_keys(self.stack[::2])  # all since the mark
+        self._check_keys(self.stack[::2])  # keys and values since the mark alternate
         super().load_setitems()
 
     def _dict(self) -> None:
@@ -298,10 +310,18 @@ class _Unpickler(_PythonUnpickler):
 
 
 def read_checkpoint(path: str | PathLike[str]) -> Any:
-    """The objects in a torch zip checkpoint: dicts, lists, numbers, strings and `LazyTensor`s.
+    """Read a torch zip checkpoint without executing anything in it.
 
-    Anything else a published checkpoint holds becomes an inert stand-in; any other global, a
-    compressed or overlapping entry, and a tensor beyond its storage raise CheckpointError.
+    Args:
+        path: the checkpoint.
+
+    Returns:
+        Dicts, lists, numbers, strings and `LazyTensor` objects. Everything else that published
+        checkpoints hold is an inert stand-in.
+
+    Raises:
+        CheckpointError: for an unknown global, a compressed or overlapping entry, a tensor beyond
+            its storage, or a damaged file.
     """
     archive = _Archive(Path(path))
     data = archive.read(archive.pickle)
@@ -309,14 +329,14 @@ def read_checkpoint(path: str | PathLike[str]) -> Any:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if count >= MAX_OPCODES:
                 raise archive.error(f"holds a pickle of more than {MAX_OPCODES} steps")
-            if opcode.name.startswith("EXT"):  # a cached extension would pass find_class by
+            if opcode.name.startswith("EXT"):  # a cached extension would bypass find_class
                 raise archive.error("holds a pickle extension code")
-            if opcode.name in SETS:  # they hash what is in them
+            if opcode.name in SET_OPCODES:  # sets hash their members
                 raise archive.error("holds a set, which no DiffTumor checkpoint does")
             if opcode.name.endswith("PUT") and argument >= MAX_OPCODES:  # type: ignore[operator]
                 raise archive.error("asks for a memo larger than itself")
         return _Unpickler(archive, data).load()
     except CheckpointError:
         raise
-    except Exception as error:  # bytes made to harm let the unpickler raise nearly anything
+    except Exception as error:  # on malicious bytes the unpickler raises nearly anything
         raise archive.error(f"holds a damaged pickle ({type(error).__name__}: {error})") from error

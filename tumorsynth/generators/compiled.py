@@ -1,4 +1,4 @@
-"""`Generator.compile`: its networks through torch.compile, for a bounded number of shapes."""
+"""Run a generator's networks through torch.compile, for a bounded number of shapes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_SHAPES = 8
-TOGETHER = 8  # crops in one pass; a batch goes in parts of 8, 4, 2 and 1, so that few shapes arise
+MAX_SHAPES = 8  # compiled for each network
+MAX_BATCH = 8  # crops in one pass; batches are split into 8, 4, 2 and 1, which keeps shapes few
 
 Network = Callable[..., Tensor]
 
 
 class Compiled:
-    """Calls networks compiled, each shape of input by itself, or as they are where that fails.
+    """Calls networks compiled, one compilation for each input shape.
 
-    On CUDA in the mode "reduce-overhead", which records the kernels of a pass as one CUDA graph, on
-    the CPU in the default one. Shapes are compiled when they first come, at most ``max_shapes`` of
-    each network; others run as they are, which is said once. If torch cannot compile, that is
-    said once with its reason, and everything runs as it is from then on. With gradients nothing is
-    compiled. Copies and pickles take the settings along and compile anew.
+    On CUDA the mode is "reduce-overhead", which records the kernels of a pass as one CUDA graph; on
+    a CPU it is the default mode. A shape is compiled when it first occurs. Further shapes than
+    ``max_shapes`` run uncompiled, with one warning. If torch cannot compile, one warning gives the
+    reason and everything runs uncompiled from then on. Calls with gradients are never compiled.
+    Copies and pickles keep the settings and compile again.
 
-    backend: of torch.compile.
+    Args:
+        max_shapes: shapes to compile for each network.
+        backend: passed to torch.compile.
+
+    Raises:
+        ValueError: if ``max_shapes`` is not a positive whole number.
     """
 
     def __init__(
@@ -40,7 +45,7 @@ class Compiled:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was compiled, and that something failed."""
+        """Discard compiled networks and earlier failures."""
         self._runs: dict[tuple[Any, ...], Network] = {}
         self._counts: dict[Network, int] = {}
         self._off = self._full = False
@@ -48,7 +53,7 @@ class Compiled:
 
     @property
     def works(self) -> bool:
-        """Whether something is compiled and nothing has failed."""
+        """Whether a network is compiled and none has failed."""
         return bool(self._runs) and not self._off
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,7 +63,12 @@ class Compiled:
         self.__init__(**state)  # type: ignore[misc]
 
     def __call__(self, network: Network, *inputs: Tensor) -> Tensor:
-        """network(*inputs); the inputs are (B, ...), one crop each."""
+        """Return network(*inputs).
+
+        Args:
+            network: the network to call.
+            inputs: tensors (B, ...), one crop each along B.
+        """
         if self._off or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return network(*inputs)
         parts = []
@@ -67,20 +77,20 @@ class Compiled:
                 run = self._run(network, part)
                 if run is None:
                     return network(*inputs)
-                parts.append(run(*part).clone())  # a CUDA graph's next pass writes over its answer
+                parts.append(run(*part).clone())  # the next pass of a CUDA graph overwrites this
             except torch.cuda.OutOfMemoryError:
                 raise
-            except Exception as error:  # of many kinds, torch's own and its backend's
-                made = network(*inputs)  # fails too where torch.compile is not to blame
-                self._give_up(error)
-                return made
+            except Exception as error:  # of many types, from torch and its backend
+                out = network(*inputs)  # raises too if the network itself is at fault
+                self._disable(error)
+                return out
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run(self, network: Network, inputs: tuple[Tensor, ...]) -> Network | None:
-        """The compiled network for inputs like these, or None where there are enough shapes."""
+        """Return the network compiled for inputs like these, or None at the limit of shapes."""
         device = inputs[0].device
-        alike = tuple((x.shape, x.dtype, x.stride()) for x in inputs)
-        key = network, alike, device, _autocast(device.type)
+        layout = tuple((x.shape, x.dtype, x.stride()) for x in inputs)
+        key = network, layout, device, _autocast(device.type)
         with self._lock:
             if key in self._runs:
                 return self._runs[key]
@@ -91,8 +101,8 @@ class Compiled:
             first, self._full = not self._full, True
         if first:
             warnings.warn(
-                f"{self.max_shapes} shapes are compiled: others run as they are; crops of one size "
-                "keep them few, generator.compile(max_shapes=...) allows more",
+                f"{self.max_shapes} shapes are compiled: others run as they are; use crops of one "
+                "size, or allow more with generator.compile(max_shapes=...)",
                 stacklevel=2,
             )
         return None
@@ -101,12 +111,12 @@ class Compiled:
         def run(*inputs: Tensor) -> Tensor:
             return network(*inputs)
 
-        # code of its own: torch counts the compilations of a function, and stops at some
+        # a code object of its own, since torch limits the compilations of one
         run.__code__ = run.__code__.replace(co_name=f"compiled_{number}")
         mode = "reduce-overhead" if device.type == "cuda" and self.backend == "inductor" else None
         return torch.compile(run, fullgraph=True, dynamic=False, mode=mode, backend=self.backend)
 
-    def _give_up(self, error: Exception) -> None:
+    def _disable(self, error: Exception) -> None:
         with self._lock:
             first, self._off = not self._off, True
         if first:
@@ -119,9 +129,9 @@ class Compiled:
 
 
 def in_parts(batch: int) -> list[int]:
-    """The sizes of a batch's parts: as many of 8 as there are, then 4, 2 and 1."""
-    whole, rest = divmod(batch, TOGETHER)
-    return [TOGETHER] * whole + [size for size in (4, 2, 1) if rest & size]
+    """Split a batch into sizes of 8, then 4, 2 and 1."""
+    whole, rest = divmod(batch, MAX_BATCH)
+    return [MAX_BATCH] * whole + [size for size in (4, 2, 1) if rest & size]
 
 
 def _autocast(kind: str) -> bool:

@@ -1,7 +1,7 @@
-"""Reads the published DiffTumor checkpoints into tumorsynth's networks.
+"""Read the published DiffTumor checkpoints into tumorsynth's networks.
 
-Strictly: every tensor of the published networks has to be there with its shape, under its name,
-the schedule has to be the one this package computes, and both files have to belong together.
+Reading is strict: every tensor of the published networks must be there with its name and shape, the
+schedule must be the one that this package computes, and both files must belong together.
 `tumorsynth.generators.checkpoint` reads the files; nothing in them is executed.
 """
 
@@ -19,14 +19,18 @@ from torch import Tensor, nn
 
 from tumorsynth.devices import plain_defaults
 from tumorsynth.generators.checkpoint import AGAIN, CheckpointError, LazyTensor, read_checkpoint
-from tumorsynth.generators.diffusion import Generator, SamplerConfig
+from tumorsynth.generators.config import SamplerConfig
+from tumorsynth.generators.diffusion import Generator
 from tumorsynth.generators.sampling import cosine_schedule
 from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.models.unet import FactorizedUNet
 
-PUBLISHED_TIMESTEPS = (4, 200)  # early; mid and late
-IGNORED = ("image_discriminator.", "video_discriminator.", "perceptual_model.")
-SCHEDULE = (
+PUBLISHED_SAMPLERS = {  # timesteps -> sampler
+    4: SamplerConfig(),  # early
+    200: SamplerConfig("ddim", 200, steps=50, clamp=None),  # mid and late
+}
+IGNORED_PREFIXES = ("image_discriminator.", "video_discriminator.", "perceptual_model.")
+SCHEDULE_BUFFERS = (
     "betas",
     "alphas_cumprod",
     "alphas_cumprod_prev",
@@ -81,12 +85,18 @@ DENOISER_NAMES = (
     (r"((?:\.3|_attn)\.)to_", r"\1fn.fn.fn.to_"),
     (r"((?:\.3|_attn)\.)norm\.weight$", r"\1fn.norm.gamma"),
 )
-# every block of the published denoiser keeps a copy of the one rotary embedding
+# every block of the published denoiser holds a copy of the one rotary embedding
 ROTARY_COPY = r"^((downs|ups)\.[0-3]\.3|mid_temporal_attn)\.fn\.fn\.fn\.rotary_emb\.freqs$"
 
 
 class DiffTumorWeights(NamedTuple):
-    """State dicts for `Autoencoder()` and `FactorizedUNet()`, and the schedule's timesteps."""
+    """Weights of published networks.
+
+    Args:
+        autoencoder: state dict for `Autoencoder()`.
+        denoiser: state dict for `FactorizedUNet()`.
+        timesteps: of the schedule.
+    """
 
     autoencoder: dict[str, Tensor]
     denoiser: dict[str, Tensor]
@@ -96,13 +106,22 @@ class DiffTumorWeights(NamedTuple):
 def read_difftumor(
     autoencoder_path: str | PathLike[str], denoiser_path: str | PathLike[str]
 ) -> DiffTumorWeights:
-    """Both published files, checked to belong together."""
+    """Read both published files and check that they belong together.
+
+    Args:
+        autoencoder_path: AutoencoderModel.ckpt.
+        denoiser_path: {organ}_early.pt or {organ}_noearly.pt.
+
+    Raises:
+        CheckpointError: if a file is damaged, is not the published network, or was trained with
+            another autoencoder.
+    """
     autoencoder = autoencoder_state(autoencoder_path)
     denoiser, timesteps, own_autoencoder = denoiser_state(denoiser_path)
     for name, tensor in autoencoder.items():
-        if name in ("codebook.counts", "codebook.sums"):  # running sums, of no use to synthesis
+        if name in ("codebook.counts", "codebook.sums"):  # running sums, used in training only
             continue
-        # The copy went through a moving average in float32, which may turn the last bits.
+        # the copy went through a moving average in float32, which may change the last bits
         if not torch.allclose(tensor, own_autoencoder[name], rtol=1e-4, atol=1e-5):
             raise CheckpointError(
                 f"{Path(denoiser_path).name} was trained with another autoencoder than "
@@ -113,19 +132,19 @@ def read_difftumor(
 
 
 @plain_defaults()
-@torch.random.fork_rng(devices=[])  # first weights are drawn
+@torch.random.fork_rng(devices=[])  # initial weights must not advance the caller's random stream
 def read_generator(
     autoencoder_path: str | PathLike[str], denoiser_path: str | PathLike[str]
 ) -> Generator:
-    """A generator from both published files, sampling as published.
+    """Build a generator from both published files that samples as published.
 
-    T = 4 ("early") by DDPM with x0 clamped, T = 200 ("noearly") by DDIM in 50 steps without.
+    "early" (4 timesteps) samples by DDPM with x0 clamped, "noearly" (200 timesteps) by DDIM in 50
+    steps without clamping. Arguments and errors are those of `read_difftumor`.
     """
     weights = read_difftumor(autoencoder_path, denoiser_path)
     autoencoder, denoiser = Autoencoder(), FactorizedUNet()
     autoencoder.load_state_dict(weights.autoencoder)
     denoiser.load_state_dict(weights.denoiser)
-    samplers = {4: SamplerConfig(), 200: SamplerConfig("ddim", 200, steps=50, clamp=None)}
     card = {
         "name": "difftumor-" + Path(denoiser_path).stem.replace("_", "-"),
         "description": "Read from published DiffTumor checkpoints (Chen et al., CVPR 2024).",
@@ -133,19 +152,22 @@ def read_generator(
         "licence": "CC BY-NC-ND 4.0, as the original: do not redistribute these weights, "
         "converted or not",
     }
-    return Generator(autoencoder, denoiser, samplers[weights.timesteps], card)
+    return Generator(autoencoder, denoiser, PUBLISHED_SAMPLERS[weights.timesteps], card)
 
 
 def autoencoder_state(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """`Autoencoder().state_dict()` from a published AutoencoderModel.ckpt, strictly checked."""
+    """Read a published AutoencoderModel.ckpt as a state dict for `Autoencoder()`."""
     return _autoencoder_state(_table(read_checkpoint(path), "state_dict", path), Path(path).name)
 
 
 def denoiser_state(
     path: str | PathLike[str],
 ) -> tuple[dict[str, Tensor], int, dict[str, Tensor]]:
-    """From a published {organ}_early.pt or _noearly.pt, its `ema`, strictly checked:
-    `FactorizedUNet().state_dict()`, the timesteps, and the autoencoder it was trained with.
+    """Read the averaged weights (``ema``) of a published {organ}_early.pt or {organ}_noearly.pt.
+
+    Returns:
+        State dict for `FactorizedUNet()`, the timesteps, and the state dict of the autoencoder that
+        it was trained with.
     """
     file = Path(path).name
     table = _table(read_checkpoint(path), "ema", path)
@@ -162,7 +184,7 @@ def denoiser_state(
 
 
 def published_names(renames: tuple[tuple[str, str], ...], keys: Iterable[str]) -> dict[str, str]:
-    """tumorsynth's keys -> published keys."""
+    """Map tumorsynth's keys to published keys."""
     names = {}
     for key in keys:
         name = key
@@ -183,15 +205,15 @@ def _table(checkpoint: Any, key: str, path: str | PathLike[str]) -> dict[str, La
 
 
 def _fresh(network: type[nn.Module]) -> dict[str, Tensor]:
-    """The keys and shapes to match, without touching the caller's random numbers."""
+    """Return the keys and shapes to match, without advancing the caller's random stream."""
     with torch.random.fork_rng(devices=[]):
         return network().state_dict()
 
 
 def _autoencoder_state(table: Mapping[str, LazyTensor], file: str) -> dict[str, Tensor]:
-    table = {key: tensor for key, tensor in table.items() if not key.startswith(IGNORED)}
+    table = {key: tensor for key, tensor in table.items() if not key.startswith(IGNORED_PREFIXES)}
     expected = _fresh(Autoencoder)
-    # Our codebook's own bookkeeping: initialised, and so long in training that no bias is left.
+    # state of our codebook: initialised, and trained long enough to need no bias correction
     bookkeeping = {
         "codebook.updates": torch.tensor(10_000),
         "codebook.initialised": torch.tensor(True),
@@ -216,17 +238,17 @@ def _denoiser_state(table: Mapping[str, LazyTensor], file: str) -> dict[str, Ten
 
 
 def _timesteps(buffers: Mapping[str, LazyTensor], file: str) -> int:
-    """T, after the schedule in the file has been found to be the cosine schedule."""
+    """Return the timesteps, after checking that the file's schedule is the cosine schedule."""
     shape: Any = getattr(buffers.get("betas"), "shape", None)
-    if shape not in [(steps,) for steps in PUBLISHED_TIMESTEPS]:
+    if shape not in [(steps,) for steps in PUBLISHED_SAMPLERS]:
         raise CheckpointError(
             f"{file} must hold the betas of a schedule of "
-            f"{' or '.join(map(str, PUBLISHED_TIMESTEPS))} steps, got shape {shape}; {AGAIN}"
+            f"{' or '.join(map(str, PUBLISHED_SAMPLERS))} steps, got shape {shape}; {AGAIN}"
         )
     timesteps = int(shape[0])
     schedule = cosine_schedule(timesteps)
-    names = {name: name for name in SCHEDULE}
-    state = _take(buffers, {name: schedule.betas for name in SCHEDULE}, names, file)
+    names = {name: name for name in SCHEDULE_BUFFERS}
+    state = _take(buffers, dict.fromkeys(SCHEDULE_BUFFERS, schedule.betas), names, file)
     for name, ours in (("betas", schedule.betas), ("alphas_cumprod", schedule.alphas_cumprod)):
         if not torch.allclose(state[name].double(), ours, rtol=1e-4, atol=1e-7):
             raise CheckpointError(
@@ -243,9 +265,16 @@ def _take(
     file: str,
     only: bool = False,
 ) -> dict[str, Tensor]:
-    """The expected tensors in float32 under our names; no more (unless `only`) and no less.
+    """Return exactly the expected tensors, in float32 under our names.
 
     Shapes may differ by axes of length 1: published 1x1 convolutions are Linear layers here.
+
+    Args:
+        table: published names -> tensors.
+        expected: our names -> tensors of the shapes to match.
+        names: our names -> published names.
+        file: file name, for errors.
+        only: whether the table may hold other tensors too.
     """
     missing = sorted(set(names.values()) - set(table))
     extra = [] if only else sorted(set(table) - set(names.values()))
@@ -258,13 +287,15 @@ def _take(
     for ours, published in names.items():
         lazy, shape = table[published], expected[ours].shape
         if not isinstance(lazy, LazyTensor) or not lazy.dtype.is_floating_point:
-            raise CheckpointError(f"{file}: {published!r} is no tensor of real numbers; {AGAIN}")
+            raise CheckpointError(
+                f"{file}: {published!r} must be a tensor of real numbers; {AGAIN}"
+            )
         if [n for n in lazy.shape if n != 1] != [n for n in shape if n != 1]:
             raise CheckpointError(
                 f"{file}: {published!r} must have the shape {tuple(shape)}, up to axes of length "
                 f"1, got {lazy.shape}; {AGAIN}"
             )
-        # only now, as a stride of 0 lets a small file describe a large tensor
+        # load after the checks, since a stride of 0 lets a small file describe a large tensor
         tensor = lazy.load().to(torch.float32).reshape(shape).contiguous()
         if not math.isfinite(float(tensor.sum())) and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{file}: {published!r} holds NaN or infinity; {AGAIN}")

@@ -13,10 +13,10 @@ from tumorsynth.models.slabs import Near
 
 @runtime_checkable
 class TumorGenerator(Protocol):
-    """A source of tumours: anything with these members works as ``generator=``.
+    """A source of tumours: an object with these members works as ``generator=``.
 
     A crop is (B, 1, X, Y, Z) on a 1 mm grid, RAS, where 0 and 1 are the ends of ``window``. Results
-    may depend on the crop, the mask and the seed of each sample, never on its batch-mates.
+    may depend on the crop, the mask and the seed of each sample, not on other samples of the batch.
 
     Attributes:
         name: name in reports.
@@ -24,8 +24,8 @@ class TumorGenerator(Protocol):
         crop_size: smallest side of a crop, in voxels of 1 mm.
         crop_multiple: sides of crops are multiples of this.
         own_edge: whether a change fades out at the tumour's outline by itself.
-        even: whether a change is made as even inside as the tissue that it replaces.
-        keeps_detail: whether `inpaint` keeps the scan's own noise.
+        even: whether a blended tumour gets the texture of the tissue that it replaces.
+        keeps_detail: whether `inpaint` keeps the scan's noise.
         device: where it computes.
         card: name, source, licence; free-form but for ``name``. Reports quote it.
         parameter_count: optional, of its networks: small ones run on one CPU thread.
@@ -61,7 +61,6 @@ class TumorGenerator(Protocol):
     def keeps_detail(self) -> bool: ...
     @property
     def device(self) -> torch.device: ...
-
     @property
     def card(self) -> dict[str, Any]: ...
 
@@ -77,7 +76,7 @@ class TumorGenerator(Protocol):
         contrast_hu: float | Sequence[float] | None = None,
         near: Near | None = None,
     ) -> Tensor:
-        """Return tumour minus healthy tissue, in the crop's scale.
+        """Return tumour minus healthy tissue.
 
         Args:
             crop: (B, 1, X, Y, Z) in [0, 1].
@@ -86,6 +85,9 @@ class TumorGenerator(Protocol):
             contrast_hu: HU between the tumour and the tissue around it, one for each sample; None
                 leaves it to the generator.
             near: the part of the crop, along X, Y and Z, that the caller reads.
+
+        Returns:
+            The change in the crop's scale, same shape.
         """
 
     def inpaint(
@@ -98,3 +100,11 @@ class TumorGenerator(Protocol):
         near: Near | None = None,
     ) -> Tensor:
         """Return the crop with a tumour in the mask; arguments as for `change`."""
+
+
+MEMBERS = tuple(name for name in vars(TumorGenerator) if not name.startswith("_"))
+
+
+def missing_members(generator: object) -> list[str]:
+    """Return the members of `TumorGenerator` that an object lacks."""
+    return [name for name in MEMBERS if not hasattr(generator, name)]

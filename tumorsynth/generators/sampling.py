@@ -1,8 +1,8 @@
 """Noise schedule and samplers: DDPM (Ho et al. 2020), cosine (Nichol 2021), DDIM (Song 2021).
 
-Nothing here knows the network: `denoise(x_t, t, cond)` is any callable with t (B,) int64. All
-randomness comes in as the tensor `noise` of shape (steps + 1, B, channels, d, h, w): the start,
-then one draw per step (the last step adds none).
+A denoiser is any callable ``denoise(x_t, t, cond)`` with t (B,) int64. All randomness comes in as
+the tensor ``noise`` of shape (steps + 1, B, channels, d, h, w): the start, then one draw for each
+step (the last step adds none).
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ Prediction = Literal["noise", "x0", "v"]
 class Schedule:
     """A variance schedule; every tensor is (T,), float64, on the CPU.
 
-    betas                   noise added at step t (Ho 2020, eq. 2)
-    alphas_cumprod          alpha-bar_t, the signal's share of the variance left (eq. 4)
-    posterior_mean_x0/_xt   weights of x0 and x_t in the mean of q(x_{t-1} | x_t, x0) (eq. 7)
-    posterior_variance      its variance, beta-tilde_t (eq. 7); 0 at t = 0
+    Args:
+        betas: noise added at step t (Ho 2020, eq. 2).
+        alphas_cumprod: alpha-bar_t, the signal's share of the variance (eq. 4).
+        posterior_mean_x0: weight of x0 in the mean of q(x_{t-1} | x_t, x0) (eq. 7).
+        posterior_mean_xt: weight of x_t in that mean.
+        posterior_variance: variance of q, beta-tilde_t (eq. 7); 0 at t = 0.
     """
 
     betas: Tensor
@@ -46,10 +48,17 @@ def cosine_schedule(
     max_beta: float = 0.9999,
     zero_terminal_snr: bool = False,
 ) -> Schedule:
-    """The cosine schedule of Nichol & Dhariwal 2021, eq. 17, with every beta at most max_beta.
+    """Return the cosine schedule of Nichol & Dhariwal 2021, eq. 17.
 
-    zero_terminal_snr: sqrt(alpha-bar) is shifted and scaled so that the last one is 0 and the first
-    stays (Lin et al. 2023, "Common diffusion noise schedules", algorithm 1).
+    Args:
+        timesteps: length T.
+        s: offset that keeps the first betas from vanishing.
+        max_beta: upper limit of every beta.
+        zero_terminal_snr: shift and scale sqrt(alpha-bar) so that the last is 0 and the first stays
+            (Lin et al. 2023, "Common diffusion noise schedules", algorithm 1).
+
+    Raises:
+        ValueError: if ``timesteps`` is not a positive integer.
     """
     if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
         raise ValueError(f"timesteps must be a positive integer, got {timesteps!r}; pass 4 or 200")
@@ -75,7 +84,7 @@ def cosine_schedule(
 
 
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t: the signal x0 (B, ...) with the noise of step t (B,) in it (Ho 2020, eq. 4)."""
+    """Return x_t: x0 (B, ...) with the noise of step t (B,) added (Ho 2020, eq. 4)."""
     signal, sigma = _levels(schedule, t, x0)
     return signal * x0 + sigma * noise
 
@@ -83,7 +92,15 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor
 def target(
     schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor, prediction: Prediction = "noise"
 ) -> Tensor:
-    """What a network of this prediction has to answer for q_sample(schedule, x0, t, noise)."""
+    """Return the training target of a network that gets q_sample(schedule, x0, t, noise).
+
+    Args:
+        schedule: the noise schedule.
+        x0: (B, ...), the signal.
+        t: (B,), steps.
+        noise: same shape as ``x0``.
+        prediction: what the network predicts.
+    """
     if _checked(prediction) == "noise":
         return noise
     if prediction == "x0":
@@ -94,18 +111,26 @@ def target(
 
 def to_x0(
     schedule: Schedule,
-    answer: Tensor,
+    predicted: Tensor,
     x_t: Tensor,
     t: Tensor | int,
     prediction: Prediction = "noise",
 ) -> Tensor:
-    """The x0 that a network's answer means: the inverse of `target`. t is (B,), or one for all."""
+    """Convert a network's output to x0, the inverse of `target`.
+
+    Args:
+        schedule: the noise schedule.
+        predicted: the network's output for ``x_t``.
+        x_t: (B, ...).
+        t: (B,), or one step for all samples.
+        prediction: what the network predicts.
+    """
     if _checked(prediction) == "x0":
-        return answer
+        return predicted
     signal, sigma = _levels(schedule, t, x_t)
     if prediction == "v":
-        return signal * x_t - sigma * answer
-    return (x_t - sigma * answer) / signal
+        return signal * x_t - sigma * predicted
+    return (x_t - sigma * predicted) / signal
 
 
 @torch.no_grad()
@@ -117,9 +142,21 @@ def ddpm_sample(
     clamp: float | None = 1.0,
     prediction: Prediction = "noise",
 ) -> Tensor:
-    """Ancestral sampling through every step (Ho 2020, algorithm 2, with x0 clamped to +-clamp).
+    """Sample through every step (Ho 2020, algorithm 2).
 
-    noise (T + 1, B, channels, d, h, w); returns x0 (B, channels, d, h, w) in float32.
+    Args:
+        denoise: the network.
+        schedule: of T steps.
+        cond: (B, ..., d, h, w), passed to the network.
+        noise: (T + 1, B, channels, d, h, w).
+        clamp: x0 is clamped to [-clamp, clamp] at every step; None does not clamp.
+        prediction: what the network predicts.
+
+    Returns:
+        x0, (B, channels, d, h, w), float32.
+
+    Raises:
+        ValueError: if ``noise`` has another shape.
     """
     draws = _checked_noise(noise, schedule.timesteps + 1, cond)
     x = draws[0]
@@ -132,7 +169,11 @@ def ddpm_sample(
 
 
 def ddim_steps(timesteps: int, steps: int) -> list[int]:
-    """The evenly spaced steps of DDIM, ascending: 1, 5, ..., 197 for 200 in 50."""
+    """Return the evenly spaced steps of DDIM, ascending: 1, 5, ..., 197 for 200 in 50.
+
+    Raises:
+        ValueError: if ``steps`` does not divide ``timesteps``.
+    """
     if steps < 1 or timesteps % steps:
         raise ValueError(
             f"steps must divide the schedule's {timesteps} timesteps, got {steps}; "
@@ -153,18 +194,33 @@ def ddim_sample(
     clamp: float | None = None,
     prediction: Prediction = "noise",
 ) -> Tensor:
-    """Sampling over a subset of the steps (Song et al. 2021, eq. 12 and 16).
+    """Sample over a subset of the steps (Song et al. 2021, eq. 12 and 16).
 
-    noise (steps + 1, B, channels, d, h, w), of which eta = 0 uses the first alone (and (1, B, ...)
-    is enough); returns x0 (B, channels, d, h, w) in float32. As in the published model the last
-    step ends at the noise level just below its own (0.999745 for 200 in 50), not at 1.
+    As in the published model, the last step ends at the noise level just below its own (0.999745
+    for 200 in 50) instead of 1.
+
+    Args:
+        denoise: the network.
+        schedule: of T steps.
+        cond: (B, ..., d, h, w), passed to the network.
+        noise: (steps + 1, B, channels, d, h, w); with eta = 0, (1, B, ...) suffices.
+        steps: a divisor of T.
+        eta: share of the DDPM noise that every step adds; 0 is deterministic.
+        clamp: x0 is clamped to [-clamp, clamp] at every step; None does not clamp.
+        prediction: what the network predicts.
+
+    Returns:
+        x0, (B, channels, d, h, w), float32.
+
+    Raises:
+        ValueError: if ``steps`` does not divide T, or ``noise`` has another shape.
     """
-    chosen = ddim_steps(schedule.timesteps, steps)
+    selected = ddim_steps(schedule.timesteps, steps)
     draws = _checked_noise(noise, steps + 1 if eta else min(len(noise), steps + 1), cond)
     bar = [1.0, *schedule.alphas_cumprod.tolist()]  # bar[t + 1] belongs to step t
     x = draws[0]
-    for n, i in enumerate(reversed(chosen)):
-        now, then = bar[i + 1], bar[chosen[-n - 2] + 1 if n + 1 < steps else i]
+    for n, i in enumerate(reversed(selected)):
+        now, then = bar[i + 1], bar[selected[-n - 2] + 1 if n + 1 < steps else i]
         x0 = _predict_x0(denoise, schedule, x, i, cond, clamp, prediction)
         eps = (x - math.sqrt(now) * x0) / math.sqrt(1 - now)
         sigma = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
@@ -180,9 +236,21 @@ def draw_noise(
     generators: Sequence[torch.Generator],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Noise for a batch, (steps + 1, B, *shape): each sample's from its own CPU generator.
+    """Draw the noise of a batch, each sample's from its own CPU generator.
 
-    So a sample's noise depends on its seed alone, not on its batch-mates or on the device.
+    A sample's noise therefore depends on its seed alone, not on the batch or the device.
+
+    Args:
+        shape: of one sample.
+        steps: draws after the start.
+        generators: one CPU generator for each sample.
+        device: where the result goes.
+
+    Returns:
+        (steps + 1, B, *shape), float32.
+
+    Raises:
+        ValueError: if a generator is not on the CPU.
     """
     for generator in generators:
         if generator.device.type != "cpu":
@@ -190,7 +258,7 @@ def draw_noise(
                 f"noise must be drawn from CPU generators, got one on {generator.device}; "
                 "pass torch.Generator('cpu').manual_seed(seed)"
             )
-    size = (steps + 1, *shape)  # float32 also where the default is another: it draws other numbers
+    size = (steps + 1, *shape)  # another default dtype would draw other numbers
     draws = [torch.randn(size, generator=one, dtype=torch.float32) for one in generators]
     return torch.stack(draws, dim=1).to(device)
 
@@ -212,8 +280,8 @@ def _predict_x0(
 def _levels(
     schedule: Schedule, t: Tensor | int, like: Tensor
 ) -> tuple[Tensor | float, Tensor | float]:
-    """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), to multiply a tensor like `like` with."""
-    if isinstance(t, int):  # plain numbers: a sampler on a GPU never waits for them
+    """Return sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), shaped to multiply ``like``."""
+    if isinstance(t, int):  # plain numbers need no host-device synchronisation
         bar = float(schedule.alphas_cumprod[t])
         return math.sqrt(bar), math.sqrt(1 - bar)
     bars = schedule.alphas_cumprod[t.cpu()].reshape(-1, *[1] * (like.ndim - 1))

@@ -1,1 +1,1 @@
-"""The two networks of a diffusion generator: autoencoder (with its codebook) and denoiser."""
+"""The networks of a diffusion generator (autoencoder, codebook, denoisers) and their layers."""

@@ -13,28 +13,35 @@ from torch import Tensor, nn
 from tumorsynth.devices import full_float32
 from tumorsynth.models.conv import linear
 
-fused_on: str | None = "cuda"  # the kind of device that searches in one kernel; None for none
-DEAD = 0.03  # of a code's even share of the latent voxels: used less, it counts as dead
+fused_on: str | None = "cuda"  # type of device that searches in one kernel; None for none
+DEAD_SHARE = 0.03  # codes used less than this share of the mean use are dead
 
 
 class Usage(NamedTuple):
-    """``perplexity``: the number of codes, used evenly, that would tell as much (1 to size);
-    ``alive``: share of the codes that are not dead, 0 to 1."""
+    """How evenly the codes are used.
+
+    Args:
+        perplexity: number of evenly used codes of the same entropy, 1 to size.
+        alive: share of the codes that are not dead, 0 to 1.
+    """
 
     perplexity: float
     alive: float
 
 
 class Codebook(nn.Module):
-    """``size`` codes of ``dim`` channels, replaced for each latent voxel by the nearest one (L2).
+    """Replaces each latent voxel by the nearest (L2) of a set of codes.
 
-    The codes are not learned by gradient but follow the encoder's outputs by an exponential
-    moving average (van den Oord et al. 2017, appendix A.1), here with the bias correction of
-    Adam, so that a code seen in the first steps moves to what it saw and not to a fraction of it.
-    Whether the codes have been initialised, and how many updates they have had, are part of the
-    state: a resumed run goes on instead of starting over.
+    The codes follow the encoder's outputs by an exponential moving average (van den Oord et al.
+    2017, appendix A.1) with the bias correction of Adam, so that codes move in full from the first
+    update. The state includes whether the codes are initialised and the number of updates, so that
+    an interrupted run can resume. With torch.distributed, all processes count together and hold the
+    same codes.
 
-    Where torch.distributed is initialised, all processes count together and hold the same codes.
+    Args:
+        size: number of codes.
+        dim: channels of a code.
+        decay: of the moving average.
     """
 
     embeddings: Tensor
@@ -53,12 +60,19 @@ class Codebook(nn.Module):
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
     def nearest(self, latent: Tensor, tokens_per_chunk: int | None = None) -> Tensor:
-        """Index of the nearest code of every latent voxel: (B, dim, d, h, w) -> (B, d, h, w) int64.
+        """Find the nearest code of every latent voxel, in full float32.
 
-        ``argmin |z - e|^2 = argmin |e|^2 - 2 z.e``, a chunk of voxels at a time: memory is bounded
-        by ``tokens_per_chunk * size`` floats however large the crop is. By default a chunk's
-        distances fit into a CPU's cache, or are 4096 voxels' on a GPU; on CUDA, where triton is
-        installed, one kernel searches without them. Always in full float32.
+        The search minimises ``|e|^2 / 2 - z.e`` chunk by chunk, which bounds memory by
+        ``tokens_per_chunk * size`` floats. On CUDA with triton, one kernel searches without storing
+        distances.
+
+        Args:
+            latent: (B, dim, d, h, w).
+            tokens_per_chunk: latent voxels in a chunk; None chooses what fits a CPU's cache, 4096
+                on a GPU, or the fused kernel.
+
+        Returns:
+            Index of the code, (B, d, h, w) int64.
         """
         if tokens_per_chunk is None:
             found = _fused(latent, self.embeddings)
@@ -69,7 +83,7 @@ class Codebook(nn.Module):
             tokens_per_chunk = max(16, 2**19 // size) if latent.device.type == "cpu" else 4096
         flat = _tokens(latent).to(self.embeddings.dtype)
         away, half_norm = -self.embeddings, self.embeddings.square().sum(1) / 2
-        # 16,384 codes lie too close together for the eight bits of bfloat16
+        # codes lie too close together for the 8 bits of bfloat16
         kind = latent.device.type
         with torch.autocast(kind, enabled=False), full_float32(kind):
             codes = [
@@ -78,17 +92,24 @@ class Codebook(nn.Module):
         return torch.cat(codes).view(latent.shape[0], *latent.shape[2:])
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """(B, d, h, w) code indices -> (B, dim, d, h, w) code vectors."""
+        """Return the codes of indices: (B, d, h, w) -> (B, dim, d, h, w)."""
         return nn.functional.embedding(codes, self.embeddings).movedim(-1, 1)
 
     def forward(
         self, latent: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Quantised latent and codes; in training mode the codes are updated as well.
+        """Quantise a latent; in training mode, update the codes as well.
 
         In training the quantised latent is float32 and passes its gradient straight through to
-        ``latent``. ``generator`` (on the CPU; else the global random state) draws the initial
-        codes out of the first batch.
+        ``latent``.
+
+        Args:
+            latent: (B, dim, d, h, w).
+            generator: on the CPU, draws the initial codes from the first batch; None uses torch's
+                global random state.
+
+        Returns:
+            Quantised latent, and the indices of its codes (B, d, h, w).
         """
         if not self.training:
             codes = self.nearest(latent.detach())
@@ -96,7 +117,7 @@ class Codebook(nn.Module):
         latent = latent.float()
         seen = latent.detach()
         if not self.initialised:
-            self._seed(torch.ones_like(self.counts, dtype=torch.bool), seen, generator)
+            self._place_codes(torch.ones_like(self.counts, dtype=torch.bool), seen, generator)
             self.initialised.fill_(True)
         codes = self.nearest(seen)
         quantised = latent + (self.lookup(codes) - latent).detach()
@@ -110,22 +131,29 @@ class Codebook(nn.Module):
         threshold: float | None = None,
         generator: torch.Generator | None = None,
     ) -> int:
-        """Move dead codes to voxels of ``latent`` drawn at random; returns how many there were.
+        """Move dead codes to random voxels of a latent.
 
-        threshold: latent voxels per update (of all processes together, averaged with bias
-        correction) below which a code is dead; by default 3 % of an even share. A restarted code
-        starts out with an even share, so that, unused, it is dead again after some 350 updates at
-        the default decay (fewer early in training). To be called every hundred steps or so, by all
-        processes at once. Nothing is drawn, and nothing changes, where no code is dead or there
-        has been no update yet.
+        A restarted code starts with an even share of the voxels: unused, it is dead again after
+        some 350 updates at the default decay, fewer early in training. Call this about every
+        hundred steps, in all processes at once. Without dead codes or updates so far, nothing is
+        drawn and nothing changes.
+
+        Args:
+            latent: (B, dim, d, h, w).
+            threshold: latent voxels for each update (of all processes, averaged with bias
+                correction) below which a code is dead; None is `DEAD_SHARE` of an even share.
+            generator: on the CPU, draws the voxels; None uses torch's global random state.
+
+        Returns:
+            Number of dead codes.
         """
         if self.updates == 0:
             return 0
         counts, share = self._corrected()
-        dead = counts < (DEAD * share if threshold is None else threshold)
+        dead = counts < (DEAD_SHARE * share if threshold is None else threshold)
         number = int(dead.sum())
         if number:
-            self._seed(dead, latent.detach().float(), generator)
+            self._place_codes(dead, latent.detach().float(), generator)
             start = max(share, threshold or 0.0) * self._correction()
             self.counts[dead] = start
             self.sums[dead] = self.embeddings[dead] * start
@@ -133,7 +161,11 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def usage(self, codes: Tensor | None = None) -> Usage:
-        """Of given codes (this process's), or of the moving average over the last updates."""
+        """Return how evenly codes are used.
+
+        Args:
+            codes: indices from this process; None measures the moving average of all.
+        """
         if codes is None:
             counts, share = self._corrected() if self.updates > 0 else (self.counts, 0.0)
         else:
@@ -144,32 +176,32 @@ class Codebook(nn.Module):
         p = counts.double() / counts.double().sum()
         return Usage(
             math.exp(-float(torch.xlogy(p, p).sum())),
-            float((counts >= DEAD * share).float().mean()),
+            float((counts >= DEAD_SHARE * share).float().mean()),
         )
 
     def _correction(self) -> Tensor:
-        """The moving averages started at zero: their sum of weights, 1 after some hundreds."""
+        """Return the sum of weights of the moving averages, which start at zero."""
         return 1 - self.decay ** self.updates.to(self.counts.dtype)
 
     def _corrected(self) -> tuple[Tensor, float]:
-        """Latent voxels per update of every code, and their mean, the even share."""
+        """Return the latent voxels of every code in an update, and their mean, the even share."""
         counts = self.counts / self._correction()
         return counts, float(counts.mean())
 
-    def _seed(self, which: Tensor, seen: Tensor, generator: torch.Generator | None) -> None:
-        """Put the codes of a mask where latent voxels are, each a little off its voxel."""
-        voxels = _of_all(_tokens(seen))
-        # drawn on the CPU: the same on every device; what process 0 draws is what counts
+    def _place_codes(self, which: Tensor, seen: Tensor, generator: torch.Generator | None) -> None:
+        """Place the codes of a mask near random latent voxels."""
+        voxels = _gather_rows(_tokens(seen))
+        # draw on the CPU, which gives the same on every device; process 0 decides
         number = int(which.sum())
         pick = torch.randint(len(voxels), (number,), generator=generator).to(voxels.device)
         jitter = torch.randn(number, voxels.shape[1], generator=generator).to(voxels.device)
-        drawn = voxels[pick] + 0.01 * voxels.std(correction=0) * jitter
-        self.embeddings[which] = _of_first(drawn)
+        codes = voxels[pick] + 0.01 * voxels.std(correction=0) * jitter
+        self.embeddings[which] = _broadcast_rows(codes)
 
     @torch.no_grad()
     def _update(self, seen: Tensor, codes: Tensor) -> None:
         flat, index = _tokens(seen), codes.reshape(-1)
-        # one column more than sums, for the counts: one reduction instead of two
+        # a further column holds the counts, which saves a reduction
         ones = torch.ones_like(flat[:, :1])
         both = torch.zeros_like(torch.cat([self.sums, self.counts[:, None]], 1))
         both.index_add_(0, index, torch.cat([flat, ones], 1))
@@ -178,17 +210,17 @@ class Codebook(nn.Module):
         self.updates += 1
         self.counts.lerp_(both[:, -1], 1 - self.decay)
         self.sums.lerp_(both[:, :-1], 1 - self.decay)
-        # The bias correction cancels in sums / counts. It matters for telling a code that is in use
-        # from one that is not: the latter stays where it is, instead of at 0 / 0.
+        # The bias correction cancels in sums / counts, but not in this threshold. Unused codes stay
+        # where they are, instead of moving to 0 / 0.
         used = self.counts > 1e-2 * self._correction()
         self.embeddings[used] = self.sums[used] / self.counts[used, None]
 
 
 def _fused(latent: Tensor, embeddings: Tensor) -> Tensor | None:
-    """The answer of the fused search, or None where it cannot run; a failure is said once."""
+    """Return the result of the fused search, or None if it cannot run; warn once on failure."""
     global fused_on
-    suits = latent.device.type == fused_on and embeddings.dtype == torch.float32
-    if not suits or torch.compiler.is_compiling():
+    possible = latent.device.type == fused_on and embeddings.dtype == torch.float32
+    if not possible or torch.compiler.is_compiling():
         return None
     try:
         from tumorsynth.models.nearest_triton import nearest
@@ -197,7 +229,7 @@ def _fused(latent: Tensor, embeddings: Tensor) -> Tensor | None:
             return nearest(latent, embeddings)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # of many kinds: no triton, no C compiler, a GPU it does not know
+    except Exception as error:  # no triton, no C compiler, an unknown GPU, ...
         fused_on = None
         if not isinstance(error, ImportError):
             warnings.warn(
@@ -209,8 +241,11 @@ def _fused(latent: Tensor, embeddings: Tensor) -> Tensor | None:
 
 
 def _argmin(values: Tensor) -> Tensor:
-    """values.argmin(1) of (n, size), three times as fast on a CPU: amin is vectorised there, argmin
-    is not, so the smallest of each group comes first and the index within one group after."""
+    """Return values.argmin(1) of (n, size), faster on a CPU.
+
+    amin is vectorised there and argmin is not, so this finds the smallest of each group first and
+    the index within the best group after.
+    """
     groups = values.unflatten(1, (math.gcd(values.shape[1], 128), -1))
     best = groups.amin(2).argmin(1, keepdim=True)
     within = groups.take_along_dim(best[:, :, None], dim=1).argmin(2)
@@ -226,8 +261,8 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _of_all(rows: Tensor) -> Tensor:
-    """The rows of all processes, in their order: those of the whole batch."""
+def _gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, in their order."""
     processes = _processes()
     if processes == 1:
         return rows
@@ -240,8 +275,8 @@ def _of_all(rows: Tensor) -> Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(gathered, lengths, strict=True)])
 
 
-def _of_first(rows: Tensor) -> Tensor:
-    """The rows of process 0."""
+def _broadcast_rows(rows: Tensor) -> Tensor:
+    """Return the rows of process 0."""
     if _processes() > 1:
         dist.broadcast(rows, 0)
     return rows

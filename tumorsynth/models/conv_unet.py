@@ -1,4 +1,4 @@
-"""A small 3-D convolutional U-Net denoiser, for the generators trained with this package."""
+"""A small 3-D convolutional U-Net denoiser, for generators trained with this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from tumorsynth.models.conv import Conv3d, ConvTranspose3d, GroupNorm, cpu_layou
 
 @dataclass(frozen=True)
 class ConvUNetConfig:
-    """Sizes of a :class:`ConvUNet`: a level per width, each after the first half as large."""
+    """Sizes of a `ConvUNet`.
+
+    Args:
+        widths: channels of each level; every level after the first halves the size.
+        blocks: residual blocks of each level, on the way down and up.
+        latent_channels: channels of the latent.
+        cond_channels: channels of the conditioning.
+        time_channels: channels of the time embedding.
+        groups: groups of every GroupNorm.
+    """
 
     widths: tuple[int, ...] = (64, 128)
     blocks: int = 2
@@ -28,7 +37,7 @@ class ConvUNetConfig:
 
 
 class Block(nn.Module):
-    """GroupNorm, SiLU, 3x3x3 convolution, twice, plus the input; the time scales and shifts."""
+    """GroupNorm, SiLU, 3x3x3 convolution, twice, plus the input; time scales and shifts between."""
 
     def __init__(self, inputs: int, width: int, config: ConvUNetConfig):
         super().__init__()
@@ -49,9 +58,10 @@ class Block(nn.Module):
 
 
 class ConvUNet(nn.Module):
-    """x_t (B, 8, d, h, w), step t (B,), cond (B, 9, d, h, w) -> prediction (B, 8, d, h, w).
+    """Predicts noise, x0 or v from a noisy latent, the step and the conditioning.
 
-    d, h and w must be multiples of 2 ** (levels - 1).
+    Args:
+        config: sizes.
     """
 
     def __init__(self, config: ConvUNetConfig = ConvUNetConfig()):  # noqa: B008 (frozen)
@@ -84,6 +94,16 @@ class ConvUNet(nn.Module):
         self.head = Conv3d(widths[0], c.latent_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """Return the prediction, (B, 8, d, h, w).
+
+        Args:
+            x_t: noisy latent, (B, 8, d, h, w); sides are multiples of 2 ** (levels - 1).
+            t: step of each sample, (B,) integers.
+            cond: (B, 9, d, h, w), the latent of the hollowed crop and the mask.
+
+        Raises:
+            ValueError: if a side does not fit.
+        """
         multiple = 2 ** len(self.shrinks)
         if any(side % multiple for side in x_t.shape[2:]):
             raise ValueError(
@@ -107,7 +127,7 @@ class ConvUNet(nn.Module):
 
 
 def _sinusoids(t: Tensor, channels: int) -> Tensor:
-    """(B,) integer steps -> (B, channels) sines and cosines."""
+    """Embed integer steps (B,) as sines and cosines (B, channels)."""
     half = channels // 2
     rates = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angles = t.float()[:, None] * 10 * rates[None]

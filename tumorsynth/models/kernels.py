@@ -1,7 +1,8 @@
-"""What the libraries behind PyTorch can do on this processor: tried once, then remembered.
+"""Find out which kernels the libraries behind PyTorch offer on this processor.
 
-The libraries decide, not the processor's list of features: ``ONEDNN_MAX_CPU_ISA`` and
-``ATEN_CPU_CAPABILITY`` limit them, and a build of PyTorch may lack oneDNN.
+The processor's list of features does not answer this: ``ONEDNN_MAX_CPU_ISA`` and
+``ATEN_CPU_CAPABILITY`` limit the libraries, and a build of PyTorch may lack oneDNN. So these
+functions try a tiny operation once and cache the answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-X86_WITHOUT_BFLOAT16 = ("NO AVX", "DEFAULT", "AVX2")  # PyTorch's names of its capability
+X86_WITHOUT_BFLOAT16 = ("NO AVX", "DEFAULT", "AVX2")  # names that PyTorch gives its capability
 
 
 def cpu_isa() -> str:
@@ -36,24 +37,25 @@ def cpu_isa() -> str:
 
 
 def uses_onednn() -> bool:
-    """Whether PyTorch has oneDNN and may use it: ``torch.backends.mkldnn.enabled`` can change."""
+    """Whether PyTorch has oneDNN and may use it; ``torch.backends.mkldnn.enabled`` can change."""
     return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 
 def cpu_computes_bfloat16() -> bool:
     """Whether convolutions on this CPU multiply in bfloat16.
 
-    PyTorch accepts bfloat16 on any processor. Where the libraries emulate it, a convolution takes
-    from five times to some hundred times as long as in float32.
+    PyTorch accepts bfloat16 on any processor. Where the libraries only emulate it, a convolution is
+    much slower than in float32.
     """
     return uses_onednn() and _multiplies_bfloat16()
 
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    """Try it: bfloat16 instructions of x86 and Arm read denormal numbers as 0, float32 ones do not.
+    """Test convolutions of denormal numbers.
 
-    The answer is the same every time, unlike a comparison of times.
+    bfloat16 instructions of x86 and Arm read denormal numbers as 0, float32 instructions do not.
+    Unlike a comparison of times, this gives the same answer every time.
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     if x86 and torch.backends.cpu.get_cpu_capability() in X86_WITHOUT_BFLOAT16:
@@ -78,7 +80,7 @@ def _multiplies_bfloat16() -> bool:
 
 @cache
 def onednn_convolves() -> bool:
-    """Whether this PyTorch has oneDNN's convolution, called as it is here, in float32."""
+    """Whether PyTorch's internal oneDNN convolution works as this package calls it, in float32."""
     x, weight = _full((1, 2, 3, 3, 3), 1.0), _full((4, 2, 3, 3, 3), 1.0)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -90,7 +92,7 @@ def onednn_convolves() -> bool:
 
 @cache
 def onednn_has_linear() -> bool:
-    """Whether this PyTorch has the linear layer that its compiler uses, called as it is here."""
+    """Whether PyTorch's internal oneDNN linear layer works as this package calls it."""
     x, weight = _full((2, 3), 1.0), _full((4, 3), 1.0)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -105,5 +107,5 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _full(shape: tuple[int, ...], value: float) -> Tensor:
-    """A float32 tensor on the CPU, whatever the caller's defaults."""
+    """Return a filled float32 tensor on the CPU, whatever the caller's defaults."""
     return torch.full(shape, value, device="cpu", dtype=torch.float32)

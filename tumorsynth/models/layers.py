@@ -1,4 +1,4 @@
-"""The layers that the autoencoder's encoder and decoder are made of."""
+"""Layers of the autoencoder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from tumorsynth.models.conv import Conv3d, ConvTranspose3d, GroupNorm, pad_repli
 
 
 class Conv(nn.Module):
-    """3-D convolution, kernel k, stride s, padded to keep (or halve) the size.
+    """3-D convolution that keeps the size with stride 1 and halves it with stride 2.
 
-    The published network pads by replication with (before, after) = (p // 2 + p % 2, p // 2),
-    p = k - s: equal on both sides for all kernels used here.
+    Args:
+        inputs: channels of the input.
+        outputs: channels of the output.
+        kernel: side of the kernel; ``kernel - stride`` is even.
+        stride: 1 or 2.
+        padding: "replicate" or "zeros".
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, padding: str):
@@ -30,10 +34,15 @@ class Conv(nn.Module):
 
 
 class UpConv(nn.Module):
-    """Transposed convolution, kernel 4, stride 2: doubles the size.
+    """Transposed convolution with kernel 4 and stride 2, which doubles the size.
 
-    With replication the published network pads its input by one voxel and then crops k - 1; with
-    zeros the usual padding of 1 gives the same size.
+    With replication the input is padded by one voxel and the output cropped by three, as in the
+    published network.
+
+    Args:
+        inputs: channels of the input.
+        outputs: channels of the output.
+        padding: "replicate" or "zeros".
     """
 
     def __init__(self, inputs: int, outputs: int, padding: str):
@@ -49,7 +58,13 @@ class UpConv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3x3 convolution, twice, plus the input."""
+    """GroupNorm, SiLU, 3x3x3 convolution, twice, plus the input.
+
+    Args:
+        width: channels.
+        groups: groups of the GroupNorms.
+        padding: "replicate" or "zeros".
+    """
 
     def __init__(self, width: int, groups: int, padding: str):
         super().__init__()
@@ -59,6 +74,6 @@ class ResidualBlock(nn.Module):
         self.conv2 = Conv(width, width, 3, 1, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        # in place: at 96^3 it takes the system longer to find fresh memory than to compute
+        # in place: on large crops, fresh memory costs more time than the computation
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         return self.conv2(F.silu(self.norm2(h), inplace=True)).add_(x)

@@ -1,9 +1,7 @@
-"""Nearest-code search on a GPU as one Triton kernel, without the table of all distances.
+"""Nearest-code search on a GPU as one Triton kernel, without storing all distances.
 
-For the published codebook that table has 13,824 latent voxels x 16,384 codes: 0.9 GB written and
-read again for a crop of 96^3. Here a program keeps some voxels and walks over the codes.
-
-Imported only where triton is there and the latent is on CUDA (`Codebook.nearest`).
+Each program holds some latent voxels and loops over the codes. `Codebook.nearest` imports this
+module only if triton is installed and the latent is on CUDA.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-VOXELS, CODES, WARPS = 16, 64, 4  # of one program, of one look: no spilled registers on sm_90
+BLOCK_VOXELS, BLOCK_CODES, WARPS = 16, 64, 4  # largest without spilled registers on sm_90
 
 
 @triton.jit
@@ -33,8 +31,8 @@ def _search(  # type: ignore[no-untyped-def]
     here = mine < voxels
     lane = tl.arange(0, block_codes)
     of_sample = latent + sample * channels * voxels
-    # Each lane keeps its own best of the codes lane, lane + block_codes, ...: no reduction inside
-    # the loop. Only a smaller value replaces it, so of equal ones the lowest index stays.
+    # Each lane keeps its best of the codes lane, lane + block_codes, ...; this saves a reduction in
+    # the loop. Only a smaller value replaces it, so the lowest index wins among equals.
     best = tl.full((block_voxels, block_codes), float("inf"), tl.float32)
     index = tl.zeros((block_voxels, block_codes), tl.int32) + lane[None, :]
     for first in range(0, size, block_codes):
@@ -51,7 +49,7 @@ def _search(  # type: ignore[no-untyped-def]
         index = tl.where(closer, column[None, :], index)
     least = tl.min(best, axis=1)
     found = tl.min(tl.where(best == least[:, None], index, 2147483647), axis=1)
-    # nothing is equal to NaN: the first code then, as argmin has it
+    # nothing equals NaN: take the first code, as argmin does
     found = tl.where(found < size, found, 0)
     tl.store(nearest + sample * voxels + mine, found.to(tl.int64), mask=here)
 
@@ -59,14 +57,21 @@ def _search(  # type: ignore[no-untyped-def]
 def nearest(
     latent: Tensor,
     embeddings: Tensor,
-    block_voxels: int = VOXELS,
-    block_codes: int = CODES,
+    block_voxels: int = BLOCK_VOXELS,
+    block_codes: int = BLOCK_CODES,
     warps: int = WARPS,
 ) -> Tensor:
-    """Index of the nearest code: (B, channels, d, h, w) and (size, channels) -> (B, d, h, w) int64.
+    """Find the nearest code of every latent voxel, in float32.
 
-    In float32 whatever the latent's format; of equally near codes the lowest index. The blocks are
-    powers of two.
+    Args:
+        latent: (B, channels, d, h, w), on CUDA.
+        embeddings: (size, channels), the codes.
+        block_voxels: latent voxels of a program, a power of two.
+        block_codes: codes in one step of the loop, a power of two.
+        warps: of a program.
+
+    Returns:
+        Index of the code, (B, d, h, w) int64; the lowest of equally near ones.
     """
     batch, channels, *sides = latent.shape
     flat = latent.to(torch.float32).flatten(2).contiguous()
@@ -86,6 +91,6 @@ def nearest(
             block_voxels=block_voxels,
             block_codes=block_codes,
             num_warps=warps,
-            enable_fp_fusion=True,  # multiply-add in one: twice as fast, and rounded once
+            enable_fp_fusion=True,  # fused multiply-add: faster, and rounded once
         )
     return found.view(batch, *sides)

@@ -1,13 +1,11 @@
-"""The autoencoder's layers in turn: on a CPU by slabs, the last ones near the tumour alone.
+"""Run the autoencoder's layers slab by slab on a CPU, and the last ones near the tumour only.
 
-A decoder of the published size makes some twenty tensors of a hundred megabytes for one crop. Going
-to memory for them takes as long as computing what is in them, above all because the system hands
-out memory that was never used in small pages. A slab of a few planes, and all that lies between two
-convolutions of it, stays in the processor's cache; what is as large as the crop is two tensors a
-level.
+Intermediate tensors of a large decoder do not fit the processor's cache, and writing them to fresh
+memory costs as much time as computing them. A slab of a few planes stays in the cache between two
+convolutions, and only two tensors of each level are as large as the crop.
 
-The numbers are those of the layers themselves to rounding: statistics of a GroupNorm are of the
-whole crop, a slab is convolved with the planes next to it.
+Results differ from those of the layers by rounding only: GroupNorm statistics cover the whole crop,
+and each slab is convolved together with the planes next to it.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tumorsynth.models.conv import (
-    asks_onednn,
+    calls_onednn,
     channel_sums,
     cpu_autocast,
     cpu_layout,
@@ -28,29 +26,38 @@ from tumorsynth.models.conv import (
 )
 from tumorsynth.models.layers import Conv, ResidualBlock, UpConv
 
-SLAB = 3 * 2**19  # numbers of a layer's input or output that go together: with all between, 20 MB
-LARGE = 2**24  # bytes of a tensor that a cache does not hold; smaller ones are faster as a whole
+MAX_SLAB_VALUES = 3 * 2**19  # of a layer's input or output; with all intermediates, 20 MB
+MAX_CACHED_BYTES = 2**24  # smaller tensors stay in the cache and are faster whole
 
 Near = tuple[slice, slice, slice]
 
 
-def through(layers: Iterable[nn.Module], x: Tensor, near: Near | None = None) -> Tensor:
-    """x (B, C, D, H, W) through layers of this package, one after the other.
+def run_layers(layers: Iterable[nn.Module], x: Tensor, near: Near | None = None) -> Tensor:
+    """Run layers of this package one after the other.
 
-    near: the voxels of the output that are wanted, and returned. Where the layers end with a
-    residual block and a convolution, the second half of that block and the convolution are computed
-    around them alone: that saves a fifth of a published decoder. All before has to be whole, as
-    each GroupNorm needs all of its input.
+    Args:
+        layers: `Conv`, `UpConv`, `ResidualBlock`, or sequences of them.
+        x: (B, C, D, H, W).
+        near: slices of the output's voxels to return; None returns all. If the layers end with a
+            residual block and a convolution, the second half of that block and the convolution are
+            computed there only. Earlier layers must be whole, as GroupNorm needs its whole input.
+
+    Returns:
+        The output, or its part ``near``.
     """
     flat = list(_flat(layers))
-    tail = flat[-2:] if near is not None and _worth_it(flat, x, near) else []
+    tail = flat[-2:] if near is not None and _cropping_pays(flat, x, near) else []
     flat = flat[: len(flat) - len(tail)]
     dtype = cpu_autocast() or x.dtype
     inner = torch.float32 if emulates_bfloat16(x) else dtype
-    if asks_onednn(x) and inner in (torch.float32, torch.bfloat16) and _large(flat, x, inner):
+    if (
+        calls_onednn(x)
+        and inner in (torch.float32, torch.bfloat16)
+        and _exceeds_cache(flat, x, inner)
+    ):
         with torch.autocast("cpu", enabled=False):
-            run = [_Slabs(volume, inner).through(flat, tail) for volume in x]
-        x, half, sums = (_batch(parts) for parts in zip(*run, strict=True))
+            outputs = [_Slabs(volume, inner).run(flat, tail) for volume in x]
+        x, half, sums = (_stack(parts) for parts in zip(*outputs, strict=True))
         x, half = x.to(dtype), half.to(dtype)
     else:
         x = cpu_layout(x)
@@ -61,16 +68,22 @@ def through(layers: Iterable[nn.Module], x: Tensor, near: Near | None = None) ->
             sums = torch.stack([channel_sums(sample.movedim(0, -1)) for sample in half])
     if tail:
         assert near is not None
-        return _end(tail[0], tail[1], x, half, sums, near)  # type: ignore[arg-type]
+        return _run_tail(tail[0], tail[1], x, half, sums, near)  # type: ignore[arg-type]
     return x if near is None else x[(..., *near)]
 
 
-def _end(
+def _run_tail(
     block: ResidualBlock, last: Conv, x: Tensor, half: Tensor, sums: Tensor, near: Near
 ) -> Tensor:
-    """The last convolution's output near the tumour.
+    """Return the last convolution's output near the tumour.
 
-    x: the residual block's input. half: what its first convolution made of that, with these sums.
+    Args:
+        block: the last residual block.
+        last: the convolution after it.
+        x: the block's input.
+        half: output of the block's first convolution.
+        sums: `channel_sums` of ``half``, for each sample.
+        near: slices of the voxels to return.
     """
     reach = block.conv2.padding + last.padding
     box = [slice(max(0, n.start - reach), n.stop + reach) for n in near]
@@ -84,8 +97,8 @@ def _end(
     return out[(..., *inner)]
 
 
-def _batch(parts: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`, but one part is not copied."""
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.stack` that does not copy a single part."""
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
@@ -97,22 +110,22 @@ def _flat(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
             yield layer
 
 
-def _worth_it(layers: Sequence[nn.Module], x: Tensor, near: Near) -> bool:
-    """Whether the layers have such an end, and what is wanted is less than half of it."""
+def _cropping_pays(layers: Sequence[nn.Module], x: Tensor, near: Near) -> bool:
+    """Whether the layers end as `_run_tail` needs, and less than half of the output is needed."""
     if len(layers) < 2 or not isinstance(layers[-2], ResidualBlock):
         return False
     sides: Sequence[int] = x.shape[2:]
     for layer in layers:
         sides = _sides(layer, sides) if isinstance(layer, Conv | UpConv) else sides
-    # a GPU computes a small end sooner than it is told the thirty steps of the way around it
-    if x.device.type != "cpu" and not _large(layers, x, x.dtype):
+    # on a GPU, launching the extra kernels costs more than a small tail
+    if x.device.type != "cpu" and not _exceeds_cache(layers, x, x.dtype):
         return False
-    wanted = np.prod([n.stop - n.start for n in near])
-    return isinstance(layers[-1], Conv) and bool(wanted < np.prod(sides) / 2)
+    needed = np.prod([n.stop - n.start for n in near])
+    return isinstance(layers[-1], Conv) and bool(needed < np.prod(sides) / 2)
 
 
-def _large(layers: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether any layer makes more than a cache holds."""
+def _exceeds_cache(layers: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether any layer's output is larger than a CPU's cache."""
     sides: Sequence[int] = x.shape[2:]
     most = 0
     for layer in layers:
@@ -120,11 +133,11 @@ def _large(layers: Sequence[nn.Module], x: Tensor, dtype: torch.dtype) -> bool:
             sides = _sides(layer, sides)
             channels = (layer.convt if isinstance(layer, UpConv) else layer.conv).out_channels
             most = max(most, channels * int(np.prod(sides)))
-    return most * dtype.itemsize > LARGE
+    return most * dtype.itemsize > MAX_CACHED_BYTES
 
 
 def _sides(layer: Conv | UpConv, sides: Sequence[int]) -> Sequence[int]:
-    """Of what the layer makes of a volume with these."""
+    """Return the sides of the layer's output for an input of these sides."""
     if isinstance(layer, UpConv):
         return [2 * n for n in sides]
     kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
@@ -132,63 +145,83 @@ def _sides(layer: Conv | UpConv, sides: Sequence[int]) -> Sequence[int]:
 
 
 class _Slabs:
-    """One volume (C, D, H, W) on its way; within, tensors are (D, H, W, C)."""
+    """One volume on its way through the layers; tensors inside are (D, H, W, C).
+
+    Args:
+        volume: (C, D, H, W).
+        dtype: to compute in.
+    """
 
     def __init__(self, volume: Tensor, dtype: torch.dtype) -> None:
         x = volume.permute(1, 2, 3, 0)
-        self.memory = _Memory()
+        self.scratch = _Scratch()
         self.x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        self.sums: Tensor | None = None  # of x, where the next layer needs them
+        self.sums: Tensor | None = None  # of x, if the next layer needs them
 
-    def through(
+    def run(
         self, layers: Sequence[nn.Module], tail: Sequence[nn.Module]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The volume after these layers; and the first half of the tail's block, with its sums."""
-        spare = None  # a tensor like x, of an earlier block
+        """Run the layers, and the first half of the tail's residual block.
+
+        Returns:
+            Output of the layers, output of the half block, and the sums of that; the last two are
+            empty without a tail.
+        """
+        spare = None  # a tensor of x's shape to reuse
         for layer, following in zip(layers, [*layers[1:], *tail[:1], None], strict=False):
             summed = isinstance(following, ResidualBlock)
             if isinstance(layer, ResidualBlock):
                 half, sums = self._half(layer, spare)
                 norm = layer.norm2.scale_and_shift(sums, self.x[..., 0].numel())
-                self.x, self.sums = _convolved(
-                    layer.conv2, half, self.memory, norm, self.x, True, summed
+                self.x, self.sums = _convolve(
+                    layer.conv2, half, self.scratch, norm, self.x, True, summed
                 )
                 spare = half
             else:
                 assert isinstance(layer, Conv | UpConv)
-                self.x, self.sums = _convolved(layer, self.x, self.memory, summed=summed)
+                self.x, self.sums = _convolve(layer, self.x, self.scratch, summed=summed)
                 spare = None
         if not tail:
-            return self._back(self.x), torch.empty(0), torch.empty(0)
+            return self._channels_first(self.x), torch.empty(0), torch.empty(0)
         assert isinstance(tail[0], ResidualBlock)
         half, sums = self._half(tail[0], spare)
-        return self._back(self.x), self._back(half), sums
+        return self._channels_first(self.x), self._channels_first(half), sums
 
     def _half(self, block: ResidualBlock, spare: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a block's first convolution makes of x, and its sums."""
+        """Return the output of a block's first convolution, and its sums."""
         sums = channel_sums(self.x) if self.sums is None else self.sums
         norm = block.norm1.scale_and_shift(sums, self.x[..., 0].numel())
-        half, sums = _convolved(block.conv1, self.x, self.memory, norm, spare)
+        half, sums = _convolve(block.conv1, self.x, self.scratch, norm, spare)
         return half, sums
 
     @staticmethod
-    def _back(x: Tensor) -> Tensor:
+    def _channels_first(x: Tensor) -> Tensor:
         return x.permute(3, 0, 1, 2)
 
 
-def _convolved(
+def _convolve(
     layer: Conv | UpConv,
     x: Tensor,
-    memory: _Memory,
+    scratch: _Scratch,
     norm: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
     add: bool = False,
     summed: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The layer's output for x (D, H, W, C), and its `channel_sums` if ``summed``.
+    """Run a convolution slab by slab.
 
-    norm: scale and shift of x's channels, before it is put through SiLU and convolved. out: where
-    the output goes; with ``add`` it is added to what is there.
+    Args:
+        layer: the convolution.
+        x: (D, H, W, C).
+        scratch: memory to reuse.
+        norm: scale and shift of x's channels, applied with SiLU before the convolution; None
+            convolves x as it is.
+        out: where the output goes; None allocates it.
+        add: whether to add to ``out`` instead of overwriting it.
+        summed: whether to compute the sums.
+
+    Returns:
+        The output, and its `channel_sums` if ``summed``.
     """
     up = isinstance(layer, UpConv)
     conv = layer.convt if isinstance(layer, UpConv) else layer.conv
@@ -196,35 +229,42 @@ def _convolved(
     weight = conv.weight.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     if out is None:
-        out = _fresh((*_sides(layer, x.shape[:3]), conv.out_channels), x.dtype)
-    window = _Window(x, layer.padding, layer.replicate, norm, memory)
+        out = _allocate((*_sides(layer, x.shape[:3]), conv.out_channels), x.dtype)
+    window = _Window(x, layer.padding, layer.replicate, norm, scratch)
     count = len(x) if up else len(out)
     plane = 2 * out[0].numel() if up else max(stride * x[0].numel(), out[0].numel())
-    step = max(1, SLAB // plane)
+    step = max(1, MAX_SLAB_VALUES // plane)
     sums = torch.zeros(2, conv.out_channels, dtype=torch.float64)
     for a in range(0, count, step):
         b = min(a + step, count)
         if up:
-            made = torch.conv_transpose3d(window[a, b + 2], weight, bias, 2, 3)
+            slab = torch.conv_transpose3d(window[a, b + 2], weight, bias, 2, 3)
             part = out[2 * a : 2 * b]
         else:
             source = window[a * stride, (b - 1) * stride + kernel]
-            made = torch.mkldnn_convolution(
+            slab = torch.mkldnn_convolution(
                 source, weight, bias, (0, 0, 0), conv.stride, (1, 1, 1), 1
             )
             part = out[a:b]
-        made = made[0].permute(1, 2, 3, 0)
-        part = part.add_(made) if add else part.copy_(made)
+        slab = slab[0].permute(1, 2, 3, 0)
+        part = part.add_(slab) if add else part.copy_(slab)
         if summed:
-            sums += channel_sums(part, memory.of("sums", part.shape, torch.float32))
+            sums += channel_sums(part, scratch.tensor("sums", part.shape, torch.float32))
     return out, sums
 
 
 class _Window:
-    """Planes of x (D, H, W, C) for a convolution: padded, and normalised where asked.
+    """Planes of a volume for a convolution, padded and, with ``norm``, normalised.
 
-    [a, b] gives planes a to b - 1, counted with the padding, as (1, C, b - a, H + 2 pad,
-    W + 2 pad), channels last. It is the same memory every time.
+    ``window[a, b]`` returns planes a to b - 1, counted with the padding, as (1, C, b - a,
+    H + 2 pad, W + 2 pad), channels last. Each call reuses the memory of the last.
+
+    Args:
+        x: (D, H, W, C).
+        pad: voxels of padding on each side.
+        replicate: whether to pad by replication instead of zeros.
+        norm: scale and shift of x's channels, applied with SiLU; None applies nothing.
+        scratch: memory to reuse.
     """
 
     def __init__(
@@ -233,10 +273,10 @@ class _Window:
         pad: int,
         replicate: bool,
         norm: tuple[Tensor, Tensor] | None,
-        memory: _Memory,
+        scratch: _Scratch,
     ) -> None:
-        self.x, self.pad, self.replicate, self.memory = x, pad, replicate, memory
-        # for a row of voxels at once: one vector operation each would be too short
+        self.x, self.pad, self.replicate, self.scratch = x, pad, replicate, scratch
+        # repeated for a row of voxels, since operations on single voxels are too short
         self.rows = None if norm is None else [v.repeat(x.shape[2]) for v in norm]
         self.planes = torch.zeros(0)
 
@@ -245,7 +285,7 @@ class _Window:
         depth, height, width, channels = x.shape
         if len(self.planes) < last - first:
             shape = (last - first, height + 2 * pad, width + 2 * pad, channels)
-            self.planes = self.memory.of("planes", shape, x.dtype).zero_()
+            self.planes = self.scratch.tensor("planes", shape, x.dtype).zero_()
         planes = self.planes[: last - first]
         a, b = max(first - pad, 0), min(last - pad, depth)
         before, after = a - (first - pad), (last - pad) - b
@@ -269,28 +309,26 @@ class _Window:
         if x.dtype == torch.float32:
             F.silu(torch.addcmul(shift, x, scale, out=part), inplace=True)
             return
-        # faster than in bfloat16, and rounded once
-        wide = self.memory.of("wide", x.shape, torch.float32).copy_(x)
+        # in float32, which is faster than bfloat16 and rounds once
+        wide = self.scratch.tensor("wide", x.shape, torch.float32).copy_(x)
         part.copy_(F.silu(torch.addcmul(shift, wide, scale, out=wide), inplace=True))
 
 
-class _Memory:
-    """Scratch that is used again and again: what is freed after each use comes back from the system
-    as if new, if it is some MB."""
+class _Scratch:
+    """Memory that is kept for reuse, since the system clears large blocks after every release."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
 
-    def of(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor in the memory of this name, with whatever is in it."""
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised tensor in the memory of this name."""
         count = int(np.prod(shape)) * dtype.itemsize
         if name not in self.kept or self.kept[name].numel() < count:
-            self.kept[name] = _fresh((count,), torch.uint8)
+            self.kept[name] = _allocate((count,), torch.uint8)
         return self.kept[name][:count].view(dtype).view(*shape)
 
 
-def _fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory that was not used before. NumPy asks the system for large pages, torch does not: a
-    hundred megabytes in small ones take a third as long as the convolution that fills them."""
+def _allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor. NumPy asks the system for large pages, which are faster."""
     count = int(np.prod(shape)) * dtype.itemsize
     return torch.from_numpy(np.empty(count, np.uint8)).view(dtype).view(shape)

@@ -1,42 +1,48 @@
-"""The denoiser: a 3-D U-Net whose space and depth are treated apart (Ho et al. 2022, section 3).
+"""The factorised denoiser: a 3-D U-Net with separate space and depth (Ho et al. 2022, section 3).
 
-Convolutions and spatial attention see one slice at a time, depth attention sees one column of
-slices at a time; depth is never downsampled. The default configuration has the layer sizes of the
-published DiffTumor denoiser (6.0 M parameters).
+Convolutions and spatial attention work within slices, depth attention across them; depth is never
+downsampled. The default configuration has the layer sizes of the published DiffTumor denoiser.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from tumorsynth.models.conv import (
-    Conv3d,
-    ConvTranspose3d,
-    GroupNorm,
-    Linear,
-    cpu_autocast,
-    cpu_layout,
+from tumorsynth.models.attention import (
+    DepthAttention,
+    RelativePositionBias,
+    Rotary,
+    SpatialAttention,
+    SpatialLinearAttention,
 )
+from tumorsynth.models.conv import Conv3d, ConvTranspose3d, GroupNorm, cpu_layout
 
-CHUNK = 2**21  # bytes of q, k and v together, of the sequences that go together on a CPU
-SHORT = 48  # tokens
-ROTARY_BASE = 10000.0  # Su et al. 2021, section 3.2.2; the time embedding uses the same base
+TIME_BASE = 10000.0  # of the frequencies in the time embedding
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """Sizes of a `FactorizedUNet`; the defaults are the published ones.
 
-    in_channels counts the noisy latent (out_channels) and the conditioning together. heads,
-    head_dim and rotary_dim describe every attention; buckets and max_distance (in slices) the
-    relative position bias of depth attention.
+    Args:
+        dim: channels at full resolution.
+        multipliers: channels of each level, as multiples of ``dim``.
+        in_channels: channels of the noisy latent and the conditioning together.
+        out_channels: channels of the latent.
+        heads: heads of every attention.
+        head_dim: channels of a head.
+        groups: groups of every GroupNorm.
+        rotary_dim: channels of a head that the rotary embedding rotates.
+        buckets: buckets of the relative position bias in depth attention.
+        max_distance: largest distance of that bias, in slices.
+
+    Raises:
+        ValueError: if a size is out of range or two do not fit together.
     """
 
     dim: int = 24
@@ -88,12 +94,12 @@ class UNetConfig:
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of the latent must be multiples of this."""
+        """Height and width of a latent are multiples of this."""
         return int(2 ** (len(self.multipliers) - 1))
 
 
 class TimeEmbedding(nn.Module):
-    """Integer step t (B,) -> (B, time_dim): sines and cosines, Linear, GELU, Linear."""
+    """Embed integer steps t (B,) as (B, time_dim): sines and cosines, Linear, GELU, Linear."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -103,190 +109,24 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         steps = torch.arange(self.waves, device=t.device, dtype=torch.float32) / (self.waves - 1)
-        angles = t.float()[:, None] * torch.exp(-math.log(ROTARY_BASE) * steps)
+        angles = t.float()[:, None] * torch.exp(-math.log(TIME_BASE) * steps)
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.linear1.weight.dtype)
         return self.linear2(F.gelu(self.linear1(waves)))
 
 
-class Rotary(nn.Module):
-    """Rotary position embedding over neighbouring channel pairs (Su et al. 2021, eq. 34)."""
-
-    frequencies: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        frequencies = [ROTARY_BASE ** (-i / dim) for i in range(0, dim, 2)]
-        self.register_buffer("frequencies", torch.tensor(frequencies))
-
-    def table(self, length: int) -> Tensor:
-        """(length, dim / 2, 2): cosine and sine of the turns of positions 0 .. length - 1."""
-        positions = torch.arange(length, device=self.frequencies.device, dtype=torch.float32)
-        angles = positions[:, None] * self.frequencies.float()
-        if torch.compiler.is_compiling():  # torch's compiler makes no code for complex numbers
-            return torch.stack([angles.cos(), angles.sin()], dim=-1)
-        return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns the first channels of x (..., length, channels) by a `Rotary.table`."""
-    turned, rest = x.split([2 * len(table[0]), x.shape[-1] - 2 * len(table[0])], dim=-1)
-    pairs = turned.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
-        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:
-        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    turned = pairs.flatten(-2).to(x.dtype)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
-
-
-class RelativePositionBias(nn.Module):
-    """Learned bias per head and bucketed distance (Raffel et al. 2020, section 2.1)."""
-
-    def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.max_distance = config.max_distance
-        self.embedding = nn.Embedding(config.buckets, config.heads)
-
-    def buckets(self, length: int, device: torch.device) -> Tensor:
-        """(length, length) bucket of key j seen from query i.
-
-        Half of the buckets is for keys before the query (and itself), half for those after it;
-        in each, the first half holds one distance a bucket, the rest grow logarithmically.
-        """
-        per_side = self.embedding.num_embeddings // 2
-        exact = per_side // 2
-        position = torch.arange(length, device=device)
-        offset = position[None, :] - position[:, None]
-        distance = offset.abs()
-        ratio = torch.log(distance.clamp(min=1) / exact) / math.log(self.max_distance / exact)
-        far = (exact + (ratio * (per_side - exact)).long()).clamp(max=per_side - 1)
-        return torch.where(distance < exact, distance, far) + per_side * (offset > 0)
-
-    def forward(self, length: int) -> Tensor:
-        """(1, heads, length, length), to be added to the attention logits."""
-        bias = self.embedding(self.buckets(length, self.embedding.weight.device))
-        return rearrange(bias, "i j heads -> 1 heads i j").contiguous()
-
-
-def by_parts(attend: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
-    """attend(x) for sequences x (N, n, dim) that have nothing to do with one another.
-
-    On a CPU a few at a time: what lies between, ``width`` numbers a token, then stays in its cache,
-    instead of being as large as to be fresh memory from the system every time.
-    """
-    few = max(1, CHUNK // (x.shape[1] * width * (cpu_autocast() or x.dtype).itemsize))
-    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= few:
-        return attend(x)
-    return torch.cat([attend(part) for part in x.split(few)])
-
-
-def softmax(logits: Tensor, dim: int) -> Tensor:
-    """In float32 at the least, as CUDA's autocast has it: on a CPU bfloat16 is slower, too."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.softmax(dim, dtype=wide).to(logits.dtype)
-
-
-def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax attention: q, k, v (B, heads, n, channels) and bias, added to the logits, -> as q.
-
-    Short sequences on a CPU by plain matrix products: there PyTorch's fused attention, which is
-    made for long ones, takes twice as long, four times in bfloat16.
-    """
-    heads, n, channels = q.shape[-3:]
-    if q.device.type != "cpu" or torch.is_grad_enabled() or n > SHORT:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    q, k, v = (part.reshape(-1, n, channels) for part in (q, k, v))
-    logits = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (-1, heads)).mul_(channels**-0.5)
-    if bias is not None:
-        logits += bias
-    return torch.bmm(softmax(logits, -1).flatten(0, 1), v).unflatten(0, (-1, heads))
-
-
-class Attention(nn.Module):
-    """Softmax attention over tokens (N, n, dim), normalised before; returns the residual."""
-
-    def __init__(self, dim: int, config: UNetConfig) -> None:
-        super().__init__()
-        inner = config.heads * config.head_dim
-        self.heads = config.heads
-        self.norm = nn.LayerNorm(dim, eps=1e-5, bias=False)
-        self.to_qkv = Linear(dim, 3 * inner, bias=False)
-        self.to_out = Linear(inner, dim, bias=False)
-
-    def forward(self, x: Tensor, bias: Tensor | None = None, table: Tensor | None = None) -> Tensor:
-        return by_parts(lambda part: self._attend(part, bias, table), x, self.to_qkv.out_features)
-
-    def _attend(self, x: Tensor, bias: Tensor | None, table: Tensor | None) -> Tensor:
-        q, k, v = rearrange(
-            self.to_qkv(self.norm(x)), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads
-        )
-        if table is not None:
-            # The published model scales q before it rotates; a rotation is linear, so that
-            # the scaling inside scaled_dot_product_attention gives the same logits.
-            q, k = rotate(q, table), rotate(k, table)
-        out = attended(q, k, v, None if bias is None else bias.to(q.dtype))
-        return self.to_out(rearrange(out, "b h n c -> b n (h c)"))
-
-
-class DepthAttention(Attention):
-    """Attention along depth, each column of slices on its own: (B, dim, d, h, w) -> the same."""
-
-    def forward(self, x: Tensor, bias: Tensor, table: Tensor) -> Tensor:  # type: ignore[override]
-        b, _, _, h, w = x.shape
-        out = super().forward(rearrange(x, "b c d h w -> (b h w) d c"), bias, table)
-        return x + rearrange(out, "(b h w) d c -> b c d h w", b=b, h=h, w=w)
-
-
-class SpatialAttention(Attention):
-    """Attention within each slice, without any position: (B, dim, d, h, w) -> the same."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        b, _, _, h, w = x.shape
-        out = super().forward(rearrange(x, "b c d h w -> (b d) (h w) c"))
-        return x + rearrange(out, "(b d) (h w) c -> b c d h w", b=b, h=h, w=w)
-
-
-class SpatialLinearAttention(nn.Module):
-    """Linear attention within each slice (Shen et al. 2021, eq. 3).
-
-    q is normalised over channels, k over positions, so that k^T v is a small matrix per head and
-    the cost grows with h w, not with its square.
-    """
-
-    def __init__(self, dim: int, config: UNetConfig) -> None:
-        super().__init__()
-        inner = config.heads * config.head_dim
-        self.heads = config.heads
-        self.scale = config.head_dim**-0.5
-        self.norm = nn.LayerNorm(dim, eps=1e-5, bias=False)
-        self.to_qkv = Linear(dim, 3 * inner, bias=False)
-        self.to_out = Linear(inner, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, _, _, h, w = x.shape
-        tokens = rearrange(x, "b c d h w -> (b d) (h w) c")
-        out = by_parts(self._attend, tokens, self.to_qkv.out_features)
-        return x + rearrange(out, "(b d) (h w) c -> b c d h w", b=b, h=h, w=w)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(
-            self.to_qkv(self.norm(x)), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads
-        )
-        context = softmax(k, -2).transpose(-1, -2) @ v
-        out = softmax(q, -1) @ (self.scale * context)
-        return self.to_out(rearrange(out, "b h n c -> b n (h c)"))
-
-
 def slice_conv(dim_in: int, dim_out: int, kernel: int) -> Conv3d:
-    """A 2-D convolution applied to every slice, zeros around it."""
+    """Return a 2-D convolution for every slice, padded with zeros to keep its size."""
     return Conv3d(dim_in, dim_out, (1, kernel, kernel), padding=(0, kernel // 2, kernel // 2))
 
 
 class ResidualBlock(nn.Module):
     """conv, norm, scale and shift by time, SiLU; conv, norm, SiLU; plus the input.
 
-    time_dim 0 makes a block that takes no time embedding.
+    Args:
+        dim_in: channels of the input.
+        dim_out: channels of the output.
+        groups: groups of the GroupNorms.
+        time_dim: channels of the time embedding; 0 makes a block without one.
     """
 
     def __init__(self, dim_in: int, dim_out: int, groups: int, time_dim: int) -> None:
@@ -314,8 +154,8 @@ class Level(nn.Module):
         super().__init__()
         self.res1 = ResidualBlock(dim_in, dim_out, config.groups, config.time_dim)
         self.res2 = ResidualBlock(dim_out, dim_out, config.groups, config.time_dim)
-        self.spatial = SpatialLinearAttention(dim_out, config)
-        self.depth = DepthAttention(dim_out, config)
+        self.spatial = SpatialLinearAttention(dim_out, config.heads, config.head_dim)
+        self.depth = DepthAttention(dim_out, config.heads, config.head_dim)
 
     def forward(self, x: Tensor, emb: Tensor, bias: Tensor, table: Tensor) -> Tensor:
         x = self.res2(self.res1(x, emb), emb)
@@ -328,8 +168,8 @@ class Middle(nn.Module):
     def __init__(self, dim: int, config: UNetConfig) -> None:
         super().__init__()
         self.res1 = ResidualBlock(dim, dim, config.groups, config.time_dim)
-        self.spatial = SpatialAttention(dim, config)
-        self.depth = DepthAttention(dim, config)
+        self.spatial = SpatialAttention(dim, config.heads, config.head_dim)
+        self.depth = DepthAttention(dim, config.heads, config.head_dim)
         self.res2 = ResidualBlock(dim, dim, config.groups, config.time_dim)
 
     def forward(self, x: Tensor, emb: Tensor, bias: Tensor, table: Tensor) -> Tensor:
@@ -338,11 +178,10 @@ class Middle(nn.Module):
 
 
 class FactorizedUNet(nn.Module):
-    """Predicts the noise in x_t, given the step and the conditioning.
+    """Predicts noise, x0 or v from a noisy latent, the step and the conditioning.
 
-    forward(x_t, t, cond): x_t (B, 8, d, h, w); t an int or (B,) integers in 0 .. T - 1;
-    cond (B, 9, d, h, w), the latent of the hollowed crop and the mask. Returns (B, 8, d, h, w).
-    h and w must be multiples of config.size_multiple; d is free.
+    Args:
+        config: sizes; None takes the published ones.
     """
 
     def __init__(self, config: UNetConfig | None = None) -> None:
@@ -352,10 +191,10 @@ class FactorizedUNet(nn.Module):
         inputs = [config.dim, *widths[:-1]]
 
         self.first = slice_conv(config.in_channels, config.dim, 7)
-        self.first_depth = DepthAttention(config.dim, config)
+        self.first_depth = DepthAttention(config.dim, config.heads, config.head_dim)
         self.time = TimeEmbedding(config)
         self.rotary = Rotary(config.rotary_dim)
-        self.bias = RelativePositionBias(config)
+        self.bias = RelativePositionBias(config.buckets, config.heads, config.max_distance)
 
         self.downs = nn.ModuleList(
             Level(dim_in, dim_out, config) for dim_in, dim_out in zip(inputs, widths, strict=True)
@@ -376,6 +215,16 @@ class FactorizedUNet(nn.Module):
         self.last = slice_conv(config.dim, config.out_channels, 1)
 
     def forward(self, x_t: Tensor, t: int | Tensor, cond: Tensor) -> Tensor:
+        """Return the prediction, (B, 8, d, h, w).
+
+        Args:
+            x_t: noisy latent, (B, 8, d, h, w); h and w multiples of ``config.size_multiple``.
+            t: step from 0 to T - 1, one int or (B,) integers.
+            cond: (B, 9, d, h, w), the latent of the hollowed crop and the mask.
+
+        Raises:
+            ValueError: if shapes do not fit.
+        """
         x, steps = self._checked(x_t, t, cond)
         emb = self.time(steps)
         bias, table = self.bias(x.shape[2]), self.rotary.table(x.shape[2])
@@ -401,7 +250,7 @@ class FactorizedUNet(nn.Module):
         return self.last(self.last_res(torch.cat([x, outermost], dim=1)))
 
     def _checked(self, x_t: Tensor, t: int | Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's input (B, in_channels, d, h, w) and the steps (B,)."""
+        """Check the input; return it as (B, in_channels, d, h, w), and the steps as (B,)."""
         config = self.config
         expected = (x_t.shape[0], config.cond_channels, *x_t.shape[2:])
         if x_t.ndim != 5 or x_t.shape[1] != config.out_channels or cond.shape != expected:

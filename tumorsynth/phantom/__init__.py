@@ -1,6 +1,6 @@
-"""A procedural abdominal CT: a healthy stand-in for a scan, made from a seed."""
+"""A procedural abdominal CT, made from a seed, as a healthy stand-in for a scan."""
 
-from tumorsynth.phantom.anatomy import LABELS
+from tumorsynth.phantom.landmarks import LABELS
 from tumorsynth.phantom.make import Phantom, make_phantom
 
 __all__ = ["LABELS", "Phantom", "make_phantom"]

@@ -1,99 +1,61 @@
-"""The patient of the phantom: where its organs lie (upright mm, RAS) and how they are painted.
-
-Sizes, positions and HU are those of textbook anatomy in the portal-venous phase.
-"""
+"""The phantom's patient: the shape of each structure as a signed distance (upright, RAS, mm)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tumorsynth.phantom.shapes import Box, Lattice, Warp, Waves, join, meet, spline
-
-_INF = math.inf
-Path = Sequence[Sequence[float]]  # points x, y, z, radius
-# fmt: off
-LABELS = {
-    "liver": 1, "pancreas": 2, "left_kidney": 3, "right_kidney": 4, "spleen": 5, "stomach": 6,
-    "gallbladder": 7, "aorta": 8, "vena_cava": 9, "colon": 10, "duodenum": 11, "small_bowel": 12,
-    "portal_vein": 13, "spine": 14, "ribs": 15, "lungs": 16,
-}
-_STOMACH = [(-50, -34, 50, 18), (-58, -12, 42, 27), (-60, 20, 22, 25), (-44, 48, 0, 21),
-            (-14, 58, -14, 16), (12, 48, -14, 12), (29, 36, -12, 8)]
-_DUODENUM = [(29, 36, -12, 10), (46, 22, -16, 12), (52, 8, -34, 12), (40, 2, -54, 12),
-             (8, 8, -60, 11), (-22, 10, -52, 11)]
-_PANCREAS = [(30, 6, -44, 7), (29, 12, -28, 15), (14, 22, -10, 11), (-14, 27, -2, 12),
-             (-42, 8, 4, 12), (-68, -16, 16, 9)]
-_COLON = [(100, -14, -110, 24), (97, 0, -70, 24), (86, 34, -54, 19), (50, 60, -60, 18),
-          (0, 64, -68, 19), (-52, 58, -48, 19), (-88, 36, -14, 18), (-102, 10, 0, 17),
-          (-104, -22, -30, 15), (-104, -30, -110, 15)]
-_AORTA = [(-8, -8, 120, 11), (-6, -6, 40, 10), (-4, -6, -20, 9), (-4, -10, -120, 8)]
-_CAVA = [(20, 2, 90, 12), (20, -2, 62, 13), (20, -8, 30, 12), (18, -8, -10, 11),
-         (18, -12, -120, 10)]
-_PORTAL = [(36, 14, 14, 6.5), (24, 14, 6, 7), (10, 14, -10, 7)]
-_GALLBLADDER = [(40, 30, -12, 4), (47, 42, -24, 13), (51, 50, -40, 15)]
-_VESSELS: list[Path] = [
-    [(10, 14, -10, 5), (-14, 16, -4, 4.5), (-44, -2, 8, 4), (-72, -24, 22, 4), (-86, -28, 28, 3)],
-    [(10, 14, -10, 6), (8, 18, -40, 5), (6, 26, -100, 4)],  # superior mesenteric vein
-    [(-5, 2, 4, 4), (-6, 12, -8, 3.5), (-6, 16, -40, 3.5), (-4, 24, -100, 3)],  # and artery
-    [(-5, 3, 14, 4), (-4, 16, 16, 3.5), (16, 18, 14, 3), (30, 18, 14, 2.5)],  # to the liver
-    [(-4, 16, 16, 3), (-24, 10, 14, 2.5), (-50, -6, 18, 2.5), (-80, -24, 28, 2)],  # to the spleen
-    [(-44, -32, -8, 4), (-24, -4, -8, 4.5), (0, 3, -10, 4), (14, -6, -10, 5)],  # renal veins
-    [(44, -34, -22, 4), (32, -20, -20, 5), (18, -10, -18, 5)],
-]
-_CRURA: list[Path] = [[(17, -20, 70, 3), (12, -14, 20, 5), (14, -24, -40, 4)],
-          [(-19, -18, 70, 3), (-18, -14, 20, 5), (-15, -24, -40, 4)]]
-_ADRENALS: list[Path] = [[(-42, -32, 30, 2), (-36, -20, 34, 3), (-34, -34, 32, 2)],
-             [(30, -24, 34, 2.5), (36, -42, 34, 1.8)]]
-_LIVER_STEMS = [  # start, a point on the way, radius, first length
-    ((36, 14, 14), (70, 22, 14), 5.2, 22),  # portal: right anterior
-    ((38, 12, 15), (75, -30, 18), 5.0, 26),  # right posterior
-    ((34, 15, 15), (0, 44, 30), 4.6, 30),  # left
-    ((26, 0, 58), (95, -12, 30), 4.6, 30),  # hepatic veins: right
-    ((22, 4, 58), (55, 60, 30), 4.4, 30),  # middle
-    ((18, 4, 58), (-30, 50, 40), 3.8, 28),  # left
-]
-_MESENTERIC_STEMS = [
-    ((8, 20, -40), (50, 30, -60), 2.8, 20), ((7, 24, -64), (50, 40, -80), 2.8, 20),
-    ((-5, 18, -30), (-60, 20, -30), 2.8, 22), ((-5, 18, -46), (-60, 30, -60), 2.8, 22),
-    ((-4, 20, -70), (-50, 40, -90), 2.8, 22), ((-20, 60, -20), (-30, 74, -44), 2.0, 20),
-    ((30, 40, -14), (0, 70, -40), 2.0, 22), ((-66, -10, 30), (-84, 20, 40), 2.0, 18),
-]
-# fmt: on
+from tumorsynth.phantom.landmarks import CAVA, GALLBLADDER, LIVER_STEMS, MESENTERIC_STEMS, Path
+from tumorsynth.phantom.shapes import Corners, Lattice, Warp, Waves, join, meet, spline
 
 
 class Patient:
-    """What the seed decides: the warp, grain, fatness, vessel trees, bowel."""
+    """What the seed decides: warp, grain, subcutaneous fat, vessel trees, bowel.
+
+    Args:
+        rng: draws all of it.
+    """
 
     def __init__(self, rng: torch.Generator):
         self.rng = rng
         self.warp = Warp(rng, (4.0, 4.0, 1.5))
         self._wobble, self._ripple = Waves(rng, 20.0, 45.0, 16), Waves(rng, 9.0, 16.0, 16)
         self.tile = torch.randn(64, 64, 64, generator=rng)
-        self.fat = 12 + 9 * float(torch.rand((), generator=rng))  # under the skin, mm
+        self.fat = 12 + 9 * float(torch.rand((), generator=rng))  # thickness under the skin, mm
         upright = Lattice(((-130, -90, -110), (130, 100, 90)), 4.0)
-        self.liver_trees = self._trees(_LIVER_STEMS, upright, self.liver(upright) + 3, 1.0)
-        self.mesentery = self._trees(_MESENTERIC_STEMS, upright, self.cavity(upright) + 6, 1.2)
+        self.liver_trees = self._trees(LIVER_STEMS, upright, self.liver(upright) + 3, 1.0)
+        self.mesentery = self._trees(MESENTERIC_STEMS, upright, self.cavity(upright) + 6, 1.2)
         self.bowel = self._bowel()
 
-    def around(self, path: Path | Tensor) -> Box:
-        """The world's box around tubes, with room for their rough surface."""
+    def around(self, path: Path | Tensor) -> Corners:
+        """Return the box around tubes in world coordinates, with a margin for rough surfaces."""
         p = torch.as_tensor(path, dtype=torch.float32)
-        at, room = self.warp.to_world(p[:, :3]), p[:, 3:] + 5
-        return (at - room).amin(0).tolist(), (at + room).amax(0).tolist()
+        centre, margin = self.warp.to_world(p[:, :3]), p[:, 3:] + 5
+        return (centre - margin).amin(0).tolist(), (centre + margin).amax(0).tolist()
 
     def wobble(self, p: Lattice) -> Tensor:
+        """Return slow waves, 20 to 45 mm."""
         return p.waves(self._wobble, 6.0)
 
     def ripple(self, p: Lattice) -> Tensor:
+        """Return fast waves, 9 to 16 mm."""
         return p.waves(self._ripple, 3.0)
 
-    def _trees(self, stems: Sequence, p: Lattice, room: Tensor, thinnest: float) -> list[Tensor]:
-        """Trees of tubes that fork, r^3 shared between the forks (Murray), down to about thinnest
-        mm, where room, on p, is negative."""
+    def _trees(self, stems: Sequence, p: Lattice, space: Tensor, thinnest: float) -> list[Tensor]:
+        """Grow trees of forking tubes; forks share r^3 (Murray's law).
+
+        Args:
+            stems: (start, a point on the way, radius, first length) each.
+            p: the lattice of ``space``.
+            space: negative where a tree may grow.
+            thinnest: radius at which trees end, mm.
+
+        Returns:
+            Points (N, 4) of each tube: x, y, z, radius.
+        """
         paths: list[Tensor] = []
         low, high = torch.tensor(p.first), torch.tensor(p.last)
 
@@ -102,7 +64,7 @@ class Patient:
 
         def blocked(at: Tensor) -> bool:
             i, j, k = ((at / p.step).round().long().clamp(low, high) - low).tolist()
-            return bool(room[i, j, k] > 0)
+            return bool(space[i, j, k] > 0)
 
         def grow(at: Tensor, way: Tensor, radius: float, length: float, stem: bool = False) -> None:
             points = [(*at.tolist(), radius)]
@@ -137,7 +99,7 @@ class Patient:
         return paths
 
     def _bowel(self) -> Tensor:
-        """Small bowel: rows of upright coils."""
+        """Return the path of the small bowel: rows of upright coils."""
         points = []
         for middle, rows, right in (
             (-96, (10, 34, 56), 79),
@@ -156,7 +118,7 @@ class Patient:
     # ------------------------------------------------------------------------ body wall
 
     def outline(self, p: Lattice, inset: float) -> Tensor:
-        """Distance to the skin moved in by inset mm: a superellipse, flatter behind."""
+        """Return the distance to the skin, moved inwards: a superellipse, flatter behind."""
         a, front, back = 144 - inset, 109 - inset, 98 - 0.7 * inset
         v = torch.where(p.y > 0, p.y / front, p.y / back).abs()
         k = ((p.x.abs() / a) ** 2.15 + v**2.15) ** (1 / 2.15)
@@ -164,7 +126,10 @@ class Patient:
         return (p.x**2 + p.y**2).sqrt() * (1 - 1 / (k + 1e-3)) + 4 * groove
 
     def cavity(self, p: Lattice) -> Tensor:
-        """Inside of the muscle wall: thick at the recti and at the back, thin between the recti."""
+        """Return the distance to the inside of the muscle wall.
+
+        The wall is thick at the recti and at the back, and thin between the recti.
+        """
         rectus = 3.5 * torch.exp(-(((p.x.abs() - 30) / 20) ** 2)) - 2 * torch.exp(-((p.x / 8) ** 2))
         back = 10 * torch.exp(-((p.x / 65) ** 2))
         front = torch.sigmoid(p.y / 6)
@@ -190,7 +155,7 @@ class Patient:
         d = meet(self.cavity(p) + 3, 1.5 - self.below_diaphragm(p), 3)
         d = meet(d, 14 + 0.4 * p.y - p.z, 6)
         d = meet(d, 4 - self.heart(p), 6)
-        return meet(d, -p.ellipsoid((-3, -22, 0), (27, 46, _INF)), 6)
+        return meet(d, -p.ellipsoid((-3, -22, 0), (27, 46, math.inf)), 6)
 
     def muscle(self, p: Lattice) -> Tensor:
         def mass(cx: float, cy: float, rx: float, ry: float) -> Tensor:
@@ -203,7 +168,7 @@ class Patient:
         return torch.minimum(psoas, back) + 0.8 * self.wobble(p)
 
     def ribs(self) -> list[Tensor]:
-        """Ribs from the 12th up, right and left: round the wall from the spine, sinking."""
+        """Return the paths of the ribs from the 12th upwards, right and left."""
         depth, paths = self.fat + 5, []
         for k in range(10):
             end = (1.0, 1.5, 2.0, 2.2, 2.35, 2.45, 2.5, 2.5, 2.5, 2.5)[k]
@@ -219,7 +184,7 @@ class Patient:
     # --------------------------------------------------------------------------- organs
 
     def kidney(self, p: Lattice, right: bool) -> Tensor:
-        """Without the sinus."""
+        """Return the distance to a kidney without its sinus."""
         x, z, inwards = (60, -26, -1) if right else (-62, -10, 1)
         d = p.ellipsoid((x, -38, z), (28, 25, 54), 0.16 * inwards)
         sinus = p.ellipsoid((x + 19 * inwards, -31, z), (18, 7, 21), 0.16 * inwards)
@@ -232,15 +197,15 @@ class Patient:
         floor = -62 + 0.5 * (112 - p.x) + 0.1 * p.y - p.z
         d = meet(
             meet(0.8 * join(left, right, 14), 0.85 * floor, 12) + 1.5 * bumps,
-            p.ellipsoid((40, 0, 20), (104, _INF, 150), 0.1),
+            p.ellipsoid((40, 0, 20), (104, math.inf, 150), 0.1),
             12,
         )
         for hole in (
             p.ellipsoid((60, -38, -26), (32, 29, 58), -0.16),  # right kidney
             p.ellipsoid((2, 62, -8), (4, 24, 26)),  # fissure of the round ligament
-            p.tubes(spline(_GALLBLADDER), reach=15) - 1.5,
-            p.ellipsoid((-4, -24, 0), (24, 24, _INF)),
-            p.tubes(spline(_CAVA), reach=15) - 0.5,
+            p.tubes(spline(GALLBLADDER), reach=15) - 1.5,
+            p.ellipsoid((-4, -24, 0), (24, 24, math.inf)),
+            p.tubes(spline(CAVA), reach=15) - 0.5,
         ):
             d = meet(d, -hole, 5)
         return meet(d, meet(self.cavity(p) + 1.5, self.below_diaphragm(p), 4), 3)
@@ -254,7 +219,7 @@ class Patient:
     # ---------------------------------------------------------------------------- spine
 
     def _vertebral(self, p: Lattice, slope: float = 0.0) -> tuple[Tensor, Tensor]:
-        """y from the vertebral body's centre, z from the middle of the nearest vertebra."""
+        """Return y from the vertebral body's centre, and z from the nearest vertebra's middle."""
         y = p.y + 34 + 0.0006 * (p.z + 30) ** 2
         return y, torch.remainder(p.z + slope * (y + 30) + 16, 33.0) - 16.5
 
@@ -278,155 +243,3 @@ class Patient:
         spinous = meet(meet(spinous, zs.abs() - 8, 3), (y + 42).abs() - 12, 3)
         arch = join(join(ring, across, 4), spinous, 5)
         return join(body, meet(arch, -canal, 2), 4)
-
-
-def _haustra(points: Path) -> Tensor:
-    path = spline(points, 10)
-    path[:, 3] *= 1 + 0.13 * torch.sin(0.9 * torch.arange(len(path)))
-    return path
-
-
-def paint_patient(paint: Callable, patient: Patient) -> None:
-    """Call paint(box, step, distance, (depth, HU, label), ...) from the outside inwards: what is
-    painted later covers what lies below."""
-    around = patient.around
-    trunk: Box = ((-168, -115, -_INF), (168, 125, _INF))
-
-    def tubes(
-        *paths: Tensor,
-        rough: float = 0.0,
-        inset: float = 0.0,
-        level: float | None = None,
-        reach: float = 5.0,
-    ) -> Callable[[Lattice], Tensor]:
-        def distance(p: Lattice) -> Tensor:
-            d = p.tubes(*paths, reach=reach) + inset
-            d = d + rough * patient.ripple(p) if rough else d
-            return d if level is None else meet(d, level - p.y, 1)  # air rises
-
-        return distance
-
-    def fat(p: Lattice) -> Tensor:  # with strands
-        return -104 + 7 * p.grain(4) + 25 * (p.grain(11) - 1.3).clamp(min=0)
-
-    def muscle(p: Lattice) -> Tensor:  # marbled
-        return 62 - 70 * (patient.ripple(p) - 1.1).clamp(min=0)
-
-    def fluid(p: Lattice) -> Tensor:
-        return 30 + 12 * p.grain(1)
-
-    def stool(p: Lattice) -> Tensor:
-        return 40 - 260 * (p.grain(7) - 0.2).clamp(min=0) * (0.4 + 0.4 * patient.wobble(p)).clamp(
-            0.02
-        )
-
-    def lung(p: Lattice) -> Tensor:
-        return -860 + 45 * p.grain(2)
-
-    def spongy(p: Lattice) -> Tensor:
-        return 200 + 45 * p.grain(3)
-
-    def lobules(p: Lattice) -> Tensor:  # of the pancreas, in fat
-        return 98 - 40 * (p.grain(5) - 0.8).clamp(min=0)
-
-    def pyramids(p: Lattice) -> Tensor:
-        return 160 - 25 * torch.tanh(2 * patient.ripple(p))
-
-    def parenchyma(p: Lattice) -> Tensor:
-        return 108 + 3 * patient.wobble(p)
-
-    def chyme(p: Lattice) -> Tensor:
-        state = patient.wobble(p)
-        return torch.where(state > 1.6, -850.0, 32 + 15 * state + 12 * p.grain(1))
-
-    def wall(p: Lattice) -> Tensor:
-        return meet(patient.outline(p, patient.fat), -patient.cavity(p), 2)
-
-    paint(((-190, -130, -_INF), (190, -90, _INF)), 3.0, _table, (0, -60, None), (1.5, -960, None))
-    paint(trunk, 5.0, lambda p: patient.outline(p, 0), (0, 15, None), (2, fat, None))
-    paint(trunk, 3.5, wall, (0, muscle, None), (3.8, -40, None), (4.5, 58, None))
-    chest: Box = ((-150, -110, -50), (150, 110, _INF))
-    paint(
-        ((-100, -30, 40), (60, 105, _INF)),
-        3.0,
-        patient.heart,
-        (-2, -70, None),
-        (2, 110, None),
-        (11, 150, None),
-    )
-    paint(chest, 3.0, patient.lung, (-2.2, 55, None), (0, lung, LABELS["lungs"]))
-    paint(
-        ((-100, -115, -_INF), (100, -5, _INF)),
-        2.5,
-        patient.muscle,
-        (-1.2, -60, None),
-        (0, muscle, 0),
-    )
-    for crus in _CRURA:
-        paint(around(spline(crus)), 2.0, tubes(spline(crus)), (0, 60, 0))
-    back: Box = ((-48, -110, -_INF), (48, 0, _INF))
-    bone = LABELS["spine"]
-    paint(back, 2.0, patient.disc, (0, 85, None))
-    paint(back, 1.5, patient.vertebrae, (0, 520, bone), (1.8, spongy, bone))
-    paint(back, 2.0, patient.canal, (0, 0, 0), (2.5, 40, 0))
-    bone = LABELS["ribs"]
-    up = torch.tensor([0.0, 0.0, 1.8, 0.0])  # ribs are higher than thick
-    for rib in patient.ribs():
-        for i in range(0, len(rib) - 1, 7):
-            part = rib[i : i + 8]
-            paint(around(part), 2.0, tubes(part + up, part - up), (0, 620, bone), (1.7, 190, bone))
-
-    paint(
-        around(torch.cat(patient.mesentery)),
-        1.5,
-        tubes(*patient.mesentery, reach=2.5),
-        (0, 140, None),
-    )
-    gut = LABELS["small_bowel"]
-    for i in range(0, len(patient.bowel) - 1, 8):  # one by one: each loop keeps its wall
-        loop = patient.bowel[i : i + 9]
-        paint(around(loop), 2.0, tubes(loop, rough=0.8), (0, 100, gut), (2.4, chyme, gut))
-    colon, gut = _haustra(_COLON), LABELS["colon"]
-    box = around(colon)
-    paint(box, 2.0, tubes(colon, rough=0.8), (0, 75, gut), (2.5, stool, gut))
-    paint(box, 3.0, tubes(colon, inset=3, level=64), (0, -960, None))
-    duodenum, gut = spline(_DUODENUM), LABELS["duodenum"]
-    paint(around(duodenum), 2.0, tubes(duodenum, rough=0.7), (0, 90, gut), (3, fluid, gut))
-    for vessel in _VESSELS:
-        paint(around(spline(vessel)), 1.5, tubes(spline(vessel)), (0, 160, 0))
-    pancreas = spline(_PANCREAS)
-    paint(around(pancreas), 2.0, tubes(pancreas, rough=1.7), (0, lobules, LABELS["pancreas"]))
-    for gland in _ADRENALS:
-        paint(around(spline(gland)), 1.5, tubes(spline(gland)), (0, 75, 0))
-    paint(((-140, -90, -40), (-40, 50, 90)), 2.5, patient.spleen, (0, 118, LABELS["spleen"]))
-    paint(around(spline(_AORTA)), 2.0, tubes(spline(_AORTA)), (0, 165, LABELS["aorta"]))
-    paint(around(spline(_CAVA)), 2.0, tubes(spline(_CAVA)), (0, 150, LABELS["vena_cava"]))
-    for name, low, high in (
-        ("left_kidney", (-104, -78, -76), (-16, 2, 56)),
-        ("right_kidney", (14, -78, -92), (102, 2, 40)),
-    ):
-        right, value = name == "right_kidney", LABELS[name]
-        paint(
-            (low, high),
-            2.0,
-            lambda p, right=right: patient.kidney(p, right),
-            (0, 180, value),
-            (5, pyramids, value),
-        )
-    stomach, gut = spline(_STOMACH), LABELS["stomach"]
-    box = around(stomach)
-    paint(box, 2.0, tubes(stomach, rough=1.0), (0, 90, gut), (4.5, fluid, gut))
-    paint(box, 3.0, tubes(stomach, inset=5.5, level=44), (0, -970, None))
-    box = ((-95, -95, -90), (135, 105, 95))
-    paint(box, 3.0, patient.liver, (0, parenchyma, LABELS["liver"]))
-    paint(box, 1.5, tubes(*patient.liver_trees, reach=2.5), (0, 160, None), only=LABELS["liver"])
-    paint(around(spline(_PORTAL)), 1.5, tubes(spline(_PORTAL)), (0, 165, LABELS["portal_vein"]))
-    gut = LABELS["gallbladder"]
-    paint(
-        around(spline(_GALLBLADDER)), 2.0, tubes(spline(_GALLBLADDER)), (0, 50, gut), (1.6, 8, gut)
-    )
-
-
-def _table(p: Lattice) -> Tensor:
-    x, y = p.axes[0][:, None, None], p.axes[1][:, None]
-    return ((y + 112 - 0.0011 * x * x).abs() - 5).maximum(x.abs() - 185).expand(p.shape)

@@ -1,9 +1,9 @@
-"""A procedural abdominal CT in the portal-venous phase: a healthy stand-in for a scan.
+"""Make a procedural abdominal CT in the portal-venous phase, as a healthy stand-in for a scan.
 
-Every structure is a signed distance evaluated on a coarse lattice fixed in the world, interpolated
-to the voxels of the structure's box and painted over what lies below with a soft edge, the
-scanner's blur. So the anatomy is a function of the position in mm and of the seed alone: any
-spacing and any field show the same patient. Only the noise belongs to the voxels.
+Every structure is a signed distance on a coarse lattice fixed in world coordinates. It is
+interpolated to the voxels of the structure's box and painted with a soft edge, the scanner's blur,
+over earlier structures. The anatomy therefore depends on the position in mm and the seed only: any
+spacing and any field show the same patient. Only the noise depends on the voxels.
 
 Axes are RAS: x grows to the patient's right, y to the front, z to the head.
 """
@@ -20,23 +20,29 @@ from torch import Tensor
 
 from tumorsynth.arguments import any_bool, is_bool
 from tumorsynth.devices import plain_defaults
-from tumorsynth.phantom.anatomy import LABELS, Patient, paint_patient
-from tumorsynth.phantom.shapes import Box, Lattice, resample
+from tumorsynth.phantom.anatomy import Patient
+from tumorsynth.phantom.landmarks import LABELS
+from tumorsynth.phantom.painting import paint_patient
+from tumorsynth.phantom.shapes import Corners, Lattice, resample
 from tumorsynth.threads import one_thread
 
 __all__ = ["LABELS", "Phantom", "make_phantom"]
 
-_FIELD_MM = (320.0, 260.0, 160.0)  # the default field, centred on 0
-_FOCUS_MM = (62.0, 12.0, 22.0)  # inside the liver: where ever smaller fields end up
-_EDGE_MM = 0.8  # half the width of a painted edge
-_NOISE_HU = 15.0  # standard deviation at the body's centre, two thirds of it far out
+FIELD_MM = (320.0, 260.0, 160.0)  # the default field of view, centred on 0
+FOCUS_MM = (62.0, 12.0, 22.0)  # a point in the liver, towards which smaller fields shift
+HALF_EDGE_MM = 0.8  # half the width of a painted edge
+NOISE_HU = 15.0  # standard deviation at the body's centre; two thirds of it far from there
 
 
 @dataclass(frozen=True)
 class Phantom:
-    """image: HU, float32 (1, X, Y, Z). label: uint8, same shape, values of LABELS, 0 elsewhere.
+    """A healthy abdomen.
 
-    spacing: mm. affine: (4, 4) float64 from voxels to RAS mm, positive diagonal.
+    Args:
+        image: HU, float32, (1, X, Y, Z).
+        label: uint8, same shape; values of `LABELS`, 0 elsewhere.
+        spacing: mm per voxel along X, Y, Z.
+        affine: (4, 4) float64, from voxels to RAS mm, with a positive diagonal.
     """
 
     image: Tensor
@@ -55,20 +61,37 @@ def make_phantom(
 ) -> Phantom:
     """Make one healthy abdomen.
 
-    spacing: mm per voxel. shape: voxels (X, Y, Z); None covers 320 x 260 x 160 mm around the upper
-    abdomen, a smaller field is shifted towards the liver. seed: patient and noise; the patient
-    does not change with spacing or shape. Raises ValueError for what cannot be a grid or a seed.
+    Args:
+        spacing: mm per voxel along X, Y, Z.
+        shape: voxels along X, Y, Z; None covers 320 x 260 x 160 mm of the upper abdomen. Smaller
+            fields shift towards the liver.
+        seed: decides patient and noise, from 0 to 2**63 - 1. The patient does not depend on spacing
+            or shape.
+        device: where to make it; None is the CPU.
+
+    Returns:
+        Image, label, spacing and affine.
+
+    Raises:
+        ValueError: if spacing, shape or seed is invalid.
+
+    Example:
+        >>> phantom = ts.make_phantom(spacing=(2.0, 2.0, 2.0), seed=1)
+        >>> phantom.image.shape
+        torch.Size([1, 160, 130, 80])
     """
     dx, dy, dz = spacing = _three(spacing, float, "spacing", "positive numbers in mm")
     if shape is None:
-        shape = [max(1, round(f / s)) for f, s in zip(_FIELD_MM, spacing, strict=True)]
+        shape = [max(1, round(f / s)) for f, s in zip(FIELD_MM, spacing, strict=True)]
     shape = _three(shape, int, "shape", "positive whole numbers of voxels")
     if is_bool(seed) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}.")
+        raise ValueError(
+            f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}; pass for example 0"
+        )
 
     affine = np.diag([dx, dy, dz, 1.0])
     for i in range(3):
-        centre = _FOCUS_MM[i] * max(0.0, 1 - shape[i] * spacing[i] / _FIELD_MM[i])
+        centre = FOCUS_MM[i] * max(0.0, 1 - shape[i] * spacing[i] / FIELD_MM[i])
         affine[i, 3] = centre - (shape[i] - 1) / 2 * spacing[i]
 
     rng = torch.Generator().manual_seed(int(seed))
@@ -81,23 +104,34 @@ def make_phantom(
 
 
 def _three(values: Sequence, kind: type, name: str, rule: str) -> tuple:
+    """Convert to three positive numbers of a kind, or raise ValueError."""
     try:
-        found = tuple(kind(v) for v in values)
-        good = (
-            len(found) == 3
+        numbers = tuple(kind(v) for v in values)
+        valid = (
+            len(numbers) == 3
             and not any_bool(list(values))
             and all(
-                math.isfinite(f) and f > 0 and f == v for f, v in zip(found, values, strict=True)
+                math.isfinite(n) and n > 0 and n == v for n, v in zip(numbers, values, strict=True)
             )
         )
     except (TypeError, ValueError, OverflowError):
-        good = False
-    if not good:
-        raise ValueError(f"{name} must be three {rule}, got {values!r}.")
-    return found
+        valid = False
+    if not valid:
+        example = "(1.0, 1.0, 1.0)" if kind is float else "(96, 96, 96)"
+        raise ValueError(f"{name} must be three {rule}, got {values!r}; pass for example {example}")
+    return numbers
 
 
 class _Canvas:
+    """The image and label to paint on.
+
+    Args:
+        patient: whose warp and grain to use.
+        affine: (4, 4), from voxels to RAS mm.
+        shape: voxels along X, Y, Z.
+        device: where image and label are.
+    """
+
     def __init__(
         self, patient: Patient, affine: np.ndarray, shape: Sequence[int], device: torch.device
     ):
@@ -111,15 +145,21 @@ class _Canvas:
 
     def paint(
         self,
-        box: Box,
+        box: Corners,
         step: float,
         shape: Callable[[Lattice], Tensor],
         *layers: tuple[float, float | Callable[[Lattice], Tensor], int | None],
         only: int | None = None,
     ) -> None:
-        """shape: distance on a lattice of step mm over the box, as far as it is in the field.
-        layers: depth in mm below the surface, HU, label (None keeps what is there). only: paint
-        over this label alone."""
+        """Paint a structure over what is there.
+
+        Args:
+            box: that encloses the structure, in mm.
+            step: of the lattice, in mm.
+            shape: signed distance to the surface on a lattice, in mm.
+            layers: (depth in mm below the surface, HU, label) each; a label of None keeps labels.
+            only: paint over this label only; None paints over everything.
+        """
         cut, axes = [], []
         for lo, hi, axis in zip(*box, self.axes, strict=True):
             inside = slice(*torch.searchsorted(axis, torch.tensor([lo, hi]).to(axis)).tolist())
@@ -133,29 +173,33 @@ class _Canvas:
         def voxels(values: Tensor) -> Tensor:
             return resample(values.to(self.image.device), lattice.first, step, axes)
 
-        # 0.5 on the surface, 1 an edge's half width within
-        cover = voxels(0.5 - shape(lattice) * (0.5 / _EDGE_MM))
+        # 0.5 on the surface, 1 from half an edge's width inside
+        cover = voxels(0.5 - shape(lattice) * (0.5 / HALF_EDGE_MM))
         image, label = self.image[tuple(cut)], self.label[tuple(cut)]
         if only is not None:
             cover.masked_fill_(label != only, 0)
         for depth, hu, value in layers:
-            deep = depth * 0.5 / _EDGE_MM
+            deep = depth * 0.5 / HALF_EDGE_MM
             paint = voxels(hu(lattice)) if callable(hu) else torch.tensor(float(hu)).to(image)
             image.lerp_(paint, (cover - deep).clamp_(0, 1))
             if value is not None:
                 label.masked_fill_(cover > 0.5 + deep, value)
 
     def noise_level(self) -> Tensor:
+        """Return the standard deviation of the noise in HU, (X, Y, 1)."""
         x, y, _ = (axis.float().to(self.image.device) for axis in self.axes)
         far = (x[:, None] / 150) ** 2 + (y / 110) ** 2
-        return (_NOISE_HU * (0.65 + 0.35 * torch.exp(-0.8 * far)))[:, :, None]
+        return (NOISE_HU * (0.65 + 0.35 * torch.exp(-0.8 * far)))[:, :, None]
 
 
 def _noise(
     shape: Sequence[int], spacing: Sequence[float], rng: torch.Generator, device: torch.device
 ) -> Tensor:
-    """Noise of unit variance with the spectrum of filtered back-projection: in the plane a ramp,
-    rolled off by the kernel; neighbours 1 mm apart correlate by about 0.3."""
+    """Return noise of unit variance with the spectrum of filtered back-projection.
+
+    In the plane that is a ramp, rolled off by the kernel; neighbours 1 mm apart correlate by about
+    0.3.
+    """
     white = torch.randn(*shape, generator=rng).to(device)
     fx, fy, fz = (
         torch.fft.fftfreq(n, s, device=device) for n, s in zip(shape, spacing, strict=True)

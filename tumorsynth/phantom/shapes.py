@@ -1,4 +1,4 @@
-"""Signed distances (mm, negative inside) on coarse lattices that are fixed in the world."""
+"""Signed distances (mm, negative inside) on coarse lattices fixed in world coordinates."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 Point = tuple[float, float, float]
-Box = tuple[Sequence[float], Sequence[float]]  # lower and upper corner, mm
+Corners = tuple[Sequence[float], Sequence[float]]  # lower and upper corner of a box, mm
 
 
 class Waves:
-    """Smooth random function of position, mean 0, variance 1: a sum of plane waves."""
+    """A smooth random function of position, mean 0, variance 1: a sum of plane waves.
+
+    Args:
+        rng: draws directions, lengths and phases.
+        shortest: wavelength, mm.
+        longest: wavelength, mm.
+        count: number of waves.
+    """
 
     def __init__(self, rng: torch.Generator, shortest: float, longest: float, count: int = 10):
         k = torch.randn(count, 3, generator=rng)
@@ -34,7 +41,12 @@ class Waves:
 
 
 class Warp:
-    """Smooth displacement between the world and the upright patient, a few mm."""
+    """A smooth displacement between world coordinates and the upright patient.
+
+    Args:
+        rng: draws the displacement.
+        amplitude: along x, y, z, in mm.
+    """
 
     def __init__(self, rng: torch.Generator, amplitude: Point):
         self.amplitude = amplitude
@@ -44,7 +56,7 @@ class Warp:
         return [a * bend(x, y, z) for a, bend in zip(self.amplitude, self.bend, strict=True)]
 
     def to_world(self, points: Tensor) -> Tensor:
-        """World positions (N, 3) of upright positions, by fixed-point iteration."""
+        """Return world positions (N, 3) of upright positions, by fixed-point iteration."""
         found = points
         for _ in range(3):
             found = points - torch.stack(self.shift(*found.T), 1)
@@ -52,7 +64,14 @@ class Warp:
 
 
 def resample(values: Tensor, first: Sequence[int], step: float, axes: Sequence[Tensor]) -> Tensor:
-    """Linear interpolation of lattice values (index 0 at first * step mm) at the axes' points."""
+    """Interpolate lattice values linearly at the points of three axes.
+
+    Args:
+        values: (x, y, z), on the lattice.
+        first: index of the lattice's first point, which lies at ``first * step`` mm.
+        step: of the lattice, mm.
+        axes: positions along x, y and z, mm.
+    """
     to_x, to_y, to_z = (
         (1 - (axis[:, None] / step - first[i] - torch.arange(values.shape[i])).abs())
         .clamp_(min=0)
@@ -63,16 +82,27 @@ def resample(values: Tensor, first: Sequence[int], step: float, axes: Sequence[T
     return (to_x @ values.flatten(1)).view(-1, *values.shape[1:])
 
 
-def _span(box: Box, step: float) -> tuple[list[int], list[int]]:
+def _span(box: Corners, step: float) -> tuple[list[int], list[int]]:
     first = [math.floor(lo / step) for lo in box[0]]
     return first, [max(math.ceil(hi / step), lo + 1) for hi, lo in zip(box[1], first, strict=True)]
 
 
 class Lattice:
-    """Points at the multiples of step (mm) that enclose a box. x, y, z: where they lie in the
-    upright patient."""
+    """Points at multiples of a step that enclose a box.
 
-    def __init__(self, box: Box, step: float, warp: Warp | None = None, tile: Tensor | None = None):
+    Args:
+        box: corners in world coordinates, mm.
+        step: mm.
+        warp: from world coordinates to the upright patient; None is the identity.
+        tile: random values (N, N, N) for `grain`.
+
+    Attributes:
+        x: coordinate of the points in the upright patient, mm; y and z likewise.
+    """
+
+    def __init__(
+        self, box: Corners, step: float, warp: Warp | None = None, tile: Tensor | None = None
+    ):
         self.step, self.warp, self.tile = step, warp, tile
         self.first, self.last = _span(box, step)
         self.axes = [
@@ -107,12 +137,12 @@ class Lattice:
         return self._upright[2]
 
     def waves(self, waves: Waves, step: float) -> Tensor:
-        """waves at the lattice's world positions, computed on points about step mm apart."""
+        """Return waves at the lattice's world positions, computed on points ``step`` mm apart."""
         coarse = Lattice(self.box, step)
         return resample(waves(*coarse._upright), coarse.first, step, self.axes)
 
     def grain(self, shift: int = 0) -> Tensor:
-        """Random values of unit variance, one per lattice point, the same at the same place."""
+        """Return random values of unit variance that depend on the world position only."""
         assert self.tile is not None
         i, j, k = (
             (torch.arange(a, b + 1) + shift) % self.tile.shape[0]
@@ -121,7 +151,13 @@ class Lattice:
         return self.tile[i][:, j][:, :, k]
 
     def ellipsoid(self, centre: Point, radii: Point, shear: float = 0.0) -> Tensor:
-        """Radii may be infinite. shear: mm of x per mm of z."""
+        """Return the distance to an ellipsoid.
+
+        Args:
+            centre: upright, mm.
+            radii: mm, may be infinite.
+            shear: mm of x for each mm of z.
+        """
         z = self.z - centre[2]
         x, y = (self.x - centre[0] - shear * z) / radii[0], (self.y - centre[1]) / radii[1]
         z = z / radii[2]
@@ -130,7 +166,12 @@ class Lattice:
         return k0 * (k0 - 1) / (k1 + 1e-6)
 
     def tubes(self, *paths: Tensor, reach: float = 5.0) -> Tensor:
-        """Distance to tubes along upright points (N, 4): x, y, z, radius. At most reach."""
+        """Return the distance to tubes.
+
+        Args:
+            paths: upright points (N, 4) each: x, y, z, radius, in mm.
+            reach: largest distance to compute, mm.
+        """
         points = torch.cat(paths)
         if self.warp is not None:
             points = torch.cat([self.warp.to_world(points[:, :3]), points[:, 3:]], 1)
@@ -179,18 +220,23 @@ class Lattice:
 
 
 def join(a: Tensor, b: Tensor, soft: float) -> Tensor:
-    """Union of two distances, rounded over about soft mm."""
+    """Return the distance to the union of two shapes, rounded over about ``soft`` mm."""
     h = (soft - (a - b).abs()).clamp_(min=0)
     return torch.minimum(a, b) - h * h / (4 * soft)
 
 
 def meet(a: Tensor, b: Tensor, soft: float) -> Tensor:
-    """Intersection, rounded likewise."""
+    """Return the distance to the intersection of two shapes, rounded over about ``soft`` mm."""
     return -join(-a, -b, soft)
 
 
 def spline(points: Sequence[Sequence[float]], pieces: int = 5) -> Tensor:
-    """Catmull-Rom curve through points (x, y, z, radius)."""
+    """Return a Catmull-Rom curve through points (x, y, z, radius).
+
+    Args:
+        points: in mm.
+        pieces: of the curve between two points.
+    """
     p = torch.tensor(points, dtype=torch.float32)
     p = torch.cat([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
     t = torch.arange(pieces)[:, None, None] / pieces

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tumorsynth.adapter import Adapter
-from tumorsynth.generators.handcrafted import HandcraftedGenerator
 from tumorsynth.generators.store import bundled_names
 from tumorsynth.pipeline.validation import is_record
 
@@ -19,9 +18,12 @@ DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu", "mass_effect", "shapes",
 
 
 def nameable(generator: Any, adapter: Adapter) -> Any:
-    """The generator as the history may hold it: a name, or a hand-crafted one's few numbers."""
+    """Return the generator as the history may hold it: a name, or an object without weights.
+
+    A generator that can be saved to a folder must have been, so that the history stays small.
+    """
     source = adapter.synth.handle.source
-    if source is None and not isinstance(generator, HandcraftedGenerator):
+    if source is None and hasattr(generator, "save"):
         raise ValueError(
             "generator must have a name or a folder, since TorchIO's history keeps it, but this "
             "one is in memory alone; save it with generator.save(folder) and pass the folder"

@@ -179,7 +179,8 @@ def compare_tumors(
 
 
 def main() -> None:
-    from tumorsynth.generators.store import find_folder, read_card, read_folder
+    from tumorsynth.generators.folder import read_card, read_folder
+    from tumorsynth.generators.store import find_folder
     from tumorsynth.training.folders import KIND, read_autoencoder
 
     parser = argparse.ArgumentParser(

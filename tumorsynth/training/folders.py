@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from tumorsynth.generators.config_check import check_bounds
-from tumorsynth.generators.store import (
+from tumorsynth.generators.config import check_bounds
+from tumorsynth.generators.folder import (
     CARD,
     FORMAT,
     MODEL,
-    _staged_card,
-    bundled_folder,
-    bundled_names,
     check_config,
     check_state,
     read_card,
     read_folder,
+    staged_card_name,
     write_folder,
 )
+from tumorsynth.generators.store import bundled_folder, bundled_names
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.training.data import Case
 
@@ -80,8 +79,8 @@ def read_autoencoder(
         return read_folder(folder).autoencoder, card
     raw = (folder / MODEL).read_bytes() if (folder / MODEL).is_file() else b""
     digest = hashlib.sha256(raw).hexdigest()
-    if digest != card["sha256"] and (folder / _staged_card(digest)).is_file():
-        card = read_card(folder, _staged_card(digest))  # a save was interrupted
+    if digest != card["sha256"] and (folder / staged_card_name(digest)).is_file():
+        card = read_card(folder, staged_card_name(digest))  # a save was killed half-way
     if digest != card["sha256"]:
         raise ValueError(
             f"{folder / MODEL} is missing or not the file its card describes (sha256); restore it"

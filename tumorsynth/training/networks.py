@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from tumorsynth.appearance.contrast import ContrastConfig
-from tumorsynth.generators.diffusion import SamplerConfig
+from tumorsynth.generators.config import SamplerConfig
+from tumorsynth.generators.folder import read_folder
 from tumorsynth.generators.sampling import Prediction, cosine_schedule
-from tumorsynth.generators.store import find_folder, read_folder
+from tumorsynth.generators.store import find_folder
 from tumorsynth.models.autoencoder import LIGHT, Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig

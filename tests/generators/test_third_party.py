@@ -1,0 +1,196 @@
+"""A generator written by somebody else: any object with the members of `TumorGenerator`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import tumorsynth as ts
+from tumorsynth.generators.protocol import MEMBERS, TumorGenerator, missing_members
+from tumorsynth.generators.store import Handle
+
+DROP_HU = -40.0
+SPACING = (1.0, 1.0, 1.0)
+
+
+class Darker:
+    """Lowers HU evenly in the tumour. Inherits nothing and holds no weights."""
+
+    name = "darker"
+    window = (-160.0, 240.0)
+    crop_size = 40
+    crop_multiple = 4
+    own_edge = False
+    even = False
+    keeps_detail = True
+
+    def __init__(self):
+        self.device = torch.device("cpu")
+        self.card = {"name": "darker", "licence": "MIT"}
+        self.calls = []
+
+    def to(self, device):
+        self.device = torch.device(device)
+        return self
+
+    def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        assert crop.shape == tumor_mask.shape and tumor_mask.dtype == torch.bool
+        assert crop.shape[2] % self.crop_multiple == 0 and crop.shape[2] >= self.crop_size
+        assert len(seed) == len(crop) and all(type(one) is int for one in seed)
+        self.calls.append((crop, tumor_mask, list(seed), contrast_hu, near))
+        drops = [DROP_HU] * len(crop) if contrast_hu is None else list(contrast_hu)
+        low, high = self.window
+        change = torch.zeros_like(crop)
+        for sample, drop in enumerate(drops):
+            change[sample] = drop / (high - low)
+        return change
+
+    def inpaint(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        return crop + tumor_mask * self.change(crop, tumor_mask, seed, contrast_hu, near)
+
+
+def scan():
+    """An organ of 110 HU with noise, label 1, in fat: (1, 64, 60, 56)."""
+    shape = (64, 60, 56)
+    label = torch.zeros(1, *shape, dtype=torch.uint8)
+    label[0, 6:-6, 6:-6, 6:-6] = 1
+    noise = 8 * torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    return torch.where(label == 1, 110.0, -90.0) + noise, label
+
+
+def synth(generator, **settings):
+    fixed = {"organ_labels": 1, "tumor_label": 2, "size_mm": 16.0, "count": 1}
+    return ts.SynthesizeTumor(generator, **{**fixed, **settings})
+
+
+def mean_change(transform, image, label, **options):
+    """Mean HU change in the tumour, and the results; fails unless a tumour was made."""
+    new_image, new_label = transform(image, label, spacing=SPACING, seed=3, **options)
+    assert [record["applied"] for record in transform.report] == [True]
+    assert transform.report[0]["generator"] == "darker"
+    tumor = new_label == 2
+    assert int(tumor.sum()) > 1000
+    return float((new_image - image)[tumor].mean()), new_image, new_label
+
+
+def test_it_satisfies_the_protocol():
+    assert isinstance(Darker(), TumorGenerator) and missing_members(Darker()) == []
+
+
+def test_the_packages_own_generators_satisfy_the_protocol():
+    for name in ("liver-early", "hu2023"):
+        assert missing_members(ts.load_generator(name)) == []
+
+
+@pytest.mark.parametrize("blend", ["change", "difftumor"])
+def test_both_blends_write_its_tumour(blend):
+    generator, (image, label) = Darker(), scan()
+    change, new_image, new_label = mean_change(synth(generator, blend=blend), image, label)
+    assert 0.5 * DROP_HU > change > 1.2 * DROP_HU
+    assert len(generator.calls) == 1
+    near = generator.calls[0][4]
+    assert len(near) == 3 and all(isinstance(one, slice) for one in near)
+    replay = synth(Darker(), blend=blend)
+    replay(image, label, spacing=SPACING, seed=3)
+    again = replay(image, label, spacing=SPACING, params=replay.params)
+    assert torch.equal(again[0], new_image) and torch.equal(again[1], new_label)
+
+
+def test_it_gets_the_contrast_that_the_user_asked_for():
+    generator, (image, label) = Darker(), scan()
+    change, _, new_label = mean_change(synth(generator, contrast_hu=-70.0), image, label)
+    assert bool((new_label[new_label != label] == 2).all())
+    assert generator.calls[0][3] == [-70.0] and 0.5 * -70 > change > 1.2 * -70
+
+
+def test_its_window_sets_the_scale_of_crops():
+    generator, (image, label) = Darker(), scan()
+    mean_change(synth(generator), image, label)
+    crop, mask = generator.calls[0][:2]
+    low, high = generator.window
+    expected = (110.0 - low) / (high - low)
+    assert float(crop[mask].mean()) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_gate_measures_it():
+    image, label = scan()
+    transform = synth(Darker(), gate=True)
+    mean_change(transform, image, label)
+    assert transform.report[0]["scores"]
+
+
+def test_the_gate_rejects_what_nobody_would_see():
+    class Faint(Darker):
+        def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+            return 0.02 * super().change(crop, tumor_mask, seed, contrast_hu, near)
+
+    image, label = scan()
+    transform = synth(Faint(), gate=True)
+    new_image, new_label = transform(image, label, spacing=SPACING, seed=3)
+    assert torch.equal(new_image, image) and torch.equal(new_label, label)
+    assert [record["applied"] for record in transform.report] == [False]
+    assert transform.report[0]["code"] == "gate"
+
+
+def test_mass_effect_moves_the_tissue_around_it():
+    image, label = scan()
+    change, moved, _ = mean_change(synth(Darker(), mass_effect=0.5), image, label)
+    _, still, _ = mean_change(synth(Darker()), image, label)
+    assert 0.4 * DROP_HU > change > 1.3 * DROP_HU
+    assert int((moved != image).sum()) > int((still != image).sum())
+
+
+def test_the_monai_adapter_takes_it():
+    pytest.importorskip("monai")
+    from monai.data import MetaTensor
+
+    from tumorsynth.monai import RandSynthesizeTumord
+
+    image, label = scan()
+    transform = RandSynthesizeTumord(
+        "image", "label", prob=1.0, generator=Darker(), organ_labels=1, tumor_label=2, size_mm=16.0
+    )
+    out = transform.set_random_state(0)({"image": MetaTensor(image), "label": MetaTensor(label)})
+    written = out["label"] != label
+    assert written.any()
+    change = float((out["image"] - image)[written].mean())
+    assert 0.5 * DROP_HU > change > 1.2 * DROP_HU
+
+
+def test_it_pickles_and_copies_with_its_transform():
+    transform, (image, label) = synth(Darker()), scan()
+    expected = transform(image, label, spacing=SPACING, seed=3)
+    for other in (pickle.loads(pickle.dumps(transform)), copy.deepcopy(transform)):
+        found = other(image, label, spacing=SPACING, seed=3)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_a_missing_member_is_named(member):
+    complete = {name: getattr(Darker(), name) for name in MEMBERS}
+    complete.pop(member)
+    generator = type("Incomplete", (), complete)()
+    with pytest.raises(TypeError, match=f"got Incomplete, which lacks {member};"):
+        Handle(generator)
+
+
+def test_all_missing_members_are_named():
+    class Painter:
+        name = "painter"
+
+        def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+            return crop
+
+    with pytest.raises(TypeError, match="generator must be") as error:
+        ts.SynthesizeTumor(Painter())
+    for member in set(MEMBERS) - {"name", "change"}:
+        assert member in str(error.value)
+    assert "lacks name" not in str(error.value)
+
+
+def test_a_class_in_place_of_an_instance_is_named():
+    with pytest.raises(TypeError, match="got the class Darker, not an instance of it"):
+        ts.SynthesizeTumor(Darker)

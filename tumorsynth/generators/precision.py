@@ -1,0 +1,68 @@
+"""Number format of a diffusion generator's networks: float32, or bfloat16 where that is safe.
+
+* "auto" is bfloat16 on CPUs that compute in it if the denoiser predicts x0 or v, else float32.
+* "float32" follows PyTorch's settings: by default, CUDA convolutions round to TF32.
+* "bfloat16" falls back to float32, with one warning, on CPUs that only emulate it.
+
+A denoiser that predicts noise computes in full float32, except with "bfloat16" in steps that
+amplify its error little. In bfloat16 the same seed gives the same tumour bit by bit on machines of
+one kind.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+
+from tumorsynth.models.kernels import cpu_computes_bfloat16, cpu_isa
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+# Largest factor from an error in predicted noise to the error in x0 that bfloat16 may have
+MAX_NOISE_ERROR_GAIN = 4.0
+
+
+def computes_in_bfloat16(precision: str, device: torch.device, prediction: str) -> bool:
+    """Decide whether networks compute in bfloat16.
+
+    Args:
+        precision: one of `PRECISIONS`. "auto" is bfloat16 on a CPU that computes in it, unless the
+            network predicts noise.
+        device: where the networks are.
+        prediction: what the denoiser predicts, "noise", "x0" or "v".
+
+    Raises:
+        ValueError: if ``precision`` is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {PRECISIONS}, got {precision!r}; set generator.precision = "
+            "'auto'"
+        )
+    on_cpu = device.type == "cpu"
+    if precision == "auto":
+        return on_cpu and prediction != "noise" and cpu_computes_bfloat16()
+    if precision == "bfloat16" and on_cpu and not cpu_computes_bfloat16():
+        _warn_of_float32()
+        return False
+    return precision == "bfloat16"
+
+
+def amplifies_noise_error(alpha_bar: float) -> bool:
+    """Whether x0 is too sensitive to the predicted noise for bfloat16 at this noise level.
+
+    Args:
+        alpha_bar: the signal's share of the variance, 0 to 1.
+    """
+    return 1 - alpha_bar > MAX_NOISE_ERROR_GAIN**2 * alpha_bar
+
+
+@cache  # once per process
+def _warn_of_float32() -> None:
+    warnings.warn(
+        "precision is 'bfloat16', which this CPU only emulates (PyTorch uses "
+        f"{cpu_isa()}): the generator computes in float32; "
+        "set generator.precision = 'auto' to choose the format by CPU without this warning",
+        stacklevel=2,
+    )
