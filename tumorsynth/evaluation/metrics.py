@@ -112,20 +112,13 @@ def scores(
             f"prediction and label must share one grid, got shapes {predicted_map.shape} and "
             f"{label_map.shape}; resample the prediction onto the label's grid (nearest neighbour)"
         )
-    mm = np.asarray(spacing, float)
-    if mm.shape != (3,) or not np.isfinite(mm).all() or (mm <= 0).any():
-        raise ValueError(f"spacing must be three positive numbers of mm, got {spacing!r}")
+    mm = _check_spacing(spacing)
     check_settings(early_mm=early_mm, tolerance_mm=tolerance_mm, least_iou=least_iou)
     organ = [organ_labels] if isinstance(organ_labels, int) else list(organ_labels)
     predicted, real = predicted_map == tumor_label, label_map == tumor_label
     numbered = None
     if instances is not None:
-        numbered = _label_map(instances, "instances")
-        if numbered.shape != real.shape or ((numbered != 0) != real).any():
-            raise ValueError(
-                f"instances must be 0 but where label is {tumor_label}, and number each tumour "
-                "there; make them from this label"
-            )
+        numbered = _check_instances(instances, real, tumor_label)
     organs = [np.isin(m, [*organ, tumor_label]) for m in (predicted_map, label_map)]
     organ_dsc = None
     if np.isin(label_map, organ).any():
@@ -233,6 +226,23 @@ def summary(cases: Sequence[CaseScores], bootstrap: int = 1000, seed: int = 0) -
             [float(not c.false_positives) for c in cases], ~with_tumor, "scans without tumour"
         ),
     }
+
+
+def _check_spacing(spacing: Sequence[float]) -> np.ndarray:
+    mm = np.asarray(spacing, float)
+    if mm.shape != (3,) or not np.isfinite(mm).all() or (mm <= 0).any():
+        raise ValueError(f"spacing must be three positive numbers of mm, got {spacing!r}")
+    return mm
+
+
+def _check_instances(instances: Any, real: np.ndarray, tumor_label: int) -> np.ndarray:
+    numbered = _label_map(instances, "instances")
+    if numbered.shape != real.shape or ((numbered != 0) != real).any():
+        raise ValueError(
+            f"instances must be 0 but where label is {tumor_label}, and number each tumour "
+            "there; make them from this label"
+        )
+    return numbered
 
 
 def _label_map(values: Any, name: str) -> np.ndarray:

@@ -100,7 +100,7 @@ def share(answers: Sequence[Answer], interval: str = "wilson") -> Share:
         by_case.setdefault(answer.case, []).append(is_right)
     effective: float = len(by_case)
     if 0 < value < 1 and 1 < len(by_case) < count:
-        residuals = np.array([sum(right) - value * len(right) for right in by_case.values()])
+        residuals = np.array([sum(own) - value * len(own) for own in by_case.values()])
         cases = len(residuals)
         variance = (residuals**2).sum() * cases / (cases - 1) / count**2
         effective = min(max(value * (1 - value) / max(variance, 1e-12), cases), count)

@@ -73,30 +73,39 @@ class Study:
     positive: str = "real"
 
 
-def build_app(study: Study) -> Starlette:
-    """Build the application; all its paths begin with /TOKEN/."""
-    store = study.store
+class _Endpoints:
+    """What the page asks for. Methods that take and return a dict become JSON endpoints."""
 
-    def about(request: Request) -> Response:
-        marked = all(case.mark is not None for case in study.cases.values())
+    def __init__(self, study: Study):
+        self.study, self.store = study, study.store
+
+    def about(self, request: Request) -> Response:
+        cases = self.study.cases
+        marked = all(case.mark is not None for case in cases.values())
         return JSONResponse(
-            {"reader_name": study.reader_name, "cases": len(study.cases), "marked": marked}
+            {"reader_name": self.study.reader_name, "cases": len(cases), "marked": marked}
         )
 
-    def start(data: dict[str, Any]) -> dict[str, Any]:
-        name = study.reader_name if study.reader_name is not None else data.get("name")
+    def volume(self, request: Request) -> Response:
+        case = self.study.cases.get(request.path_params["case"])
+        if case is None:
+            raise HTTPException(404)
+        return Response(case.volume(), media_type="application/octet-stream")
+
+    def start(self, data: dict[str, Any]) -> dict[str, Any]:
+        name = self.study.reader_name if self.study.reader_name is not None else data.get("name")
         if not isinstance(name, str):
             raise Refused("a reader must have a name; enter one")
-        reader = store.reader(name)
-        answers = {a.case: a for a in store.answers(reader)}
+        reader = self.store.reader(name)
+        answers = {a.case: a for a in self.store.answers(reader)}
         cases = [
             {
                 "id": case,
-                "mark": study.cases[case].mark,
+                "mark": self.study.cases[case].mark,
                 "answer": answers[case].answer if case in answers else None,
                 "confidence": answers[case].confidence if case in answers else None,
             }
-            for case in store.order(reader)
+            for case in self.store.order(reader)
         ]
         return {
             "reader": reader.id,
@@ -105,10 +114,9 @@ def build_app(study: Study) -> Starlette:
             "cases": cases,
         }
 
-    def answer(data: dict[str, Any]) -> dict[str, Any]:
-        reader = store.reader_of(str(data.get("reader")))
-        store.save(
-            reader,
+    def answer(self, data: dict[str, Any]) -> dict[str, Any]:
+        self.store.save(
+            self._reader(data),
             str(data.get("case")),
             str(data.get("answer")),
             data.get("confidence"),  # type: ignore[arg-type] # the store checks it
@@ -116,38 +124,38 @@ def build_app(study: Study) -> Starlette:
         )
         return {"saved": True}
 
-    def finish(data: dict[str, Any]) -> dict[str, Any]:
-        reader = store.reader_of(str(data.get("reader")))
+    def finish(self, data: dict[str, Any]) -> dict[str, Any]:
+        reader = self._reader(data)
         if not reader.finished:
-            store.finish(reader)
-        return own_results(store.reader_of(reader.id))
+            self.store.finish(reader)
+        return self.results(data)
 
-    def results(data: dict[str, Any]) -> dict[str, Any]:
-        return own_results(store.reader_of(str(data.get("reader"))))
-
-    def own_results(reader: Reader) -> dict[str, Any]:
+    def results(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The reader's own results."""
+        reader = self._reader(data)
         if not reader.finished:
             raise Refused("results are shown once all cases are answered and the study is closed")
-        figures = row(reader.name, store.answers(reader), positive=study.positive)
-        return {"table": table([figures]), "convention": convention(study.positive)}
+        figures = row(reader.name, self.store.answers(reader), positive=self.study.positive)
+        return {"table": table([figures]), "convention": convention(self.study.positive)}
 
-    def volume(request: Request) -> Response:
-        case = study.cases.get(request.path_params["case"])
-        if case is None:
-            raise HTTPException(404)
-        return Response(case.volume(), media_type="application/octet-stream")
+    def _reader(self, data: dict[str, Any]) -> Reader:
+        return self.store.reader_of(str(data.get("reader")))
 
+
+def build_app(study: Study) -> Starlette:
+    """Build the application; all its paths begin with /TOKEN/."""
+    endpoints = _Endpoints(study)
     routes = [
-        Route("/api/study", about),
-        Route("/api/start", _json_endpoint(start), methods=["POST"]),
-        Route("/api/answer", _json_endpoint(answer), methods=["POST"]),
-        Route("/api/finish", _json_endpoint(finish), methods=["POST"]),
-        Route("/api/results", _json_endpoint(results), methods=["POST"]),
-        Route("/volume/{case}.nii", volume),
+        Route("/api/study", endpoints.about),
+        Route("/api/start", _json_endpoint(endpoints.start), methods=["POST"]),
+        Route("/api/answer", _json_endpoint(endpoints.answer), methods=["POST"]),
+        Route("/api/finish", _json_endpoint(endpoints.finish), methods=["POST"]),
+        Route("/api/results", _json_endpoint(endpoints.results), methods=["POST"]),
+        Route("/volume/{case}.nii", endpoints.volume),
         Mount("/", StaticFiles(directory=STATIC, html=True)),
     ]
     return Starlette(
-        routes=[Mount(f"/{store.token}", routes=routes)],
+        routes=[Mount(f"/{study.store.token}", routes=routes)],
         middleware=[
             Middleware(_Headers),
             Middleware(
