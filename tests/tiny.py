@@ -1,4 +1,4 @@
-"""A diffusion generator small enough for tests: random weights, every part of a real one."""
+"""A diffusion generator small enough for tests, with random weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tiny_generator(
     window: tuple[float, float] = (HU_LOW, HU_HIGH),
     **sampler: Any,
 ) -> Generator:
-    """crop_size 32, crop_multiple 8 unless given; the global random state is left alone."""
+    """Return a generator with crop_size 32 and crop_multiple 8, unless given."""
     sampler = {"crop_size": 32, "crop_multiple": 8, **sampler}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -35,8 +35,9 @@ def tiny_generator(
                 window=window,
             )
         )
-        told = int(sampler.get("contrast") is not None)
-        sizes = ConvUNetConfig((8, 16), 1, cond_channels=9 + told, time_channels=16, groups=4)
+        contrast_channels = int(sampler.get("contrast") is not None)
+        cond_channels = 9 + contrast_channels
+        sizes = ConvUNetConfig((8, 16), 1, cond_channels=cond_channels, time_channels=16, groups=4)
         denoiser = ConvUNet(sizes)
         for p in denoiser.parameters():  # some start at 0, which would hide the mask and the step
             torch.nn.init.normal_(p, std=0.15)

@@ -1,4 +1,4 @@
-"""The restricted reader against files made to harm. Whatever they hold, nothing of it may run."""
+"""The restricted reader against malicious files: nothing in them may run."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_compression_is_refused_before_anything_is_unpacked(tmp_path: Path) -> N
 
 
 def test_overlapping_entries_are_refused(tmp_path: Path) -> None:
-    """A quoted bomb: many directory entries for the same bytes."""
+    """A zip bomb: many directory entries for the same bytes."""
     path = archive(tmp_path / "x.pt", pickle.dumps({}, 2), {"a/data/0": bytes(4096)})
     with zipfile.ZipFile(path, "a") as file:
         original = file.getinfo("a/data/0")

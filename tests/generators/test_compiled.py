@@ -1,4 +1,4 @@
-"""`Generator.compile`: the same numbers, a bounded number of shapes, and a way out."""
+"""`Generator.compile`: the same results, a limited number of shapes, and a fallback."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def failing(graph, inputs):
 
 
 @pytest.mark.parametrize("size", range(20))
-def test_a_batch_goes_in_parts_of_four_sizes(size):
+def test_a_batch_is_split_into_four_sizes(size):
     parts = in_parts(size)
     assert sum(parts) == size and set(parts) <= {8, 4, 2, 1}
     assert all(parts.count(part) == 1 for part in set(parts) - {8})
@@ -80,7 +80,7 @@ def test_every_batch_of_up_to_eight_needs_four_shapes_and_each_is_compiled_once(
 
 
 @torch.no_grad()
-def test_beyond_the_bound_shapes_run_as_they_are_which_is_said_once():
+def test_shapes_beyond_the_limit_run_uncompiled_with_one_warning():
     network, backend = Small(), Counting()
     compiled = Compiled(2, backend)
     compiled(network, batch(1)), compiled(network, batch(2))
@@ -94,7 +94,7 @@ def test_beyond_the_bound_shapes_run_as_they_are_which_is_said_once():
 
 
 @torch.no_grad()
-def test_the_bound_is_ours_and_not_torchs_of_eight():
+def test_the_limit_is_ours_and_not_torchs_of_eight():
     network, backend = Small(), Counting()
     compiled = Compiled(12, backend)
     for n in [*range(2, 14), *range(2, 14)]:
@@ -103,7 +103,7 @@ def test_the_bound_is_ours_and_not_torchs_of_eight():
 
 
 @torch.no_grad()
-def test_if_it_fails_that_is_said_once_with_the_reason():
+def test_a_failure_warns_once_with_the_reason():
     network, compiled = Small(), Compiled(backend=failing)
     with pytest.warns(UserWarning, match="does not work here.*no compiler was found here") as said:
         assert torch.equal(compiled(network, batch(3)), network(batch(3)))
@@ -124,7 +124,7 @@ def test_torch_compile_is_not_blamed_for_wrong_input():
 
 
 @torch.no_grad()
-def test_memory_that_does_not_suffice_is_the_callers_to_know():
+def test_out_of_memory_errors_reach_the_caller():
     def full(graph, inputs):
         def run(*args):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -169,7 +169,7 @@ def test_with_gradients_nothing_is_compiled():
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "4"])
-def test_a_bound_that_is_none(wrong):
+def test_a_limit_that_is_no_positive_integer_is_refused(wrong):
     with pytest.raises(ValueError, match="max_shapes must be a positive whole number"):
         tiny_generator().compile(max_shapes=wrong)
 
@@ -184,7 +184,7 @@ def agrees(generator: Generator, compiled: Generator, sizes: tuple[int, ...]) ->
             torch.testing.assert_close(made, want, rtol=0, atol=1e-5)
 
 
-def test_a_generator_keeps_its_numbers_settings_and_files(tmp_path, monkeypatch):
+def test_compiling_keeps_results_settings_and_files(tmp_path, monkeypatch):
     monkeypatch.setattr("tumorsynth.generators.precision.cpu_computes_bfloat16", lambda: True)
     plain, generator = tiny_generator(codes=16), tiny_generator(codes=16)
     plain.precision = generator.precision = "float32"
@@ -213,7 +213,7 @@ def test_copies_and_pickles_take_the_settings_along():
         assert (made.compiled.max_shapes, made.compiled.backend) == (3, failing)
 
 
-def test_a_call_goes_on_where_torch_cannot_compile():
+def test_a_call_succeeds_where_torch_cannot_compile():
     image, label = 100 + torch.zeros(1, 48, 48, 48), torch.ones(1, 48, 48, 48, dtype=torch.uint8)
     want = ts.SynthesizeTumor(tiny_generator(), size_mm=8.0)(image, label, spacing=1.0, seed=0)
     synth = ts.SynthesizeTumor(tiny_generator().compile(backend=failing), size_mm=8.0)
@@ -235,7 +235,7 @@ def test_the_compiler_is_not_imported_unless_asked_for():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codes", [0, 16])
-def test_torchs_own_compiler_keeps_the_numbers(codes):
+def test_torchs_own_compiler_keeps_the_results(codes):
     generator = tiny_generator(codes=codes)
     generator.precision = "float32"
     agrees(generator, generator.with_sampler().compile(), (1, 3))
@@ -243,7 +243,7 @@ def test_torchs_own_compiler_keeps_the_numbers(codes):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_graphs_keep_the_numbers_for_any_batch():
+def test_cuda_graphs_keep_the_results_for_any_batch():
     # neither codes, nor a step that multiplies rounding by 263
     plain, generator = (tiny_generator(prediction="x0").to("cuda") for _ in range(2))
     plain.precision = generator.precision = "float32"

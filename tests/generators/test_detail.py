@@ -1,4 +1,4 @@
-"""The autoencoder's detail: what carries a scan's noise past the denoiser."""
+"""The autoencoder's detail channels, which carry a scan's noise past the denoiser."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_a_painted_crop_has_the_scans_detail_and_a_change_is_the_same_without():
     assert float((painted - TINY.inpaint(crop, mask, seed=3)).abs().mean()) > 0.01
 
 
-def test_it_is_kept_in_files(tmp_path):
+def test_detail_is_saved_and_loaded(tmp_path):
     detailed = Generator(with_detail(24), TINY.denoiser, TINY.sampler, TINY.card)
     loaded = read_folder(detailed.save(tmp_path / "gen"))
     assert torch.equal(loaded.autoencoder.detail_basis, detailed.autoencoder.detail_basis)
     assert loaded.autoencoder.config.detail_channels == 24
 
 
-def test_training_finds_it_and_goes_on_from_networks_with_more_or_less(tmp_path):
+def test_training_fits_it_and_resumes_from_more_or_fewer_channels(tmp_path):
     config = configured(
         AutoencoderTraining, PRESETS["autoencoder"]["tiny"], {"steps": 2, "patch_size": 16}
     )
@@ -93,7 +93,7 @@ def test_training_finds_it_and_goes_on_from_networks_with_more_or_less(tmp_path)
     assert torch.equal(read.detail_basis, other.detail_basis)
 
 
-def test_more_numbers_than_voxels_are_refused():
+def test_more_detail_channels_than_voxels_are_refused():
     with pytest.raises(ValueError, match="detail_channels must be 0 to 64"):
         AutoencoderConfig(detail_channels=65)
     assert NETWORKS["base"].detail_channels == 0

@@ -1,229 +1,262 @@
+"""The diffusion generator: seeds, axes, conditioning, errors."""
+
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_crop, tiny_generator
 
-from tumorsynth.generators.sampling import (
-    Schedule,
-    cosine_schedule,
-    ddim_sample,
-    ddim_steps,
-    ddpm_sample,
-    draw_noise,
-    q_sample,
-    target,
-    to_x0,
+from tumorsynth.generators.config import SamplerConfig, build, config_of
+from tumorsynth.generators.diffusion import Generator
+from tumorsynth.random_streams import per_sample_seeds
+
+GENERATOR = tiny_generator()
+
+
+def test_inpaint_and_change_are_finite_and_in_scale():
+    crop, mask = tiny_crop(2)
+    made = GENERATOR.inpaint(crop, mask, seed=3)
+    assert made.shape == crop.shape and made.dtype == torch.float32
+    assert made.min() >= 0 and made.max() <= 1 and made.std() > 0
+    change = GENERATOR.change(crop, mask, seed=3)
+    assert change.isfinite().all() and change.abs().max() <= 1
+    assert not made.requires_grad and not made.is_inference()
+
+
+def test_change_is_inpaint_minus_the_decoded_healthy_crop():
+    crop, mask = tiny_crop()
+    axes, back = (0, 1, 4, 2, 3), (0, 1, 3, 4, 2)
+    healthy = GENERATOR.autoencoder(crop.permute(axes) * 2 - 1).permute(back)
+    expected = GENERATOR.inpaint(crop, mask, seed=5) - ((healthy + 1) / 2).clamp(0, 1)
+    assert torch.allclose(GENERATOR.change(crop, mask, seed=5), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["inpaint", "change"])
+def test_a_seed_decides_alone(method):
+    crop, mask = tiny_crop(3)
+    run = getattr(GENERATOR, method)
+    state = torch.random.get_rng_state()
+    first = run(crop, mask, seed=[7, 8, 9])
+    assert torch.equal(run(crop, mask, seed=7), first)  # an int counts up
+    assert not torch.equal(run(crop, mask, seed=[7, 8, 10])[2], first[2])
+    assert torch.equal(state, torch.random.get_rng_state())
+    for b in range(3):  # alone or among others: the same to rounding
+        alone = run(crop[b : b + 1], mask[b : b + 1], seed=[7 + b])
+        assert torch.allclose(alone[0], first[b], atol=1e-4)
+    mixed = run(crop[[2, 0]], mask[[2, 0]], seed=[9, 7])
+    assert torch.allclose(mixed, first[[2, 0]], atol=1e-4)
+
+
+def test_noise_may_be_given():
+    crop, mask = tiny_crop(2)
+    draws = [
+        torch.randn(5, 8, 8, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (11, 12)
+    ]
+    noise = torch.stack(draws, dim=1)
+    made = GENERATOR.inpaint(crop, mask, noise=noise)
+    assert torch.equal(made, GENERATOR.inpaint(crop, mask, seed=[11, 12]))
+
+
+def test_without_a_seed_torchs_generator_decides():
+    crop, mask = tiny_crop()
+    torch.manual_seed(1)
+    first, second = (GENERATOR.inpaint(crop, mask) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(GENERATOR.inpaint(crop, mask), first)
+    assert not torch.equal(first, second)
+
+
+def test_the_networks_see_z_x_y():
+    crop = torch.rand(1, 1, 16, 24, 32)
+    mask = torch.zeros_like(crop, dtype=torch.bool)
+    mask[0, 0, 4:8, 8:16, 20:28] = True
+    cond = GENERATOR.condition(crop, mask)
+    assert cond.shape == (1, 9, 8, 4, 6)
+    hollow = (crop * 2 - 1).masked_fill(mask, 0).permute(0, 1, 4, 2, 3)
+    latent = GENERATOR.autoencoder.normalize(GENERATOR.autoencoder.encode(hollow))
+    assert torch.allclose(cond[:, :8], latent, atol=1e-6)
+    expected = torch.full((8, 4, 6), -1.0)
+    expected[5:7, 1:2, 2:4] = 1
+    assert torch.equal(cond[0, 8], expected)
+    assert GENERATOR.inpaint(crop, mask, seed=0).shape == crop.shape
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.tuples(*[st.integers(0, 15)] * 3), st.tuples(*[st.integers(1, 5)] * 3))
+def test_no_tumour_vanishes_at_latent_resolution(low, size):
+    mask = torch.zeros(1, 1, 16, 16, 16, dtype=torch.bool)
+    mask[(0, 0, *(slice(a, a + n) for a, n in zip(low, size, strict=True)))] = True
+    latent_mask = GENERATOR.condition(torch.rand(1, 1, 16, 16, 16), mask)[0, 8]
+    assert set(latent_mask.unique().tolist()) == {-1.0, 1.0}
+    published = F.interpolate(mask.float(), size=(4, 4, 4))[0, 0].permute(2, 0, 1) * 2 - 1
+    if (published > 0).any():
+        assert torch.equal(latent_mask, published)
+    else:  # only cells that hold some of it
+        share = F.interpolate(mask.float(), size=(4, 4, 4), mode="area")[0, 0].permute(2, 0, 1)
+        assert (share[latent_mask > 0] > 0).all()
+    area = GENERATOR.with_sampler(mask_conditioning="area")
+    latent_mask = area.condition(torch.rand(1, 1, 16, 16, 16), mask)[0, 8]
+    assert (latent_mask + 1).sum() / 2 * 64 == pytest.approx(float(mask.sum()), rel=1e-4)
+
+
+def test_missed_masks_do_not_depend_on_the_batch():
+    crop, mask = tiny_crop(2)
+    mask = mask.clone()
+    mask[1] = False
+    mask[1, 0, 5, 6, 7] = True
+    together = GENERATOR.condition(crop, mask)[:, 8]
+    for b in range(2):
+        alone = GENERATOR.condition(crop[b : b + 1], mask[b : b + 1])[0, 8]
+        assert torch.equal(together[b], alone)
+
+
+def test_an_empty_mask_is_no_error():
+    crop, mask = tiny_crop()
+    assert GENERATOR.inpaint(crop, mask & False, seed=0).isfinite().all()
+
+
+def test_other_samplers_of_the_same_networks():
+    crop, mask = tiny_crop()
+    ddim = GENERATOR.with_sampler(method="ddim", timesteps=20, steps=5, clamp=None)
+    assert ddim.autoencoder is GENERATOR.autoencoder and ddim.denoiser is GENERATOR.denoiser
+    assert ddim.name == GENERATOR.name and ddim.schedule.timesteps == 20
+    made = ddim.inpaint(crop, mask, seed=1)
+    assert made.isfinite().all() and torch.equal(made, ddim.inpaint(crop, mask, seed=1))
+    assert not torch.equal(made, GENERATOR.inpaint(crop, mask, seed=1))
+    for prediction in ("x0", "v"):
+        other = GENERATOR.with_sampler(prediction=prediction)
+        assert other.inpaint(crop, mask, seed=1).isfinite().all()
+    assert GENERATOR.sampler == SamplerConfig(crop_size=32, crop_multiple=8)  # left as it was
+
+
+def test_sample_takes_a_torch_generator():
+    crop, mask = tiny_crop()
+    cond = GENERATOR.condition(crop, mask)
+    latent = GENERATOR.sample(cond, torch.Generator().manual_seed(4))
+    assert latent.shape == (1, 8, 8, 8, 8)
+    noise = torch.randn(5, 8, 8, 8, 8, generator=torch.Generator().manual_seed(4))[:, None]
+    assert torch.equal(latent, GENERATOR.sample(cond, noise))
+    two = GENERATOR.sample(cond.expand(2, -1, -1, -1, -1), torch.Generator().manual_seed(4))
+    assert torch.allclose(two[0], latent[0], atol=1e-5) and not torch.allclose(two[0], two[1])
+
+
+def test_its_networks_are_frozen_and_in_evaluation_mode():
+    for network in (GENERATOR.autoencoder, GENERATOR.denoiser):
+        assert not network.training
+        assert not any(p.requires_grad for p in network.parameters())
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("crop", "mask"),
+    [((1, 1, 32, 32, 32), (1, 1, 32, 32, 16)), ((1, 32, 32, 32), (1, 32, 32, 32)),
+     ((32, 32, 32), (32, 32, 32)), ((1, 2, 32, 32, 32), (1, 2, 32, 32, 32)),
+     ((2, 1, 32, 32, 32), (1, 1, 32, 32, 32))],
+)  # fmt: skip
+def test_wrong_shapes_are_named(crop, mask):
+    with pytest.raises(ValueError, match="crop and tumor_mask must") as error:
+        GENERATOR.inpaint(torch.rand(crop), torch.zeros(mask, dtype=torch.bool), seed=0)
+    assert str(crop) in str(error.value)
+
+
+def test_a_crop_that_does_not_fold_is_named():
+    with pytest.raises(ValueError, match="multiples of 4"):
+        GENERATOR.inpaint(torch.rand(1, 1, 32, 32, 30), torch.ones(1, 1, 32, 32, 30).bool(), seed=0)
+
+
+@pytest.mark.parametrize(
+    "noise", [(4, 1, 8, 8, 8, 8), (5, 2, 8, 8, 8, 8), (5, 1, 8, 8, 8, 4), (8, 8, 8)]
 )
-
-PREDICTIONS = ("noise", "x0", "v")
-
-
-def oracle(schedule: Schedule, x0: Tensor, prediction: str):
-    """A network that knows the answer: the noise in x_t is whatever makes it from x0."""
-
-    def denoise(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        bar = schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1, 1)
-        noise = (x - bar.sqrt() * x0) / (1 - bar).sqrt()
-        return target(schedule, x0, t, noise, prediction)  # type: ignore[arg-type]
-
-    return denoise
+def test_noise_of_a_wrong_shape_is_named(noise):
+    crop, mask = tiny_crop()
+    with pytest.raises(ValueError, match="noise"):
+        GENERATOR.inpaint(crop, mask, noise=torch.randn(noise))
 
 
-def test_published_early_schedule() -> None:
-    schedule = cosine_schedule(4)
-    betas = [0.152988, 0.416958, 0.707859, 0.9999]
-    assert schedule.betas.tolist() == pytest.approx(betas, abs=1e-6)
-    bars = [0.847012, 0.493844, 0.144272, 1.44272e-5]
-    assert schedule.alphas_cumprod.tolist() == pytest.approx(bars, rel=1e-5)
-    assert schedule.timesteps == 4
-    # the last step is noise-free and returns x0 itself
-    assert schedule.posterior_variance[0] == 0
-    assert schedule.posterior_mean_x0[0] == 1 and schedule.posterior_mean_xt[0] == 0
+@pytest.mark.parametrize(
+    "seed", [-1, 2**63, [1], [1, 2, 3], [1, -2], 1.5, "7", "77", [1.0, 2.0], [None, 1], {}]
+)
+def test_invalid_seeds_are_named(seed):
+    with pytest.raises(ValueError, match="seed must be one non-negative int") as error:
+        per_sample_seeds(seed, 2)
+    assert repr(seed) in str(error.value)
 
 
-def test_published_late_schedule() -> None:
-    schedule = cosine_schedule(200)
-    assert ddim_steps(200, 50) == list(range(1, 200, 4))
-    assert float(schedule.alphas_cumprod[0]) == pytest.approx(0.999745, abs=5e-7)
-    assert float(schedule.betas[-1]) == 0.9999
+def test_seeds_of_numpy_and_torch_count_as_ints():
+    numpy = pytest.importorskip("numpy")
+    for one in (5, numpy.int64(5), numpy.uint8(5), torch.tensor(5)):
+        assert per_sample_seeds(one, 3) == [5, 6, 7]
+    for many in ([1, 2], (1, 2), numpy.array([1, 2]), torch.tensor([1, 2]), range(1, 3)):
+        assert per_sample_seeds(many, 2) == [1, 2]
+    assert all(type(s) is int for s in per_sample_seeds(torch.tensor([1, 2]), 2))
+    assert per_sample_seeds(2**63 - 1, 1) == [2**63 - 1]
 
 
-@pytest.mark.parametrize("timesteps", [1, 2, 4, 50, 1000])
-def test_schedule_of_any_length(timesteps: int) -> None:
-    schedule = cosine_schedule(timesteps)
-    assert (schedule.betas > 0).all() and (schedule.betas <= 0.9999).all()
-    assert (schedule.alphas_cumprod.diff() < 0).all()
-    # one step back from x_t = signal * x0 keeps the signal at the level of the step before
-    before = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod[:-1]]).sqrt()
-    mean = schedule.posterior_mean_x0 + schedule.posterior_mean_xt * schedule.alphas_cumprod.sqrt()
-    torch.testing.assert_close(mean, before)
+@pytest.mark.parametrize(
+    "fields",
+    [{"method": "euler"}, {"prediction": "score"}, {"mask_conditioning": "cubic"}, {"steps": 3},
+     {"steps": 0}, {"method": "ddim", "timesteps": 200, "steps": 60}, {"crop_size": 100},
+     {"crop_size": 0}, {"crop_multiple": 0}, {"crop_multiple": -8}],
+)  # fmt: skip
+def test_invalid_samplers_are_named(fields):
+    with pytest.raises(ValueError, match="must be"):
+        SamplerConfig(**fields)
 
 
-def test_noising_keeps_unit_variance() -> None:
-    schedule = cosine_schedule(4)
-    torch.manual_seed(0)
-    x0, noise = torch.randn(2, 4, 1, 40, 40, 40)
-    x = q_sample(schedule, x0, torch.arange(4), noise)
-    assert x.var(dim=(1, 2, 3, 4)).tolist() == pytest.approx([1.0] * 4, abs=0.02)
-    share = (x * x0).mean(dim=(1, 2, 3, 4)) / x0.square().mean(dim=(1, 2, 3, 4))
-    assert share.tolist() == pytest.approx(schedule.alphas_cumprod.sqrt().tolist(), abs=0.02)
+# -- config ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_to_x0_inverts_target(prediction) -> None:
-    schedule = cosine_schedule(10)
-    t = torch.tensor([0, 4, 9])
-    x0, noise = torch.randn(2, 3, 8, 2, 3, 4, dtype=torch.float64)
-    answer = target(schedule, x0, t, noise, prediction)
-    x_t = q_sample(schedule, x0, t, noise)
-    torch.testing.assert_close(to_x0(schedule, answer, x_t, t, prediction), x0)
-    one = to_x0(schedule, answer[1:2], x_t[1:2], 4, prediction)
-    torch.testing.assert_close(one, x0[1:2])
+@pytest.mark.parametrize("codes", [0, 32])
+def test_config_survives_json(codes):
+    generator = tiny_generator(codes=codes, method="ddim", timesteps=20, steps=5)
+    config = config_of(generator.autoencoder, generator.denoiser, generator.sampler)
+    autoencoder, denoiser, sampler = build(json.loads(json.dumps(config)))
+    assert autoencoder.config == generator.autoencoder.config
+    assert denoiser.config == generator.denoiser.config
+    assert sampler == generator.sampler
+    assert config_of(autoencoder, denoiser, sampler) == config
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("timesteps", [1, 4, 20])
-def test_ddpm_with_a_network_that_knows_returns_the_truth(timesteps: int, prediction) -> None:
-    schedule = cosine_schedule(timesteps)
-    x0 = torch.rand(2, 8, 4, 4, 4) * 2 - 1
-    noise = torch.randn(timesteps + 1, 2, 8, 4, 4, 4)
-    cond = torch.zeros(2, 9, 4, 4, 4)
-    found = ddpm_sample(oracle(schedule, x0, prediction), schedule, cond, noise, 1.0, prediction)
-    torch.testing.assert_close(found, x0, atol=1e-4, rtol=0)
+def _without(config, key):
+    return {k: v for k, v in config.items() if k != key}
 
 
-def test_ddpm_clamps_x0_and_asks_every_step() -> None:
-    schedule, asked = cosine_schedule(4), []
-
-    def denoise(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        assert t.dtype == torch.int64 and t.shape == (2,)
-        asked.append(int(t[0]))
-        return torch.full_like(x, 7.0)
-
-    noise = torch.randn(5, 2, 8, 1, 1, 1)
-    cond = torch.zeros(2, 9, 1, 1, 1)
-    found = ddpm_sample(denoise, schedule, cond, noise, clamp=0.5, prediction="x0")
-    assert asked == [3, 2, 1, 0] and torch.equal(found, torch.full_like(found, 0.5))
-    free = ddpm_sample(denoise, schedule, cond, noise, clamp=None, prediction="x0")
-    assert torch.equal(free, torch.full_like(free, 7.0))
-
-
-def test_ddpm_of_gaussian_data_is_gaussian() -> None:
-    """For data ~ N(0, 1) the best noise prediction is known, so is the distribution sampled."""
-    schedule = cosine_schedule(200)
-    torch.manual_seed(0)
-
-    def denoise(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return x * (1 - schedule.alphas_cumprod[int(t[0])]).sqrt()
-
-    noise = torch.randn(201, 1, 1, 20, 20, 20)
-    found = ddpm_sample(denoise, schedule, torch.zeros(1, 9, 20, 20, 20), noise, clamp=None)
-    assert float(found.mean()) == pytest.approx(0, abs=0.05)
-    assert float(found.std()) == pytest.approx(1, abs=0.05)
+@pytest.mark.parametrize(
+    "change",
+    [lambda c: _without(c, "sampler"), lambda c: _without(c, "denoiser"), lambda c: {},
+     lambda c: [], lambda c: None,
+     lambda c: {**c, "denoiser": {**c["denoiser"], "type": "mlp"}},
+     lambda c: {**c, "denoiser": _without(c["denoiser"], "type")},
+     lambda c: {**c, "denoiser": "conv"},
+     lambda c: {**c, "autoencoder": {**c["autoencoder"], "dropout": 0.1}},
+     lambda c: {**c, "autoencoder": {**c["autoencoder"], "padding": "mirror"}},
+     lambda c: {**c, "sampler": {**c["sampler"], "steps": 3}},
+     lambda c: {**c, "sampler": {**c["sampler"], "eta": 1}}],
+)  # fmt: skip
+def test_configs_of_no_generator_are_refused(change):
+    with pytest.raises(ValueError):
+        build(change(config_of(GENERATOR.autoencoder, GENERATOR.denoiser, GENERATOR.sampler)))
 
 
-def test_ddim_ends_at_the_published_noise_level() -> None:
-    schedule = cosine_schedule(200)
-    x0, noise = torch.rand(1, 8, 2, 2, 2) * 2 - 1, torch.randn(51, 1, 8, 2, 2, 2)
-    cond, asked = torch.zeros(1, 9, 2, 2, 2), []
-    know = oracle(schedule, x0, "noise")
-
-    def denoise(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        asked.append(int(t[0]))
-        return know(x, t, cond)
-
-    found = ddim_sample(denoise, schedule, cond, noise)
-    assert asked == list(range(197, 0, -4))
-    # deterministic: the noise it started from is in it all the way
-    bar = float(schedule.alphas_cumprod[197])
-    eps = (noise[0] - bar**0.5 * x0) / (1 - bar) ** 0.5
-    last = 0.999745**0.5 * x0 + (1 - 0.999745) ** 0.5 * eps
-    torch.testing.assert_close(found, last, atol=2e-4, rtol=0)
-    assert torch.equal(found, ddim_sample(know, schedule, cond, noise[:1]))
+def test_a_denoiser_of_ones_own_cannot_be_saved(tmp_path):
+    own = Generator(GENERATOR.autoencoder, torch.nn.Identity())
+    with pytest.raises(TypeError, match="factorized or conv, got Identity"):
+        own.save(tmp_path)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("clamp", [None, 0.7])
-def test_ddim_with_eta_1_and_every_step_is_ddpm(prediction, clamp) -> None:
-    """Song et al. 2021, section 4.1."""
-    schedule, noise = cosine_schedule(8), torch.randn(9, 2, 8, 2, 2, 2)
-    cond = torch.zeros(2, 9, 2, 2, 2)
-
-    def denoise(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return torch.tanh(x * 0.3 + t.reshape(-1, 1, 1, 1, 1) * 0.1)
-
-    args = (denoise, schedule, cond, noise)
-    one = ddim_sample(*args, steps=8, eta=1.0, clamp=clamp, prediction=prediction)
-    other = ddpm_sample(*args, clamp=clamp, prediction=prediction)
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
-
-
-def test_samples_do_not_depend_on_their_batch() -> None:
-    def seeds(*numbers: int) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(n) for n in numbers]
-
-    before = torch.get_rng_state()
-    batch = draw_noise((8, 2, 3, 4), 4, seeds(7, 8, 9))
-    assert batch.shape == (5, 3, 8, 2, 3, 4) and batch.dtype == torch.float32
-    assert torch.equal(batch[:, 1:2], draw_noise((8, 2, 3, 4), 4, seeds(8)))
-    assert torch.equal(batch[:, [2, 0]], draw_noise((8, 2, 3, 4), 4, seeds(9, 7)))
-    assert not torch.equal(batch[:, 0], batch[:, 1])
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_sampling_keeps_no_graph_and_works_in_float32() -> None:
-    cond = torch.zeros(1, 9, 2, 2, 2, requires_grad=True)
-    noise = torch.randn(5, 1, 8, 2, 2, 2, dtype=torch.float64)
-    found = ddpm_sample(lambda x, t, c: (x * c[:, :8]).bfloat16(), cosine_schedule(4), cond, noise)
-    assert not found.requires_grad and found.dtype == torch.float32
-
-
-def test_bad_input_is_named() -> None:
-    schedule, cond = cosine_schedule(4), torch.zeros(2, 9, 2, 2, 2)
-
-    def denoise(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return x
-
-    for shape in [(4, 2, 8, 2, 2, 2), (6, 2, 8, 2, 2, 2), (5, 1, 8, 2, 2, 2), (5, 2, 8, 2, 2, 3)]:
-        with pytest.raises(ValueError, match="noise must be"):
-            ddpm_sample(denoise, schedule, cond, torch.zeros(shape))
-    with pytest.raises(ValueError, match="noise must be"):
-        ddim_sample(denoise, schedule, cond, torch.zeros(1, 2, 8, 2, 2, 2), steps=4, eta=0.5)
-    for steps in (0, 3, 8):
-        with pytest.raises(ValueError, match="steps must divide"):
-            ddim_steps(4, steps)
-    for timesteps in (0, -1, 2.5, True):
-        with pytest.raises(ValueError, match="timesteps must be"):
-            cosine_schedule(timesteps)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="prediction must be"):
-        ddpm_sample(denoise, schedule, cond, torch.zeros(5, 2, 8, 2, 2, 2), prediction="eps")  # type: ignore[arg-type]
-
-
-# -- zero terminal SNR ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [4, 200])
-def test_zero_terminal_snr_leaves_no_signal_at_the_end_and_the_first_step_alone(steps):
-    plain, zero = cosine_schedule(steps), cosine_schedule(steps, zero_terminal_snr=True)
-    assert float(zero.alphas_cumprod[-1]) == 0.0
-    assert float(zero.alphas_cumprod[0]) == pytest.approx(float(plain.alphas_cumprod[0]))
-    assert bool((zero.alphas_cumprod.diff() < 0).all())
-    for values in (zero.betas, zero.posterior_mean_x0, zero.posterior_variance):
-        assert bool(values.isfinite().all())
-
-
-@pytest.mark.parametrize("prediction", ["x0", "v"])
-def test_a_perfect_network_samples_its_x0_from_pure_noise(prediction):
-    schedule = cosine_schedule(4, zero_terminal_snr=True)
-    x0 = torch.randn(1, 8, 4, 4, 4).clamp(-1, 1)
-
-    def perfect(x, t, cond):
-        noise = (x - schedule.alphas_cumprod[t].sqrt() * x0) / (
-            1 - schedule.alphas_cumprod[t]
-        ).sqrt()
-        return target(schedule, x0, t, noise.float(), prediction).float()
-
-    noise = torch.randn(5, 1, 8, 4, 4, 4)
-    made = ddpm_sample(perfect, schedule, torch.zeros(1, 9, 4, 4, 4), noise, prediction=prediction)
-    assert torch.allclose(made, x0, atol=1e-4)
+def test_a_default_dtype_does_not_change_a_tumour():
+    generator, (crop, mask) = tiny_generator(), tiny_crop()
+    expected = generator.change(crop, mask, seed=1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.allclose(generator.change(crop, mask, seed=1), expected, atol=1e-4)
+    finally:
+        torch.set_default_dtype(before)

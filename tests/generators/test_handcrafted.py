@@ -82,7 +82,7 @@ def test_fatty_organ_gets_a_brighter_tumour(parenchyma):
         assert change_hu(hu, mask, seed)[mask].mean() > 5
 
 
-def test_mean_contrast_is_the_drawn_one():
+def test_mean_contrast_is_the_sampled_one():
     config = HandcraftedConfig(contrast_hu=(30.0, 30.0), capsule_probability=0.0)
     mask = ball(16)
     change = change_hu(organ(110.0, noise=0.0), mask, 3, config)
@@ -123,7 +123,7 @@ def test_noise_inside_stays_like_noise_outside(noise):
         assert 0.9 * before < after < 1.15 * before + 2.0
 
 
-def test_change_carries_on_beyond_the_mask_and_ends():
+def test_change_continues_beyond_the_mask_and_ends():
     mask = ball(10)
     config = HandcraftedConfig(texture_hu=(0.0, 0.0), capsule_probability=0.0)
     change = change_hu(organ(110.0, noise=0.0), mask, 2, config)
@@ -284,7 +284,7 @@ def test_nan_and_inf_stay_and_do_not_spread():
 
 
 @pytest.mark.parametrize("value", [-5.0, 0.0, 1.0, 40.0])
-def test_values_where_no_tissue_is_give_a_finite_change(value):
+def test_values_without_tissue_give_a_finite_change(value):
     crop = torch.full((1, 1, 32, 32, 32), value)
     change = HandcraftedGenerator().change(crop, ball(10, (16, 16, 16), 32), 0)
     assert change.isfinite().all() and float(change.abs().max()) * 425 < 300

@@ -1,4 +1,4 @@
-"""Generator folders made to harm: refused in our own words and soon, or a generator that works."""
+"""Malicious generator folders: refused soon with a clear error, or loaded and working."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def good(tmp_path_factory):
 
 
 def write(folder, good, card, raw=None):
-    """The folder as an attacker would write it: every hash made to fit."""
+    """Write a folder as an attacker would, with every hash adjusted."""
     folder.mkdir(exist_ok=True)
     raw = (good / "model.safetensors").read_bytes() if raw is None else raw
     card = {**card, "sha256": hashlib.sha256(raw).hexdigest()}
@@ -44,7 +44,7 @@ def write(folder, good, card, raw=None):
 
 
 def works_or_refused(folder, match=""):
-    """True where it loads and paints; False where it is refused with a ValueError of ours."""
+    """Return True if it loads and paints, False if it is refused with a clear ValueError."""
     start = time.process_time()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
@@ -124,7 +124,7 @@ def test_a_config_that_asks_for_too_much_is_refused(good, tmp_path, part, change
 @pytest.mark.parametrize(
     "name", [None, 5, math.nan, [], {"a": {}}, "x" * 10**6, "../../etc/passwd", "\x1b[2J", "a\nb"]
 )
-def test_a_name_is_words_and_no_path(good, tmp_path, name, capsys):
+def test_a_name_is_text_and_no_path(good, tmp_path, name, capsys):
     from tumorsynth.commands.main import main
 
     card = json.loads((good / "card.json").read_text()) | {"name": name, "description": "\x1b[2J"}
@@ -207,13 +207,13 @@ def test_headers_that_lie_are_refused(good, tmp_path):
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../..", "a\0b", "x" * 5000, "a/b/c", "~/x", "nö/\udcff", "a\nb", "-x"]
 )
-def test_names_of_generators_that_lead_nowhere(name, tmp_path, monkeypatch):
+def test_names_without_a_generator_are_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((FileNotFoundError, ValueError)) as error:
         ts.SynthesizeTumor(name)
     assert "generator" in str(error.value)
 
 
-def test_a_config_is_built_as_ever(good):
+def test_a_valid_config_is_built(good):
     config = json.loads((good / "card.json").read_text())["config"]
     assert build(config)[2] == tiny_generator().sampler

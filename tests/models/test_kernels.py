@@ -1,4 +1,4 @@
-"""What the processor's libraries can do: asked of them, and float32 where they lack bfloat16."""
+"""Tests of what the libraries can do, and of the fallback to float32 without bfloat16."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_limited_pytorch_counts_as_a_processor_without_bfloat16(monkeypatch):
         assert kernels._multiplies_bfloat16.__wrapped__() is False
 
 
-def test_the_library_is_asked_once(monkeypatch):
+def test_the_library_is_tried_once(monkeypatch):
     monkeypatch.setattr(kernels, "uses_onednn", lambda: True)
     first = kernels.cpu_computes_bfloat16()
     before = kernels._multiplies_bfloat16.cache_info()
@@ -144,7 +144,7 @@ def test_the_isa_names_capability_limits_and_bfloat16(monkeypatch):
 
 
 @pytest.mark.parametrize("prediction", ["x0", "noise"])
-def test_bfloat16_asked_for_is_float32_with_one_warning(emulates, prediction):
+def test_requested_bfloat16_becomes_float32_with_one_warning(emulates, prediction):
     generator, (crop, mask) = tiny_generator(prediction=prediction), tiny_crop()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "auto" says nothing
@@ -228,7 +228,7 @@ def test_a_linear_layer_in_bfloat16(emulates, grad):
 # -- without oneDNN's own kernels ------------------------------------------------------------------
 
 
-def test_layers_go_pytorchs_way_where_onednn_refuses(monkeypatch):
+def test_layers_fall_back_to_pytorch_where_onednn_refuses(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("could not create a primitive descriptor")
 

@@ -1,4 +1,4 @@
-"""That the kernel of the fused search finds the nearest codes: interpreted, and on a GPU."""
+"""The fused search finds the nearest codes, interpreted and on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The autoencoder's layers by slabs and near the tumour alone: the same numbers, less memory."""
+"""Running layers by slabs, and only near the tumour: the same results with less memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def far(found: Tensor, exact: Tensor) -> float:
 @needs_mkldnn
 @pytest.mark.parametrize("large", [0, 2**40], ids=["slabs", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_numbers_are_those_of_the_layers(kind, large, monkeypatch):
+def test_slabs_give_the_results_of_the_layers(kind, large, monkeypatch):
     monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", large)
     monkeypatch.setattr(
         slabs, "MAX_SLAB_VALUES", 3000
@@ -73,7 +73,7 @@ def test_the_numbers_are_those_of_the_layers(kind, large, monkeypatch):
 @needs_mkldnn
 @pytest.mark.parametrize("large", [0, 2**40], ids=["slabs", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_near_a_tumour_the_numbers_are_those_of_the_whole(kind, large, monkeypatch):
+def test_results_near_a_tumour_are_those_of_the_whole(kind, large, monkeypatch):
     monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", large)
     monkeypatch.setattr(slabs, "MAX_SLAB_VALUES", 3000)
     model, latent = autoencoder(kind), torch.randn(2, 8, 6, 4, 8)
@@ -90,7 +90,7 @@ def test_near_a_tumour_the_numbers_are_those_of_the_whole(kind, large, monkeypat
 
 
 @needs_mkldnn
-def test_what_is_made_is_a_few_tensors_of_the_crops_size_and_slabs(monkeypatch):
+def test_only_a_few_tensors_are_as_large_as_the_crop(monkeypatch):
     monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", 0)
     monkeypatch.setattr(slabs, "MAX_SLAB_VALUES", 2**14)
     model, latent = autoencoder("published"), torch.randn(1, 8, 12, 12, 12)
@@ -105,7 +105,7 @@ def test_what_is_made_is_a_few_tensors_of_the_crops_size_and_slabs(monkeypatch):
     assert max(fresh) < 8 * 48**3 / 4
 
 
-def test_training_and_gradients_go_the_plain_way(monkeypatch):
+def test_training_and_gradients_use_the_plain_layers(monkeypatch):
     monkeypatch.setattr(slabs, "MAX_CACHED_BYTES", 0)
     model, x = autoencoder("published"), torch.rand(1, 1, 8, 8, 8)
     model(x).sum().backward()
@@ -129,7 +129,7 @@ def test_a_group_norm_with_channels_last_loses_no_digits():
 
 @needs_mkldnn
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_is_pytorchs_to_rounding_and_asks_onednn(bias):
+def test_a_linear_layer_is_pytorchs_to_rounding_and_calls_onednn(bias):
     torch.manual_seed(0)
     ours, theirs = Linear(24, 40, bias), nn.Linear(24, 40, bias)
     theirs.load_state_dict(ours.state_dict())
@@ -154,7 +154,7 @@ FRAMES = [
 
 @pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("low", [(0, 0, 0), (14, 20, 9), (30, 33, 15)])
-def test_carrying_back_reads_nothing_that_is_not_near(frame, low):
+def test_carry_back_reads_only_what_is_near(frame, low):
     torch.manual_seed(0)
     shape, region = (40, 40, 24), Box.at(low, (6, 6, 6))
     grid = plan_crop(frame, shape, region, min_side=32, multiple=4, margin_mm=8.0)
@@ -193,14 +193,14 @@ def test_beyond_what_is_near_nothing_changes():
         (slice(8, 8), slice(0, 8), slice(0, 8)),
     ],
 )
-def test_a_part_that_is_none_of_the_crop_is_named(near):
+def test_a_part_outside_the_crop_is_named(near):
     with pytest.raises(ValueError, match="near must be three slices within the crop"):
         tiny_generator().change(*tiny_crop(side=32), seed=0, near=near)
 
 
 @pytest.mark.parametrize("blend", ["change", "difftumor"])
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.8, 0.8, 2.5)])
-def test_a_tumour_is_the_one_of_the_whole_crop(blend, spacing, monkeypatch):
+def test_a_tumour_equals_that_of_the_whole_crop(blend, spacing, monkeypatch):
     generator = tiny_generator()
     image = 110 + 12 * torch.randn(1, 64, 64, 40, generator=torch.Generator().manual_seed(0))
     label = torch.ones(image.shape, dtype=torch.uint8)

@@ -133,7 +133,7 @@ def test_a_codebook_costs_the_decoder_no_digits():
     assert float((found - exact).abs().max() / exact.abs().max()) < 1e-4
 
 
-def test_attention_goes_by_parts_that_fit_a_cache_to_the_same_numbers(monkeypatch):
+def test_attention_in_chunks_gives_the_same_results_with_less_memory(monkeypatch):
     torch.manual_seed(0)
     config = UNetConfig(dim=8, heads=2, multipliers=(1, 2))
     model = FactorizedUNet(config).eval().requires_grad_(False)
@@ -191,7 +191,7 @@ def test_each_network_is_one_graph_for_torch_compile(kind):
     assert torch.equal(again, expected)
 
 
-def test_an_organ_is_looked_for_in_slabs(monkeypatch):
+def test_an_organ_is_searched_in_slabs(monkeypatch):
     """Memory as large as the label was nine tenths of the time."""
     monkeypatch.setattr("tumorsynth.placement.organ.SLAB_VOXELS", 2**12)
     label = torch.zeros(40, 32, 48, dtype=torch.uint8)
@@ -243,7 +243,9 @@ F32, BF16 = torch.float32, torch.bfloat16
         ("noise", "bfloat16", True, (BF16, BF16, BF16)),  # of the last step: see below
     ],
 )
-def test_which_network_computes_in_what(monkeypatch, prediction, precision, flags, expected):
+def test_the_dtype_that_each_network_computes_in(
+    monkeypatch, prediction, precision, flags, expected
+):
     generator = tiny_generator(prediction=prediction)
     generator.precision = precision
     seen = dtypes(generator, monkeypatch, flags)
@@ -358,7 +360,7 @@ def patch() -> tuple[Tensor, Tensor]:
     return image, torch.ones(image.shape, dtype=torch.uint8)
 
 
-def test_where_a_gpus_memory_ends_fewer_crops_go_together_and_that_is_said_once(monkeypatch):
+def test_full_gpu_memory_halves_the_batch_with_one_warning(monkeypatch):
     monkeypatch.setattr(Painter, "_batch_size", lambda self, device: self.batch_limit)
     generator, batches = tiny_generator(), []
     image, label = patch()

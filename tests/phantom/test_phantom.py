@@ -226,6 +226,6 @@ def test_any_grid(spacing: tuple[float, float, float], shape: tuple[int, int, in
         ({"seed": None}, "seed must be a whole number"),
     ],
 )
-def test_what_cannot_be_a_grid_is_refused(arguments: dict, message: str) -> None:
+def test_an_invalid_grid_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_phantom(**arguments)

@@ -1,4 +1,4 @@
-"""Generator folders: what is written is what is read, and nothing else is."""
+"""Generator folders: saving, checking, loading once, handles."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_a_changed_config_that_would_still_load_is_found(folder):
         '{"name": "x"}',
     ],
 )
-def test_a_card_that_is_none_is_refused(folder, card):
+def test_an_invalid_card_is_refused(folder, card):
     (folder / "card.json").write_text(card)
     with pytest.raises(ValueError, match="restore the folder"):
         load_generator(folder)
@@ -318,7 +318,7 @@ def test_an_unknown_name_lists_the_known_ones(name):
 
 
 @pytest.mark.parametrize("thing", [5, None, torch.nn.Identity(), HandcraftedGenerator])
-def test_a_handle_of_something_else_is_refused(thing):
+def test_a_handle_refuses_other_objects(thing):
     with pytest.raises(TypeError, match="generator must be") as error:
         Handle(thing)
     assert "hu2023" in str(error.value)
@@ -336,7 +336,7 @@ def test_a_generator_is_loaded_once(folder):
     assert Handle(first).get("cpu") is first
 
 
-def test_a_folder_written_anew_is_another_generator(folder):
+def test_a_rewritten_folder_is_loaded_again(folder):
     first = load_generator(folder)
     tiny_generator(1).save(folder)
     second = load_generator(folder)
@@ -381,7 +381,7 @@ def test_a_changed_sampler_travels_with_the_handle(folder):
     assert torch.equal(again.change(crop, mask, seed=1), other.change(crop, mask, seed=1))
 
 
-def test_a_handcrafted_generator_of_ones_own_settings_is_kept():
+def test_a_handcrafted_generator_keeps_its_own_settings():
     own = HandcraftedGenerator(HandcraftedConfig(contrast_hu=(60.0, 60.0)))
     handle = Handle(own)
     assert handle.get("cpu") is own
