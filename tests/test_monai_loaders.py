@@ -100,7 +100,7 @@ def test_workers_and_epochs_do_not_repeat_each_other(loader, persistent):
     assert all(torch.equal(a, b) for a, b in zip(first, epochs(), strict=True))
 
 
-@pytest.mark.slow  # each imports torch and MONAI anew; tests/pipeline/test_concurrency.py has the core's
+@pytest.mark.slow  # each imports torch and MONAI anew; test_concurrency.py has the core's
 def test_spawned_workers_make_what_forked_ones_make():
     data = Dataset([sample("tensor")], transform().set_random_state(0))
 

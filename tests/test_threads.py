@@ -131,7 +131,8 @@ def test_phantom_is_the_same_for_any_number_of_threads():
 )
 def test_the_command_line_waits_passively_unless_told(given, found):
     code = (
-        "import os, sys; from tumorsynth.commands.main import main; sys.argv = ['tumorsynth', '--version'];"
+        "import os, sys; from tumorsynth.commands.main import main;"
+        "sys.argv = ['tumorsynth', '--version'];"
         "main(); assert 'torch' not in sys.modules; print(os.environ.get('OMP_WAIT_POLICY'))"
     )
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

@@ -1,8 +1,8 @@
 """Does it help? A segmentation network trained with and without synthetic tumours.
 
-    python benchmarks/downstream/downstream.py Task03_Liver/dataset.json --healthy healthy.json -o OUT
-    fabric run --devices 8 benchmarks/downstream/downstream.py ...             # several GPUs
-    python benchmarks/downstream/downstream.py --preset small -o OUT            # minutes, on phantoms
+    python -m benchmarks.downstream.downstream DATASET.json --healthy healthy.json -o OUT
+    fabric run --devices 8 benchmarks/downstream/downstream.py ...          # several GPUs
+    python -m benchmarks.downstream.downstream --preset small -o OUT        # on phantoms
 
 Every --network is trained in every --arm on every fold, tested on the scans of the fold, and
 compared in OUT/table.md and OUT/table.json. A run that is finished lies in OUT/runs and is not
@@ -297,7 +297,7 @@ def arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Se
         kind = type(f.default[0] if many else f.default)
         add("--" + f.name.replace("_", "-"), type=kind, nargs=len(f.default) if many else None)
     args = parser.parse_args(argv)
-    args.command = "python benchmarks/downstream/downstream.py " + _without_paths(args, parser)
+    args.command = "python -m benchmarks.downstream.downstream " + _without_paths(args, parser)
     base = SMALL if args.preset == "small" else Settings()
     given = {f.name: getattr(args, f.name) for f in fields(Settings)}
     settings = replace(

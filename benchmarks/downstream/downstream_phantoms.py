@@ -1,6 +1,6 @@
 """A cohort of phantom patients with lesions that none of our generators made.
 
-    python benchmarks/downstream/downstream_phantoms.py OUT --annotated 24 --healthy 12 \\
+    python -m benchmarks.downstream.downstream_phantoms OUT --annotated 24 --healthy 12 \\
         [--shapes msd_liver_tumor.npz]
 
 writes scans, labels (1 liver, 2 tumour) and a dataset.json for downstream.py. The phantom's anatomy

@@ -1,6 +1,6 @@
 """Is what a GPU makes right? Checks that need torch alone, each a function of the device.
 
-    python benchmarks/gpu/gpu_checks.py [--device cuda] [--compiled with|without|alone]
+    python -m benchmarks.gpu.gpu_checks [--device cuda] [--compiled with|without|alone]
 
 `tests/test_gpu.py` runs them too: on the CPU those that mean something there, on a GPU all.
 """

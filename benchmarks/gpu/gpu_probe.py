@@ -1,6 +1,6 @@
 """What do the smallest pieces of a call cost: operators, synchronisations, copies, convolutions?
 
-    python benchmarks/gpu/gpu_probe.py [--device cuda] [--tiny]
+    python -m benchmarks.gpu.gpu_probe [--device cuda] [--tiny]
 
 Each row is one question, printed and written as soon as it has an answer:
 

@@ -1,6 +1,6 @@
 """How many training steps a second: the denoiser, the autoencoder and a user's U-Net?
 
-    python benchmarks/gpu/gpu_training.py [--device cuda] [--seconds 5] [--tiny]
+    python -m benchmarks.gpu.gpu_training [--device cuda] [--seconds 5] [--tiny]
 
 The denoiser and the autoencoder train as ``tumorsynth train`` does, in the presets "light" (what
 ships) and "base" (the published sizes, with discriminators), on random scans that lie in memory;

@@ -1,6 +1,6 @@
 """How far do tumours stick out of the kidney: drawn ones, and real ones?
 
-    python benchmarks/realism/bulge.py TUMOR_SHAPES_DIR ORGAN_MASK_DIR [--count 120]
+    python -m benchmarks.realism.bulge TUMOR_SHAPES_DIR ORGAN_MASK_DIR [--count 120]
 
 Of each tumour the share within the convex hull of the kidney's other tissue, as the components'
 table of KiTS23 gives it (hull_inside_frac), against drawn tumours of the same diameters in the

@@ -1,6 +1,6 @@
 """What does the quality gate measure, whom does it turn away, and what does it cost?
 
-    python benchmarks/realism/gate.py CT LABEL [--draws 12] [--generator hu2023 ...]
+    python -m benchmarks.realism.gate CT LABEL [--draws 12] [--generator hu2023 ...]
 
 CT and LABEL are NIfTI, with tumours. The scores are taken of the real tumours, of synthetic ones,
 and of drawn outlines on the untouched scan ("nothing"), which a gate should turn away. The organs

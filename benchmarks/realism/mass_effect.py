@@ -1,6 +1,6 @@
 """What does the mass effect do to a scan, and what do it and real masks' shapes cost?
 
-    python benchmarks/realism/mass_effect.py [--picture docs/pictures/mass_effect.png]
+    python -m benchmarks.realism.mass_effect [--picture docs/pictures/mass_effect.png]
 
 On the phantom's liver, hand-crafted tumours, one thread, CPU time. Per size: what the push alone
 takes and what a call takes with and without it; the largest displacement; the least determinant of

@@ -1,6 +1,6 @@
 """Do contrast, noise, evenness and edges of tumours match real ones, and the scan they are in?
 
-    python benchmarks/realism/matched.py CASES.npz --real ANNOTATED.npz --generator liver-early \\
+    python -m benchmarks.realism.matched CASES.npz --real ANNOTATED.npz --generator liver-early \\
         --organ-label 1 --tumor-label 2 --count 100
 
 CASES and ANNOTATED are packs (`tumorsynth train pack`). The same masks are made four ways: "sham",

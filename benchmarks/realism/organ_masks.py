@@ -1,6 +1,6 @@
 """Is every draw a tumour inside the organ or a reasoned skip, and how long does it take?
 
-    python benchmarks/realism/organ_masks.py ORGAN_MASK_DIR [--draws 200]
+    python -m benchmarks.realism.organ_masks ORGAN_MASK_DIR [--draws 200]
 
 ORGAN_MASK_DIR holds NIfTI organ masks (label 1). Times are of placing and drawing one tumour once
 the organ's box is known, and of finding the box.

@@ -1,6 +1,6 @@
 """Do drawn outlines look like real ones?
 
-    python benchmarks/realism/outlines.py TUMOR_SHAPES_DIR -o FOLDER [--organ liver kidney]
+    python -m benchmarks.realism.outlines TUMOR_SHAPES_DIR -o FOLDER [--organ liver kidney]
 
 20 real outlines and 20 drawn ones of the same diameters, each in its largest axial slice and at its
 own scale, for each organ: FOLDER/liver.png and FOLDER/kidney.png. To be looked at, and not to be

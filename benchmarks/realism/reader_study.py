@@ -1,6 +1,6 @@
 """A whole reader study in a headless browser, answered by a rule: does the tool work end to end?
 
-    python benchmarks/realism/reader_study.py CT LABEL --tumor-label 2 --organ-label 1
+    python -m benchmarks.realism.reader_study CT LABEL --tumor-label 2 --organ-label 1
 
 Real cases are the lesions of an annotated scan, synthetic ones are put into the same scan. The two
 "readers" call a lesion synthetic where the HU around its mark vary much, at two thresholds, so the

@@ -1,7 +1,7 @@
 """How much of a scan comes through an autoencoder: HU, PSNR, SSIM and noise by tissue, in pictures.
 
-    python benchmarks/realism/reconstruction.py CASES.npz [...] --generator NAME=RUN/gen [--generator ...]
-        [--tissue liver=1 left-kidney=3] [--picture OUT.png]
+    python -m benchmarks.realism.reconstruction CASES.npz [...] --generator NAME=RUN/gen
+        [--generator ...] [--tissue liver=1 left-kidney=3] [--picture OUT.png]
 
 Every autoencoder is measured in the labelled scans of the packs, and under "without_detail" without
 `Autoencoder.detail`, where it has that. The picture has an axial slice of the last scan, window

@@ -1,6 +1,6 @@
 """Do early tumours of different organs look alike, and synthetic ones like real ones (figure 2)?
 
-    python benchmarks/realism/similarity.py --scan CT LABEL liver=1 kidney=3,4 pancreas=2 \\
+    python -m benchmarks.realism.similarity --scan CT LABEL liver=1 kidney=3,4 pancreas=2 \\
         [--scan CT2 LABEL2 liver=1 real=2] --generator liver-early --count 12 -o similarity_organs
 
 Each --scan is a CT, its label map, and the label values of its organs; "real" is the value of its

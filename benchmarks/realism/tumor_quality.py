@@ -1,6 +1,6 @@
 """How like real tumours are synthetic ones: a table, a classifier, and pictures.
 
-    python benchmarks/realism/tumor_quality.py CASES.npz --real ANNOTATED.npz \\
+    python -m benchmarks.realism.tumor_quality CASES.npz --real ANNOTATED.npz \\
         --generator liver-early --generator one-tumour=RUN/gen --generator hu2023 \\
         --organ-label 1 --tumor-label 2 --count 64 -o OUT.json --pictures DIR
 

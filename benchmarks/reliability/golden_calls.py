@@ -1,7 +1,7 @@
 """Record what a fixed set of calls gives, and compare it later, bit for bit.
 
-    PYTHONPATH=. python benchmarks/reliability/golden_calls.py record before.json
-    PYTHONPATH=. python benchmarks/reliability/golden_calls.py compare before.json
+    python -m benchmarks.reliability.golden_calls record before.json
+    python -m benchmarks.reliability.golden_calls compare before.json
 
 For a change that must not alter any result: record before it, compare after it. The calls use
 public names and the command line only, so this file runs unchanged on both sides.

@@ -1,6 +1,6 @@
 """Is a collection that was killed again and again the same as one that never was?
 
-    python benchmarks/reliability/kills.py [--scans 40] [--seed 0]
+    python -m benchmarks.reliability.kills [--scans 40] [--seed 0]
 
 `tumorsynth synthesize FOLDER` is killed (SIGKILL) at random moments, up to 1.5 times as long as a
 scan takes, and given again until it is through. Each run is a fork of this process, which has

@@ -1,10 +1,10 @@
 """Thousands of random calls in one go: what becomes of them?
 
-    python benchmarks/reliability/random_calls.py [--minutes 30] [--examples 200]
+    python -m benchmarks.reliability.random_calls [--minutes 30] [--examples 200]
 
-The properties of tests/pipeline/test_properties.py, in turn and from new seeds every time, --examples of
-each, until the minutes (of CPU time) are over. The first failure ends the run, with the example
-that shows it. A call that is repeated or replayed for comparison is not counted.
+The properties of tests/pipeline/test_properties.py, in turn and from new seeds every time,
+--examples of each, until the minutes (of CPU time) are over. The first failure ends the run, with
+the example that shows it. A call that is repeated or replayed for comparison is not counted.
 """
 
 from __future__ import annotations

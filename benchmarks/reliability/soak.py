@@ -1,6 +1,6 @@
 """Does one process that synthesises for hours keep its memory, its speed and its results?
 
-    python benchmarks/reliability/soak.py [--calls 10000] [--minutes 10]
+    python -m benchmarks.reliability.soak [--calls 10000] [--minutes 10]
 
 --calls applications with hu2023, then as many as fit in --minutes with liver-early, one thread, on
 patches of twelve shapes, spacings, orientations and dtypes. Memory is the resident set after each

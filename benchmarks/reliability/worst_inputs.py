@@ -1,6 +1,6 @@
 """The inputs that take a call longest: does every one end, how soon, and in how much memory?
 
-    python benchmarks/reliability/worst_inputs.py [--side 256]
+    python -m benchmarks.reliability.worst_inputs [--side 256]
 
 One call each, in a process of its own, on a volume of side^3 voxels with hu2023 (the network of a
 diffusion generator costs the same for any input of one tumour size). CPU time, one thread; peak

@@ -1,6 +1,6 @@
 """How much memory does a call hold beyond its input?
 
-    python benchmarks/speed/memory.py [--device cuda]
+    python -m benchmarks.speed.memory [--device cuda]
 
 A scan of 512 x 512 x 400 with 10 tumours (goal on a CPU: 1.5 times its float32 size, of which 1.25
 are the image and the label that come back), and a patch of 96^3 with one.

@@ -1,6 +1,6 @@
 """What does the transform add to a training step of a small MONAI U-Net?
 
-    python benchmarks/speed/pipeline_overhead.py [--p 0.5] [--steps 20] [--device cuda]
+    python -m benchmarks.speed.pipeline_overhead [--p 0.5] [--steps 20] [--device cuda]
 
 A step is forward, loss, backward and optimiser on a batch of patches on the device, in turn with
 and without ``SynthesizeTumor`` on that batch before it. Everything runs in one process on the

@@ -1,6 +1,6 @@
 """What does it cost to place tumours and to draw their masks, before any painting?
 
-    python benchmarks/speed/placing.py [--organs ORGAN_MASK_DIR] [--repeats 100]
+    python -m benchmarks.speed.placing [--organs ORGAN_MASK_DIR] [--repeats 100]
 
 `place` on a CPU, once the organ's box is known: tumours in a ball of 72 mm in a patch of
 96^3, alone and together, and with --organs of 5 to 20 mm in real organs (label 1). "stage" is all

@@ -1,6 +1,6 @@
 """What makes a call longer: the volume, the number of tumours, the patch?
 
-    python benchmarks/speed/scaling.py [--generator hu2023 liver-early] [--device cuda]
+    python -m benchmarks.speed.scaling [--generator hu2023 liver-early] [--device cuda]
 
 The volumes are phantoms of 2 mm and parts of them; the calls are of one seed each. Time should grow
 with the tumours, and with the volume by the copy and the look at the label alone.

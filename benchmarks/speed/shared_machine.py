@@ -1,6 +1,6 @@
 """What do CPU threads cost while other programs keep the processor busy?
 
-    python benchmarks/speed/shared_machine.py [--repeats 3] [--busy 2] [--limit 60]
+    python -m benchmarks.speed.shared_machine [--repeats 3] [--busy 2] [--limit 60]
 
 Wall time of the README's first snippet, `tumorsynth demo`, `tumorsynth bench` (the time that it
 prints for a call) and a call in a loop, each in a process of its own: with torch's own number of

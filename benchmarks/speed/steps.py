@@ -1,6 +1,6 @@
 """How many denoising steps does a tumour need: time and quality over T = 1, 2, 4, 8, 50?
 
-    python benchmarks/speed/steps.py [--generator liver-early] [--draws 12] [--device cuda]
+    python -m benchmarks.speed.steps [--generator liver-early] [--draws 12] [--device cuda]
 
 The paper's figure 6 asks it of networks that were trained anew for each T. Here one network,
 trained with its own T, is sampled with others: n steps have the noise levels of the cosine
@@ -8,9 +8,9 @@ schedule of n steps, and the network is told the time at which its own schedule 
 ``T (k + 1) / n - 1``, at least 0 (the first level, all noise, keeps 1e-4 of the signal at most).
 For divisors of T these are times it was trained for; between them it interpolates.
 
-Scores are those of the quality gate (`tumorsynth.appearance.gate.measure`), in the liver of the phantom, the
-same masks and seeds for all; "healthy" is what they say of the same outlines without a tumour. The
-difference to the generator's own T is of the same seed, whose noise is drawn anew for each T, so
+Scores are those of the quality gate (`tumorsynth.appearance.gate.measure`), in the liver of the
+phantom, the same masks and seeds for all; "healthy" is what they say of the same outlines without
+a tumour. The difference to the generator's own T is of the same seed, whose noise is drawn anew for each T, so
 that it holds the variety of tumours as well.
 """
 

@@ -1,6 +1,6 @@
 """What does a hand-crafted tumour cost: "hu2023" beside the original's code, which it reimplements?
 
-    python benchmarks/speed/vs_handcrafted.py [--original DIR] [--device cuda]
+    python -m benchmarks.speed.vs_handcrafted [--original DIR] [--device cuda]
 
 DIR is the reader's own checkout of github.com/MrGiovanni/SyntheticTumors (Hu et al., CVPR 2023),
 whose ``SynthesisTumor`` is called as it is, on the CPU, where alone it runs. Two things are changed

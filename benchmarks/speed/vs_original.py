@@ -1,6 +1,6 @@
 """How much faster is it than the original, with the same weights, crop, mask and noise?
 
-    python benchmarks/speed/vs_original.py --original DIR [--weights DIR] [--device cuda] [--threads 2]
+    python -m benchmarks.speed.vs_original --original DIR [--weights DIR] [--threads 2]
         [--eager]
 
 DIR is the reader's own checkout of github.com/MrGiovanni/DiffTumor (licence CC BY-NC-ND, which is

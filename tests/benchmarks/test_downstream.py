@@ -1,4 +1,4 @@
-"""benchmarks/downstream/downstream.py: tiny runs end to end, and what makes a comparison of arms fair."""
+"""benchmarks/downstream: tiny runs end to end, and what makes a comparison of arms fair."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Whatever is given: a sound result, or a ValueError or TypeError of ours, and soon.
 
-The suite tries a few hundred calls. ``TUMORSYNTH_EXAMPLES=5000 pytest tests/pipeline/test_properties.py``
+The suite tries a few hundred calls. ``TUMORSYNTH_EXAMPLES=5000 pytest PATH_OF_THIS_FILE``
 tries as many per test, from new seeds every time.
 """
 

@@ -40,8 +40,8 @@ def bench(
     """Time one tumour in a patch, step by step, on this machine.
 
     Prints medians after a warm-up, and the share of four fixed convolutions that a call takes, by
-    which you can compare machines. On a GPU the timed steps are synchronised and add up to more than
-    the whole call, which is not.
+    which you can compare machines. On a GPU the timed steps are synchronised and add up to more
+    than the whole call, which is not.
     """
     where_and_what = f"{size_mm[0]:g} to {size_mm[1]:g} mm in a patch of {side}^3"
     # at once and apart from the results: importing torch takes seconds
