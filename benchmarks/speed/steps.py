@@ -10,8 +10,8 @@ For divisors of T these are times it was trained for; between them it interpolat
 
 Scores are those of the quality gate (`tumorsynth.appearance.gate.measure`), in the liver of the
 phantom, the same masks and seeds for all; "healthy" is what they say of the same outlines without
-a tumour. The difference to the generator's own T is of the same seed, whose noise is drawn anew for each T, so
-that it holds the variety of tumours as well.
+a tumour. The difference to the generator's own T is of the same seed, whose noise is drawn anew
+for each T, so that it holds the variety of tumours as well.
 """
 
 from __future__ import annotations
