@@ -100,7 +100,7 @@ def test_workers_and_epochs_do_not_repeat_each_other(loader, persistent):
     assert all(torch.equal(a, b) for a, b in zip(first, epochs(), strict=True))
 
 
-@pytest.mark.slow  # each imports torch and MONAI anew; tests/pipeline/test_concurrency.py has the core's
+@pytest.mark.slow  # imports torch and MONAI again
 def test_spawned_workers_make_what_forked_ones_make():
     data = Dataset([sample("tensor")], transform().set_random_state(0))
 
@@ -126,14 +126,14 @@ def test_threads_of_one_loader_do_not_repeat_each_other():
 
 def test_threads_that_draw_at_the_same_moment_keep_each_its_own(monkeypatch):
     synthesis, both = transform().set_random_state(0), threading.Barrier(2)
-    decide = synthesis._decide
+    decide = synthesis._draw_seed
 
     def at_once():
         drawn = decide()
         both.wait(60)
         return drawn
 
-    monkeypatch.setattr(synthesis, "_decide", at_once)
+    monkeypatch.setattr(synthesis, "_draw_seed", at_once)
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(synthesis, [sample("tensor")] * 2)
     assert tumor(one).any() and tumor(two).any() and not equal(one, two)

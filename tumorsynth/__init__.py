@@ -1,7 +1,7 @@
 """Realistic synthetic tumours, image and label, for 3-D CT.
 
-The public names are loaded when they are first used (PEP 562): `import tumorsynth` reads no
-weights, asks no network and does not even import torch.
+Public names load on first use (PEP 562): `import tumorsynth` reads no weights, asks no network and
+does not even import torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tumorsynth.appearance.gate import Gate
     from tumorsynth.generators.diffusion import Generator
     from tumorsynth.generators.handcrafted import HandcraftedGenerator
+    from tumorsynth.generators.protocol import TumorGenerator
     from tumorsynth.generators.store import load_generator
     from tumorsynth.intensity import HU, Scaled, ZScore
     from tumorsynth.phantom import Phantom, make_phantom
@@ -28,6 +29,7 @@ __all__ = [
     "Phantom",
     "Scaled",
     "SynthesizeTumor",
+    "TumorGenerator",
     "ZScore",
     "__version__",
     "load_generator",
@@ -42,6 +44,7 @@ _MODULE_OF = {
     "Phantom": "phantom",
     "Scaled": "intensity",
     "SynthesizeTumor": "synthesizer",
+    "TumorGenerator": "generators.protocol",
     "ZScore": "intensity",
     "load_generator": "generators.store",
     "make_phantom": "phantom",
@@ -56,7 +59,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # found at once from now on
+    globals()[name] = value  # later look-ups skip this function
     return value
 
 
@@ -69,5 +72,5 @@ def _version() -> str:
 
     try:
         return version("tumorsynth")
-    except PackageNotFoundError:  # run from a source tree that was never installed
+    except PackageNotFoundError:  # a source tree that is not installed
         return "0+unknown"

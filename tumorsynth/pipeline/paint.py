@@ -167,7 +167,7 @@ class Painter:
         blend: str,
         device: torch.device,
     ) -> Tensor | None:
-        """Return (batch, side, side, side) in HU; None if a GPU's memory does not hold the batch."""
+        """Return (batch, side, side, side) in HU; None if the batch exceeds a GPU's memory."""
         if device.type == "cpu" != generator.device.type:  # in place of its own
             generator = self.handle.get(device)
         run = generator.change if blend == "change" else generator.inpaint
