@@ -118,7 +118,8 @@ def _with_entries(cls: type, sources: Iterable[type], accepted: Iterable[str]) -
     for source in sources:
         known = _entries(inspect.getdoc(source) or "") | known
     added = "".join(known[name] for name in accepted if name not in own and name in known)
-    return re.sub(r"^    \*\*\w+:.*\n(?: {5,}.*\n)*", lambda _: added, doc, count=1, flags=re.M)
+    placeholder = re.compile(r"^    \*\*\w+:.*\n(?: {5,}.*\n)*", re.M)
+    return placeholder.sub(lambda _: added, f"{doc}\n", count=1).rstrip()
 
 
 def _entries(doc: str) -> dict[str, str]:
