@@ -126,14 +126,14 @@ def test_threads_of_one_loader_do_not_repeat_each_other():
 
 def test_threads_that_draw_at_the_same_moment_keep_each_its_own(monkeypatch):
     synthesis, both = transform().set_random_state(0), threading.Barrier(2)
-    decide = synthesis._decide
+    decide = synthesis._draw_seed
 
     def at_once():
         drawn = decide()
         both.wait(60)
         return drawn
 
-    monkeypatch.setattr(synthesis, "_decide", at_once)
+    monkeypatch.setattr(synthesis, "_draw_seed", at_once)
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(synthesis, [sample("tensor")] * 2)
     assert tumor(one).any() and tumor(two).any() and not equal(one, two)

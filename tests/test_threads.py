@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import tumorsynth as ts
-from tumorsynth import threads
+from tumorsynth import synthesizer, threads
 from tumorsynth.commands.timing import patch_and_label
-from tumorsynth.pipeline import paint as _painting
+from tumorsynth.pipeline import paint
 from tumorsynth.threads import one_thread, own_threads
 
 pytestmark = pytest.mark.skipif(
-    threads._setters()[0] is None, reason="torch's OpenMP cannot be asked here"
+    threads._setters()[0] is None, reason="needs the OpenMP that torch counts its threads in"
 )
 
 
@@ -45,7 +45,7 @@ def test_as_before_after_an_exception():
     with pytest.raises(ZeroDivisionError), one_thread(), own_threads():
         raise ZeroDivisionError
     assert torch.get_num_threads() == 3
-    with own_threads():  # nothing is left of the one that failed
+    with own_threads():  # the failed one has left nothing behind
         torch.set_num_threads(2)
     assert torch.get_num_threads() == 2
 
@@ -55,7 +55,7 @@ def test_other_threads_keep_their_number():
 
     def other() -> None:
         seen.append(torch.get_num_threads())
-        inside.wait()  # the first one is within one_thread from here on
+        inside.wait()  # the main thread enters one_thread here
         inside.wait()
         seen.append(torch.get_num_threads())
         later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -74,24 +74,24 @@ def test_other_threads_keep_their_number():
     assert seen == [3, 3, 3]
 
 
-def test_without_an_openmp_to_ask_nothing_changes(monkeypatch):
+def test_without_a_known_openmp_nothing_changes(monkeypatch):
     monkeypatch.setattr(threads, "_setters", lambda: (None, None))
     with one_thread():
         assert torch.get_num_threads() == 3
 
 
 def _counts(monkeypatch, generator, **settings):
-    """The numbers of threads in a call: where masks are placed, in a network, and afterwards."""
+    """Thread numbers of a call: while placing, in a network, and afterwards."""
     seen = {}
     image, label = patch_and_label(48)
     synth = ts.SynthesizeTumor(generator, count=1, size_mm=10, **settings)
-    place = synth._masks
+    place_samples = synthesizer.place_samples
 
-    def masks(*given):
+    def place(*given):
         seen["placing"] = torch.get_num_threads()
-        return place(*given)
+        return place_samples(*given)
 
-    monkeypatch.setattr(synth, "_masks", masks)
+    monkeypatch.setattr(synthesizer, "place_samples", place)
     encode = generator._encode
 
     def network(volume):
@@ -111,7 +111,7 @@ def test_networks_have_threads_where_they_pay(monkeypatch, policy, most_work, ne
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if policy is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    monkeypatch.setattr(_painting, "ONE_THREAD_WORK", most_work)
+    monkeypatch.setattr(paint, "ONE_THREAD_WORK", most_work)
     generator = ts.load_generator("liver-early")
     seen = _counts(monkeypatch, generator)
     assert seen == {"placing": 1, "network": network, "after": 3}

@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # from now on __getattr__ is not called for it
+    globals()[name] = value  # later look-ups skip this function
     return value
 
 
@@ -78,5 +78,5 @@ def _version() -> str:
 
     try:
         return version("tumorsynth")
-    except PackageNotFoundError:  # run from a source tree that was never installed
+    except PackageNotFoundError:  # a source tree that is not installed
         return "0+unknown"

@@ -1,4 +1,4 @@
-"""``python -m tumorsynth`` is ``tumorsynth``."""
+"""Run ``tumorsynth`` as ``python -m tumorsynth``."""
 
 import sys
 

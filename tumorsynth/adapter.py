@@ -1,6 +1,7 @@
-"""What all frameworks' adapters share: the core for any real dtype, and for a separate organ map.
+"""What the adapters of all frameworks share.
 
-An adapter takes the user's container apart and puts it together as it came. It holds no science.
+An adapter takes the user's container apart, calls the core, and puts the result back into the types
+that came in. It holds no science.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tumorsynth.arguments import check_keywords
+from tumorsynth.arguments import keywords_of
+from tumorsynth.pipeline.call import Synthesis
 from tumorsynth.pipeline.place import PlacedSample, skip_sample
 from tumorsynth.pipeline.requests import skip_records
 from tumorsynth.pipeline.validation import (
@@ -27,53 +29,50 @@ from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.types import Skip, SkipCode
 from tumorsynth.synthesizer import SynthesizeTumor
 
-# The core's keyword arguments with their defaults, but for p: a framework has its own word for it.
+# the core's arguments with their defaults, without p, for which every framework has its own word
 SETTINGS: dict[str, Any] = {
     name: parameter.default
     for name, parameter in inspect.signature(SynthesizeTumor).parameters.items()
     if name != "p"
 }
-_WIDE = [getattr(torch, name, None) for name in ("uint16", "uint32", "uint64")]  # torch >= 2.3
+MAX_SEED = 2**63 - 1  # exclusive
+# torch has them since 2.3, with few operators
+_WIDE = [getattr(torch, name, None) for name in ("uint16", "uint32", "uint64")]
 
 
+@keywords_of(SynthesizeTumor, without=["p"])
 class Adapter:
-    """The core, called with what a framework's container holds.
+    """Calls the core with what a framework's container holds.
 
-    Images of an integer dtype (HU as read from a file) are computed in float32; the changed voxels
-    are rounded back, clipped to the dtype. Labels keep their dtype, whichever it is.
+    Integer images (HU as read from a file) are computed in float32; changed voxels are rounded
+    and clipped to the image's dtype. A label keeps its dtype, whichever it is. ``adapter.synth.p``
+    is 1 unless the framework lets the core decide which samples get tumours.
 
-    separate_organ: every call brings a map of its own for the organ. ``organ_labels`` are values of
-        that map and ``tumor_label`` is one of the label, so they may be equal. The map stays as it
-        is; the label gets the tumour, whatever value lies there.
-    healthy_only: leave samples alone whose label holds a tumour already (the paper synthesises on
-        healthy scans alone).
-    settings: the core's keyword arguments; ``adapter.synth.p`` stays 1, unless the framework leaves
-        the decision to the core.
+    Args:
+        separate_organ: whether every call brings a separate organ map. ``organ_labels`` are then
+            values of that map and ``tumor_label`` is a value of the label, so that they may be
+            equal. The map stays as it is; a tumour replaces any value of the label.
+        healthy_only: skip samples whose label holds a tumour already. The paper synthesises on
+            healthy scans alone.
+        **settings: the arguments of :class:`tumorsynth.SynthesizeTumor`, without p.
+
+    Raises:
+        ValueError: for an argument that is out of range or unknown.
+        TypeError: for an argument of the wrong type or name.
     """
 
     def __init__(
         self, separate_organ: bool = False, healthy_only: bool = False, **settings: Any
     ) -> None:
-        check_keywords(self, settings, SETTINGS)
         self.given = {**settings, **({"healthy_only": True} if healthy_only else {})}
         self.separate_organ = separate_organ
         self.healthy_only = bool(healthy_only)
         self.tumor_label: int = settings.get("tumor_label", SETTINGS["tumor_label"])
         if separate_organ:
-            if settings.get("bulge"):
-                raise ValueError(
-                    "bulge must be off where the organ is in a map of its own, which does not tell "
-                    f"what lies around it, got {settings['bulge']!r}; put the organ into the label"
-                )
-            if settings.get("mass_effect"):
-                raise ValueError(
-                    "mass_effect must be 0 where the organ is in a map of its own, which would not "
-                    f"move with the label, got {settings['mass_effect']!r}; put the organ into the "
-                    "label"
-                )
+            _check_separate_organ(settings)
             self.tumor_label = check_tumor_label(self.tumor_label, ())
-            organs = check_organ_labels(settings.get("organ_labels", (1,)))
-            # in the map handed to the core, which is made for the call, a value that is free
+            organs = check_organ_labels(settings.get("organ_labels", SETTINGS["organ_labels"]))
+            # a free value of the map that is made for the core
             settings = {**settings, "organ_labels": organs, "tumor_label": max(organs) + 1}
         self.synth = SynthesizeTumor(**settings)
 
@@ -81,16 +80,17 @@ class Adapter:
         return f"Adapter({self.described()})"
 
     def described(self) -> str:
-        """The settings that were given, for a framework's repr: name=value, ..."""
-        held = self.synth.handle.source
+        """Return the settings that the user gave as "name=value, ...", for a framework's repr."""
+        source = self.synth.handle.source
         given = {
-            name: held if name == "generator" and held is not None else value
+            name: source if name == "generator" and source is not None else value
             for name, value in self.given.items()
         }
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
     @property
     def report(self) -> list[dict[str, Any]]:
+        """One dict per tumour, or per reason for none, of the last call."""
         return self.synth.report
 
     def __call__(
@@ -98,16 +98,26 @@ class Adapter:
         image: Tensor,
         label: Tensor,
         organ: Tensor | None = None,
-        leave: Sequence[bool] | None = None,
+        excluded: Sequence[bool] | None = None,
         names: Sequence[Any] = ("image", "label", "organ"),
         **call: Any,
     ) -> tuple[Tensor, Tensor]:
-        """A new (image, label), of the types, dtypes and metadata of the old.
+        """Return a new (image, label) of the same types, dtypes and metadata.
 
-        image, label, organ: (B, 1, X, Y, Z) or (1, X, Y, Z). leave: for each sample, whether the
-        framework wants it left alone. names: what the user calls the three. call: what the core's
-        forward takes (spacing, affine, seed, params). Errors are the core's; RuntimeError on CUDA
-        in a forked worker process.
+        Where no sample gets a tumour, the inputs themselves come back.
+
+        Args:
+            image: (B, 1, X, Y, Z) or (1, X, Y, Z), integer or floating point.
+            label: the same shape, whole numbers.
+            organ: the separate organ map, the same shape.
+            excluded: for each sample, whether the framework excludes it.
+            names: what the user calls the three, for messages.
+            **call: spacing, affine, seed and params, as for the core's ``forward``.
+
+        Raises:
+            ValueError: for input that cannot work.
+            TypeError: for input of the wrong type.
+            RuntimeError: on CUDA in a forked worker process.
         """
         if organ is None and self.separate_organ:
             raise ValueError(
@@ -118,58 +128,60 @@ class Adapter:
         work_image = image.float() if _holds_integers(image) else image
         if organ is not None or self.healthy_only or _is_wide(label):
             check_input(work_image, label, self.tumor_label)
-        left = self._left_alone(image, label, leave)
-        if left and len(left) == _batch(image):  # nothing to check, nothing to load
-            skipped = [PlacedSample(skip_sample(left[b]), []) for b in sorted(left)]
-            self.synth.report = [record.to_dict() for record in skip_records(skipped)]
-            self.synth.params = [sample.to_params() for sample in skipped]
+        skips = self._skips(image, label, excluded)
+        if skips and len(skips) == _batch_size(image):  # check nothing else and load no generator
+            placed = [PlacedSample(skip_sample(skips[b]), []) for b in sorted(skips)]
+            self._keep(Synthesis.of(image, label, skip_records(placed), placed))
             return image, label
+        work_label = label
         if organ is not None:
             work_label = self._organ_and_tumor(label, organ)
         elif _is_wide(label):
             work_label = label.to(torch.int64)
-        else:
-            work_label = label
 
-        new_image, new_label, self.synth.report, self.synth.params = self._run(
-            work_image, work_label, exclude=left, **call
-        )
+        synthesis = self._synthesize(work_image, work_label, exclude=skips, **call)
 
-        if new_image is work_image:  # the core's way of saying that nothing was to be done
+        self._keep(synthesis)
+        if synthesis.image is work_image:  # no sample got a tumour
             return image, label
+        new_image, new_label = synthesis.image, synthesis.label
         if work_image is not image:
             changed = plain(new_image) != plain(work_image)
-            new_image = _with(image, changed, _rounded(plain(new_image), image.dtype))
+            new_image = _replace(image, changed, _round_to(plain(new_image), image.dtype))
         if work_label is not label:
             changed = plain(new_label) != plain(work_label)
             if organ is None:
                 value = plain(new_label).to(label.dtype)
             else:
                 value = torch.tensor(self.tumor_label, device=label.device).to(label.dtype)
-            new_label = _with(label, changed, value)
+            new_label = _replace(label, changed, value)
         return new_image, new_label
 
-    def _left_alone(
-        self, image: Tensor, label: Tensor, leave: Sequence[bool] | None
+    def _keep(self, synthesis: Synthesis) -> None:
+        self.synth.report, self.synth.params = synthesis.report, synthesis.params
+
+    def _skips(
+        self, image: Tensor, label: Tensor, excluded: Sequence[bool] | None
     ) -> dict[int, Skip]:
-        """Return which samples are not to be changed, and why."""
-        left: dict[int, Skip] = {}
+        """Return why samples, by their number in the batch, are to be skipped."""
+        skips: dict[int, Skip] = {}
         if self.healthy_only:
             labels = plain(label) if label.ndim == 5 else plain(label)[None]
-            ill = (labels == self.tumor_label).flatten(1).any(1).tolist()
+            have_tumor = (labels == self.tumor_label).flatten(1).any(1).tolist()
             skip = Skip(SkipCode.HAS_TUMOR, "left alone (holds a tumour already)")
-            left = {b: skip for b, has_tumor in enumerate(ill) if has_tumor}
-        if leave is not None:
-            if len(leave) != _batch(image):
+            skips = {b: skip for b, has_tumor in enumerate(have_tumor) if has_tumor}
+        if excluded is not None:
+            if len(excluded) != _batch_size(image):
                 raise ValueError(
-                    f"there must be one answer for each of the {_batch(image)} samples, "
-                    f"got {len(leave)}; give one bool per sample of the batch"
+                    f"there must be one answer for each of the {_batch_size(image)} samples, "
+                    f"got {len(excluded)}; give one bool per sample of the batch"
                 )
             skip = Skip(SkipCode.EXCLUDED, "left alone (as asked)")
-            left |= {b: skip for b, excluded in enumerate(leave) if excluded}
-        return left
+            skips |= {b: skip for b, is_excluded in enumerate(excluded) if is_excluded}
+        return skips
 
-    def _run(self, image: Tensor, label: Tensor, **call: Any) -> tuple[Any, ...]:
+    def _synthesize(self, image: Tensor, label: Tensor, **call: Any) -> Synthesis:
+        """Call the core; explain torch's error about CUDA in a forked process."""
         try:
             return self.synth.synthesize(image, label, **call)
         except RuntimeError as error:
@@ -183,7 +195,7 @@ class Adapter:
             ) from error
 
     def _organ_and_tumor(self, label: Tensor, organ: Tensor) -> Tensor:
-        """One map for the core: the organ map's organs, and tumours that the label has already."""
+        """Return one map for the core: the map's organs and the label's tumours."""
         if not isinstance(organ, Tensor) or organ.shape != label.shape:
             found = tuple(organ.shape) if isinstance(organ, Tensor) else type(organ).__name__
             raise ValueError(
@@ -196,15 +208,30 @@ class Adapter:
             )
         check_whole("label", label)
         check_whole("the organ map", organ)
-        there, organ = plain(label), plain(organ)
+        label, organ = plain(label), plain(organ)
         both = torch.zeros(organ.shape, dtype=torch.int64, device=organ.device)
         for value in self.synth.organ_labels:
             both[is_organ(organ, (value,))] = value
-        both[there == self.tumor_label] = self.synth.tumor_label
+        both[label == self.tumor_label] = self.synth.tumor_label
         return both
 
 
-def _batch(image: Tensor) -> int:
+def _check_separate_organ(settings: dict[str, Any]) -> None:
+    """Refuse settings that need the organ and its surroundings in one label."""
+    if settings.get("bulge"):
+        raise ValueError(
+            "bulge must be off where the organ is in a map of its own, which does not tell "
+            f"what lies around it, got {settings['bulge']!r}; put the organ into the label"
+        )
+    if settings.get("mass_effect"):
+        raise ValueError(
+            "mass_effect must be 0 where the organ is in a map of its own, which would not "
+            f"move with the label, got {settings['mass_effect']!r}; put the organ into the "
+            "label"
+        )
+
+
+def _batch_size(image: Tensor) -> int:
     return len(image) if image.ndim == 5 else 1
 
 
@@ -218,15 +245,15 @@ def _holds_integers(x: object) -> bool:
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in an integer dtype: to the nearest, clipped to what the dtype holds."""
+def _round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x rounded and clipped to an integer dtype."""
     limits = torch.iinfo(dtype)
     return x.round().clamp(limits.min, limits.max).to(dtype)
 
 
-def _with(x: Tensor, changed: Tensor, value: Tensor) -> Tensor:
-    """A clone of x, subclass and metadata included, that holds ``value`` where ``changed``."""
-    out = x.clone()
-    held = plain(out)
-    held.copy_(torch.where(changed, value, held))
-    return out
+def _replace(x: Tensor, changed: Tensor, value: Tensor) -> Tensor:
+    """Return a clone of x, with its subclass and metadata, that is ``value`` where ``changed``."""
+    clone = x.clone()
+    voxels = plain(clone)
+    voxels.copy_(torch.where(changed, value, voxels))
+    return clone

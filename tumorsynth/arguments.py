@@ -1,28 +1,42 @@
-"""What may be asked for: checks of single arguments, for the core and the adapters alike."""
+"""Checks of single arguments, and signatures of constructors that pass arguments on."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from inspect import Parameter
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
+
+Class = TypeVar("Class", bound=type)
+_OPEN = {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}  # *arguments and **keywords
 
 
 def is_bool(value: object) -> bool:
-    """Whether this is True or False, of Python, numpy or torch: 1 and 0 where a number is asked."""
+    """Return whether a value is a bool of Python, numpy or torch; the numbers 0 and 1 are not."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def any_bool(value: Any) -> bool:
-    """Whether a number, or one of several, is True or False."""
+    """Return whether a value, or any value in nested lists and tuples, is a bool."""
     if is_bool(value):
         return True
     return isinstance(value, list | tuple) and any(any_bool(part) for part in value)
 
 
 def check_probability(name: str, p: Any) -> float:
-    """A number from 0 to 1; ValueError otherwise."""
+    """Return a number from 0 to 1.
+
+    Args:
+        name: of the argument, for the message.
+        p: its value.
+
+    Raises:
+        ValueError: for anything else.
+    """
     number: Any = Real
     if is_bool(p) or not isinstance(p, number) or not 0 <= p <= 1:
         raise ValueError(
@@ -32,38 +46,90 @@ def check_probability(name: str, p: Any) -> float:
     return float(p)
 
 
-def check_keywords(
-    transform: object, given: Iterable[str], core: Iterable[str], base: type | None = None
-) -> None:
-    """TypeError for a keyword that nobody takes, before somebody else is blamed for it.
+def keywords_of(*sources: type, without: Iterable[str] = ()) -> Callable[[Class], Class]:
+    """Decorate a class whose constructor passes ``**keywords`` on to other constructors.
 
-    given: what the transform's own constructor has no name for. core: the names of the synthesis's
-    settings. base: the framework's class whose constructor gets the rest.
+    The signature and the docstring of the class then show the parameters of those constructors,
+    and an unknown keyword is a TypeError that suggests a known one.
+
+    Args:
+        sources: the classes whose constructors get the keywords. A constructor that takes
+            ``*arguments`` passes on their positional parameters too.
+        without: parameters of theirs that the class does not take.
+
+    Example:
+        >>> @keywords_of(SynthesizeTumor, without=["p"])
+        ... class Transform:
+        ...     def __init__(self, prob=1.0, **settings): ...
     """
-    accepted = {*core, "healthy_only", *(_names(base) if base else ())}
-    unknown = sorted(set(given) - accepted)
-    if unknown:
-        for cls in type(transform).__mro__:
-            if cls.__module__.startswith("tumorsynth."):
-                accepted |= _names(cls)
-        raise TypeError(
-            f"unknown keyword argument {', '.join(unknown)} of {type(transform).__name__}; "
-            f"{_meant(unknown, accepted)}it takes {', '.join(sorted(accepted))}"
-        )
+
+    def decorate(cls: Class) -> Class:
+        constructor = cls.__init__  # type: ignore[misc]
+        signature = _merge(inspect.signature(constructor), sources, set(without))
+        accepted = [*signature.parameters][1:]  # without self
+
+        @functools.wraps(constructor)
+        def init(self: Any, *arguments: Any, **keywords: Any) -> None:
+            unknown = sorted(keywords.keys() - set(accepted))
+            if unknown:
+                raise TypeError(
+                    f"unknown keyword argument {', '.join(unknown)} of {type(self).__name__}; "
+                    f"{_suggestion(unknown, accepted)}it takes {', '.join(sorted(accepted))}"
+                )
+            constructor(self, *arguments, **keywords)
+
+        init.__signature__ = signature  # type: ignore[attr-defined]
+        cls.__init__ = init  # type: ignore[misc]
+        cls.__doc__ = _with_entries(cls, sources, accepted)
+        return cls
+
+    return decorate
 
 
-def _names(cls: type) -> set[str]:
-    """What a class's own constructor names, which may pass on more."""
-    if "__init__" not in vars(cls):
-        return set()
-    parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-    named = {
-        one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
-    }
-    return named - {"self"}
+def _merge(own: inspect.Signature, sources: Iterable[type], without: set[str]) -> inspect.Signature:
+    """Return a signature with the sources' parameters in place of *arguments and **keywords."""
+    kinds = {parameter.kind for parameter in own.parameters.values()}
+    merged = {p.name: p for p in own.parameters.values() if p.kind not in _OPEN}
+    if Parameter.VAR_KEYWORD not in kinds:
+        return own
+    for source in sources:
+        for parameter in _parameters(source):
+            if parameter.kind in _OPEN or parameter.name in without:
+                continue
+            if Parameter.VAR_POSITIONAL not in kinds:
+                parameter = parameter.replace(kind=Parameter.KEYWORD_ONLY)
+            merged.setdefault(parameter.name, parameter)
+    # a stable sort: positional parameters come before those that are keywords only
+    return own.replace(parameters=sorted(merged.values(), key=lambda p: p.kind))
 
 
-def _meant(unknown: Iterable[str], known: Iterable[str]) -> str:
+def _parameters(cls: type) -> list[Parameter]:
+    signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+    return [*signature.parameters.values()][1:]  # without self
+
+
+def _with_entries(cls: type, sources: Iterable[type], accepted: Iterable[str]) -> str | None:
+    """Return a class's docstring with an entry for every parameter in place of that of **."""
+    doc = inspect.getdoc(cls)
+    if doc is None:  # python -OO
+        return None
+    own = _entries(doc)
+    known: dict[str, str] = {}
+    for source in sources:
+        known = _entries(inspect.getdoc(source) or "") | known
+    added = "".join(known[name] for name in accepted if name not in own and name in known)
+    placeholder = re.compile(r"^    \*\*\w+:.*\n(?: {5,}.*\n)*", re.M)
+    return placeholder.sub(lambda _: added, f"{doc}\n", count=1).rstrip()
+
+
+def _entries(doc: str) -> dict[str, str]:
+    """Return the lines of each parameter in the Args section of a docstring."""
+    section = re.search(r"^Args:\n((?: {4,}.*\n|\n(?= ))*)", f"{doc}\n", re.M)
+    entries = re.findall(r"^(    (\w+).*\n(?: {5,}.*\n)*)", section[1] if section else "", re.M)
+    return {name: lines for lines, name in entries}
+
+
+def _suggestion(unknown: Iterable[str], known: Iterable[str]) -> str:
     found: list[str] = []
     for name in unknown:
         close = difflib.get_close_matches(name, known) or difflib.get_close_matches(

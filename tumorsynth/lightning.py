@@ -1,17 +1,17 @@
-"""Tumour synthesis as a Lightning callback: on the batch, on its device, in training alone.
+"""Tumour synthesis as a Lightning callback: on each training batch, on its device.
 
     trainer = L.Trainer(callbacks=[TumorSynthCallback(organ_labels=1, tumor_label=2, p=0.5)])
 
-The module and its data stay as they are. Every batch that ``training_step`` gets has been through
-:class:`tumorsynth.SynthesizeTumor`; validation, test and prediction see the scans as they are. The
-generator belongs to the callback, not to the module: no weight of it enters a checkpoint.
+The module and its data need no change. ``training_step`` gets batches with tumours; validation,
+test and prediction see the scans without them. The generator belongs to the callback, so that no
+weight of it enters a checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Hashable, MutableMapping, MutableSequence, Sequence
+from collections.abc import Hashable, MutableMapping, MutableSequence
 from typing import Any
 
 import torch
@@ -26,34 +26,42 @@ except ImportError:
             'tumorsynth.lightning needs Lightning: pip install "tumorsynth[lightning]"'
         ) from error
 
-from tumorsynth.adapter import SETTINGS, Adapter
-from tumorsynth.arguments import check_keywords, check_probability
+from tumorsynth.adapter import MAX_SEED, Adapter
+from tumorsynth.arguments import check_probability, keywords_of
 from tumorsynth.random_streams import per_sample_seeds
 
 __all__ = ["TumorSynthCallback"]
 
-_SEEDS = 2**63 - 1
 
-
+@keywords_of(Adapter, without=["separate_organ"])
 class TumorSynthCallback(Callback):
     """Adds synthetic tumours to each training batch, on the device that it is on.
 
-    image, label: where they are in the batch: keys of a dictionary (say "image", "label"), or
-        positions in a list; by default those keys, or 0 and 1. Shapes (B, 1, X, Y, Z).
-    organ: where a separate map of organs is, of which ``organ_labels`` are then values.
-    p: probability per sample.
-    spacing: mm per voxel along X, Y, Z, for all samples; or where in the batch it is, (B, 3). By
-        default a MetaTensor's affine is taken, else 1 mm.
-    seed: decides, with the epoch, the batch's index and the rank, every draw. By default drawn from
-        torch's global generator when training starts (``L.seed_everything`` reproduces), and kept
-        in the checkpoint: a resumed run goes on as it would have.
-    settings: keyword arguments of :class:`tumorsynth.SynthesizeTumor` (generator, organ_labels,
-        tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge,
-        device, gate, mass_effect, shapes, bulge); and healthy_only=True, which spares samples that
-        hold a tumour already.
+    The callback replaces entries of the batch and changes no tensor. It refuses a tuple, whose
+    entries cannot be replaced. ``callback.report`` describes the last batch.
 
-    The batch is changed by replacing its entries, never its tensors; a tuple, which cannot be
-    changed, is refused. ``callback.report`` says what was done to the last batch.
+    Args:
+        image: where the CT (B, 1, X, Y, Z) is in the batch: a key of a dictionary, or a position
+            in a list. The default is "image", or 0.
+        label: likewise where the label is. The default is "label", or 1.
+        organ: likewise where a separate organ map is, of which ``organ_labels`` are then values.
+        p: probability that a sample gets tumours.
+        spacing: mm per voxel along X, Y, Z, for all samples; or where in the batch it is, (B, 3).
+            The default is a MetaTensor's affine, else 1 mm.
+        seed: decides every draw, together with the epoch, the batch's index and the rank. The
+            default is drawn from torch's global generator when training starts
+            (``L.seed_everything`` reproduces it). The checkpoint keeps it, so that a resumed run
+            continues as it would have.
+        **settings: ``healthy_only=True`` to skip samples whose label holds a tumour already, and
+            the arguments of :class:`tumorsynth.SynthesizeTumor`.
+
+    Raises:
+        ValueError: for a value that is out of range or unknown.
+        TypeError: for a value of the wrong type, or an unknown argument.
+
+    Example:
+        >>> callback = TumorSynthCallback(organ_labels=1, tumor_label=2, p=0.5)
+        >>> trainer = L.Trainer(callbacks=[callback])
     """
 
     def __init__(
@@ -68,7 +76,6 @@ class TumorSynthCallback(Callback):
         **settings: Any,
     ) -> None:
         super().__init__()
-        check_keywords(self, settings, SETTINGS)
         if seed is not None:
             (seed,) = per_sample_seeds(seed, 1)
         self.adapter = Adapter(organ is not None, **settings)
@@ -90,43 +97,47 @@ class TumorSynthCallback(Callback):
     # -- Lightning's hooks -------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.seed is None:  # one for all ranks, since the checkpoint keeps one
-            self.seed = trainer.strategy.broadcast(int(torch.randint(_SEEDS, ())))
+        """Draw the seed if there is none, the same on all ranks: a checkpoint keeps one."""
+        if self.seed is None:
+            self.seed = trainer.strategy.broadcast(int(torch.randint(MAX_SEED, ())))
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        image_at, label_at = self._where(batch)
-        image, label = batch[image_at], batch[label_at]
+        """Replace the batch's image and label."""
+        image_key, label_key = self._find_keys(batch)
+        image = self._entry(batch, image_key, "image")
+        label = self._entry(batch, label_key, "label")
         organ = None if self.organ is None else self._entry(batch, self.organ, "organ")
-        seeds = _seeds(
-            [self.seed or 0, trainer.current_epoch, batch_idx, trainer.global_rank], len(image)
-        )
-        batch[image_at], batch[label_at] = self.adapter(
+        step = (self.seed or 0, trainer.current_epoch, batch_idx, trainer.global_rank)
+        batch[image_key], batch[label_key] = self.adapter(
             image,
             label,
             organ,
-            names=(image_at, label_at, self.organ),
-            spacing=self._spacing_of(batch),
-            seed=seeds,
+            names=(image_key, label_key, self.organ),
+            spacing=self._find_spacing(batch),
+            seed=_sample_seeds(step, len(image)),
         )
 
     @property
     def state_key(self) -> str:
-        """Tells several callbacks of one trainer apart in the checkpoint, by all that was given."""
+        """Identify this callback among several in a checkpoint, by all of its arguments."""
         places = (self.image, self.label, self.organ, self.spacing, self._own_seed)
         key = f"{type(self).__qualname__}{places}: {self!r}"
-        return re.sub(r" at 0x[0-9a-f]+", "", key)  # of objects, elsewhere in the next process
+        return re.sub(r" at 0x[0-9a-f]+", "", key)  # addresses change with the process
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the seed."""
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the seed of a checkpoint."""
         self.seed = state_dict["seed"]
 
     # -- the batch ---------------------------------------------------------------------------------
 
-    def _where(self, batch: Any) -> tuple[Any, Any]:
+    def _find_keys(self, batch: Any) -> tuple[Any, Any]:
+        """Return where image and label are in the batch."""
         if isinstance(batch, MutableMapping):
             default: tuple[Any, Any] = ("image", "label")
         elif isinstance(batch, MutableSequence):
@@ -139,34 +150,28 @@ class TumorSynthCallback(Callback):
             )
         image = default[0] if self.image is None else self.image
         label = default[1] if self.label is None else self.label
-        self._entry(batch, image, "image"), self._entry(batch, label, "label")
         return image, label
 
-    def _entry(self, batch: Any, where: Any, argument: str) -> Any:
+    def _entry(self, batch: Any, key: Any, argument: str) -> Any:
+        """Return an entry of the batch whose place is this argument of the constructor."""
         try:
-            return batch[where]
+            return batch[key]
         except (KeyError, IndexError, TypeError) as error:
-            there = list(batch) if isinstance(batch, MutableMapping) else f"{len(batch)} entries"
+            held = list(batch) if isinstance(batch, MutableMapping) else f"{len(batch)} entries"
             raise ValueError(
-                f"the batch has no {where!r}, it has {there}; say where it is with {argument}=... "
+                f"the batch has no {key!r}, it has {held}; say where it is with {argument}=... "
                 "of TumorSynthCallback"
             ) from error
 
-    def _spacing_of(self, batch: Any) -> Any:
-        by_place = isinstance(self.spacing, str) or (
+    def _find_spacing(self, batch: Any) -> Any:
+        in_batch = isinstance(self.spacing, str) or (
             isinstance(self.spacing, int) and isinstance(batch, MutableSequence)
         )
-        return self._entry(batch, self.spacing, "spacing") if by_place else self.spacing
+        return self._entry(batch, self.spacing, "spacing") if in_batch else self.spacing
 
 
-def _seeds(parts: Sequence[int], batch: int) -> list[int]:
-    """One seed per sample, from what tells this step from all others."""
-    rng = torch.Generator()
-    rng.manual_seed(_mixed(parts))
-    return torch.randint(_SEEDS, (batch,), generator=rng, device="cpu").tolist()
-
-
-def _mixed(parts: Sequence[int]) -> int:
-    """Whole numbers as one of 63 bits that depends on each of them and on their order."""
-    digest = hashlib.sha256(repr(tuple(int(p) for p in parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+def _sample_seeds(step: tuple[int, ...], batch_size: int) -> list[int]:
+    """Return one seed per sample, different for each step and each order of its numbers."""
+    digest = hashlib.sha256(repr(tuple(int(number) for number in step)).encode()).digest()
+    rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randint(MAX_SEED, (batch_size,), generator=rng, device="cpu").tolist()

@@ -3,17 +3,17 @@
     Compose([
         LoadImaged(["image", "label"]), EnsureChannelFirstd(["image", "label"]),
         Orientationd(["image", "label"], "RAS"), Spacingd(["image", "label"], (1, 1, 1), ...),
-        RandSynthesizeTumord("image", label_key="label", prob=0.5),     # on HU, so before ...
-        ScaleIntensityRanged("image", -175, 250, 0, 1, clip=True),      # ... the scaling,
-        ...                                                 # or after it with intensity=Scaled()
+        # on HU, before the scaling; after it with intensity=ts.Scaled(-175, 250, 0, 1)
+        RandSynthesizeTumord("image", label_key="label", prob=0.5),
+        ScaleIntensityRanged("image", -175, 250, 0, 1, clip=True),
     ])
 
-Everything is drawn from ``self.R``, never from the global generators: ``set_random_state``
-reproduces. In worker processes each worker draws from a stream of its own, in each epoch anew, that
-depends on the loader's seed as well: with MONAI's DataLoader ``torch.manual_seed`` (or
-``set_determinism``) reproduces, with torch's the two together. In a distributed training each rank
-makes its own tumours, also where all of them set one seed.
-Nothing enters ``applied_operations``: a later ``inverse`` works as without the synthesis.
+All draws come from ``self.R`` and none from the global generators, so that ``set_random_state``
+reproduces. Each worker process draws from its own stream, a new one in each epoch, which depends on
+the loader's seed: with MONAI's DataLoader ``torch.manual_seed`` or ``set_determinism`` reproduces,
+with torch's both together. In distributed training each rank makes its own tumours, even if all
+ranks set one seed. ``applied_operations`` stays as it is: a later ``inverse`` works as without the
+synthesis.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ try:
 except ImportError as error:
     raise ImportError('tumorsynth.monai needs MONAI: pip install "tumorsynth[monai]"') from error
 
-from tumorsynth.adapter import SETTINGS, Adapter
-from tumorsynth.arguments import check_keywords, check_probability
+from tumorsynth.adapter import MAX_SEED, Adapter
+from tumorsynth.arguments import check_probability, keywords_of
 
 __all__ = [
     "BatchSynthesizeTumorD",
@@ -48,26 +48,31 @@ __all__ = [
     "RandSynthesizeTumord",
 ]
 
-_SEEDS = 2**63 - 1
 
-
+@keywords_of(Adapter)
 class RandSynthesizeTumor(RandomizableTransform):
-    """Adds synthetic tumours to a CT (1, X, Y, Z) and its label; the inputs are left as they are.
+    """Adds synthetic tumours to a CT (1, X, Y, Z) and its label; the inputs stay as they are.
 
-    Called as ``transform(img, label)``; numpy arrays, tensors and MetaTensors come back as the same
-    type, dtype, device, affine and metadata. Integer images get rounded values.
+    Numpy arrays, tensors and MetaTensors come back as the same type, dtype, device, affine and
+    metadata. Integer images get rounded values.
 
-    prob: probability of changing a sample.
-    spacing: mm per voxel along X, Y, Z; by default from the affine of the MetaTensor (which gives
-        the orientation as well) that image or label is, and 1 mm, with a warning, where neither
-        is one.
-    separate_organ: ``transform(img, label, organ)``; ``organ_labels`` are then values of organ.
-    settings: keyword arguments of :class:`tumorsynth.SynthesizeTumor`: generator, organ_labels,
-        tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge, device,
-        gate, mass_effect, shapes, bulge; and healthy_only=True, which spares samples whose
-        label holds a tumour already.
+    Args:
+        prob: probability of changing a sample.
+        spacing: mm per voxel along X, Y, Z. None takes it, and the orientation, from the affine of
+            the MetaTensor that image or label is, and 1 mm with a warning if neither is one.
+        separate_organ: whether calls bring a separate organ map, of which ``organ_labels`` are
+            then values.
+        **settings: ``healthy_only=True`` to skip samples whose label holds a tumour already, and
+            the arguments of :class:`tumorsynth.SynthesizeTumor`, without p.
 
-    ``transform.report`` says what the last call in this process did.
+    Raises:
+        ValueError: for a value that is out of range or unknown.
+        TypeError: for a value of the wrong type, or an unknown argument.
+
+    Example:
+        >>> transform = RandSynthesizeTumor(prob=0.5, organ_labels=1, tumor_label=2)
+        >>> image, label = transform(image, label)
+        >>> transform.report
     """
 
     backend = [TransformBackends.TORCH, TransformBackends.NUMPY]
@@ -81,52 +86,55 @@ class RandSynthesizeTumor(RandomizableTransform):
         **settings: Any,
     ) -> None:
         RandomizableTransform.__init__(self, check_probability("prob", prob))
-        check_keywords(self, settings, SETTINGS)
         self.adapter = Adapter(separate_organ, **settings)
         self.spacing = spacing
-        self._stream: int | None = None  # the worker whose own random state R is
-        self._warned = False  # of voxels whose size nothing tells
+        self._stream: int | None = None  # seed of the worker that R was made for
+        self._warned = False  # about voxels of unknown size
 
     @property
     def report(self) -> list[dict[str, Any]]:
-        """One dict per tumour, or per reason for none, of the last call."""
+        """One dict per tumour, or per reason for none, of the last call in this process."""
         return self.adapter.report
 
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None
     ) -> RandSynthesizeTumor:
+        """Set the state that all draws come from; return the transform."""
         super().set_random_state(seed, state)
         worker = get_worker_info()
         self._stream = None if worker is None else worker.seed
         return self
 
     def randomize(self, data: Any = None) -> None:
-        """Whether to act, and the one seed that decides how."""
-        self._decide()
+        """Draw whether to change the sample, and the seed of its tumours."""
+        self._draw_seed()
 
-    def _decide(self) -> tuple[bool, int]:
-        """Draw both; a call goes by what it got itself, since threads may share the transform."""
+    def _draw_seed(self) -> int | None:
+        """Return the seed of a sample's tumours, None to leave the sample alone.
+
+        The call keeps the result to itself, since threads may share the transform.
+        """
         self._leave_shared_stream()
         act = bool(self.R.rand() < self.prob)
-        (seed,) = self._draw(1)
-        self._do_transform = act  # where MONAI's users look
-        self.adapter.synth.report = []  # what an earlier call did is no report of this one
-        return act, seed
+        (seed,) = self._draw_seeds(1)
+        self._do_transform = act  # MONAI's flag, for users who read it
+        self.adapter.synth.report = []
+        return seed if act else None
 
-    def _draw(self, n: int) -> list[int]:
-        """n seeds from R, of which each rank of a distributed training makes its own."""
-        seeds = self.R.randint(_SEEDS, size=n, dtype=np.int64)
+    def _draw_seeds(self, n: int) -> list[int]:
+        """Return n seeds from R, different on each rank of a distributed training."""
+        seeds = self.R.randint(MAX_SEED, size=n, dtype=np.int64)
         rank = _rank()
         if rank:
             own = np.random.RandomState([*seeds.view(np.uint32), rank])
-            seeds = own.randint(_SEEDS, size=n, dtype=np.int64)
+            seeds = own.randint(MAX_SEED, size=n, dtype=np.int64)
         return seeds.tolist()
 
     def _leave_shared_stream(self) -> None:
-        """Give each worker process its own draws, in each epoch anew.
+        """Give each worker process its own stream, a new one in each epoch.
 
-        torch's workers start as copies, R included. MONAI's DataLoader gives each one another
-        state; torch's does not, so it is done here from the seed that torch gave the worker.
+        Workers start as copies, R included. MONAI's DataLoader then gives each one its own state.
+        Under torch's DataLoader this mixes in the seed that torch gave the worker.
         """
         worker = get_worker_info()
         if worker is not None and self._stream != worker.seed:
@@ -134,48 +142,49 @@ class RandSynthesizeTumor(RandomizableTransform):
             self.set_random_state(state=np.random.RandomState(own))
 
     def __call__(self, img: Any, label: Any, organ: Any = None) -> tuple[Any, Any]:
-        act, seed = self._decide()
-        if not act:
+        """Return a new (img, label); the arguments themselves where nothing changes.
+
+        Args:
+            img: the CT, (1, X, Y, Z).
+            label: the same shape.
+            organ: the separate organ map, the same shape, with ``separate_organ=True``.
+        """
+        seed = self._draw_seed()
+        if seed is None:
             return img, label
-        return self._apply(img, label, organ, seed, names=("img", "label", "organ"))
+        return self._apply(img, label, organ, seed=seed, names=("img", "label", "organ"))
 
     def __repr__(self) -> str:
-        return _called(self, f"prob={self.prob:g}", self.adapter.described())
+        return _format_call(self, f"prob={self.prob:g}", self.adapter.described())
 
     def _apply(
-        self,
-        img: Any,
-        label: Any,
-        organ: Any,
-        seed: int | list[int],
-        leave: Sequence[bool] | None = None,
-        names: Sequence[Hashable] = (),
+        self, img: Any, label: Any, organ: Any, *, names: Sequence[Hashable], **call: Any
     ) -> tuple[Any, Any]:
-        image, old_label = _tensor(img), _tensor(label)
-        # an image without geometry of its own lies on the label's grid, as it must
-        apart = self.spacing is None and not hasattr(image, "affine")
-        affine = getattr(old_label, "affine", None) if apart else None
-        if apart and affine is None:
+        """Call the adapter with tensors; return (img, label) in the types that came in."""
+        image, label_map = _to_tensor(img), _to_tensor(label)
+        # an image without an affine lies on the label's grid
+        no_geometry = self.spacing is None and not hasattr(image, "affine")
+        affine = getattr(label_map, "affine", None) if no_geometry else None
+        if no_geometry and affine is None:
             self._warn_of_1_mm(names)
         new_image, new_label = self.adapter(
             image,
-            old_label,
-            _tensor(organ),
-            leave,
-            names,
+            label_map,
+            _to_tensor(organ),
+            names=names,
             spacing=self.spacing,
             affine=affine,
-            seed=seed,
+            **call,
         )
         return (
-            img if new_image is image else _like(img, new_image),
-            label if new_label is old_label else _like(label, new_label),
+            img if new_image is image else _to_type_of(img, new_image),
+            label if new_label is label_map else _to_type_of(label, new_label),
         )
 
     def _warn_of_1_mm(self, names: Sequence[Hashable]) -> None:
-        """Once: a cache, or track_meta=False, may have dropped the affine without a word."""
+        """Warn once: a cache, or track_meta=False, may have dropped the affine silently."""
         worker = get_worker_info()
-        if self._warned or (worker is not None and worker.id):  # of several workers one says it
+        if self._warned or (worker is not None and worker.id):  # only the first worker warns
             return
         self._warned = True
         shown = " and ".join(repr(name) for name in names[:2])
@@ -188,18 +197,31 @@ class RandSynthesizeTumor(RandomizableTransform):
         )
 
 
+@keywords_of(RandSynthesizeTumor, without=["separate_organ"])
 class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
     """:class:`RandSynthesizeTumor` for a dictionary.
 
-    keys: the key of the CT (1, X, Y, Z), one.
-    label_key: the key of the label that gets the tumour.
-    organ_key: the key of a separate map of organs, of which ``organ_labels`` are then values;
-        by default the label marks the organ.
-    prob, spacing, settings: as for :class:`RandSynthesizeTumor`.
-    allow_missing_keys: a dictionary that lacks one of the keys is left as it is, instead of a
-        KeyError.
-    when: a function of the dictionary that says whether the sample may be changed, for example
-        ``lambda data: data["healthy"]``; a named function where the transform is pickled.
+    Args:
+        keys: the key of the CT (1, X, Y, Z), one.
+        label_key: the key of the label that gets the tumour.
+        organ_key: the key of a separate organ map, of which ``organ_labels`` are then values. By
+            default the label marks the organ.
+        prob: probability of changing a sample.
+        allow_missing_keys: whether to leave a dictionary that lacks one of the keys as it is,
+            instead of raising a KeyError.
+        spacing: mm per voxel along X, Y, Z; the default is as for :class:`RandSynthesizeTumor`.
+        when: a function of the dictionary that returns whether the sample may change, for example
+            ``lambda data: data["healthy"]``. To pickle the transform, use a named function.
+        **settings: ``healthy_only=True`` to skip samples whose label holds a tumour already, and
+            the arguments of :class:`tumorsynth.SynthesizeTumor`, without p.
+
+    Raises:
+        ValueError: for a value that is out of range or unknown.
+        TypeError: for a value of the wrong type, or an unknown argument.
+
+    Example:
+        >>> transform = RandSynthesizeTumord("image", "label", prob=0.5, organ_labels=1)
+        >>> data = transform({"image": image, "label": label})
     """
 
     def __init__(
@@ -234,7 +256,7 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         self.when = when
 
     def __repr__(self) -> str:
-        return _called(
+        return _format_call(
             self,
             f"{self.keys[0]!r}, {self.label_key!r}",
             "" if self.organ_key is None else f"organ_key={self.organ_key!r}",
@@ -244,40 +266,59 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         )
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:  # type: ignore[override]
-        out = _entries(data)
-        act, seed = self._decide()
-        if act:
+        """Return a new dictionary, with new image and label where they change.
+
+        Raises:
+            KeyError: for a dictionary that lacks a key, without ``allow_missing_keys``.
+        """
+        out = _copy_entries(data)
+        seed = self._draw_seed()
+        if seed is not None:
             self._update(out, seed)
         return out
 
     def _update(self, out: dict[Hashable, Any], seed: int | list[int]) -> None:
-        wanted = [self.keys[0], self.label_key]
-        wanted += [] if self.organ_key is None else [self.organ_key]
-        missing = [key for key in wanted if key not in out]
+        """Put new image and label into a dictionary."""
+        names = [self.keys[0], self.label_key]
+        names += [] if self.organ_key is None else [self.organ_key]
+        missing = [key for key in names if key not in out]
         if missing and not self.allow_missing_keys:
             raise KeyError(
                 f"{type(self).__name__} misses {missing} in the data, which has {list(out)}; "
                 "name the keys it has, or pass allow_missing_keys=True"
             )
         if not missing:
-            image, label, *organ = (out[key] for key in wanted)
-            leave = None if self.when is None else self._leave(out, image)
-            made = self._apply(image, label, organ[0] if organ else None, seed, leave, wanted)
-            out[self.keys[0]], out[self.label_key] = made
+            image, label = out[self.keys[0]], out[self.label_key]
+            organ = None if self.organ_key is None else out[self.organ_key]
+            excluded = None if self.when is None else self._excluded(self.when(out), image)
+            out[self.keys[0]], out[self.label_key] = self._apply(
+                image, label, organ, names=names, excluded=excluded, seed=seed
+            )
 
-    def _leave(self, data: Mapping[Hashable, Any], image: Any) -> list[bool]:
-        assert self.when is not None
-        return [not bool(self.when(data))]
+    def _excluded(self, answer: Any, image: Any) -> list[bool]:
+        """Return which samples the answer of ``when`` excludes."""
+        return [not bool(answer)]
 
 
+@keywords_of(RandSynthesizeTumord)
 class BatchSynthesizeTumord(RandSynthesizeTumord):
     """:class:`RandSynthesizeTumord` for a collated batch (B, 1, X, Y, Z), on the batch's device.
 
-    prob holds for each sample of the batch, and ``when`` answers for each: with B bools, or one
-    for all. To be called on what a DataLoader yields::
+    Call it on what a DataLoader yields. ``prob`` holds for each sample of the batch. ``when``
+    answers for each sample with B bools, or for all with one.
 
-        for batch in loader:
-            batch = synthesize({k: v.to(device) for k, v in batch.items()})
+    Args:
+        keys: the key of the CT (B, 1, X, Y, Z), one.
+        **kwargs: the other arguments of :class:`RandSynthesizeTumord`.
+
+    Raises:
+        ValueError: for a value that is out of range or unknown.
+        TypeError: for a value of the wrong type, or an unknown argument.
+
+    Example:
+        >>> synthesize = BatchSynthesizeTumord("image", "label", prob=0.5, organ_labels=1)
+        >>> for batch in loader:
+        ...     batch = synthesize({key: value.to("cuda") for key, value in batch.items()})
     """
 
     def __init__(self, keys: Hashable, *args: Any, **kwargs: Any) -> None:
@@ -285,31 +326,37 @@ class BatchSynthesizeTumord(RandSynthesizeTumord):
         self.adapter.synth.p = float(self.prob)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:  # type: ignore[override]
-        out = _entries(data)
+        """Return a new dictionary, with new image and label where samples change."""
+        out = _copy_entries(data)
         image = out.get(self.keys[0])
         batch = len(image) if isinstance(image, torch.Tensor | np.ndarray) else 1
         self._leave_shared_stream()
-        self._update(out, self._draw(batch))
+        self._update(out, self._draw_seeds(batch))
         return out
 
-    def _leave(self, data: Mapping[Hashable, Any], image: Any) -> list[bool]:
-        assert self.when is not None
-        answers = np.asarray(torch.as_tensor(self.when(data)).cpu(), dtype=bool)
+    def _excluded(self, answer: Any, image: Any) -> list[bool]:
+        answers = np.asarray(torch.as_tensor(answer).cpu(), dtype=bool)
         if answers.ndim == 0:
             return [not bool(answers)] * len(image)
         return (~answers.ravel()).tolist()
 
 
+@keywords_of(BatchSynthesizeTumord)
 class PrepareBatchTumorSynth(PrepareBatch):
-    """The ``prepare_batch`` of a MONAI trainer, with tumours on the batch on the trainer's device::
+    """The ``prepare_batch`` of a MONAI trainer, which adds tumours on the trainer's device.
 
-        SupervisedTrainer(..., prepare_batch=PrepareBatchTumorSynth("image", "label", prob=0.5))
+    The evaluator keeps its own ``prepare_batch`` and sees the scans without synthetic tumours.
 
-    The arguments are those of :class:`BatchSynthesizeTumord`. The evaluator keeps its own
-    ``prepare_batch`` and sees the scans as they are.
+    Args:
+        keys: the key of the CT (B, 1, X, Y, Z), one.
+        label_key: the key of the label that gets the tumour.
+        prepare_batch: makes the engine's input of the batch with tumours. The default returns
+            (image, label) of the keys.
+        **kwargs: the other arguments of :class:`BatchSynthesizeTumord`.
 
-    prepare_batch: what makes the engine's input of the batch with tumours; by default
-        ``(image, label)`` of the keys.
+    Example:
+        >>> prepare = PrepareBatchTumorSynth("image", "label", prob=0.5, organ_labels=1)
+        >>> SupervisedTrainer(..., prepare_batch=prepare)
     """
 
     def __init__(
@@ -331,6 +378,7 @@ class PrepareBatchTumorSynth(PrepareBatch):
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None
     ) -> PrepareBatchTumorSynth:
+        """Set the state that all draws come from; return this object."""
         self.synthesize.set_random_state(seed, state)
         return self
 
@@ -341,13 +389,14 @@ class PrepareBatchTumorSynth(PrepareBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> Any:
-        there = {
+        """Return the engine's input: the batch on the device, with tumours."""
+        moved = {
             key: value.to(device=device, non_blocking=non_blocking, **kwargs)
             if isinstance(value, torch.Tensor)
             else value
             for key, value in batchdata.items()
         }
-        batch = self.synthesize(there)
+        batch = self.synthesize(moved)
         if self.prepare_batch is not None:
             return self.prepare_batch(batch, device, non_blocking, **kwargs)
         return batch[self.synthesize.keys[0]], batch[self.synthesize.label_key]
@@ -361,40 +410,40 @@ BatchSynthesizeTumorD = BatchSynthesizeTumorDict = BatchSynthesizeTumord
 
 
 def _rank() -> int:
-    """This process's rank in a distributed training, 0 where there is none.
+    """Return this process's rank in a distributed training, 0 outside of one.
 
-    A worker process knows it when forked from one that has joined the group, or from torchrun.
+    A worker process inherits it from a process that has joined the group, or from torchrun.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return int(os.environ.get("RANK", 0))
 
 
-def _entries(data: Any) -> dict[Hashable, Any]:
-    """A new dictionary of the same entries."""
+def _copy_entries(data: Any) -> dict[Hashable, Any]:
+    """Return a new dictionary of the same entries."""
     if not isinstance(data, Mapping):
         raise TypeError(
-            f"data must be a dictionary, got {type(data).__name__}; RandSynthesizeTumor, without "
-            "the d, is called with image and label, and Compose takes a list apart"
+            f"data must be a dictionary, got {type(data).__name__}; for image and label as "
+            "arguments use RandSynthesizeTumor, without the d; for a list of samples use Compose"
         )
     return dict(data)
 
 
-def _called(transform: Any, *arguments: str) -> str:
+def _format_call(transform: Any, *arguments: str) -> str:
     return f"{type(transform).__name__}({', '.join(part for part in arguments if part)})"
 
 
-def _tensor(x: Any) -> Any:
-    """A numpy array as a tensor of the same values; anything else as it is."""
+def _to_tensor(x: Any) -> Any:
+    """Return a numpy array as a tensor of the same values; anything else as it is."""
     if not isinstance(x, np.ndarray):
         return x
     native = x.astype(x.dtype.newbyteorder("="), copy=False)
-    # torch takes neither negative strides, which numpy lets pass along axes of one voxel, nor
-    # memory that must not be written
+    # torch refuses read-only memory and negative strides, which numpy keeps on axes of one voxel
     if min(native.strides, default=0) < 0:
         native = native.copy()
     return torch.from_numpy(np.require(native, requirements=["C", "W"]))
 
 
-def _like(old: Any, new: torch.Tensor) -> Any:
+def _to_type_of(old: Any, new: torch.Tensor) -> Any:
+    """Return a tensor as a numpy array if the old value was one."""
     return new.numpy().astype(old.dtype, copy=False) if isinstance(old, np.ndarray) else new

@@ -3,9 +3,9 @@
 Torch's threads spin while they wait for each other at the end of an operator. Beside another busy
 program each wait can last a time slice of the scheduler, and thousands of small operators add up.
 
-``torch.set_num_threads`` is the process's and would reach the threads of the program around. The
-OpenMP that torch loaded keeps one number per thread, and so does MKL; where neither can be asked,
-all runs on the threads that torch has.
+``torch.set_num_threads`` acts on the whole process, including the threads of the program around.
+The OpenMP that torch loaded keeps one number per thread, and so does MKL. Without access to them
+everything runs on the threads that torch has.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OPENMP, _MKL = "omp_set_num_threads", "MKL_Set_Num_Threads_Local"
 
 
 class _Outside(threading.local):
-    """This thread's numbers outside of `one_thread`: torch's, MKL's own; 0 for none."""
+    """This thread's numbers outside of `one_thread`, of torch and of MKL; 0 if there is none."""
 
     threads = 0
     mkl = 0
@@ -38,12 +38,12 @@ _outside = _Outside()
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run operators of this thread on one CPU thread, but for networks in `own_threads`.
+    """Run operators of this thread on one CPU thread, except within `own_threads`.
 
-    The number is restored at the end, also after an exception. Other threads keep theirs.
+    Restores the number at the end, also after an exception. Other threads keep theirs.
     """
     set_openmp, set_mkl = _setters()
-    now = torch.get_num_threads()  # also has torch set the number of a new thread, once
+    now = torch.get_num_threads()  # in a new thread, torch sets its number with this call
     if set_openmp is None or (now == 1 and not _outside.threads):
         yield
         return
@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def own_threads() -> Iterator[None]:
-    """Within `one_thread`: run operators of this thread on as many threads as outside of it."""
+    """Run operators on as many threads within `one_thread` as outside of it."""
     set_openmp, set_mkl = _setters()
     if set_openmp is None or not _outside.threads:
         yield
@@ -79,15 +79,19 @@ def own_threads() -> Iterator[None]:
 
 
 def waits_busily() -> bool:
-    """Whether threads that wait for each other take processor time from other programs; OpenMP
-    reads the variable once, when torch is loaded."""
+    """Return whether waiting threads spin, which takes processor time from other programs.
+
+    OpenMP reads the variable once, when torch loads.
+    """
     return os.environ.get("OMP_WAIT_POLICY", "").strip().lower() != "passive"
 
 
 @cache
 def _setters() -> tuple[Any, Any]:
-    """Functions that set this thread's number in OpenMP, None where there is none, and in MKL,
-    which returns its number so far."""
+    """Return the functions that set this thread's number in OpenMP and in MKL.
+
+    The first is None without a known OpenMP. The second returns MKL's number so far.
+    """
     for library in _libraries():
         set_openmp = getattr(library, _OPENMP, None)
         if set_openmp is not None and _is_torchs(set_openmp):
@@ -96,7 +100,7 @@ def _setters() -> tuple[Any, Any]:
 
 
 def _libraries() -> Iterator[ctypes.CDLL]:
-    """Torch's own libraries: a symbol is looked up in what they were linked with as well."""
+    """Yield torch's own libraries, through which symbols of the linked ones are found too."""
     folder = Path(torch.__file__).parent / "lib"
     for name in _LIBRARIES.get(sys.platform, ("libtorch_cpu.so",)):
         try:
@@ -106,7 +110,7 @@ def _libraries() -> Iterator[ctypes.CDLL]:
 
 
 def _is_torchs(set_openmp: Any) -> bool:
-    """Whether torch counts the threads of this OpenMP; another one may be loaded beside it."""
+    """Return whether torch uses this OpenMP; the process may have loaded another one too."""
     now = torch.get_num_threads()
     try:
         set_openmp(now + 1)

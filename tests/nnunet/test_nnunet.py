@@ -31,14 +31,10 @@ from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import
 
 from tumorsynth.intensity import HU, ZScore
 from tumorsynth.nnunet import shim
-from tumorsynth.nnunet.trainer import (
-    TumorSynthMixin,
-    _affine,
-    _split,
-    _works_on,
-    nnUNetTrainerTumorSynth,
-)
-from tumorsynth.nnunet.trainer import read_settings as settings_of
+from tumorsynth.nnunet.augmentation import runs_on, split_transforms
+from tumorsynth.nnunet.plans import read_affine
+from tumorsynth.nnunet.settings import read_settings
+from tumorsynth.nnunet.trainer import TumorSynthMixin, nnUNetTrainerTumorSynth
 
 MEAN, STD, LOW, HIGH = 95.0, 22.0, -20.0, 210.0
 PATCH, SPACING = (24, 32, 32), (3.0, 2.0, 2.0)
@@ -277,7 +273,7 @@ def test_numpys_seed_reproduces_a_step_and_torchs_stream_goes_on_as_it_would(mak
         trainer = make(Augmented)
         batch = first_batch(trainer)
         state = torch.get_rng_state()
-        trainer._augment(*trainer._synthesize(batch["data"], batch["target"]))
+        trainer._deferred(*trainer._synthesize(batch["data"], batch["target"]), trainer._rng)
         assert torch.equal(torch.get_rng_state(), state)
         trainer.train_step(batch)
         made.append(trainer.batch["data"])
@@ -324,6 +320,16 @@ def test_an_epoch_says_what_it_did(make):
     text = Path(trainer.log_file).read_text()
     assert "tumorsynth: 2 tumours in 2 patches" in text
     assert "p=1, generator='hu2023'" in text
+
+
+def test_an_epoch_counts_skipped_tumors_by_their_code(make):
+    trainer = make(Plain, trainer={"num_epochs": 1, "num_iterations_per_epoch": 1}, p=0)
+    batch = first_batch(trainer)
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_end([trainer.train_step(batch)])
+    assert "tumorsynth: 0 tumours in 2 patches; 2 x not_selected" in (
+        Path(trainer.log_file).read_text()
+    )
 
 
 def test_checkpoints_hold_no_generator(make, tmp_path):
@@ -373,14 +379,16 @@ def test_only_what_moves_voxels_comes_before_the_synthesis():
         pipeline = nnUNetTrainer.get_training_transforms(
             **arguments, do_dummy_2d_data_aug=dummy_2d
         ).transforms
-        first, rest = _split(pipeline)
+        first, rest = split_transforms(pipeline)
         spatial = ["Convert3DTo2DTransform", "SpatialTransform", "Convert2DTo3DTransform"]
         names = [type(t).__name__ for t in first]
         assert names == (spatial if dummy_2d else spatial[1:2])
         assert first + rest == pipeline and len(rest) > 8
     plain = nnUNetTrainer.get_validation_transforms([[1, 1, 1]]).transforms
-    assert _split(plain) == ([], plain)
-    assert _split(pipeline[:1] + pipeline[3:])[0] == []  # never a 3-D patch folded into 2-D
+    assert split_transforms(plain) == ([], plain)
+    assert (
+        split_transforms(pipeline[:1] + pipeline[3:])[0] == []
+    )  # never a 3-D patch folded into 2-D
 
 
 class OnlyOnTheCPU(BasicTransform):
@@ -395,12 +403,12 @@ def test_a_transform_that_cannot_run_on_the_device_is_found_out():
     meta = torch.device("meta")
     numpys = np.random.get_state()[1].copy()
     flip = MirrorTransform((0, 1, 2))
-    assert _works_on(flip, meta) and _works_on(RandomTransform(flip, 0.1), meta)
-    assert not _works_on(OnlyOnTheCPU(), meta)
-    assert not _works_on(RandomTransform(OnlyOnTheCPU(), 0.01), meta)
+    assert runs_on(flip, meta) and runs_on(RandomTransform(flip, 0.1), meta)
+    assert not runs_on(OnlyOnTheCPU(), meta)
+    assert not runs_on(RandomTransform(OnlyOnTheCPU(), 0.01), meta)
     choice = OneOfTransform([RandomTransform(flip, 1), RandomTransform(OnlyOnTheCPU(), 0)])
-    assert not _works_on(choice, meta)
-    assert _works_on(OnlyOnTheCPU(), torch.device("cpu"))
+    assert not runs_on(choice, meta)
+    assert runs_on(OnlyOnTheCPU(), torch.device("cpu"))
     assert (np.random.get_state()[1] == numpys).all()
 
 
@@ -410,9 +418,9 @@ def test_the_loaders_may_come_before_the_network_as_in_nnunet_2_5(make):
         PATCH, (-0.5, 0.5), [[1, 1, 1]], (0, 1, 2), False, ignore_label=None
     )
     assert [type(t).__name__ for t in pipeline.transforms] == ["SpatialTransform"]
-    waiting = list(trainer._after_synthesis)
+    deferred = list(trainer._deferred.transforms)
     trainer.initialize()
-    assert trainer._after_synthesis == waiting and len(waiting) > 8
+    assert trainer._deferred.transforms == deferred and len(deferred) > 8
 
 
 def test_what_the_workers_get_is_small_and_without_the_generator(make):
@@ -430,17 +438,17 @@ def test_what_the_workers_get_is_small_and_without_the_generator(make):
 def test_affine_follows_the_readers_axes_and_the_plans_permutation(make):
     trainer = make()
     configuration = trainer.configuration_manager
-    straight = _affine(trainer.plans_manager, configuration)
+    straight = read_affine(trainer.plans_manager, configuration)
     expected = [[0, 0, -2.0, 0], [0, -2.0, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]]
     np.testing.assert_array_equal(straight, expected)
     trainer.plans_manager.plans["transpose_forward"] = [1, 0, 2]  # y is the coarsest axis
-    turned = _affine(trainer.plans_manager, configuration)
+    turned = read_affine(trainer.plans_manager, configuration)
     expected = [[0, 0, -2.0, 0], [-3.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 1]]
     np.testing.assert_array_equal(turned, expected)
 
 
 def settings(labels=LABELS, **given):
-    return settings_of({"labels": labels, "tumorsynth": given}, ignore_label=labels.get("ignore"))
+    return read_settings({"labels": labels, "tumorsynth": given}, ignore_label=labels.get("ignore"))
 
 
 def test_labels_by_name_by_value_and_by_themselves():
@@ -458,8 +466,8 @@ def test_labels_by_name_by_value_and_by_themselves():
 @pytest.mark.parametrize(
     ("labels", "given", "message"),
     [
-        ({"background": 0, "liver": 1, "vessel": 2}, {}, "tumor_label must be said"),
-        ({"background": 0, "liver": 1, "spleen": 3, "tumor": 2}, {}, "organ_labels must be said"),
+        ({"background": 0, "liver": 1, "vessel": 2}, {}, "tumor_label must be given"),
+        ({"background": 0, "liver": 1, "spleen": 3, "tumor": 2}, {}, "organ_labels must be given"),
         (LABELS, {"tumor_label": "tumour"}, "no label 'tumour' in the dataset; it has"),
         (LABELS, {"organ_labels": [7]}, "no label 7"),
         (LABELS, {"organ_labels": "tumor"}, "organ_labels must hold a label beside the tumour's"),

@@ -1,6 +1,6 @@
 """An nnU-Net v2 trainer whose training patches get synthetic tumours.
 
-The trainer loads with its first use, so that `tumorsynth nnunet` works where nnU-Net is absent.
+The names load on first use, so that `tumorsynth nnunet` works without nnU-Net.
 """
 
 from __future__ import annotations
@@ -8,11 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tumorsynth.nnunet.trainer import (
-        TumorSynthMixin,
-        nnUNetTrainerTumorSynth,
-        read_settings,
-    )
+    from tumorsynth.nnunet.settings import read_settings
+    from tumorsynth.nnunet.trainer import TumorSynthMixin, nnUNetTrainerTumorSynth
 
 __all__ = ["TumorSynthMixin", "nnUNetTrainerTumorSynth", "read_settings"]
 

@@ -1,8 +1,8 @@
 """Where nnU-Net finds the trainer: the folder for nnUNet_extTrainer, or a copy in nnunetv2 itself.
 
-nnU-Net looks for trainers in its own package and, from 2.8 on, in the folders that the variable
-variable ``nnUNet_extTrainer`` names. Either way a file of one import is enough, the shim. Nothing
-of nnU-Net is imported here.
+nnU-Net looks for trainers in its own package and, from 2.8 on, in the folders that the environment
+variable ``nnUNet_extTrainer`` names. A file with one import, the shim, is enough for either. This
+module imports nothing of nnU-Net.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ SHIM = Path(__file__).parent / "trainers" / "nnUNetTrainerTumorSynth.py"
 
 
 def folder() -> Path:
-    """The folder to name in ``nnUNet_extTrainer`` (nnU-Net 2.8 and later); it holds the shim."""
+    """Return the shim's folder, for ``nnUNet_extTrainer`` (nnU-Net 2.8 and later)."""
     return SHIM.parent
 
 
 def install() -> Path:
-    """Copy the shim among nnU-Net's own trainers (2.5 and later); returns the copy.
+    """Copy the shim among nnU-Net's own trainers (2.5 and later); return the copy's path.
 
-    Raises ModuleNotFoundError where nnunetv2 is not installed in this environment.
+    Raises:
+        ModuleNotFoundError: without nnunetv2 in this environment.
     """
     found = importlib.util.find_spec("nnunetv2")
     if found is None or not found.submodule_search_locations:

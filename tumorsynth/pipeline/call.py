@@ -1,11 +1,17 @@
-"""`Call`: what is the same for all tumours of one call."""
+"""What is the same for all tumours of one call, and what the call gives."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.pipeline.paint import Painter
+from tumorsynth.pipeline.place import PlacedSample
+from tumorsynth.pipeline.records import Record
 from tumorsynth.pipeline.settings import Settings
 
 
@@ -22,3 +28,28 @@ class Call:
     settings: Settings
     generator: TumorGenerator
     painter: Painter
+
+
+class Synthesis(NamedTuple):
+    """The result of one call.
+
+    Args:
+        image: with tumours; the input itself where no sample got any.
+        label: likewise.
+        report: one dict per tumour, or per reason for none.
+        params: one dict per sample, which repeats the call.
+    """
+
+    image: Tensor
+    label: Tensor
+    report: list[dict[str, Any]]
+    params: list[dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls, image: Tensor, label: Tensor, records: Iterable[Record], placed: Sequence[PlacedSample]
+    ) -> Synthesis:
+        """Return the result with the records in the order of the samples and their tumours."""
+        ordered = sorted(records, key=lambda record: (record.sample, record.index))
+        report = [record.to_dict() for record in ordered]
+        return cls(image, label, report, [sample.to_params() for sample in placed])

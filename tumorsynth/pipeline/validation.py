@@ -1,4 +1,4 @@
-"""Is what the caller gave sound? If not, an error that says the rule, the value and the fix."""
+"""Checks of what a call gets; each error says the rule, the value and the fix."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ from tumorsynth.placement.organ import holds
 from tumorsynth.placement.types import TumorParams
 
 AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
-WHOLE_SLICE = 400  # voxels of 1 mm along two axes: rather a slice as scanned, of finer ones
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that torch computes in
+WHOLE_SLICE_VOXELS = 400  # along two axes; a scan's slice that large rarely has voxels of 1 mm
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of an image
+MAX_UNSCALED = 3.0  # |HU| of a whole region: larger ones occur in 3 cm of any patient
+MAX_MEDIAN_HU = 5000.0  # |HU| of half of a region: smaller ones occur in 3 cm of any patient
 
 
 def plain(x: Tensor) -> Tensor:
-    """The same memory as a plain tensor, without the bookkeeping of a subclass (MetaTensor)."""
+    """Return a tensor of the same memory without the subclass (MetaTensor)."""
     return x.as_subclass(Tensor) if type(x) is not Tensor else x
 
 
 def check_tumor_label(tumor_label: int, organ_labels: tuple[int, ...]) -> int:
-    """A whole number that is none of the organ's."""
+    """Return the label value of a tumour.
+
+    Raises:
+        ValueError: unless it is a whole number and none of the organ's.
+    """
     try:
         whole = not is_bool(tumor_label) and int(tumor_label) == tumor_label
     except (TypeError, ValueError, OverflowError):
@@ -46,7 +52,12 @@ def check_tumor_label(tumor_label: int, organ_labels: tuple[int, ...]) -> int:
 
 
 def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
-    """Image and label that :class:`tumorsynth.SynthesizeTumor` can work on."""
+    """Check type, shape, dtype and device of an image and its label.
+
+    Raises:
+        ValueError: for shapes or devices that cannot be or do not fit.
+        TypeError: for anything but dense tensors of a usable dtype.
+    """
     for name, value in (("image", image), ("label", label)):
         if not isinstance(value, Tensor):
             fix = _to_tensor(name, value)
@@ -111,20 +122,20 @@ def check_batch(
 
 
 def check_whole(name: str, label: Tensor) -> None:
-    """Whole numbers alone: of a map that was interpolated, other classes would lie on each edge."""
+    """Raise ValueError for a map with fractions: interpolation has put them on every edge."""
     if not label.is_floating_point():
         return
-    for part in plain(label).split(16, dim=-3):  # pieces small enough for a cache: half the time
-        broken = part != part.round()
-        if bool(broken.any()):
+    for part in plain(label).split(16, dim=-3):  # parts that fit into a cache take half the time
+        fractions = part != part.round()
+        if bool(fractions.any()):
             raise ValueError(
-                f"{name} must hold whole numbers, got {float(part[broken][0]):.4g}; "
+                f"{name} must hold whole numbers, got {float(part[fractions][0]):.4g}; "
                 "resample labels with mode='nearest'"
             )
 
 
 def _to_tensor(name: str, value: object) -> str:
-    """What to do about an image or a label that is no tensor."""
+    """Return the fix for an image or a label that is no tensor."""
     several = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(one, str | os.PathLike) for one in several):
         return f"load the file first, with nibabel or the framework's reader, and pass its {name}"
@@ -140,7 +151,7 @@ def _to_tensor(name: str, value: object) -> str:
 
 
 def _to_shape(shape: tuple[int, ...]) -> str:
-    """What to do about an image of another shape."""
+    """Return the fix for an image of the wrong shape."""
     if 0 in shape:
         return "an axis has no voxel: look at the crop in front"
     if len(shape) < 3 or (len(shape) in (3, 4) and shape[-3] == 1):
@@ -162,28 +173,34 @@ def check_grid(
     affines: Sequence[Any],
     fix: str = "resample one onto the other, or, where voxel lies on voxel, give both one affine",
 ) -> None:
-    """Image, label and organ map must have one affine, those that have any.
+    """Raise ValueError unless image, label and organ map have one affine.
 
-    names: what the user calls them. affines: 4x4, or (B, 4, 4) for a batch, or None.
+    Args:
+        names: what the user calls them.
+        affines: 4x4, or (B, 4, 4) for a batch; None for one without.
+        fix: what the message advises.
     """
-    given = zip(names, affines, strict=False)
-    had = [(name, np.asarray(a, dtype=float)) for name, a in given if a is not None]
-    for name, affine in had[1:]:
-        first, one = had[0]
-        if one.ndim == affine.ndim and len(one) != len(affine):
-            continue  # batches of different sizes, which are refused as such
-        apart = float(np.abs(affine - one).max())
-        if apart > AFFINE_TOLERANCE:
+    given = [
+        (name, np.asarray(affine, dtype=float))
+        for name, affine in zip(names, affines, strict=False)
+        if affine is not None
+    ]
+    for name, affine in given[1:]:
+        first_name, first = given[0]
+        if first.ndim == affine.ndim and len(first) != len(affine):
+            continue  # batches of different sizes, which another check refuses
+        difference = float(np.abs(affine - first).max())
+        if difference > AFFINE_TOLERANCE:
             raise ValueError(
-                f"{first!r} and {name!r} must share one grid, but their affines differ by up to "
-                f"{apart:.3g} mm; {fix}"
+                f"{first_name!r} and {name!r} must share one grid, but their affines differ by up "
+                f"to {difference:.3g} mm; {fix}"
             )
 
 
 def check_hu(hu: Tensor) -> None:
-    """No 3 cm of a patient has all its HU within 3 of water: such an image was scaled already."""
+    """Raise ValueError if the HU around a tumour look like an image that was scaled already."""
     highest = float(hu.nan_to_num(nan=0.0).abs().max())
-    if 0 < highest <= 3:
+    if 0 < highest <= MAX_UNSCALED:
         raise ValueError(
             "image must be in Hounsfield units with intensity=HU(), but around a tumour no value "
             f"is beyond +-{highest:.3g}; say how it was scaled with intensity=ts.Scaled(a_min, "
@@ -192,57 +209,72 @@ def check_hu(hu: Tensor) -> None:
 
 
 def check_scale(hu: Tensor, intensity: Any) -> None:
-    """No 3 cm of a patient has half of its HU beyond 5000: such an image has another scale."""
-    middle = float(hu.nan_to_num(nan=0.0).abs().median())
-    if middle > 5000:
+    """Raise ValueError if the HU around a tumour show that ``intensity`` is not its scale."""
+    median = float(hu.nan_to_num(nan=0.0).abs().median())
+    if median > MAX_MEDIAN_HU:
         raise ValueError(
             f"image must be in the scale of intensity={intensity!r}, but around a tumour half of "
-            f"its values would be beyond +-{middle:.3g} HU; pass intensity=HU() for Hounsfield "
+            f"its values would be beyond +-{median:.3g} HU; pass intensity=HU() for Hounsfield "
             "units, or the numbers that the image was scaled with"
         )
 
 
 def is_record(record: Any) -> bool:
-    """Whether this is one sample's record of ``SynthesizeTumor.params``."""
+    """Return whether this is an entry of ``synth.params``."""
     return isinstance(record, dict) and {"applied", "tumors"} <= record.keys()
 
 
 def check_params(params: Any, batch: int) -> None:
-    """``SynthesizeTumor.params`` of an earlier call, one record per sample."""
-    several = isinstance(params, Sequence) and not isinstance(params, str)
-    wrong = [record for record in params if not is_record(record)] if several else []
-    if not several or len(params) != batch or wrong:
-        found = type(params).__name__ if not several else f"{len(params)}"
+    """Raise ValueError unless this is ``synth.params`` of an earlier call.
+
+    Args:
+        params: to be checked.
+        batch: number of samples, each of which has an entry.
+    """
+    is_sequence = isinstance(params, Sequence) and not isinstance(params, str)
+    wrong = [record for record in params if not is_record(record)] if is_sequence else []
+    if not is_sequence or len(params) != batch or wrong:
+        found = str(len(params)) if is_sequence else type(params).__name__
         found = f"{wrong[0]!r:.60} among them" if wrong else found
         raise ValueError(
             f"params must hold one record for each of the {batch} samples, got {found}; "
             "pass synth.params of an earlier call with the same batch"
         )
     for record in params:
-        tumors, rejected = record["tumors"], record.get("rejected", ())
-        if not isinstance(tumors, list | tuple) or len(tumors) > MAX_COUNT:
-            raise ValueError(
-                f"a record's tumors must be a list of at most {MAX_COUNT}, got "
-                f"{len(tumors) if isinstance(tumors, list | tuple) else tumors!r}; "
-                "pass synth.params of an earlier call"
-            )
-        for values in tumors:
-            TumorParams.from_dict(values)
-        try:
-            fine = all(
-                0 <= int(i) < len(tumors) and isinstance(why, str) and why for i, why in rejected
-            )
-        except (TypeError, ValueError, OverflowError):
-            fine = False
-        if not fine:
-            raise ValueError(
-                f"a record's rejected must be pairs of a tumour's number and a reason, got "
-                f"{rejected!r}; pass synth.params of an earlier call"
-            )
+        _check_record(record)
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Raise ValueError for an entry of params whose tumours cannot be made."""
+    tumors, rejected = record["tumors"], record.get("rejected", ())
+    if not isinstance(tumors, list | tuple) or len(tumors) > MAX_COUNT:
+        raise ValueError(
+            f"a record's tumors must be a list of at most {MAX_COUNT}, got "
+            f"{len(tumors) if isinstance(tumors, list | tuple) else tumors!r}; "
+            "pass synth.params of an earlier call"
+        )
+    for values in tumors:
+        TumorParams.from_dict(values)
+    try:
+        valid = all(
+            0 <= int(number) < len(tumors) and isinstance(reason, str) and reason
+            for number, reason in rejected
+        )
+    except (TypeError, ValueError, OverflowError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"a record's rejected must be pairs of a tumour's number and a reason, got "
+            f"{rejected!r}; pass synth.params of an earlier call"
+        )
 
 
 def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
-    """One frame per sample."""
+    """Return how the axes of each sample lie in the patient.
+
+    Raises:
+        ValueError: for both a spacing and an affine, or one that cannot be.
+    """
     batch = len(image) if image.ndim == 5 else 1
     if spacing is not None and affine is not None:
         raise ValueError("spacing and affine must not both be given; the affine holds the spacing")
@@ -253,10 +285,10 @@ def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
         return [frame_from_affine(part) for part in parts]
     if spacing is None:
         shape = tuple(image.shape[-3:])
-        if sorted(shape)[1] >= WHOLE_SLICE:
+        if sorted(shape)[1] >= WHOLE_SLICE_VOXELS:
             warnings.warn(
-                f"spacing must be given where voxels are not of 1 mm, which are taken for an image "
-                f"of {shape} voxels; pass spacing=(dx, dy, dz) or affine=...",
+                f"spacing must be given unless voxels are 1 mm, as assumed for an image of {shape} "
+                "voxels; pass spacing=(dx, dy, dz) or affine=...",
                 stacklevel=2,
             )
         return [frame_from_spacing(1.0)] * batch
@@ -265,7 +297,7 @@ def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
 
 
 def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
-    """``value`` for each sample, where it has ``ndim`` dimensions for one and one more for all."""
+    """Return one value per sample, given a value of ``ndim`` axes for all or one more for each."""
     try:
         if value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value):
             raise TypeError("complex numbers")

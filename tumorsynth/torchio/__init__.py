@@ -2,14 +2,15 @@
 
     tio.Compose([
         tio.ToCanonical(), tio.Resample(1),
-        RandomSynthesizeTumor(image="ct", label="organs", p=0.5),   # on HU: before any rescaling,
-        tio.RescaleIntensity((0, 1), in_min_max=(-175, 250)),       # or after, intensity=Scaled()
+        # on HU, before any rescaling; after it with intensity=ts.Scaled(-175, 250, 0, 1)
+        RandomSynthesizeTumor(image="ct", label="organs", p=0.5),
+        tio.RescaleIntensity((0, 1), in_min_max=(-175, 250)),
     ])
 
-:class:`RandomSynthesizeTumor` draws from torch's global generator, as TorchIO does, and enters the
-subject's history with the arguments of :class:`SynthesizeTumor`, a few numbers and names, that make
-the same tumours again. TorchIO 2, an alpha so far, has transforms of another form: which file holds
-them depends on the release that is installed.
+:class:`RandomSynthesizeTumor` draws from torch's global generator, as TorchIO does. The subject's
+history then holds the arguments of a :class:`SynthesizeTumor` that makes the same tumours again: a
+few numbers and names. TorchIO 2, an alpha so far, has transforms of another form. The installed
+release decides which module this one imports.
 """
 
 from __future__ import annotations

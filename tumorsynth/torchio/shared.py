@@ -1,4 +1,4 @@
-"""What the transforms for TorchIO 1 and 2 share. Nothing of TorchIO is imported here."""
+"""What the transforms for TorchIO 1 and 2 share; it imports nothing of TorchIO."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from tumorsynth.generators.store import bundled_names
 from tumorsynth.pipeline.validation import is_record
 
 RESAMPLE = "put tio.ToReferenceSpace or tio.Resample in front"
-# the name that TorchIO gives to a tensor, an array or an image which is no subject
-_UNNAMED = ("default_image_name", "tio_default_image")
+# the name that TorchIO gives to a tensor, an array or an image outside of a subject
+_DEFAULT_NAMES = ("default_image_name", "tio_default_image")
 
-# what they led to is in params
+# settings whose draws params hold, so that a replay does not need them
 DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu", "mass_effect", "shapes", "bulge")
 
 
-def nameable(generator: Any, adapter: Adapter) -> Any:
-    """Return the generator as the history may hold it: a name, or an object without weights.
+def generator_for_history(generator: Any, adapter: Adapter) -> Any:
+    """Return the generator as the history may keep it: a name, or an object without weights.
 
-    A generator that can be saved to a folder must have been, so that the history stays small.
+    Raises:
+        ValueError: for a generator with weights that exists in memory alone.
     """
     source = adapter.synth.handle.source
     if source is None and hasattr(generator, "save"):
@@ -31,8 +32,11 @@ def nameable(generator: Any, adapter: Adapter) -> Any:
     return generator if source is None else source
 
 
-def check_asked(image: Any, label: Any, organ: Any) -> None:
-    """Image, label and organ are different names, and no generator where a name is expected."""
+def check_names(image: Any, label: Any, organ: Any) -> None:
+    """Raise ValueError unless image, label and organ are different names.
+
+    A generator in the first place, where ts.SynthesizeTumor has it, gets a message of its own.
+    """
     names = [name for name in (image, label, organ) if name is not None]
     if not isinstance(image, str) or image in bundled_names():
         found = repr(image) if isinstance(image, str | list) else type(image).__name__
@@ -44,11 +48,17 @@ def check_asked(image: Any, label: Any, organ: Any) -> None:
         raise ValueError(f"image, label and organ must be different names, got {names}")
 
 
-def check_names(transform: str, names: Sequence[str], there: Iterable[str]) -> None:
-    """The subject has images of all these names."""
-    there = list(there)
-    missing = [name for name in names if name not in there]
-    if missing and set(there) <= set(_UNNAMED):
+def check_subject(transform: str, names: Sequence[str], images: Iterable[str]) -> None:
+    """Raise an error unless the subject has images of all these names.
+
+    Args:
+        transform: name of the transform, for the message.
+        names: that the transform needs.
+        images: names that the subject has.
+    """
+    present = list(images)
+    missing = [name for name in names if name not in present]
+    if missing and set(present) <= set(_DEFAULT_NAMES):
         raise TypeError(
             f"{transform} needs an image and its label, but got one image alone; pass a subject: "
             "tio.Subject(image=tio.ScalarImage(...), label=tio.LabelMap(...))"
@@ -56,12 +66,16 @@ def check_names(transform: str, names: Sequence[str], there: Iterable[str]) -> N
     if missing:
         raise ValueError(
             f"{transform} needs the image {', '.join(missing)}, but the subject has "
-            f"{', '.join(there)}; pass image=..., label=... with the names it has"
+            f"{', '.join(present)}; pass image=..., label=... with the names it has"
         )
 
 
 def check_record(params: Any) -> dict[str, Any]:
-    """One record of ``SynthesizeTumor.params``, also in the list in which the core has it."""
+    """Return one entry of ``synth.params``, given as it is or in a list of one.
+
+    Raises:
+        ValueError: for anything else.
+    """
     record = params[0] if isinstance(params, list | tuple) and len(params) == 1 else params
     if not is_record(record):
         several = isinstance(params, list | tuple)
@@ -73,8 +87,8 @@ def check_record(params: Any) -> dict[str, Any]:
     return record
 
 
-def spared(names: Iterable[str], include: Any, exclude: Any) -> bool:
-    """Whether TorchIO's include or exclude leave one of the images out."""
+def is_left_out(names: Iterable[str], include: Any, exclude: Any) -> bool:
+    """Return whether TorchIO's include or exclude leave out one of the images."""
     return any(
         (exclude is not None and name in exclude) or (include is not None and name not in include)
         for name in names
@@ -82,7 +96,7 @@ def spared(names: Iterable[str], include: Any, exclude: Any) -> bool:
 
 
 def random_repr(transform: Any, p: float) -> str:
-    """What a random transform was asked for."""
+    """Return the repr of a random transform, with the arguments that were given."""
     names = f"image={transform.image!r}, label={transform.label!r}"
     names += "" if transform.organ is None else f", organ={transform.organ!r}"
     given = transform.adapter.described()

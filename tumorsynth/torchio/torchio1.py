@@ -10,26 +10,27 @@ from torchio import Subject
 from torchio.transforms import Transform
 from torchio.transforms.augmentation import RandomTransform
 
-from tumorsynth.adapter import SETTINGS, Adapter
-from tumorsynth.arguments import check_keywords
+from tumorsynth.adapter import MAX_SEED, SETTINGS, Adapter
+from tumorsynth.arguments import keywords_of
 from tumorsynth.pipeline.validation import check_grid
 from tumorsynth.torchio.shared import (
     DRAWN,
     RESAMPLE,
-    check_asked,
     check_names,
     check_record,
-    nameable,
+    check_subject,
+    generator_for_history,
+    is_left_out,
     random_repr,
-    spared,
 )
 
-# TorchIO's own arguments, which a transform and what it leaves in the history have in common
+# TorchIO's own arguments, which the transform in the history repeats
 _BASE = ("copy", "include", "exclude", "keep", "parse_input", "label_keys")
 
 
+@keywords_of(Adapter, Transform, without=["separate_organ"])
 class _Synthesis(Transform):
-    """What the random and the deterministic transform share."""
+    """What the random and the replaying transform share."""
 
     def __init__(
         self,
@@ -39,12 +40,11 @@ class _Synthesis(Transform):
         healthy_only: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_keywords(self, kwargs, SETTINGS, Transform)
-        check_asked(image, label, organ)
+        check_names(image, label, organ)
         self.settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         super().__init__(**kwargs)
         self.adapter = Adapter(organ is not None, healthy_only, **self.settings)
-        self.settings["generator"] = nameable(
+        self.settings["generator"] = generator_for_history(
             self.settings.get("generator", SETTINGS["generator"]), self.adapter
         )
         self.image, self.label, self.organ = image, label, organ
@@ -55,11 +55,11 @@ class _Synthesis(Transform):
         return self.adapter.report
 
     def _synthesize(self, subject: Subject, **call: Any) -> bool:
-        """Change the subject; False when include or exclude spare its image or its label."""
+        """Change the subject in place; return False if include or exclude leave it out."""
         names = [name for name in (self.image, self.label, self.organ) if name is not None]
         images = subject.get_images_dict(intensity_only=False)
-        check_names(self.name, names, images)
-        if spared(names[:2], self.include, self.exclude):
+        check_subject(self.name, names, images)
+        if is_left_out((self.image, self.label), self.include, self.exclude):
             return False
         image, label, *organ = (images[name] for name in names)
         check_grid(names, [part.affine for part in (image, label, *organ)], RESAMPLE)
@@ -71,34 +71,45 @@ class _Synthesis(Transform):
         return True
 
 
+@keywords_of(Adapter, Transform)
 class RandomSynthesizeTumor(_Synthesis, RandomTransform):
     """Adds synthetic tumours to a subject's CT and label map, of any spacing and orientation.
 
-    image, label: names of the subject's images.
-    organ: name of a separate map of organs, of which ``organ_labels`` are then values; by default
-        the label marks the organ.
-    healthy_only: leave subjects alone whose label holds a tumour already.
-    kwargs: keyword arguments of :class:`tumorsynth.SynthesizeTumor` (generator, organ_labels,
-        tumor_label, count, size_mm, contrast_hu, intensity, blend, sigma_mm, gap_mm, merge, device,
-        gate, mass_effect, shapes, bulge) and of :class:`torchio.Transform` (p, copy, include,
-        exclude, keep, ...).
+    Integer images and labels keep their dtype; values are rounded. The generator must be a name, a
+    folder or a hand-crafted one: the history keeps it, so that it can be replayed elsewhere.
 
-    Integer images and labels keep their dtype; values are rounded. A generator must be named, in a
-    folder or hand-crafted: the history holds its name and can be replayed elsewhere.
+    Args:
+        image: name of the subject's CT.
+        label: name of the label map that gets the tumour.
+        organ: name of a separate organ map, of which ``organ_labels`` are then values. By default
+            the label marks the organ.
+        healthy_only: whether to skip subjects whose label holds a tumour already.
+        **kwargs: the arguments of :class:`tumorsynth.SynthesizeTumor`, without p, and of TorchIO's
+            own transforms (p, copy, include, exclude, keep, ...).
+
+    Raises:
+        ValueError: for a value that is out of range or unknown.
+        TypeError: for a value of the wrong type, or an unknown argument.
+
+    Example:
+        >>> transform = RandomSynthesizeTumor(image="ct", label="organs", organ_labels=1, p=0.5)
+        >>> subject = transform(subject)
+        >>> replay = subject.get_composed_history()
     """
 
     def __repr__(self) -> str:
         return random_repr(self, self.probability)
 
     def apply_transform(self, subject: Subject) -> Subject:
-        seed = int(torch.randint(2**63 - 1, (1,)))
+        """Add tumours, and put the transform that repeats them into the history."""
+        seed = int(torch.randint(MAX_SEED, (1,)))
         if self._synthesize(subject, seed=seed) and self.parse_input:
-            # what was just done, in the form that does it again
-            again = self._again()
-            subject.add_transform(again, again._get_reproducing_arguments())
+            replay = self._replay()
+            subject.add_transform(replay, replay._get_reproducing_arguments())
         return subject
 
-    def _again(self) -> SynthesizeTumor:
+    def _replay(self) -> SynthesizeTumor:
+        """Return the transform that repeats the last call."""
         settings = {k: v for k, v in self.settings.items() if k not in DRAWN}
         return SynthesizeTumor(
             params=self.adapter.synth.params[0],
@@ -110,12 +121,18 @@ class RandomSynthesizeTumor(_Synthesis, RandomTransform):
         )
 
 
+@keywords_of(RandomSynthesizeTumor)
 class SynthesizeTumor(_Synthesis):
-    """Adds the very tumours that ``params`` describe: what the history replays, bit by bit.
+    """Adds the tumours that ``params`` describe: a replay of the history, bit by bit.
 
-    params: one record of ``tumorsynth.SynthesizeTumor.params``. The others: as for
-        :class:`RandomSynthesizeTumor`; those that say what to draw (count, size_mm, sigma_mm,
-        contrast_hu, mass_effect, shapes, bulge, healthy_only) do nothing here.
+    Args:
+        params: one entry of ``tumorsynth.SynthesizeTumor.params``.
+        **kwargs: as for :class:`RandomSynthesizeTumor`. Those that decide what is drawn (count,
+            size_mm, sigma_mm, contrast_hu, mass_effect, shapes, bulge, healthy_only) have no
+            effect.
+
+    Raises:
+        ValueError: for params that are no such entry.
     """
 
     def __init__(self, params: dict[str, Any], **kwargs: Any) -> None:
@@ -126,5 +143,6 @@ class SynthesizeTumor(_Synthesis):
             setattr(self, name, value)
 
     def apply_transform(self, subject: Subject) -> Subject:
+        """Add the tumours."""
         self._synthesize(subject, params=[self.params])
         return subject

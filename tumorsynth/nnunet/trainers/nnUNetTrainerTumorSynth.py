@@ -1,4 +1,4 @@
-"""What nnU-Net finds when it looks for the trainer by name; the trainer is tumorsynth.nnunet's."""
+"""The shim: nnU-Net finds the trainer of tumorsynth.nnunet by the name of this file."""
 
 from tumorsynth.nnunet import nnUNetTrainerTumorSynth
 
