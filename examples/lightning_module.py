@@ -1,4 +1,4 @@
-"""A small segmentation training with Lightning; one callback adds the tumours to learn from.
+"""Train a small segmentation network with Lightning; one callback adds the tumours.
 
     python examples/lightning_module.py
 
@@ -21,7 +21,7 @@ L.seed_everything(0)
 
 
 def healthy_scans(seeds: range) -> list[dict[str, torch.Tensor]]:
-    """Healthy livers (label 1): no tumour is annotated anywhere."""
+    """Return healthy livers (label 1) without any tumour."""
     scans = []
     for seed in seeds:
         ct = ts.make_phantom(spacing=(3.0, 3.0, 3.0), shape=(48, 48, 32), seed=seed)
@@ -31,7 +31,7 @@ def healthy_scans(seeds: range) -> list[dict[str, torch.Tensor]]:
 
 
 class Segmenter(L.LightningModule):
-    """Background, liver or tumour, for every voxel. It knows nothing of the synthesis."""
+    """Predict background, liver or tumour for every voxel, unaware of the synthesis."""
 
     def __init__(self) -> None:
         super().__init__()

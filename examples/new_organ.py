@@ -1,7 +1,7 @@
-"""A generator for a new organ, trained from scratch: solid nodules in a lung, tiny, on the CPU.
+"""Train a generator for a new organ from scratch: solid lung nodules, tiny networks, on the CPU.
 
 With real data the same two calls are `tumorsynth train autoencoder` and `tumorsynth train denoiser`
-on a dataset.json; here the "scans" are made up and the networks are the smallest.
+on a dataset.json. Here the scans are random and the networks are the smallest.
 """
 
 import tempfile

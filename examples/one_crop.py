@@ -1,4 +1,4 @@
-"""Tumours in one CT volume with plain PyTorch: before and after, a report, and an exact replay.
+"""Synthesise tumours in one CT volume with plain PyTorch, report them, and replay them exactly.
 
     python examples/one_crop.py
 

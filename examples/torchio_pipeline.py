@@ -1,4 +1,4 @@
-"""Tumours inside a TorchIO pipeline, and the history that makes the same one again.
+"""Synthesise tumours in a TorchIO pipeline, and replay them from the subject's history.
 
     python examples/torchio_pipeline.py
 

@@ -1,4 +1,4 @@
-"""A whole scan, from NIfTI to NIfTI: tumours as many and as large as real liver tumours are.
+"""Synthesise tumours in a NIfTI scan, with counts and sizes of real liver tumours.
 
     python examples/whole_scan.py [CT.nii.gz LABEL.nii.gz ORGAN_LABEL]
 
@@ -36,7 +36,7 @@ ct, labels = nib.load(ct_path), nib.load(label_path)
 hu = ct.get_fdata(dtype=np.float32)  # the header's slope and intercept applied
 organs = np.asarray(labels.dataobj).astype(np.int16)
 
-# count=None: as often as real cases have them; the gate makes a poor tumour again, or drops it
+# count=None: as many as real cases have; the gate repaints poor tumours or skips them
 synth = ts.SynthesizeTumor(
     organ_labels=organ, tumor_label=TUMOR, count=None, size_mm="liver", gate=True
 )
@@ -45,7 +45,7 @@ image, label = synth(
 )
 new_hu, new_label = image[0].numpy(), label[0].numpy()
 
-whole = np.issubdtype(ct.get_data_dtype(), np.integer)  # and so they stay
+whole = np.issubdtype(ct.get_data_dtype(), np.integer)  # keep integer scans integer
 new_ct = nib.Nifti1Image(
     np.rint(new_hu).astype(np.int16) if whole else new_hu, ct.affine, ct.header
 )
@@ -64,5 +64,5 @@ for record in synth.report:
     else:
         print("none:", record["reason"])
 share = (new_hu != hu).mean()
-print(f"{share:.2%} of the voxels changed; the others are what they were")
+print(f"{share:.2%} of the voxels changed; all others keep their bits")
 print("written to", folder)

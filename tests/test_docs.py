@@ -1,10 +1,12 @@
-"""The docs and the README: every Python block runs, the site builds, messages are real."""
+"""Docs and README: every Python block runs, the site builds, messages and versions are real."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import matrix
 import pytest
 
 import tumorsynth as ts
+from tumorsynth.placement.types import SkipCode
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -24,11 +27,12 @@ NEEDS = {
     "torchio": "torchio",
     "nnunet": "nnunetv2",
     "lightning": "lightning",
+    "reliability": "nibabel",
 }
 
 
 def python_of(page: Path) -> str:
-    """The page with all but its Python blocks blanked: errors name the page's own lines."""
+    """Return the page with all but its Python blocks blanked: errors name the page's lines."""
     lines, inside = [], False
     for line in page.read_text().splitlines():
         fence = line.startswith("```")
@@ -38,12 +42,28 @@ def python_of(page: Path) -> str:
     return "\n".join(lines)
 
 
+README = ROOT / "README.md"
+# a constructor's name and one of its defaults
+SIGNATURES = [
+    r"SynthesizeTumor\(.*?gap_mm: float = 2\.0",
+    r"Gate\(.*?tries: int = 3",
+    r"Scaled\(.*?a_max: float = 250",
+    r"ZScore\(",
+    r"HU\(",
+    r"MassEffect\(.*?capsule: str = ",
+    r"ContrastPrior\(.*?hypo",
+    r"make_phantom\(.*?seed: int = 0",
+    r"load_generator\(.*?device",
+    r"RandSynthesizeTumord\(.*?prob: float = 1\.0",
+    r"TumorSynthCallback\(.*?p: float = 1\.0",
+    r"TumorGenerator",
+]
 WITH_CODE = [p for p in PAGES if python_of(p).strip()]
 
 
 @pytest.fixture(scope="module")
 def make_phantom_once():
-    """Pages share phantoms: making them would take most of the time."""
+    """Share phantoms between pages: making them would take most of the time."""
     made = functools.cache(ts.make_phantom)
 
     def make_phantom(**options):
@@ -63,8 +83,37 @@ def test_code_blocks_run(page, tmp_path, monkeypatch, make_phantom_once, capsys)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ts, "make_phantom", make_phantom_once)
     exec(compile(python_of(page), str(page), "exec"), {"__name__": page.stem})
-    if page.stem == "monai":  # the first thing that a reader sees is a tumour
+    if page.stem == "monai":  # the first line that a reader sees counts tumour voxels
         assert int(capsys.readouterr().out.splitlines()[0].split()[-1]) > 50
+
+
+def test_first_block_of_the_readme_prints_a_report_on_the_core_alone(tmp_path):
+    block = re.search(r"^```python\n(.*?)^```$", README.read_text(), flags=re.M | re.S)[1]
+    blocked = "".join(
+        f"sys.modules[{name!r}] = None\n"
+        for name in ("monai", "torchio", "lightning", "nibabel", "matplotlib", "scipy", "typer")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{blocked}{block}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "diameter_mm" in done.stdout
+
+
+def test_the_readme_is_short():
+    text = README.read_text()
+    assert len(text.splitlines()) < 150
+    assert text.count("img.shields.io") <= 2  # loaded from elsewhere
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda p: p.stem)
+def test_a_page_starts_with_a_snippet(page):
+    lines = page.read_text().splitlines()
+    assert any(line.startswith("```") for line in lines[:24]), "a task, then a snippet"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -85,11 +134,27 @@ def test_site_builds_without_warnings(tmp_path):
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "api" / "index.html").read_text()
     assert "equivalent diameter" in api  # a docstring has come through
+    text = html.unescape(re.sub(r"<[^>]+>", "", api))
+    roles = re.findall(r":(?:class|func|meth|attr|mod):", text)
+    assert not roles, f"{len(roles)} Sphinx roles: write `name` in docstrings"
+    assert '<details class="example"' not in api, "docstrings need Examples:, not Example:"
+    assert "Raises:" in text and "Returns:" in text
+    for signature in SIGNATURES:
+        assert re.search(signature, text, flags=re.S), f"no {signature} on the API page"
+    for file in tmp_path.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]+src="(http[^"]+)', file.read_text())
+        loaded += re.findall(r'<link[^>]+rel="stylesheet"[^>]+href="(http[^"]+)', file.read_text())
+        assert not loaded, f"{file.name} loads {loaded} from elsewhere"
+        assert 'class="mermaid"' not in file.read_text()  # its renderer is loaded from elsewhere
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page",
+    [README, *(ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md"))],
+    ids=lambda p: p.parent.name + p.stem,
+)
 def test_relative_links_lead_somewhere(page):
-    """mkdocs checks the links of docs/."""
+    """Check what mkdocs does not: it checks the links of docs/."""
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
@@ -118,10 +183,34 @@ def test_troubleshooting_quotes_real_messages():
 
 @pytest.mark.parametrize("row", matrix.ROWS, ids=lambda row: row.name)
 def test_the_pages_name_the_versions_of_the_matrix(row):
-    page = DOCS / f"{row.name.split()[0]}.md"
+    pages = [DOCS / "compatibility.md"]
+    if (DOCS / f"{row.name.split()[0]}.md").exists():
+        pages.append(DOCS / f"{row.name.split()[0]}.md")
     for requirement in row.requirements:
         if requirement.startswith(f"{row.package}=="):
-            assert requirement.partition("==")[2] in page.read_text()
+            for page in pages:
+                assert requirement.partition("==")[2] in page.read_text(), page.name
+
+
+def test_compatibility_names_the_lowest_versions():
+    page = (DOCS / "compatibility.md").read_text()
+    for line in (ROOT / "tests" / "floors.txt").read_text().splitlines():
+        if "==" in line:
+            package, version = line.split("==")
+            assert f"| {package} | {version} |" in page
+
+
+def test_every_figure_of_the_benchmarks_names_a_committed_json():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    named = set(re.findall(r"`(?:results/)?(\w+\.json)`", text))
+    patterns = {"mixed.json", "session.json"}  # written elsewhere
+    assert len(named) > 20
+    assert {n for n in named - patterns if not (ROOT / "benchmarks/results" / n).exists()} == set()
+
+
+def test_the_report_page_names_every_skip_code():
+    page = (DOCS / "report.md").read_text()
+    assert all(f"| `{code.value}` |" in page for code in SkipCode)
 
 
 def test_figures_have_a_source():

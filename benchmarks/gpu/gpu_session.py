@@ -1,8 +1,8 @@
 """Run every benchmark that a GPU must answer, the most telling first, within ten minutes.
 
-    PYTHONPATH=. python benchmarks/gpu/gpu_session.py --out DIR [--original CHECKOUT]
-    PYTHONPATH=. python benchmarks/gpu/gpu_session.py --out DIR --parts NAME ...  # some of them
-    PYTHONPATH=. python benchmarks/gpu/gpu_session.py --out DIR --device cpu --tiny  # does it run?
+    python -m benchmarks.gpu.gpu_session --out DIR [--original CHECKOUT]
+    python -m benchmarks.gpu.gpu_session --out DIR --parts NAME ...  # some of them
+    python -m benchmarks.gpu.gpu_session --out DIR --device cpu --tiny  # does it run?
 
 Each part is a process with its own time limit. It prints each row at once and rewrites its JSON
 with each row. The session packs all JSONs and logs into one archive, DIR/gpu_session.zip, whenever
