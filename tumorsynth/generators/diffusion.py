@@ -367,8 +367,6 @@ class Generator:
         other.precision, other.compiled = self.precision, self.compiled
         return other
 
-    # -- private -----------------------------------------------------------------------------------
-
     def _condition(
         self, crop: Tensor, tumor_mask: Tensor, contrast_hu: Tensor | None
     ) -> tuple[Tensor, Tensor]:
