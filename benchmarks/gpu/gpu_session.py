@@ -1,7 +1,7 @@
 """Run every benchmark that a GPU must answer, the most telling first, within ten minutes.
 
-    PYTHONPATH=. python benchmarks/gpu/gpu_session.py --out DIR [--original CHECKOUT] [--commit TEXT]
-    PYTHONPATH=. python benchmarks/gpu/gpu_session.py --out DIR --parts NAME ...   # some of the parts
+    PYTHONPATH=. python benchmarks/gpu/gpu_session.py --out DIR [--original DIR] [--commit TEXT]
+    PYTHONPATH=. python benchmarks/gpu/gpu_session.py --out DIR --parts NAME ...   # some parts
     PYTHONPATH=. python benchmarks/gpu/gpu_session.py --out DIR --device cpu --tiny  # does it run?
 
 Each part is a process with its own time limit. It prints each row at once and rewrites its JSON

@@ -1,7 +1,7 @@
 """How fast is the fused search of the codes, and with which blocks?
 
     python benchmarks/gpu/search.py [--device cuda]
-    python benchmarks/gpu/search.py --compile-for 90    # registers on sm_90; needs triton, and no GPU
+    python benchmarks/gpu/search.py --compile-for 90    # registers on sm_90; needs triton, no GPU
 
 The published codebook, 16,384 codes of 8 channels, for the latents of one and of eight crops of
 96^3: the kernel with several blocks, and the search by tables of distances. On a CPU the latter

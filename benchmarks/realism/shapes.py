@@ -1,6 +1,6 @@
 """How far are drawn tumour shapes from real ones?
 
-    python benchmarks/realism/shapes.py TUMOR_SHAPES_DIR ORGAN_MASK_DIR [--draws 2] [--picture shapes.png]
+    python benchmarks/realism/shapes.py SHAPES_DIR ORGAN_DIR [--draws 2] [--picture shapes.png]
 
 Kolmogorov-Smirnov distances of drawn tumours from real masks in diameter, elongation, flatness and
 sphericity. Real masks carry steps from slice to slice, which are the annotator's and not the

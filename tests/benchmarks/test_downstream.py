@@ -1,4 +1,4 @@
-"""benchmarks/downstream/downstream.py: tiny runs end to end, and what makes a comparison of arms fair."""
+"""benchmarks/downstream/downstream.py: tiny runs end to end; a comparison of arms is fair."""
 
 from __future__ import annotations
 

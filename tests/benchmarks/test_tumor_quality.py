@@ -1,4 +1,4 @@
-"""benchmarks/realism/tumor_quality.py and what it uses: figures known beforehand, an honest classifier."""
+"""benchmarks/realism/tumor_quality.py: figures known beforehand, an honest classifier."""
 
 from __future__ import annotations
 
