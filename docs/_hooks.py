@@ -1,4 +1,4 @@
-"""For the site: pictures of benchmarks/results, which lie outside docs, are shown in it too."""
+"""Show the pictures of benchmarks/results, which lie outside docs/, on the site."""
 
 from __future__ import annotations
 

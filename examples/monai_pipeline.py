@@ -67,8 +67,5 @@ steps = 12 * len(loader)
 print(f"mean predicted probability of tumour after {steps} steps:")
 print(f"  in the synthetic tumour   {inside:.1%}")
 print(f"  in the liver around it    {outside:.1%}")
-print(
-    f"The network ranks tumour above liver by a factor of {inside / outside:.1f}. Both values are "
-    "low"
-)
+print(f"The network rates tumour {inside / outside:.1f} times as high as liver. Both values are low,")
 print("because tumours are rare and the training is short: a real one takes thousands of steps.")
