@@ -54,7 +54,7 @@ class Adapter:
             equal. The map stays as it is; a tumour replaces any value of the label.
         healthy_only: skip samples whose label holds a tumour already. The paper synthesises on
             healthy scans alone.
-        **settings: the arguments of :class:`tumorsynth.SynthesizeTumor`, without p.
+        **settings: the arguments of `tumorsynth.SynthesizeTumor`, without p.
 
     Raises:
         ValueError: for an argument that is out of range or unknown.

@@ -57,7 +57,7 @@ def keywords_of(*sources: type, without: Iterable[str] = ()) -> Callable[[Class]
             ``*arguments`` passes on their positional parameters too.
         without: parameters of theirs that the class does not take.
 
-    Example:
+    Examples:
         >>> @keywords_of(SynthesizeTumor, without=["p"])
         ... class Transform:
         ...     def __init__(self, prob=1.0, **settings): ...

@@ -53,13 +53,13 @@ class TumorSynthCallback(Callback):
             (``L.seed_everything`` reproduces it). The checkpoint keeps it, so that a resumed run
             continues as it would have.
         **settings: ``healthy_only=True`` to skip samples whose label holds a tumour already, and
-            the arguments of :class:`tumorsynth.SynthesizeTumor`.
+            the arguments of `tumorsynth.SynthesizeTumor`.
 
     Raises:
         ValueError: for a value that is out of range or unknown.
         TypeError: for a value of the wrong type, or an unknown argument.
 
-    Example:
+    Examples:
         >>> callback = TumorSynthCallback(organ_labels=1, tumor_label=2, p=0.5)
         >>> trainer = L.Trainer(callbacks=[callback])
     """

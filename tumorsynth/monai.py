@@ -63,13 +63,13 @@ class RandSynthesizeTumor(RandomizableTransform):
         separate_organ: whether calls bring a separate organ map, of which ``organ_labels`` are
             then values.
         **settings: ``healthy_only=True`` to skip samples whose label holds a tumour already, and
-            the arguments of :class:`tumorsynth.SynthesizeTumor`, without p.
+            the arguments of `tumorsynth.SynthesizeTumor`, without p.
 
     Raises:
         ValueError: for a value that is out of range or unknown.
         TypeError: for a value of the wrong type, or an unknown argument.
 
-    Example:
+    Examples:
         >>> transform = RandSynthesizeTumor(prob=0.5, organ_labels=1, tumor_label=2)
         >>> image, label = transform(image, label)
         >>> transform.report
@@ -199,7 +199,7 @@ class RandSynthesizeTumor(RandomizableTransform):
 
 @keywords_of(RandSynthesizeTumor, without=["separate_organ"])
 class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
-    """:class:`RandSynthesizeTumor` for a dictionary.
+    """`RandSynthesizeTumor` for a dictionary.
 
     Args:
         keys: the key of the CT (1, X, Y, Z), one.
@@ -209,17 +209,17 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         prob: probability of changing a sample.
         allow_missing_keys: whether to leave a dictionary that lacks one of the keys as it is,
             instead of raising a KeyError.
-        spacing: mm per voxel along X, Y, Z; the default is as for :class:`RandSynthesizeTumor`.
+        spacing: mm per voxel along X, Y, Z; the default is as for `RandSynthesizeTumor`.
         when: a function of the dictionary that returns whether the sample may change, for example
             ``lambda data: data["healthy"]``. To pickle the transform, use a named function.
         **settings: ``healthy_only=True`` to skip samples whose label holds a tumour already, and
-            the arguments of :class:`tumorsynth.SynthesizeTumor`, without p.
+            the arguments of `tumorsynth.SynthesizeTumor`, without p.
 
     Raises:
         ValueError: for a value that is out of range or unknown.
         TypeError: for a value of the wrong type, or an unknown argument.
 
-    Example:
+    Examples:
         >>> transform = RandSynthesizeTumord("image", "label", prob=0.5, organ_labels=1)
         >>> data = transform({"image": image, "label": label})
     """
@@ -302,20 +302,20 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
 
 @keywords_of(RandSynthesizeTumord)
 class BatchSynthesizeTumord(RandSynthesizeTumord):
-    """:class:`RandSynthesizeTumord` for a collated batch (B, 1, X, Y, Z), on the batch's device.
+    """`RandSynthesizeTumord` for a collated batch (B, 1, X, Y, Z), on the batch's device.
 
     Call it on what a DataLoader yields. ``prob`` holds for each sample of the batch. ``when``
     answers for each sample with B bools, or for all with one.
 
     Args:
         keys: the key of the CT (B, 1, X, Y, Z), one.
-        **kwargs: the other arguments of :class:`RandSynthesizeTumord`.
+        **kwargs: the other arguments of `RandSynthesizeTumord`.
 
     Raises:
         ValueError: for a value that is out of range or unknown.
         TypeError: for a value of the wrong type, or an unknown argument.
 
-    Example:
+    Examples:
         >>> synthesize = BatchSynthesizeTumord("image", "label", prob=0.5, organ_labels=1)
         >>> for batch in loader:
         ...     batch = synthesize({key: value.to("cuda") for key, value in batch.items()})
@@ -352,9 +352,9 @@ class PrepareBatchTumorSynth(PrepareBatch):
         label_key: the key of the label that gets the tumour.
         prepare_batch: makes the engine's input of the batch with tumours. The default returns
             (image, label) of the keys.
-        **kwargs: the other arguments of :class:`BatchSynthesizeTumord`.
+        **kwargs: the other arguments of `BatchSynthesizeTumord`.
 
-    Example:
+    Examples:
         >>> prepare = PrepareBatchTumorSynth("image", "label", prob=0.5, organ_labels=1)
         >>> SupervisedTrainer(..., prepare_batch=prepare)
     """

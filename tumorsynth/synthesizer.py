@@ -42,8 +42,8 @@ class SynthesizeTumor(nn.Module):
 
     Args:
         generator: a bundled name ("liver-early", "lung", "hu2023"), a generator folder, a hub id,
-            or a loaded generator: :class:`tumorsynth.Generator` or anything else that is a
-            :class:`tumorsynth.TumorGenerator`. A name loads once per process and device, on first
+            or a loaded generator: `tumorsynth.Generator` or anything else that is a
+            `tumorsynth.TumorGenerator`. A name loads once per process and device, on first
             use.
         organ_labels: label values in which a tumour may sit, one int or several.
         tumor_label: the value that a tumour's voxels get.
@@ -66,12 +66,12 @@ class SynthesizeTumor(nn.Module):
         merge: whether tumours may touch.
         device: where the generator runs; None for the image's device. Results come back to the
             image's device.
-        gate: True, or a :class:`tumorsynth.Gate` with your own limits, scores each tumour. One
+        gate: True, or a `tumorsynth.Gate` with your own limits, scores each tumour. One
             beyond a limit is made again with the next seed, and skipped if that does not help. The
             report has the scores.
         mass_effect: share of a tumour's volume, 0 to 0.9, that pushes the tissue around it aside,
             in image and label; the rest replaces tissue. "auto" is 0 below 20 mm and grows to 0.6
-            at 50 mm; or a :class:`tumorsynth.appearance.mass_effect.MassEffect`. With 0 only the
+            at 50 mm; or a `tumorsynth.appearance.mass_effect.MassEffect`. With 0 only the
             tumours change.
         shapes: real tumour masks as shapes, which are turned, mirrored, slightly bent and scaled:
             a folder of NIfTI files, or a list of files or of (mask, spacing).
@@ -85,7 +85,7 @@ class SynthesizeTumor(nn.Module):
         TypeError: for a value of the wrong type, or an unknown argument.
         FileNotFoundError: for an unknown generator.
 
-    Example:
+    Examples:
         >>> synth = ts.SynthesizeTumor(organ_labels=1, tumor_label=2, count=(1, 3))
         >>> image, label = synth(image, label, spacing=(0.8, 0.8, 2.5), seed=7)
         >>> synth.report[0]["diameter_mm"]

@@ -41,13 +41,13 @@ def read_settings(dataset_json: dict[str, Any], ignore_label: int | None = None)
         ignore_label: nnU-Net's ignore label, if the dataset has one.
 
     Returns:
-        The arguments of :class:`tumorsynth.adapter.Adapter`, with ``p`` and ``trainer``.
+        The arguments of `tumorsynth.adapter.Adapter`, with ``p`` and ``trainer``.
 
     Raises:
         ValueError: for labels that are ambiguous or unknown, and for values out of range.
         TypeError: for an unknown key.
 
-    Example:
+    Examples:
         >>> read_settings({"labels": {"background": 0, "liver": 1, "tumor": 2}})
         {'organ_labels': (1,), 'tumor_label': 2, 'p': 0.5, 'trainer': {}}
     """

@@ -7,7 +7,7 @@ the training device, adds tumours on HU recovered from the plans' normalisation,
 rest of nnU-Net's pipeline (noise, blur, brightness, contrast, low resolution, gamma, mirroring,
 regions, deep-supervision targets). Validation data, network, loss and prediction are nnU-Net's.
 
-For the settings see :func:`tumorsynth.nnunet.read_settings`.
+For the settings see `tumorsynth.nnunet.read_settings`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TumorSynthMixin:
         ValueError: when training starts, for a 2-D configuration, a cascade's second stage, several
             input channels, or a normalisation that depends on the image.
 
-    Example:
+    Examples:
         >>> class MyTrainer(TumorSynthMixin, nnUNetTrainer_250epochs): ...
     """
 

@@ -7,8 +7,8 @@
         tio.RescaleIntensity((0, 1), in_min_max=(-175, 250)),
     ])
 
-:class:`RandomSynthesizeTumor` draws from torch's global generator, as TorchIO does. The subject's
-history then holds the arguments of a :class:`SynthesizeTumor` that makes the same tumours again: a
+`RandomSynthesizeTumor` draws from torch's global generator, as TorchIO does. The subject's
+history then holds the arguments of a `SynthesizeTumor` that makes the same tumours again: a
 few numbers and names. TorchIO 2, an alpha so far, has transforms of another form. The installed
 release decides which module this one imports.
 """

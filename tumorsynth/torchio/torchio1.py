@@ -84,14 +84,14 @@ class RandomSynthesizeTumor(_Synthesis, RandomTransform):
         organ: name of a separate organ map, of which ``organ_labels`` are then values. By default
             the label marks the organ.
         healthy_only: whether to skip subjects whose label holds a tumour already.
-        **kwargs: the arguments of :class:`tumorsynth.SynthesizeTumor`, without p, and of TorchIO's
+        **kwargs: the arguments of `tumorsynth.SynthesizeTumor`, without p, and of TorchIO's
             own transforms (p, copy, include, exclude, keep, ...).
 
     Raises:
         ValueError: for a value that is out of range or unknown.
         TypeError: for a value of the wrong type, or an unknown argument.
 
-    Example:
+    Examples:
         >>> transform = RandomSynthesizeTumor(image="ct", label="organs", organ_labels=1, p=0.5)
         >>> subject = transform(subject)
         >>> replay = subject.get_composed_history()
@@ -127,7 +127,7 @@ class SynthesizeTumor(_Synthesis):
 
     Args:
         params: one entry of ``tumorsynth.SynthesizeTumor.params``.
-        **kwargs: as for :class:`RandomSynthesizeTumor`. Those that decide what is drawn (count,
+        **kwargs: as for `RandomSynthesizeTumor`. Those that decide what is drawn (count,
             size_mm, sigma_mm, contrast_hu, mass_effect, shapes, bulge, healthy_only) have no
             effect.
 

@@ -83,7 +83,7 @@ class RandomSynthesizeTumor(_Synthesis):
     """Adds synthetic tumours to the CT and the label map of a subject or a batch.
 
     Every sample of a batch draws its own tumours; with ``per_instance=False`` all get one seed. The
-    history holds the arguments of :class:`SynthesizeTumor` as params:
+    history holds the arguments of `SynthesizeTumor` as params:
     ``SynthesizeTumor(**subject.applied_transforms[0].params)(scan)`` makes the same tumours.
 
     Integer images and labels keep their dtype; values are rounded. The generator must be a name, a
@@ -95,14 +95,14 @@ class RandomSynthesizeTumor(_Synthesis):
         organ: name of a separate organ map, of which ``organ_labels`` are then values. By default
             the label marks the organ.
         healthy_only: whether to skip subjects whose label holds a tumour already.
-        **kwargs: the arguments of :class:`tumorsynth.SynthesizeTumor`, without p, and of TorchIO's
+        **kwargs: the arguments of `tumorsynth.SynthesizeTumor`, without p, and of TorchIO's
             own transforms (p, copy, per_instance, include, exclude).
 
     Raises:
         ValueError: for a value that is out of range or unknown.
         TypeError: for a value of the wrong type, or an unknown argument.
 
-    Example:
+    Examples:
         >>> transform = RandomSynthesizeTumor(image="ct", label="organs", organ_labels=1, p=0.5)
         >>> subject = transform(subject)
         >>> subject.applied_transforms[0].params
@@ -154,7 +154,7 @@ class SynthesizeTumor(_Synthesis):
     Args:
         params: one entry of ``tumorsynth.SynthesizeTumor.params``, or one for each sample of a
             batch.
-        **kwargs: as for :class:`RandomSynthesizeTumor`. Those that decide what is drawn (count,
+        **kwargs: as for `RandomSynthesizeTumor`. Those that decide what is drawn (count,
             size_mm, sigma_mm, contrast_hu, mass_effect, shapes, bulge, healthy_only) have no
             effect.
 
