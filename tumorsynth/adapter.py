@@ -255,5 +255,9 @@ def _replace(x: Tensor, changed: Tensor, value: Tensor) -> Tensor:
     """Return a clone of x, with its subclass and metadata, that is ``value`` where ``changed``."""
     clone = x.clone()
     voxels = plain(clone)
-    voxels.copy_(torch.where(changed, value, voxels))
+    if _is_wide(voxels):  # torch before 2.4 has few operators for unsigned integers
+        wide = torch.where(changed, value.to(torch.int64), voxels.to(torch.int64))
+        voxels.copy_(wide.to(voxels.dtype))
+    else:
+        voxels.copy_(torch.where(changed, value, voxels))
     return clone

@@ -6,7 +6,8 @@ Wall time of the README's first snippet, `tumorsynth demo`, `tumorsynth bench` (
 prints for a call) and a call in a loop, each in a process of its own: with torch's own number of
 threads and with OMP_NUM_THREADS=1, on the machine as it is ("quiet": see load) and beside --busy
 processes that compute without end. The rows of a repeat follow each other, so that all of them see
-the same machine. A run that takes longer than --limit seconds counts as the limit.
+the same machine. A run that takes longer than --limit seconds is stopped; the row says how many
+were (`stopped`), and its figures are then lower bounds.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def main() -> None:
                 "busy": processes,
                 "threads": threads or "default",
                 "seconds": spread(values),
+                "stopped": sum(value >= args.limit for value in values),
                 "of_one_thread": round(statistics.median(values) / alone, 2),
             }
             print(row, flush=True)

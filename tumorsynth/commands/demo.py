@@ -54,7 +54,7 @@ def demo(
     find_unfinished([], out, overwrite=True)
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar(1) as progress:
-        progress.begin("phantom", "making it")
+        progress.begin("phantom", "generating")
         phantom = make_phantom(spacing=(1.0, 1.0, 1.5), seed=seed)
         stored = phantom.image[0].round().short().numpy()
         image = nifti.new_volume("phantom_ct.nii.gz", stored, phantom.affine)
