@@ -67,5 +67,7 @@ steps = 12 * len(loader)
 print(f"mean predicted probability of tumour after {steps} steps:")
 print(f"  in the synthetic tumour   {inside:.1%}")
 print(f"  in the liver around it    {outside:.1%}")
-print(f"The network rates tumour {inside / outside:.1f} times as high as liver. Both values are low,")
-print("because tumours are rare and the training is short: a real one takes thousands of steps.")
+print(
+    f"That is {inside / outside:.1f} times as high in the tumour. Both values are low: tumours are"
+)
+print("rare, and the training is short. A real one takes thousands of steps.")

@@ -1,6 +1,6 @@
 """What does a way of running the networks gain: number format, compiling, layout, fused search?
 
-    python benchmarks/gpu/ways.py [--device cuda] [--generator liver-early published] [--ways NAME ...]
+    python benchmarks/gpu/ways.py [--device cuda] [--generator liver-early published] [--ways ...]
 
 Each row is one way and one batch of crops: ms of each stage, of `change` and `inpaint` (of the
 whole batch), memory, the first pass (with what it compiles), and by how many HU the tumours differ

@@ -1,6 +1,6 @@
 """How much of a scan comes through an autoencoder: HU, PSNR, SSIM and noise by tissue, in pictures.
 
-    python benchmarks/realism/reconstruction.py CASES.npz [...] --generator NAME=RUN/gen [--generator ...]
+    python benchmarks/realism/reconstruction.py CASES.npz [...] --generator NAME=RUN/gen [...]
         [--tissue liver=1 left-kidney=3] [--picture OUT.png]
 
 Every autoencoder is measured in the labelled scans of the packs, and under "without_detail" without

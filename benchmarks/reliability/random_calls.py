@@ -2,7 +2,8 @@
 
     python benchmarks/reliability/random_calls.py [--minutes 30] [--examples 200]
 
-Runs the properties of tests/pipeline/test_properties.py in turn, from new seeds, --examples of each, until the minutes (of CPU time) are over. The first failure ends the run, with the example
+Runs the properties of tests/pipeline/test_properties.py in turn, from new seeds, --examples of
+each, until the minutes (of CPU time) are over. The first failure ends the run, with the example
 that shows it. A call that is repeated or replayed for comparison is not counted.
 """
 

@@ -1,10 +1,11 @@
 """What does a tumour cost, stage by stage, and what a call: over batch, size and steps?
 
-    python benchmarks/speed/latency.py [--device cuda] [--threads 1] [--scan CT LABEL] [--no-published]
+    python benchmarks/speed/latency.py [--device cuda] [--scan CT LABEL] [--no-published]
 
 Needs torch alone (nibabel for --scan, matplotlib for the picture). Every time is given by two
-clocks: the wall's, and the CPU time of the process, which on one thread is the wall time of an idle
-machine and holds on a shared one. A GPU is waited for before and after (`tumorsynth.commands.timing`).
+clocks: wall time, and the CPU time of the process, which on one thread is the wall time of an
+idle machine and holds on a shared one. A GPU is synchronised before and after
+(`tumorsynth.commands.timing`).
 
 --scan: a CT in HU and an organ mask (label 1) in NIfTI, for calls on a whole scan, and for how far
 bfloat16 moves the HU of its tumours.

@@ -8,10 +8,10 @@ schedule of n steps, and the network is told the time at which its own schedule 
 ``T (k + 1) / n - 1``, at least 0 (the first level, all noise, keeps 1e-4 of the signal at most).
 For divisors of T these are times it was trained for; between them it interpolates.
 
-Scores are those of the gate (`tumorsynth.appearance.gate.measure`), in the phantom's liver, with the
-same masks and seeds for all; "healthy" is what they say of the same outlines without a tumour. The
-difference to the generator's own T is of the same seed, whose noise is drawn anew for each T, so
-that it holds the variety of tumours as well.
+Scores are those of the gate (`tumorsynth.appearance.gate.measure`), in the phantom's liver, with
+the same masks and seeds for all; "healthy" scores the same outlines without a tumour. The
+difference from the generator's own T uses the same seed, whose noise differs for each T, so it
+includes the variety of tumours.
 """
 
 from __future__ import annotations

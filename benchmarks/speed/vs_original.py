@@ -1,7 +1,7 @@
 """How much faster is it than the original, with the same weights, crop, mask and noise?
 
-    python benchmarks/speed/vs_original.py --original DIR [--weights DIR] [--device cuda] [--threads 2]
-        [--eager]
+    python benchmarks/speed/vs_original.py --original DIR [--weights DIR] [--device cuda]
+        [--threads 2] [--eager]
 
 DIR is the reader's own checkout of github.com/MrGiovanni/DiffTumor (licence CC BY-NC-ND, which is
 why no line of it is here); its ``synthesize_early_tumor`` is called as it is. It needs einops_exts

@@ -4,7 +4,8 @@
 
 Needs nnunetv2 (2.5 or later) in the same environment. Makes the dataset, plans and preprocesses it,
 trains a few steps on the CPU with ``-tr nnUNetTrainerTumorSynth``, and predicts a scan, with the
-commands of a real dataset. Takes a few minutes on one core. Everything goes into FOLDER (default: nnunet-toy).
+commands of a real dataset. Takes a few minutes on one core. Everything goes into FOLDER (default:
+nnunet-toy).
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ def test_a_session_killed_midway_leaves_what_it_has_found(tmp_path):
 def test_a_session_that_is_ended_takes_its_part_along(tmp_path, number):
     script, archive = tmp_path / "hanging.py", tmp_path / gpu_session.ARCHIVE
     script.write_text(HANGING)
-    program = "import sys; sys.argv[1:] = ['--out', sys.argv[1]]; import benchmarks.gpu.gpu_session as g; "
+    program = "import sys; sys.argv[1:] = ['--out', sys.argv[1]]\n"
+    program += "import benchmarks.gpu.gpu_session as g\n"
     program += f"g.PARTS = [g.Part('hanging', 600.0, {str(script)!r})]; g.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)],
