@@ -55,24 +55,23 @@ def _nnunet(version: str, **others: str) -> Row:
     )
 
 
-def _path(file: str) -> str:
-    """Return a test file's path from the root, whichever folder holds it."""
-    (path,) = (ROOT / "tests").rglob(file)
-    return str(path.relative_to(ROOT))
-
-
 def _lowest(name: str, *newest: str) -> Row:
     """The lowest versions that pyproject.toml allows, but of torch and of the packages named."""
     lines = (ROOT / "tests" / "floors.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     for other in ("torch", *newest):
         del pins[other]
-    files = "cli nifti preview synthesizer bench evaluation reader_study training_cli weights"
+    names = "cli nifti preview synthesizer bench evaluation reader_study training_cli weights store"
+    files = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if path.stem.removeprefix("test_") in names.split()
+    ]
     return Row(
         name,
         "nibabel",
         tuple(f"{package}=={pin}" for package, pin in pins.items()),
-        (*(_path(f"test_{file}.py") for file in files.split()), *MONAI, *TORCHIO, *LIGHTNING),
+        (*files, *MONAI, *TORCHIO, *LIGHTNING),
         marks="not slow and not gpu",
     )
 

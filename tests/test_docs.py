@@ -54,8 +54,8 @@ SIGNATURES = [
     r"ContrastPrior\(.*?hypo",
     r"make_phantom\(.*?seed: int = 0",
     r"load_generator\(.*?device",
-    r"RandSynthesizeTumord\(.*?prob: float = 1\.0",
-    r"TumorSynthCallback\(.*?p: float = 1\.0",
+    r"RandSynthesizeTumord\(\n(?: [^\n]*\n)*? +prob: float = 1\.0,\n(?: [^\n]*\n)*? +size_mm: ",
+    r"TumorSynthCallback\(\n(?: [^\n]*\n)*? +p: float = 1\.0,\n(?: [^\n]*\n)*? +size_mm: ",
     r"TumorGenerator",
 ]
 WITH_CODE = [p for p in PAGES if python_of(p).strip()]
