@@ -1,4 +1,4 @@
-"""`keywords_of`: the signature, the docstring and the errors of constructors that pass keywords on."""
+"""`keywords_of`: signatures, docstrings and errors of constructors that pass keywords on."""
 
 from __future__ import annotations
 
