@@ -1,4 +1,4 @@
-"""Bounded time: the inputs of benchmarks/reliability/worst_inputs.py, smaller, each against a clock."""
+"""Bounded time: smaller inputs of benchmarks/reliability/worst_inputs.py, each against a clock."""
 
 from __future__ import annotations
 
