@@ -1,7 +1,7 @@
 """Random calls give a valid result, or a ValueError or TypeError of tumorsynth, in bounded time.
 
-The suite tries a few hundred calls. `TUMORSYNTH_EXAMPLES=5000 pytest tests/pipeline/test_properties.py`
-tries as many per test, from new seeds every time.
+The suite tries a few hundred calls. `TUMORSYNTH_EXAMPLES=5000 pytest FILE` tries as many per test,
+from new seeds every time.
 """
 
 from __future__ import annotations
