@@ -1,4 +1,4 @@
-"""Devices that are none, that lack an operator, or that are lost in the middle."""
+"""Devices that do not exist, that lack an operator, or that fail during a call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MPS = torch.device("mps")
 
 
 @pytest.fixture(autouse=True)
-def unsaid(monkeypatch):
+def forget_warnings(monkeypatch):
     monkeypatch.setattr(devices, "_warned", set())
 
 
@@ -32,7 +32,7 @@ def lacking(device):
     return "done"
 
 
-def test_a_missing_operator_is_worked_around_and_said_once():
+def test_a_missing_operator_runs_on_the_cpu_with_one_warning():
     with pytest.warns(UserWarning, match="mps lacks an operator, so this runs on the CPU: .*aten"):
         assert devices.or_on_cpu("this", MPS, lacking) == "done"
     with warnings.catch_warnings():
@@ -48,21 +48,21 @@ def test_a_missing_operator_is_worked_around_and_said_once():
         devices.or_on_cpu("this", MPS, never)
 
 
-def test_a_generator_goes_to_the_cpu_where_its_device_lacks_an_operator(monkeypatch):
-    """torch's meta device, which lacks every result, in place of a real one."""
+def test_a_generator_runs_on_the_cpu_if_its_device_lacks_an_operator(monkeypatch):
+    """Torch's meta device, which computes nothing, stands in for a real one."""
     monkeypatch.setattr("tumorsynth.generators.store.check_device", lambda device: None)
     expected = ts.SynthesizeTumor(tiny_generator(), size_mm=(3, 7), count=1)(*SCANS[2], seed=0)
     synth = ts.SynthesizeTumor(tiny_generator(), size_mm=(3, 7), count=1, device="meta")
     own = synth.handle.get("cpu")
 
-    def at_hand(device):
+    def get(device):
         if torch.device(device).type == "cpu":
             return own
         other = tiny_generator().to(device)
         other.change = lambda *crops, **drawn: lacking(MPS)
         return other
 
-    monkeypatch.setattr(synth.handle, "get", at_hand)
+    monkeypatch.setattr(synth.handle, "get", get)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # none on meta
     with pytest.warns(UserWarning, match="meta lacks an operator, so the generator runs"):
         found = synth(*SCANS[2], seed=0)
@@ -71,21 +71,21 @@ def test_a_generator_goes_to_the_cpu_where_its_device_lacks_an_operator(monkeypa
 
 @pytest.mark.parametrize("device", ["meta", "vulkan", "cuda:7", "mps", "xpu"])
 @pytest.mark.parametrize("generator", ["hu2023", tiny_generator()], ids=["hu2023", "diffusion"])
-def test_a_device_that_is_not_there_is_a_clear_error(generator, device):
+def test_an_absent_device_is_a_clear_error(generator, device):
     if device == "mps" and torch.backends.mps.is_available():
-        pytest.skip("there is one here")
+        pytest.skip("this machine has one")
     synth = ts.SynthesizeTumor(generator, device=device)
     with pytest.raises(ValueError, match=f"device must be one that torch can.*{device}"):
         synth(*SCANS[0], seed=0)
 
 
 @pytest.mark.parametrize("device", ["gpu", "", 1.5, "cuda:x"])
-def test_a_name_of_no_device(device):
+def test_an_unknown_device_is_a_clear_error(device):
     with pytest.raises(ValueError, match="device must name a torch device"):
         ts.SynthesizeTumor("hu2023", device=device)
 
 
-def test_a_device_lost_in_the_middle_leaves_everything_as_it_was(monkeypatch):
+def test_a_device_that_fails_during_a_call_changes_nothing(monkeypatch):
     generator = tiny_generator()
     synth = ts.SynthesizeTumor(generator, size_mm=(2, 4), count=3)
     image, label = (x.clone() for x in SCANS[2])
@@ -97,7 +97,7 @@ def test_a_device_lost_in_the_middle_leaves_everything_as_it_was(monkeypatch):
 
     def lost(*crops, **drawn):
         calls.append(1)
-        if len(calls) == 2:  # the first tumour is written by then
+        if len(calls) == 2:  # after the first tumour was written
             raise RuntimeError("CUDA error: unspecified launch failure")
         return whole(*crops, **drawn)
 
@@ -107,12 +107,12 @@ def test_a_device_lost_in_the_middle_leaves_everything_as_it_was(monkeypatch):
             synth(image, label, seed=5)
     assert devices.is_lost(caught.value)
     assert torch.equal(image, before[0]) and torch.equal(label, before[1])
-    assert synth.report is report and synth.params is params  # of the last call that ended
+    assert synth.report is report and synth.params is params  # of the last complete call
     again = synth(image, label, seed=5)
     assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[1])
 
 
-def test_what_counts_as_lost():
+def test_which_errors_mean_a_lost_device():
     assert not devices.is_lost(torch.cuda.OutOfMemoryError("CUDA out of memory"))
     assert not devices.is_lost(ValueError("CUDA error"))
     assert not devices.is_lost(RuntimeError("shapes differ"))
@@ -136,7 +136,7 @@ def other_defaults(kind):
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, "device"], ids=str)
 @pytest.mark.parametrize("generator", ["hu2023", tiny_generator()], ids=["hu2023", "diffusion"])
-def test_a_programs_defaults_change_nothing(generator, kind):
+def test_default_dtype_and_device_do_not_matter(generator, kind):
     image, label = SCANS[2]
     settings = {"size_mm": (3, 7), "count": 1, "contrast_hu": "kidney-arterial", "mass_effect": 0.5}
     plain = ts.SynthesizeTumor(generator, **settings)(image, label, seed=1)
@@ -148,14 +148,14 @@ def test_a_programs_defaults_change_nothing(generator, kind):
     assert not torch.equal(again[0], image) and drawn[0].dtype == image.dtype
 
 
-def test_a_programs_defaults_do_not_reach_the_phantom():
+def test_default_dtype_and_device_do_not_reach_the_phantom():
     phantom = ts.make_phantom((6, 6, 6), (4, 4, 4), seed=3)
     with other_defaults("device"):
         assert torch.equal(ts.make_phantom((6, 6, 6), (4, 4, 4), seed=3).image, phantom.image)
 
 
 @pytest.mark.parametrize("kind", [torch.float64, "device"], ids=str)
-def test_a_programs_defaults_do_not_reach_the_weights(kind):
+def test_default_dtype_and_device_do_not_reach_the_weights(kind):
     with other_defaults(kind):
         read = read_folder(store.bundled_folder() / "liver-early")
     for network in (read.autoencoder, read.denoiser):
@@ -190,7 +190,7 @@ def restored():
 
 
 @pytest.mark.parametrize("kind", ["default", "both on", "both off", "newer", "newest"])
-def test_full_float32_is_for_a_while_and_for_all_threads(restored, kind):
+def test_full_float32_ends_and_holds_for_all_threads(restored, kind):
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     if kind in ("newer", "newest") and not hasattr(cudnn, "conv"):
         pytest.skip("this torch has the older names alone")
@@ -227,7 +227,7 @@ def test_full_float32_is_for_a_while_and_for_all_threads(restored, kind):
         assert tf32() == before
 
 
-def test_nothing_else_touches_how_float32_is_rounded():
+def test_only_devices_sets_the_rounding_of_float32():
     package = Path(ts.__file__).parent
     names = re.compile("allow_tf32|fp32_precision|matmul_precision|cudnn[.](benchmark|determin)")
     found = {path.name for path in package.rglob("*.py") if names.search(path.read_text())}

@@ -81,7 +81,7 @@ def fit(
         num_sanity_val_steps=1 if validate else 0,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on the number of workers
+        warnings.simplefilter("ignore")  # about the number of workers
         trainer.fit(module, loader(data), loader(data) if validate else None, ckpt_path=resume)
     return module, trainer
 
@@ -91,7 +91,7 @@ def labels(module, stage="training"):
 
 
 @pytest.mark.parametrize("kind", [dict, list])
-def test_training_sees_tumours_and_nothing_else_does(kind):
+def test_only_training_sees_tumours(kind):
     pairs = scans()
     before = [(image.clone(), label.clone()) for image, label in pairs]
     callback = TumorSynthCallback(**SETTINGS)
@@ -123,7 +123,7 @@ def test_seed_everything_reproduces_and_steps_differ():
     assert torch.equal(run(1, seed=5)[3], run(2, seed=5)[3])
 
 
-def test_a_resumed_run_goes_on_as_it_would_have(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     data = as_dicts(scans())
     L.seed_everything(0)
     whole = labels(fit(data, TumorSynthCallback(**SETTINGS), epochs=2)[0])
@@ -151,7 +151,7 @@ def test_no_weight_of_the_generator_enters_the_checkpoint(tmp_path):
 
 
 def test_two_callbacks_of_a_trainer_keep_their_own_seeds(tmp_path):
-    """One for each organ, say; Lightning wants to tell their states apart."""
+    """For example one for each organ; Lightning tells their states apart by a key."""
 
     class Four(Segmenter):
         def __init__(self):
@@ -185,8 +185,8 @@ def test_two_callbacks_of_one_organ_go_into_one_trainer(one, other):
     L.Trainer(callbacks=two, accelerator="cpu", logger=False, enable_checkpointing=False)
 
 
-def test_the_key_of_the_state_is_the_same_in_another_process_and_during_the_training():
-    """Objects in memory have an address, which the next process does not have."""
+def test_the_state_key_is_the_same_in_another_process_and_during_training():
+    """The address of an object in memory changes with the process."""
     gates = [Gate(scorer=lambda *crop: True, least=0.5) for _ in range(2)]
     keys = {TumorSynthCallback(generator=tiny_generator(), gate=gate).state_key for gate in gates}
     assert len(keys) == 1
@@ -255,7 +255,7 @@ def test_batches_that_cannot_be_changed_are_refused_with_the_fix():
 
 @pytest.mark.parametrize("argument", ["image", "label", "organ", "spacing"])
 @pytest.mark.parametrize("kind", [dict, list])
-def test_an_entry_that_the_batch_lacks_is_asked_for_by_its_argument(argument, kind):
+def test_a_missing_entry_is_named_by_its_argument(argument, kind):
     where, data = ("mm", as_dicts(scans(2))) if kind is dict else (7, scans(2))
     with pytest.raises(ValueError, match=f"has no {where!r}, .* with {argument}=... of Tumor"):
         fit(data, TumorSynthCallback(**SETTINGS, **{argument: where}))
@@ -273,7 +273,7 @@ def test_a_batch_on_two_grids_is_refused_by_its_keys():
         callback.on_train_batch_start(trainer, None, batch, 0)
 
 
-def test_a_batch_without_channels_is_told_where_they_go():
+def test_a_batch_without_channels_gets_the_fix():
     data = [(image[0], label[0]) for image, label in scans()]
     with pytest.raises(ValueError, match=r"if these are 2 scans, .* image\[:, None\]"):
         fit(data, TumorSynthCallback(**SETTINGS))
@@ -297,7 +297,7 @@ def test_bad_arguments_and_repr():
 
 
 def test_the_older_package_runs_it_too():
-    """Where both are installed the callback derives from the newer one's class."""
+    """With both installed, the callback derives from the newer package's class."""
     pl = pytest.importorskip("pytorch_lightning")
 
     class Older(pl.LightningModule):

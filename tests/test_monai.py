@@ -101,7 +101,7 @@ def test_memory_of_any_layout():
     assert not turned["image"].is_contiguous()
     assert equal(transform().set_random_state(0)(turned), exact)
     one = {**data, "label": torch.ones((), dtype=torch.uint8).expand(data["image"].shape)}
-    out = transform().set_random_state(0)(one)  # all voxels of that label are one byte
+    out = transform().set_random_state(0)(one)  # all voxels of that label share one byte
     assert 50 < tumor(out).sum() < 2000 and (one["label"] == 1).all()
 
 
@@ -129,7 +129,7 @@ def test_a_callers_mode_does_not_get_in(mode):
 
 
 def test_lists_of_samples():
-    """Compose takes lists apart; with map_items as deep as it is told to."""
+    """Compose iterates over lists, with map_items to a given depth."""
     out = Compose([transform()])([sample("meta")] * 2)
     assert [tumor(x).any() for x in out] == [True] * 2 and not equal(*out)
     deep = inspect.signature(Compose.__init__).parameters["map_items"].annotation
@@ -141,7 +141,7 @@ def test_lists_of_samples():
     assert "data must be a dictionary, got list" in str(error.value.__cause__)
 
 
-def test_tumor_label_has_to_fit_the_label():
+def test_tumor_label_must_fit_the_dtype():
     data = sample()
     data["label"] = data["label"].astype(np.uint16)
     with pytest.raises(ValueError, match="tumor_label -1 does not fit .* convert"):
@@ -209,7 +209,7 @@ def test_healthy_only(kind):
     state = synthesis.R.get_state()[1].copy()
     out = synthesis(healthy)
     assert tumor(out).any()
-    # a sample's own draws do not depend on what was left alone before it
+    # a sample's draws do not depend on samples that were skipped before it
     other = transform().set_random_state(0)
     other(ill)
     assert same(other.R.get_state()[1], state)
@@ -239,7 +239,7 @@ def test_a_predicate_on_the_dictionary():
     assert len(pickle.dumps(synthesis)) < 20_000
 
 
-def test_repr_says_what_was_asked_for():
+def test_repr_shows_the_given_arguments():
     synthesis = transform(prob=0.5, healthy_only=True, organ_key="organ")
     text = repr(synthesis)
     assert text == (
@@ -247,7 +247,7 @@ def test_repr_says_what_was_asked_for():
         "count=1, size_mm=(8, 10), healthy_only=True)"
     )
     assert repr(RandSynthesizeTumor(prob=0.5)) == "RandSynthesizeTumor(prob=0.5)"
-    held = ts.load_generator("liver-early")  # an object with weights is named, not printed
+    held = ts.load_generator("liver-early")  # repr shows its name instead of its weights
     assert "generator='liver-early'" in repr(transform(generator=held))
 
 
@@ -306,7 +306,10 @@ def test_lazy_pipeline_gives_the_synthesis_its_pending_grid():
     keys = ["image", "label"]
     resample = Spacingd(keys, (1.5, 1.5, 1.5), mode=("bilinear", "nearest"))
     data = sample("meta", LPS, shape=(64, 64, 24))
-    lazy = {"lazy": True, "overrides": {"label": {"mode": "nearest"}}}  # Spacingd's is not heeded
+    lazy = {
+        "lazy": True,
+        "overrides": {"label": {"mode": "nearest"}},
+    }  # lazy MONAI ignores Spacingd's
     chain = Compose([resample, transform()], **lazy).set_random_state(0)
     out = chain(data)
     assert tumor(out).any() and not out["image"].pending_operations
@@ -433,18 +436,18 @@ def test_flips_after_the_synthesis_still_invert():
         (lambda d: {**d, "label": None}, TypeError, "label must be a torch tensor, got NoneType"),
     ],
 )
-def test_samples_that_cannot_work_are_refused_with_the_fix(change, error, message):
+def test_unusable_samples_are_refused_with_the_fix(change, error, message):
     with pytest.raises(error, match=message):
         transform()(change(sample("tensor")))
 
 
 def edge_interpolated(data):
-    """Resampled linearly, half a voxel along: whole inside and outside, fractions on the edge."""
+    """Resampled linearly by half a voxel, which leaves fractions on the edge."""
     label = data["label"].float()
     return {**data, "label": (label + label.roll(1, 1)) / 2}
 
 
-def test_a_map_that_was_interpolated_is_refused_whichever_it_is():
+def test_interpolated_labels_and_organ_maps_are_refused():
     given = sample("tensor")
     wrong = edge_interpolated(given)["label"]
     assert (wrong == 1).any()
@@ -457,13 +460,13 @@ def test_a_map_that_was_interpolated_is_refused_whichever_it_is():
         synthesis({**given, "organs": wrong})
 
 
-def test_one_map_is_not_two():
+def test_the_label_cannot_be_the_organ_map_too():
     with pytest.raises(ValueError, match="organ_key must be another key.*'label' for both; leave"):
         RandSynthesizeTumord("image", organ_key="label", **SETTINGS)
 
 
 @pytest.mark.parametrize("told", ["spacing", "image", "label"])
-def test_no_warning_where_the_spacing_is_known(told, recwarn):
+def test_no_warning_if_the_spacing_is_known(told, recwarn):
     data, settings = sample("tensor"), {}
     if told == "spacing":
         settings["spacing"] = 1
@@ -518,7 +521,7 @@ def test_a_byte_image_of_a_window():
 
 
 def test_a_flipped_array_with_an_axis_of_one_voxel():
-    """numpy calls it contiguous, whatever its strides."""
+    """Numpy calls it contiguous, with any strides."""
     image, label = np.full((1, 1, 16, 16), 100, np.float32), np.ones((1, 1, 16, 16), np.uint8)
     flipped = RandSynthesizeTumor(**SETTINGS)(image[:, ::-1], label[:, ::-1])
     assert [x.shape for x in flipped] == [image.shape] * 2

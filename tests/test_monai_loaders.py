@@ -65,7 +65,7 @@ def test_set_determinism_reproduces():
     assert equal(*made) and not equal(made[0], Compose([transform()])(sample()))
 
 
-def test_each_rank_of_a_distributed_training_makes_its_own(monkeypatch):
+def test_each_rank_of_a_distributed_training_makes_its_own_tumours(monkeypatch):
     """From one seed on all ranks; tests/training/test_distributed.py has real ones."""
     batch = list_data_collate([sample("tensor")] * 2)
     kinds = (transform, lambda: BatchSynthesizeTumord("image", **SETTINGS))
@@ -124,12 +124,12 @@ def test_threads_of_one_loader_do_not_repeat_each_other():
     assert len({label.numpy().tobytes() for label in labels}) == 6
 
 
-def test_threads_that_draw_at_the_same_moment_keep_each_its_own(monkeypatch):
+def test_threads_that_draw_at_the_same_time_keep_their_own_draws(monkeypatch):
     synthesis, both = transform().set_random_state(0), threading.Barrier(2)
-    decide = synthesis._draw_seed
+    draw_seed = synthesis._draw_seed
 
     def at_once():
-        drawn = decide()
+        drawn = draw_seed()
         both.wait(60)
         return drawn
 
@@ -150,14 +150,14 @@ class SeededByIndex(torch.utils.data.Dataset):
         return self.synthesis.set_random_state(index)(self.data)["label"]
 
 
-def test_a_state_set_inside_a_worker_holds():
+def test_a_worker_keeps_a_state_that_is_set_inside_it():
     data = SeededByIndex(sample("tensor"), transform())
     own = list(torch.utils.data.DataLoader(data, batch_size=None))
     workers = list(torch.utils.data.DataLoader(data, batch_size=None, num_workers=2))
     assert all(torch.equal(a, b) for a, b in zip(own, workers, strict=True))
 
 
-def test_cached_datasets_synthesise_anew(tmp_path):
+def test_cached_datasets_get_new_tumours_each_time(tmp_path):
     # plain tensors: MONAI 1.4 cannot read the MetaTensors it stored with torch 2.6 and later
     typed = EnsureTyped(["image", "label"], track_meta=False)
     chain = Compose([typed, transform()]).set_random_state(0)
@@ -170,21 +170,21 @@ def test_cached_datasets_synthesise_anew(tmp_path):
         one, two = dataset[0], dataset[0]
         assert tumor(one).any() and tumor(two).any() and not equal(one, two)
     smart.start()
-    smart.update_cache()  # another scan takes the first one's place
+    smart.update_cache()  # replaces the first scan
     smart.shutdown()
     assert tumor(smart[0]).any()
     for dataset in (cached, smart):
         assert not tumor(dataset._cache[0]).any()
     size = sample("tensor")["image"].nbytes + sample("tensor")["label"].nbytes
-    for file in tmp_path.glob("*/*.pt"):  # what was cached is the scan, with no generator beside
+    for file in tmp_path.glob("*/*.pt"):  # the cache holds the scan without the generator
         assert file.stat().st_size < size + 20_000
     batch = next(iter(ThreadDataLoader(cached, batch_size=1)))
     assert tumor(batch).any()
 
 
 @pytest.mark.parametrize("kind", [PersistentDataset, CacheNTransDataset])
-def test_a_cache_that_drops_the_affine_is_warned_of_and_what_the_warning_says_helps(tmp_path, kind):
-    """Scans of 2 mm: taken for 1 mm, their tumours of 8 mm would be of 16."""
+def test_a_cache_that_drops_the_affine_gives_a_warning_whose_fix_works(tmp_path, kind):
+    """In scans of 2 mm taken as 1 mm, tumours of 8 mm would measure 16 mm."""
     if version("monai").startswith("1.4."):
         pytest.skip("MONAI 1.4 cannot read the MetaTensors it stored with torch 2.6 and later")
     keeps = {"track_meta": True, "weights_only": False}
@@ -195,7 +195,7 @@ def test_a_cache_that_drops_the_affine_is_warned_of_and_what_the_warning_says_he
         chain = Compose([EnsureTyped(["image", "label"]), own]).set_random_state(0)
         more = {} if kind is PersistentDataset else {"cache_n_trans": 1}
         dataset = kind(items, chain, cache_dir=tmp_path / name, **more)
-        for option, value in options.items():  # CacheNTransDataset has them and does not take them
+        for option, value in options.items():  # CacheNTransDataset has no arguments for them
             setattr(dataset, option, value)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -213,7 +213,7 @@ def test_a_cache_that_drops_the_affine_is_warned_of_and_what_the_warning_says_he
         assert not said and 0 < 4 * right < wrong
 
 
-def test_of_several_workers_one_warns_of_voxels_without_a_size():
+def test_only_one_of_several_workers_warns_about_the_spacing():
     for workers in (0, 2):
         dataset = WarningsCounted([sample("tensor")] * 4, Compose([transform()]))
         counted = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)
@@ -229,7 +229,7 @@ class WarningsCounted(Dataset):
 
 
 @pytest.mark.parametrize("options", [{"copy_cache": False}, {"runtime_cache": "threads"}])
-def test_a_cache_that_is_handed_out_as_it_is_stays_as_it_was(options):
+def test_a_cache_without_copies_stays_unchanged(options):
     chain = Compose([EnsureTyped(["image", "label"], track_meta=False), transform()])
     dataset = CacheDataset([sample("tensor")], chain, progress=False, **options)
     one, two = dataset[0], dataset[0]
@@ -237,7 +237,7 @@ def test_a_cache_that_is_handed_out_as_it_is_stays_as_it_was(options):
     assert not tumor(dataset._cache[0]).any()
 
 
-def test_a_dataset_that_goes_to_a_worker_holds_the_scan_and_no_generator():
+def test_a_pickled_dataset_holds_the_scan_without_the_generator():
     chain = Compose([EnsureTyped(["image", "label"], track_meta=False)])
     synthesis = transform(generator="liver-early")
     synthesis.adapter.synth.handle.get("cpu")  # loaded before the workers start
@@ -247,7 +247,7 @@ def test_a_dataset_that_goes_to_a_worker_holds_the_scan_and_no_generator():
     assert len(pickle.dumps(dataset)) < 2 * size + 20_000  # the scan, and the scan in the cache
 
 
-def test_a_cached_metatensor_synthesises_anew():
+def test_a_cached_metatensor_gets_new_tumours_each_time():
     chain = Compose([EnsureTyped(["image", "label"]), transform()]).set_random_state(0)
     dataset = CacheDataset([sample("meta", LPS)], chain, progress=False)
     one, two = dataset[0], dataset[0]
@@ -255,7 +255,7 @@ def test_a_cached_metatensor_synthesises_anew():
     assert not tumor(dataset._cache[0]).any() and type(one["label"]) is MetaTensor
 
 
-def test_pickle_is_small_and_goes_on_alike():
+def test_a_pickle_is_small_and_continues_the_same_draws():
     synthesis = transform().set_random_state(0)
     data = sample()
     synthesis(data)
@@ -287,7 +287,7 @@ def test_a_predicate_and_healthy_only_on_a_batch(answers):
     assert torch.equal(out["label"][1:], given["label"][1:])
     reasons = [record.get("reason", "") for record in synthesis.report]
     assert reasons == ["", "left alone (as asked)", "left alone (holds a tumour already)"]
-    # the sample that is changed is changed as in a batch where all are
+    # the changed sample equals that of a batch in which all change
     plain = BatchSynthesizeTumord("image", **SETTINGS).set_random_state(0)(batch)
     assert torch.equal(plain["image"][0], out["image"][0])
 
@@ -332,7 +332,7 @@ def test_a_monai_engine_trains_on_tumours():
     assert not (evaluator.state.output[0]["label"] == 2).any()
 
 
-def test_prepare_batch_hands_on_to_another():
+def test_prepare_batch_calls_another_one():
     from monai.engines.utils import PrepareBatchExtraInput
 
     batch = list_data_collate([{**sample("tensor"), "age": torch.tensor(40.0)}])
@@ -342,8 +342,8 @@ def test_prepare_batch_hands_on_to_another():
     assert not (batch["label"] == 2).any()
 
 
-def test_cuda_in_a_forked_worker_says_what_to_write(monkeypatch):
-    # torch's own flag of a forked process; the error behind it is torch's
+def test_cuda_in_a_forked_worker_gives_the_fix(monkeypatch):
+    # torch's own flag of a forked process, which makes torch raise its error
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(RuntimeError, match="forked worker process; synthesise on the batch"):
         transform(device="cuda")(sample("tensor"))

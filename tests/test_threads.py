@@ -29,7 +29,7 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-def test_one_inside_and_as_before_outside():
+def test_one_thread_inside_and_the_old_number_outside():
     with one_thread():
         assert torch.get_num_threads() == 1
         with own_threads():
@@ -41,7 +41,7 @@ def test_one_inside_and_as_before_outside():
     assert torch.get_num_threads() == 3
 
 
-def test_as_before_after_an_exception():
+def test_an_exception_restores_the_number():
     with pytest.raises(ZeroDivisionError), one_thread(), own_threads():
         raise ZeroDivisionError
     assert torch.get_num_threads() == 3
@@ -107,7 +107,7 @@ def _counts(monkeypatch, generator, **settings):
     ("policy", "most_work", "network"),
     [(None, 1e18, 1), (None, 0.0, 3), ("PASSIVE", 1e18, 3)],
 )
-def test_networks_have_threads_where_they_pay(monkeypatch, policy, most_work, network):
+def test_networks_get_threads_if_these_help(monkeypatch, policy, most_work, network):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if policy is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
@@ -129,7 +129,7 @@ def test_phantom_is_the_same_for_any_number_of_threads():
     ("given", "found"),
     [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "9"}, "None")],
 )
-def test_the_command_line_waits_passively_unless_told(given, found):
+def test_the_command_line_waits_passively_by_default(given, found):
     code = (
         "import os, sys; from tumorsynth.commands.main import main;"
         "sys.argv = ['tumorsynth', '--version'];"

@@ -32,7 +32,7 @@ class Box:
 
     Only `slices` needs the box to lie inside a volume; use `within` to get there.
 
-    Example:
+    Examples:
         >>> organ = Box((10, 0, 4), (30, 20, 9))
         >>> part = organ.grown(5).within(Box.whole(label.shape))
         >>> label[part.slices]

@@ -40,7 +40,7 @@ class Intensity(Protocol):
 class HU:
     """The image is in Hounsfield units.
 
-    Example:
+    Examples:
         >>> synth = ts.SynthesizeTumor(intensity=ts.HU())
     """
 
@@ -73,7 +73,7 @@ class Scaled:
     Raises:
         ValueError: unless a_min < a_max and b_min < b_max, all finite.
 
-    Example:
+    Examples:
         >>> synth = ts.SynthesizeTumor(intensity=ts.Scaled(-175, 250, 0, 1))
     """
 
@@ -120,7 +120,7 @@ class ZScore:
     Raises:
         ValueError: unless mean is finite, std > 0 and low < high.
 
-    Example:
+    Examples:
         >>> synth = ts.SynthesizeTumor(intensity=ts.ZScore(mean=100, std=40, low=-160, high=240))
     """
 

@@ -209,7 +209,7 @@ def test_a_step_trains_on_tumours_with_targets_at_every_level(make):
     assert isinstance(validation["target"], list) and not (validation["target"][0] == 2).any()
 
 
-def test_the_change_is_in_hu_and_nowhere_but_around_the_tumor(make):
+def test_only_the_tumor_and_its_surroundings_change_and_by_hu(make):
     trainer = make(Plain)
     batch = first_batch(trainer)
     trainer.train_step(batch)
@@ -227,7 +227,7 @@ def test_the_change_is_in_hu_and_nowhere_but_around_the_tumor(make):
     assert values.min() >= LOW - 0.01 and values.max() <= HIGH + 0.01  # still clipped
 
 
-def test_beyond_the_scan_and_under_the_ignore_label_all_stays(make):
+def test_voxels_beyond_the_scan_and_of_the_ignore_label_stay(make):
     trainer = make(Plain, labels={**LABELS, "ignore": 3}, ignored=True, size_mm=16, count=2)
     batch = first_batch(trainer)
     batch["target"][:, :, :10] = -1
@@ -267,7 +267,7 @@ def test_probability_and_healthy_only(make):
     assert same == [True, False]
 
 
-def test_numpys_seed_reproduces_a_step_and_torchs_stream_goes_on_as_it_would(make):
+def test_numpys_seed_reproduces_a_step_without_drawing_from_torchs_stream(make):
     made = []
     for _ in range(2):
         trainer = make(Augmented)
@@ -302,7 +302,7 @@ def test_another_trainers_optimizer_is_kept(make):
     assert isinstance(trainer.lr_scheduler, PolyLRScheduler)
 
 
-def test_an_optimizers_own_error_comes_through(make):
+def test_an_error_of_the_optimizer_is_raised(make):
     class Broken(TumorSynthMixin, nnUNetTrainer):
         def configure_optimizers(self):
             return super().configure_optimizers("warmup")
@@ -311,7 +311,7 @@ def test_an_optimizers_own_error_comes_through(make):
         make(Broken).initialize()
 
 
-def test_an_epoch_says_what_it_did(make):
+def test_an_epoch_logs_its_tumors(make):
     trainer = make(Plain, trainer={"num_epochs": 1, "num_iterations_per_epoch": 2})
     batch = first_batch(trainer)
     assert trainer.num_epochs == 1 and trainer.num_iterations_per_epoch == 2
@@ -351,7 +351,7 @@ def test_checkpoints_hold_no_generator(make, tmp_path):
         ({"scheme": "ZScoreNormalization"}, "to be CTNormalization, got ZScoreNormalization"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(make, changes, message):
+def test_unusable_configurations_are_refused_by_name(make, changes, message):
     with pytest.raises(ValueError, match=message):
         make(**changes).initialize()
 
@@ -392,14 +392,14 @@ def test_only_what_moves_voxels_comes_before_the_synthesis():
 
 
 class OnlyOnTheCPU(BasicTransform):
-    """As some of batchgeneratorsv2 are; the device "meta" stands for one that is not the CPU."""
+    """Like some of batchgeneratorsv2; the device "meta" stands in for a GPU."""
 
     def apply(self, data_dict, **params):
         assert data_dict["image"].device.type == "cpu"
         return data_dict
 
 
-def test_a_transform_that_cannot_run_on_the_device_is_found_out():
+def test_a_transform_that_cannot_run_on_the_device_is_detected():
     meta = torch.device("meta")
     numpys = np.random.get_state()[1].copy()
     flip = MirrorTransform((0, 1, 2))
@@ -412,7 +412,7 @@ def test_a_transform_that_cannot_run_on_the_device_is_found_out():
     assert (np.random.get_state()[1] == numpys).all()
 
 
-def test_the_loaders_may_come_before_the_network_as_in_nnunet_2_5(make):
+def test_the_loaders_may_be_made_before_the_network_as_in_nnunet_2_5(make):
     trainer = make(Augmented)
     pipeline = trainer.get_training_transforms(
         PATCH, (-0.5, 0.5), [[1, 1, 1]], (0, 1, 2), False, ignore_label=None
@@ -423,8 +423,8 @@ def test_the_loaders_may_come_before_the_network_as_in_nnunet_2_5(make):
     assert trainer._deferred.transforms == deferred and len(deferred) > 8
 
 
-def test_what_the_workers_get_is_small_and_without_the_generator(make):
-    """Spawned workers get it pickled."""
+def test_the_workers_transforms_are_small_and_hold_no_generator(make):
+    """Spawned workers unpickle them."""
     trainer = make(Augmented, generator="liver-early")
     trainer.initialize()
     trainer.synthesis.synth.handle.get("cpu")
@@ -435,7 +435,7 @@ def test_what_the_workers_get_is_small_and_without_the_generator(make):
     assert pickle.loads(raw)(**sample)["image"].shape == (1, *PATCH)
 
 
-def test_affine_follows_the_readers_axes_and_the_plans_permutation(make):
+def test_the_affine_follows_the_readers_axes_and_the_plans_permutation(make):
     trainer = make()
     configuration = trainer.configuration_manager
     straight = read_affine(trainer.plans_manager, configuration)
@@ -451,7 +451,7 @@ def settings(labels=LABELS, **given):
     return read_settings({"labels": labels, "tumorsynth": given}, ignore_label=labels.get("ignore"))
 
 
-def test_labels_by_name_by_value_and_by_themselves():
+def test_labels_by_name_by_value_and_by_default():
     named = settings(organ_labels=["liver"], tumor_label="tumor")
     assert named["organ_labels"] == (1,) and named["tumor_label"] == 2 and named["p"] == 0.5
     assert settings(organ_labels=1, tumor_label=2) == named
@@ -482,12 +482,12 @@ def test_labels_by_name_by_value_and_by_themselves():
         (LABELS, {"trainer": {"num_epoch": 5}}, "trainer may set num_epochs"),
     ],
 )
-def test_settings_that_cannot_be(labels, given, message):
+def test_wrong_settings_are_refused(labels, given, message):
     with pytest.raises(ValueError, match=message):
         settings(labels, **given)
 
 
-def test_settings_of_the_environment_win(monkeypatch):
+def test_settings_of_the_environment_take_precedence(monkeypatch):
     monkeypatch.setenv("TUMORSYNTH_NNUNET", json.dumps({"p": 0.25, "size_mm": "liver"}))
     got = settings(p=0.75, count=2)
     assert (got["p"], got["size_mm"], got["count"]) == (0.25, "liver", 2)

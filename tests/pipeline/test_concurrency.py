@@ -34,7 +34,7 @@ SCANS = [scan(n, n) for n in (16, 18, 20)]
 
 @pytest.mark.parametrize("generator", ["hu2023", tiny_generator()], ids=["hu2023", "diffusion"])
 def test_one_transform_in_several_threads(generator):
-    """Images, labels, reports and params are those of one call after another."""
+    """Images, labels, reports and params equal those of sequential calls."""
     synth = ts.SynthesizeTumor(generator=generator, size_mm=(3, 7), count=(1, 2))
 
     def call(k):
@@ -52,13 +52,13 @@ def test_one_transform_in_several_threads(generator):
 
 
 def test_an_adapter_in_several_threads():
-    """Samples of several sizes, some left alone: no call meets another's report."""
+    """Samples of several sizes, some skipped: no call gets another's report."""
     adapter = Adapter(healthy_only=True, generator="hu2023", size_mm=(3, 7), count=1)
 
     def call(k):
         image, label = SCANS[k % 3]
         batch = [torch.stack([x] * (1 + k % 4)) for x in (image, label)]
-        batch[1][0, 0, 0, 0, 0] = 2  # ill
+        batch[1][0, 0, 0, 0, 0] = 2  # a tumour
         return adapter(*batch, seed=k)
 
     expected = [call(k) for k in range(8)]
@@ -77,7 +77,7 @@ def in_child(queue, synth, holds_lock):
 @forks
 @pytest.mark.parametrize("held", [False, True])
 def test_a_fork_after_use(tmp_path, held):
-    """Also while another thread loads a generator: a lock held at the fork is not held for ever."""
+    """Also while another thread loads a generator: the child must not inherit a held lock."""
     folder = tiny_generator().save(tmp_path / "gen")
     synth = ts.SynthesizeTumor(generator=folder, size_mm=(3, 7))
     image, label = synth(*SCANS[2], seed=1)
@@ -129,14 +129,15 @@ def load(dies_at):
 
 try:
     list(load(2))
-except RuntimeError as error:
-    print("worker" in str(error), all(map(torch.equal, list(load(None))[3], expected)))
+except (RuntimeError, ConnectionError) as error:  # torch's own, or the worker's closed socket
+    from_worker = isinstance(error, ConnectionError) or "worker" in str(error)
+    print(from_worker, all(map(torch.equal, list(load(None))[3], expected)))
 """
 
 
 @forks
 def test_a_worker_that_dies_ends_the_loader_and_not_the_transform():
-    """In an interpreter of its own: torch's handler of lost workers would outlive the test."""
+    """In its own interpreter: torch's handler of lost workers would outlive the test."""
     done = subprocess.run(
         [sys.executable, "-c", LOST], capture_output=True, text=True, cwd=ROOT, timeout=600
     )
@@ -157,7 +158,7 @@ print(hashlib.sha256(image.numpy().tobytes() + label.numpy().tobytes()).hexdiges
 
 @pytest.mark.slow
 def test_many_processes_at_once_with_nothing_cached(tmp_path):
-    """Eight interpreters, neither byte code nor weights ready: the same tumour eight times."""
+    """Eight interpreters without cached byte code or weights make the same tumour."""
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "cold")}
     started = [
         subprocess.Popen(
@@ -189,7 +190,7 @@ class Seeded(torch.utils.data.Dataset):
 
 
 def test_spawned_workers_of_a_plain_loader():
-    """They get the transform pickled, by its generator's name, and load the weights themselves."""
+    """They unpickle the transform with its generator's name, and load the weights themselves."""
     data = Seeded(ts.SynthesizeTumor(count=1, size_mm=(4, 7)))
     loader = torch.utils.data.DataLoader(
         data, batch_size=None, num_workers=1, multiprocessing_context="spawn"

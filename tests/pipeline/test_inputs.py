@@ -1,4 +1,4 @@
-"""What cannot work is refused by rule, value and fix: shapes, grids, types, True as a number."""
+"""Unusable input is refused with rule, value and fix: shapes, grids, types, bools as numbers."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def scan(shape=(1, 24, 24, 24)):
         ((1, 0, 24, 24), "look at the crop in front"),
     ],
 )
-def test_a_shape_that_cannot_work_is_told_what_applies(shape, fix):
+def test_a_wrong_shape_gets_its_fix(shape, fix):
     image, label = scan(shape)
     with pytest.raises(ValueError, match=f"got {re.escape(str(shape))}; .*{fix}"):
         ts.SynthesizeTumor(**SETTINGS)(image, label)
 
 
 @pytest.mark.parametrize("shape", [(24, 24, 24), (2, 24, 24, 24), (1, 2, 24, 24, 24)])
-def test_the_fix_of_a_shape_is_one(shape):
+def test_the_fix_for_a_shape_works(shape):
     """Doing what the message says leads to a tumour."""
     image, label = scan(shape)
     fixed = {3: lambda x: x[None], 4: lambda x: x[:, None], 5: lambda x: x[:, :1]}[len(shape)]
@@ -65,7 +65,7 @@ def test_the_fix_of_a_shape_is_one(shape):
     ],
     ids=["str", "Path", "paths", "array", "list", "list of tensors", "dict", "None"],
 )
-def test_what_is_no_tensor_is_told_how_to_become_one(image, fix):
+def test_other_types_than_tensors_get_their_fix(image, fix):
     with pytest.raises(TypeError, match=f"image must be a torch tensor, got .*; .*{fix}"):
         ts.SynthesizeTumor(**SETTINGS)(image, scan()[1])
 
@@ -79,19 +79,19 @@ YES = [True, np.True_, torch.tensor(True)]
     ["p", "count", "size_mm", "sigma_mm", "gap_mm", "contrast_hu", "organ_labels", "tumor_label",
      "mass_effect"],
 )  # fmt: skip
-def test_true_is_no_number(name, yes):
+def test_a_bool_is_no_number(name, yes):
     with pytest.raises(ValueError, match=f"{name} must be"):
         ts.SynthesizeTumor(**{"generator": "hu2023", name: yes})
 
 
 @pytest.mark.parametrize("name", ["count", "size_mm", "sigma_mm", "contrast_hu"])
-def test_true_is_no_end_of_a_range(name):
+def test_a_bool_is_no_end_of_a_range(name):
     with pytest.raises(ValueError, match=f"{name} must be"):
         ts.SynthesizeTumor(**{"generator": "hu2023", name: (True, 3)})
 
 
 @pytest.mark.parametrize("yes", YES, ids=["python", "numpy", "torch"])
-def test_true_is_no_seed_no_spacing_and_no_intensity(yes):
+def test_a_bool_is_no_seed_spacing_or_intensity(yes):
     synth = ts.SynthesizeTumor(**SETTINGS)
     for rule, call in (
         ("seed must be", {"seed": yes}),
@@ -138,13 +138,13 @@ def test_true_is_no_seed_no_spacing_and_no_intensity(yes):
         ({"gap_mm": -1}, "pass gap_mm="),
     ],
 )
-def test_an_argument_that_cannot_be_names_one_that_can(bad, fix):
+def test_the_fix_for_an_argument_works(bad, fix):
     ((name, value),) = bad.items()
     with pytest.raises(ValueError, match=f"{name} must be .* got {re.escape(repr(value))}; {fix}"):
         ts.SynthesizeTumor(generator="hu2023", **bad)
 
 
-def test_whole_numbers_of_numpy_count():
+def test_integers_of_numpy_are_accepted():
     synth = ts.SynthesizeTumor(
         **{**SETTINGS, "count": (np.int64(1), np.int32(1)), "p": np.float32(1)}
     )
@@ -158,7 +158,7 @@ def test_grids_that_differ_beyond_rounding_are_refused_by_name():
     near[:3] += 4e-4
     shifted[0, 3] = 3
     check_grid(("ct", "seg", "organs"), (one, near, None))
-    check_grid(("ct", "seg"), (np.stack([one, one]), one))  # a batch, and a map for all
+    check_grid(("ct", "seg"), (np.stack([one, one]), one))  # a batch, and one affine for all
     with pytest.raises(ValueError, match="'ct' and 'organs' must share one grid, .* by up to 3 mm"):
         check_grid(("ct", "seg", "organs"), (one, None, shifted))
     with pytest.raises(ValueError, match="'ct' and 'seg' must share one grid"):
@@ -174,13 +174,13 @@ def test_grids_that_differ_beyond_rounding_are_refused_by_name():
         ([7], "got 7 among them"),
     ],
 )
-def test_params_that_are_none_are_named(params, found):
+def test_other_values_than_params_are_named(params, found):
     with pytest.raises(ValueError, match=f"one record for each of the 1 samples, {found}; pass"):
         check_params(params, 1)
 
 
 @pytest.mark.parametrize("rejected", [[[0.0, 0.0]], [[0, ""]], [[0, None]], [[7, "faint"]], [0], 3])
-def test_what_a_gate_turned_away_is_a_number_and_words(rejected):
+def test_rejected_tumours_are_pairs_of_a_number_and_a_reason(rejected):
     image, label = torch.full((1, 20, 20, 20), 100.0), torch.ones(1, 20, 20, 20, dtype=torch.uint8)
     synth = ts.SynthesizeTumor("hu2023", count=1, size_mm=5)
     synth(image, label, spacing=1.0, seed=0)
@@ -192,7 +192,7 @@ def test_what_a_gate_turned_away_is_a_number_and_words(rejected):
 
 
 @pytest.mark.parametrize("intensity", [ts.Scaled(-175, 250, 0, 1), ts.ZScore(100, 80)])
-def test_hu_that_are_said_to_be_scaled(intensity):
+def test_hu_with_another_intensity_are_refused(intensity):
     image, label = torch.full((1, 40, 40, 40), 100.0), torch.ones(1, 40, 40, 40, dtype=torch.uint8)
     synth = ts.SynthesizeTumor("hu2023", count=1, size_mm=8, intensity=intensity)
     with pytest.raises(ValueError, match=r"must be in the scale of intensity=.*pass intensity=HU"):

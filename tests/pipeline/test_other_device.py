@@ -1,4 +1,4 @@
-"""That nothing depends on the CPU but what must: whole calls on a pretended device."""
+"""Whole calls on a pretended device: only what must depends on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is given: a sound result, or a ValueError or TypeError of ours, and soon.
+"""Random calls give a valid result, or a ValueError or TypeError of tumorsynth, in bounded time.
 
 The suite tries a few hundred calls. ``TUMORSYNTH_EXAMPLES=5000 pytest PATH_OF_THIS_FILE``
 tries as many per test, from new seeds every time.
@@ -32,11 +32,11 @@ from tumorsynth.pipeline.validation import frames_of
 
 LONG = int(os.environ.get("TUMORSYNTH_EXAMPLES", "0"))
 MANY = 100 if LONG else 6
-SECONDS = 20  # of CPU time for one call, whatever it is; the median is some milliseconds
+SECONDS = 20  # of CPU time for one call; the median is a few milliseconds
 TINY = tiny_generator()
 NAN, INF = math.nan, math.inf
-ENDLESS = "an iterator"  # stands for one, which would be used up
-COUNTS: Counter[str] = Counter()  # what became of the calls
+ENDLESS = "an iterator"  # stands in for one, which a single call would consume
+COUNTS: Counter[str] = Counter()  # of outcomes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +46,7 @@ def figures():
 
 
 def tries(quick: int):
-    """How often a test is tried; quick ones are the same every time."""
+    """How many examples a test tries; the quick ones are the same every time."""
     return settings(
         max_examples=LONG or quick,
         deadline=None,  # CPU time is asserted below: a clock has others' load in it
@@ -58,7 +58,7 @@ def tries(quick: int):
 
 
 def sound_or_refused(make, image, label, organs, tumor_label):
-    """Call ``make`` for (image, label, report), and check what comes of it. True if it worked."""
+    """Call ``make`` for (image, label, report) and check the outcome; return whether it worked."""
     kept = [(x, x.clone()) if isinstance(x, torch.Tensor) else (x, None) for x in (image, label)]
     start = time.thread_time()
     with warnings.catch_warnings(record=True) as warned:
@@ -126,7 +126,7 @@ numbers = st.one_of(st.floats(), st.integers(), st.sampled_from(ODD_NUMBERS))
 
 @st.composite
 def volumes(draw, odd):
-    """Image and label; odd: of a form that cannot be, or may not."""
+    """Image and label; ``odd`` names what is unusual or wrong about them."""
     sides = st.integers(1, 18) if draw(st.integers(0, 2)) == 1 else st.integers(12, 20)
     shape = draw(st.tuples(*[sides] * 3))
     batch = draw(st.sampled_from([None, None, 1, 2, 3]))
@@ -175,7 +175,7 @@ def volumes(draw, odd):
 
 @st.composite
 def layouts(draw, x):
-    """The same values lying in memory another way."""
+    """The same values in another memory layout."""
     kind = draw(st.sampled_from(["", "", "", "permuted", "strided", "offset", "expanded", "grad"]))
     if kind == "permuted":
         order = draw(st.permutations(range(x.ndim)))
@@ -204,7 +204,7 @@ odd_spacings = st.one_of(numbers, st.tuples(*[numbers] * 3))
 
 @st.composite
 def affines(draw, odd):
-    """Oblique and flipped ones, and now and then a degenerate one."""
+    """Oblique and flipped affines, and sometimes a degenerate one."""
     angles = draw(st.tuples(*[st.floats(-4, 4)] * 3))
     matrix = np.eye(4)
     for axis, angle in enumerate(angles):
@@ -245,7 +245,7 @@ odd_scales = st.builds(
 @st.composite
 def transforms(draw, odd, generator=None):
     """Settings of SynthesizeTumor, one of them odd."""
-    # now and then all that is costly: the largest counts, sizes and numbers of tries
+    # sometimes what is costly: the largest counts, sizes and numbers of tries
     costly = not LONG or draw(st.integers(0, 19)) == 0
     many = MANY if costly else 4
     wide = ["liver", "kidney", 200.0, 0.1, (1, 200)] if costly else ["liver", 0.1]
@@ -357,7 +357,7 @@ def untouched_beyond_the_feather(transform, frames, image, new_image, label, new
         assert not bool(changed.any())
 
 
-# -- params that somebody changed ------------------------------------------------------------------
+# -- changed params --------------------------------------------------------------------------------
 
 
 def scan(n=16):
@@ -429,7 +429,7 @@ def test_any_call_of_the_adapters(case, separate, healthy_only):
         out = adapter(image, label, label if separate else None, **unwrapped(call))
         return *out, adapter.report
 
-    # with the organ in a map of its own whatever lies there becomes tumour
+    # with a separate organ map, a tumour replaces any label value
     organs = organs_of(given_)
     if separate and isinstance(label, torch.Tensor) and not label.is_complex():
         organs = sorted(set(label.to(torch.float64).reshape(-1).tolist()))

@@ -1,4 +1,4 @@
-"""SynthesizeTumor end to end: what changes, what must not, and that a seed decides alone."""
+"""SynthesizeTumor end to end: what changes, what stays, and that only the seed decides."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def raw(x: torch.Tensor) -> bytes:
 
 
 def check(transform, image, label, new_image, new_label, spacing=ISO):
-    """All that must hold for any call; returns the records of the tumours made."""
+    """Check what holds for any call; return the records of the tumours made."""
     assert new_image.shape == image.shape and new_label.shape == label.shape
     assert new_image.dtype == image.dtype and new_label.dtype == label.dtype
     made = [r for r in transform.report if r["applied"]]
@@ -151,7 +151,7 @@ def test_only_the_tumour_and_its_feather_change(generator, blend):
     kept = image.clone(), label.clone()
     transform = synth(generator=generator, blend=blend, count=3)
     new_image, new_label = transform(image, label, spacing=ISO, seed=1)
-    assert same(image, kept[0]) and same(label, kept[1])  # the inputs are left as they are
+    assert same(image, kept[0]) and same(label, kept[1])  # the inputs stay unchanged
     made = check(transform, image, label, new_image, new_label)
     assert len(made) == 3
     assert {r["generator"] for r in made} == {"hu2023" if generator == "hu2023" else "tiny-0"}
@@ -218,7 +218,7 @@ def test_an_organ_in_the_corner(corner):
     st.sampled_from(["change", "difftumor"]),
     st.tuples(st.floats(1, 8), st.floats(8, 40)),
 )
-def test_anything_that_may_be_asked_for_keeps_the_rules(shape, spacing, seed, blend, size):
+def test_the_rules_hold_for_random_settings(shape, spacing, seed, blend, size):
     rng = np.random.default_rng(seed)
     image, label = scan(shape, spacing, seed % 1000)
     label[0][torch.from_numpy(rng.random(shape) < 0.01)] = 5  # holes in the organ
@@ -251,7 +251,7 @@ def test_bone_metal_air_nan_and_inf_stay_where_they_are(generator, blend):
     assert made
 
 
-def test_an_image_of_nan_alone_is_left_alone():
+def test_an_image_of_nan_is_skipped():
     image, label = scan((24, 24, 24))
     transform = synth(count=2)
     for value in (float("nan"), float("inf")):
@@ -265,7 +265,7 @@ def test_an_image_of_nan_alone_is_left_alone():
 # -- labels ----------------------------------------------------------------------------------------
 
 
-def test_several_organs_and_tumours_that_are_there_already():
+def test_several_organs_and_earlier_tumours():
     image, label = scan()
     label[0, 20:26, 20:26, 20:26] = 2
     transform = synth(organ_labels=(1, 3), count=4, gap_mm=3.0)
@@ -378,7 +378,7 @@ def test_count(count, numbers):
 
 
 @pytest.mark.parametrize("generator", ["hu2023", TINY], ids=["hu2023", "diffusion"])
-def test_a_sample_depends_on_its_own_seed_alone(generator):
+def test_a_sample_depends_only_on_its_own_seed(generator):
     samples = [scan((40, 36, 32), seed=s) for s in range(4)]
     spacings = [(1, 1, 1), (0.8, 0.8, 2), (1, 1, 1), (2, 1, 1)]
     seeds = [3, 11, 12, 5]
@@ -407,7 +407,7 @@ def test_a_sample_depends_on_its_own_seed_alone(generator):
     assert same(counted[0][1], alone[2][0])
 
 
-def test_seeds_differ_and_the_global_random_state_is_left_alone():
+def test_seeds_differ_and_the_global_random_state_stays():
     image, label = scan((40, 40, 40))
     transform = synth(count=2)
     state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
@@ -421,7 +421,7 @@ def test_seeds_differ_and_the_global_random_state_is_left_alone():
     first, second = (transform(image, label)[0] for _ in range(2))
     torch.manual_seed(5)
     assert same(transform(image, label)[0], first) and not same(first, second)
-    # the seed drawn is written down and gives the call again
+    # the report's seed repeats the call
     assert same(transform(image, label, seed=transform.params[0]["seed"])[0], first)
 
 
@@ -481,7 +481,7 @@ def test_params_replay_bit_by_bit(generator, merge):
 
 
 def test_params_replay_in_a_crowd():
-    """Tumours that press on each other: each keeps out of the way of those before it."""
+    """Tumours with mass effect side by side: each avoids those before it."""
     image = 110 + 12 * torch.randn(1, 24, 22, 20, generator=torch.Generator().manual_seed(0))
     label = torch.ones(image.shape, dtype=torch.uint8)
     transform = synth(count=12, size_mm=(7, 11), gap_mm=1.0)
@@ -517,7 +517,7 @@ def reoriented(x: torch.Tensor, axes, flips) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("generator", ["hu2023", TINY], ids=["hu2023", "diffusion"])
-def test_the_generator_sees_the_patient_whichever_way_the_array_lies(generator):
+def test_the_arrays_orientation_does_not_matter_to_the_generator(generator):
     """One tumour, drawn once, in all 48 orientations of the array: painted alike."""
     image, label = scan((40, 36, 32))
     transform = synth(generator=generator)
@@ -718,7 +718,7 @@ def test_other_scales_get_the_same_tumours(scale, generator, blend):
     assert difference.max() < 0.5 and difference.mean() < 1e-3
 
 
-def test_a_scale_that_clips_is_never_left():
+def test_values_stay_within_a_clipped_scale():
     image, label = scan((40, 40, 40))
     image[0, 20:] -= 280  # an organ at the lower end of the window
     scaled = ((image + 175) / 425).clamp(0, 1)
@@ -780,7 +780,7 @@ IMAGE, LABEL = scan((16, 16, 16))
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("p", [0, 1])
-def test_tensors_that_cannot_work(error, words, arguments, p):
+def test_unusable_tensors_are_refused(error, words, arguments, p):
     with pytest.raises(error, match=words):
         synth(p=p)(*arguments, seed=0)
 
@@ -806,7 +806,7 @@ def test_tensors_that_cannot_work(error, words, arguments, p):
         ("seed must be", {"seed": "0"}),
     ],
 )
-def test_arguments_that_cannot_work(words, arguments):
+def test_unusable_arguments_are_refused(words, arguments):
     with pytest.raises(ValueError, match=words):
         synth()(IMAGE, LABEL, **arguments)
 
@@ -854,7 +854,7 @@ def test_arguments_that_cannot_work(words, arguments):
         (FileNotFoundError, "hu2023", {"generator": "no-such-thing"}),
     ],
 )
-def test_settings_that_cannot_work(error, words, settings):
+def test_unusable_settings_are_refused(error, words, settings):
     with pytest.raises(error, match=words):
         synth(**settings)
 
@@ -890,8 +890,8 @@ def test_a_scaled_image_called_hu_is_refused(scaled):
     synth(intensity=scaled)(values, label, seed=0)
 
 
-def test_a_whole_slice_without_a_spacing_is_warned_of_once():
-    """512 x 512 as scanned is not of 1 mm; a patch may be."""
+def test_a_large_slice_without_a_spacing_gives_one_warning():
+    """A scan of 512 x 512 rarely has voxels of 1 mm; a patch may."""
     transform = ts.SynthesizeTumor("hu2023", size_mm=5)
     slab = torch.zeros(1, 400, 512, 4)
     with warnings.catch_warnings(record=True) as said:
@@ -905,7 +905,7 @@ def test_a_whole_slice_without_a_spacing_is_warned_of_once():
 
 
 @pytest.mark.parametrize("blend", ["change", "difftumor"])
-def test_gas_and_bone_beside_a_tumour_are_left_alone(blend):
+def test_gas_and_bone_beside_a_tumour_stay(blend):
     """They lie beyond the generator's window, which shows them as its ends."""
     rng = torch.Generator().manual_seed(0)
     image = 100 + 10 * torch.randn(1, 64, 64, 64, generator=rng)

@@ -54,7 +54,7 @@ def test_a_call_waits_a_few_times_a_sample_and_a_few_times_a_tumour(monkeypatch,
     assert counts[1] - counts[0] <= TUMOUR
 
 
-def test_what_stays_as_it_is_waits_least(monkeypatch):
+def test_skipped_samples_wait_least(monkeypatch):
     image, label = scan()
     synth = SynthesizeTumor(tiny_generator(), organ_labels=7)
     with pretended(monkeypatch, image, label) as gpu:
@@ -81,7 +81,7 @@ def test_blending_a_tumour_waits_once(monkeypatch):
     assert counts == [1, 1]
 
 
-def test_waits_are_seen(monkeypatch):
+def test_the_pretended_gpu_counts_waits(monkeypatch):
     image, _ = scan()
     alone = torch.ones(3)
     with pretended(monkeypatch, image) as gpu:
@@ -113,7 +113,7 @@ WAYS = {
         ("sliver", "plain"),
     ],
 )
-def test_a_device_draws_the_same_tumours_from_a_cut_out_of_the_label(monkeypatch, kind, name):
+def test_a_device_draws_the_same_tumours_from_a_part_of_the_label(monkeypatch, kind, name):
     synth = SynthesizeTumor(**{"generator": tiny_generator(), **WAYS[name]})
     found = []
     for there in (False, True):
@@ -134,13 +134,13 @@ def test_a_device_draws_the_same_tumours_from_a_cut_out_of_the_label(monkeypatch
     "dtype", [torch.uint8, torch.int8, torch.int16, torch.int64, torch.float32, torch.float64]
 )
 @pytest.mark.parametrize("reverse", [False, True])
-def test_the_organs_box_is_the_least_around_its_voxels(monkeypatch, dtype, reverse):
+def test_the_organs_box_is_the_smallest_around_its_voxels(monkeypatch, dtype, reverse):
     monkeypatch.setattr("tumorsynth.placement.organ.SLAB_VOXELS", 5000)
     label = torch.zeros(30, 40, 50)
     label[3:17, 5:9, 20:44], label[25, 30, 7] = 3, 5
     label[0, 0, 0], label[29, 39, 49] = 4, 99
     label = label.to(dtype)
-    if reverse:  # as a NIfTI file's lie in memory
+    if reverse:  # the memory layout of a NIfTI file
         label = label.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     for labels in ((3,), (3, 5), (99, 1000), (1000,)):
         at = torch.isin(label.double(), torch.tensor(labels, dtype=torch.float64)).nonzero()

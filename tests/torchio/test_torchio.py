@@ -108,7 +108,7 @@ def test_history_is_small_and_replays_bit_by_bit(settings):
     assert type(out.history[0]) is SynthesizeTumor
 
     arguments = pickle.loads(pickle.dumps(arguments))
-    torch.manual_seed(99)  # nothing is drawn any more
+    torch.manual_seed(99)  # a replay draws nothing
     again = SynthesizeTumor(**arguments)(given)
     assert equal(again, out) and equal(out.get_composed_history()(given), out)
     assert again.applied_transforms == out.applied_transforms
@@ -123,13 +123,13 @@ def test_history_of_a_chain_replays():
     replayed = out.get_composed_history()(given)
     assert equal(replayed, out) and tumor(out).any()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # that the noise, say, has no inverse
+        warnings.simplefilter("ignore", RuntimeWarning)  # for example that noise has no inverse
         back = out.apply_inverse_transform()
     assert int(tumor(back).sum()) == int(tumor(out).sum())
 
 
-def test_scans_that_are_read_from_files_when_needed(tmp_path):
-    """As TorchIO has them: lazily, oblique, HU as int16; saved, and replayed after a pickle."""
+def test_scans_that_are_read_lazily_from_files(tmp_path):
+    """Lazy, oblique, HU as int16; saved, and replayed after a pickle."""
     given = subject(OBLIQUE, image_dtype=torch.int16, label_dtype=torch.uint8)
     for name in ("image", "label"):
         given[name].save(tmp_path / f"{name}.nii.gz")
@@ -149,13 +149,13 @@ def test_scans_that_are_read_from_files_when_needed(tmp_path):
     assert torch.equal(tio.LabelMap(tmp_path / "made.nii.gz").data, one["label"].data)
 
 
-def test_a_map_of_another_grid_is_brought_onto_the_images():
+def test_a_map_on_another_grid_is_refused_with_a_fix_that_works():
     given = subject(shape=(40, 40, 40))
     coarse = tio.Resample(1.7)(given["label"])
     given.add_image(tio.LabelMap(tensor=coarse.data, affine=coarse.affine), "label")
     with pytest.raises(ValueError, match="must have the image's shape|must share one grid"):
         transform()(given)
-    out = tio.Compose([tio.Resample("image"), transform(size_mm=6)])(given)  # what the error says
+    out = tio.Compose([tio.Resample("image"), transform(size_mm=6)])(given)  # the error's fix
     assert tumor(out).any()
 
 
@@ -227,7 +227,7 @@ def test_numpy_errors_are_not_raised(prior, generator, tmp_path):
     given["image"].data[:, :4] = float("nan")
     if generator == "tiny":
         generator = tiny_generator(contrast=ContrastConfig()).save(tmp_path / "tiny")
-    store._loaded.clear()  # loading is part of it
+    store._loaded.clear()  # so that the call loads them too
     settings = {"size_mm": prior, "count": None, "intensity": ts.HU(), "generator": generator}
     with np.errstate(all="raise"):
         out = transform(**settings)(given)
@@ -254,7 +254,7 @@ def test_a_drawn_contrast_is_in_the_params_of_the_history():
     assert equal(out.get_composed_history()(subject()), out)
 
 
-def test_repr_says_what_was_asked_for():
+def test_repr_shows_the_given_arguments():
     text = repr(transform(p=0.5, organ="organs"))
     assert text == (
         "RandomSynthesizeTumor(image='image', label='label', organ='organs', p=0.5, "
@@ -274,7 +274,7 @@ def test_pickle_and_copies_are_small():
     assert torch.equal(copied(subject())["label"].data, first["label"].data)
 
 
-def test_a_generator_has_to_have_a_name_and_only_that_enters_the_history(tmp_path):
+def test_a_generator_needs_a_name_and_the_history_holds_only_that(tmp_path):
     config = {
         "autoencoder": {"encoder_widths": (8, 8, 8), "decoder_widths": (8, 8, 8), "groups": 4},
         "denoiser": {"type": "conv", "widths": (8, 16), "blocks": 1},
@@ -304,7 +304,7 @@ def test_a_generator_has_to_have_a_name_and_only_that_enters_the_history(tmp_pat
         ({"label": ["label"]}, "must be different names"),
     ],
 )
-def test_names_the_subject_lacks(kwargs, message):
+def test_names_that_the_subject_lacks_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         transform(**kwargs)(subject())
 
@@ -319,7 +319,7 @@ def test_names_the_subject_lacks(kwargs, message):
         (["image"], "\\['image'\\]"),
     ],
 )
-def test_a_generator_in_the_first_place_is_told_its_own(first, found):
+def test_a_generator_as_first_argument_gets_the_fix(first, found):
     with pytest.raises(ValueError, match=f"image must be the name .*, got {found}; .*generator="):
         RandomSynthesizeTumor(first, p=1)
     with pytest.raises(ValueError, match=f"image must be the name .*, got {found}; .*generator="):

@@ -73,7 +73,7 @@ def test_history_is_small_and_replays_bit_by_bit():
     trace, flip = out.applied_transforms
     assert (trace.name, flip.name) == ("RandomSynthesizeTumor", "Flip")
     assert len(json.dumps(trace.params)) < 3000
-    torch.manual_seed(99)  # nothing is drawn any more
+    torch.manual_seed(99)  # a replay draws nothing
     made = SynthesizeTumor(**pickle.loads(pickle.dumps(trace.params)))(subject())
     assert equal(tio.Flip(axes=(0,))(made), out)
     twice = SynthesizeTumor(**made.applied_transforms[0].params)(subject())
@@ -83,7 +83,7 @@ def test_history_is_small_and_replays_bit_by_bit():
     assert equal(back, made)
 
 
-def test_a_batch_has_tumors_of_its_own_in_each_sample_and_in_each_history():
+def test_each_sample_of_a_batch_has_its_own_tumors_and_history():
     batch = tio.SubjectsBatch.from_subjects([subject(seed=s) for s in range(6)])
     torch.manual_seed(0)
     out = transform(p=0.5)(batch)

@@ -72,7 +72,7 @@ class ContrastPrior:
     Raises:
         ValueError: for ranges that are not (low, high) and shares that are out of range.
 
-    Example:
+    Examples:
         >>> prior = ts.ContrastPrior(hypo=(-45, -25), rim_share=0.3)
         >>> synth = ts.SynthesizeTumor(contrast_hu=prior)
     """

@@ -51,7 +51,7 @@ class Gate:
         ValueError: for limits that are not (low, high), and for ``tries`` below 1 or above 100.
         TypeError: for a scorer that cannot be called.
 
-    Example:
+    Examples:
         >>> synth = ts.SynthesizeTumor(gate=ts.Gate(visibility=(1.0, 5.0), tries=5))
     """
 

@@ -62,7 +62,7 @@ class MassEffect:
     Raises:
         ValueError: for other values.
 
-    Example:
+    Examples:
         >>> synth = ts.SynthesizeTumor(mass_effect=ts.MassEffect(0.5, capsule="fixed"))
     """
 

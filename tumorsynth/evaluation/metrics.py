@@ -102,7 +102,7 @@ def scores(
         ValueError: for maps of different shapes, spacing that is not positive, settings out of
             range, or instances that do not cover exactly the label's tumours.
 
-    Example:
+    Examples:
         >>> case = scores(predicted, label, spacing=(0.8, 0.8, 2.5))
         >>> case.dsc, case.detected, case.tumors
     """
@@ -175,7 +175,7 @@ def summary(cases: Sequence[CaseScores], bootstrap: int = 1000, seed: int = 0) -
     Raises:
         ValueError: for a negative ``bootstrap``.
 
-    Example:
+    Examples:
         >>> summary([scores(p, l, spacing) for p, l in pairs])["sensitivity"]["value"]
     """
     if bootstrap < 0:

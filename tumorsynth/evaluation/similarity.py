@@ -71,7 +71,7 @@ def tumor_features(
         ValueError: for a tumour with less than 27 mm3 between -200 and 300 HU, or bad arguments.
         ModuleNotFoundError: if MIRP is not installed.
 
-    Example:
+    Examples:
         >>> features = tumor_features(ct, label == 2, spacing=(0.8, 0.8, 2.5))
     """
     try:
@@ -172,7 +172,7 @@ def tell_apart(
         ValueError: for fewer than two classes, two groups in each, or two folds; for features that
             are not finite or do not match.
 
-    Example:
+    Examples:
         >>> x, names = table([tumor_features(ct, mask) for ct, mask in tumors])
         >>> result = tell_apart(x, ["real", "synthetic", ...], groups=patients)
         >>> result["classifiers"]["SVM"]["auc"]

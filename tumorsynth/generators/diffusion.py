@@ -56,7 +56,7 @@ class Generator:
         source: name or folder that the generator was loaded from; None if it was built in memory.
         compiled: the compiled networks after `compile`; None runs them as they are.
 
-    Example:
+    Examples:
         >>> generator = ts.load_generator("liver-early")
         >>> crop = torch.full((1, 1, 96, 96, 96), 0.6)
         >>> mask = torch.zeros_like(crop, dtype=torch.bool)

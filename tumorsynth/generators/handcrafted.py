@@ -105,7 +105,7 @@ class HandcraftedGenerator:
     Args:
         config: ranges to sample from; None takes the defaults.
 
-    Example:
+    Examples:
         >>> config = HandcraftedConfig(contrast_hu=(60.0, 60.0))
         >>> synth = ts.SynthesizeTumor(ts.HandcraftedGenerator(config), tumor_label=2)
     """

@@ -30,7 +30,7 @@ class TumorGenerator(Protocol):
         card: name, source, licence; free-form but for ``name``. Reports quote it.
         parameter_count: optional, of its networks: small ones run on one CPU thread.
 
-    Example:
+    Examples:
         >>> class Darker:
         ...     name, window, crop_size, crop_multiple = "darker", (-175.0, 250.0), 64, 1
         ...     own_edge, even, keeps_detail = False, False, True

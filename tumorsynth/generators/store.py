@@ -67,7 +67,7 @@ def load_generator(
         FileNotFoundError: if there is no generator of that name.
         ValueError: if the folder's files are damaged or do not belong together.
 
-    Example:
+    Examples:
         >>> generator = ts.load_generator("liver-early", device="cuda")
     """
     device = torch.device(device if device is not None else "cpu")

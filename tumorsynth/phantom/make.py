@@ -75,7 +75,7 @@ def make_phantom(
     Raises:
         ValueError: if spacing, shape or seed is invalid.
 
-    Example:
+    Examples:
         >>> phantom = ts.make_phantom(spacing=(2.0, 2.0, 2.0), seed=1)
         >>> phantom.image.shape
         torch.Size([1, 160, 130, 80])

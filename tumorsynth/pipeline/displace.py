@@ -89,8 +89,8 @@ def displace_and_paint(
 ) -> list[Record]:
     """Push tissue aside for tumours, paint them there, and write them, all in place.
 
-    The tumours of one sample go one after the other, since each moves the tissue of the next;
-    those of several samples go through the generator together.
+    The tumours of one sample are made one after the other, since each moves the tissue of the next.
+    Tumours of different samples go through the generator together.
 
     Args:
         call: settings and generator.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,12 +42,11 @@ def paint_and_finish(
     placed: Sequence[PlacedSample],
 ) -> list[Record]:
     """Paint tumours and write them into their samples, in place; return their report entries."""
-    painted = call.painter.paint(call.settings, call.generator, requests)
-    return [
-        finish(call, request, generated, samples[b], placed[b].drawn)
-        for request, generated in painted
-        for b in [request.id.sample]
-    ]
+    records = []
+    for request, generated in call.painter.paint(call.settings, call.generator, requests):
+        b = request.id.sample
+        records.append(finish(call, request, generated, samples[b], placed[b].drawn))
+    return records
 
 
 def finish(
@@ -66,15 +66,29 @@ def finish(
         params: the sample's params, in which the gate's decisions are recorded; None on a replay,
             whose params hold them already.
     """
-    settings, generator, gate = call.settings, call.generator, call.settings.gate
-    candidate = blend_candidate(settings, generator, request, generated, sample)
+    gate = call.settings.gate
+    candidate = blend_candidate(call.settings, call.generator, request, generated, sample)
     if not candidate.visible:
         return _skip(request, SkipCode.NO_VISIBLE_CHANGE, NO_VISIBLE_CHANGE)
     if gate is None:
         return write(call, request, candidate, sample)
-    scores = _scores(settings, gate, request, candidate, sample)
     if params is None:
+        scores = _scores(call.settings, gate, request, candidate, sample)
         return write(call, request, candidate, sample, scores)
+    return _write_if_accepted(call, gate, request, candidate, sample, params)
+
+
+def _write_if_accepted(
+    call: Call,
+    gate: Gate,
+    request: PaintRequest,
+    candidate: Candidate,
+    sample: Sample,
+    params: SampleParams,
+) -> Record:
+    """Write a tumour that the gate accepts, in place; make a rejected one again, or skip it."""
+    settings, generator = call.settings, call.generator
+    scores = _scores(settings, gate, request, candidate, sample)
     objection = gate.objection(scores)
     for _ in range(gate.tries - 1):
         if objection is None:
@@ -100,11 +114,38 @@ def blend_candidate(
     generated: Tensor,
     sample: Sample,
 ) -> Candidate:
-    """Blend a painted tumour into its region; the sample stays as it is."""
+    """Blend a painted tumour into its region and measure it; the sample stays as it is."""
+    blend = _blend(settings, generator, request, generated, sample)
+    return _measure(blend, request, settings.intensity.hu_per_unit)
+
+
+class _Blend(NamedTuple):
+    """A tumour blended into its region.
+
+    Args:
+        before: the region's image.
+        healthy: the same in at least float32, with the background filled.
+        after: the region's image with the tumour.
+        weight: the blend weights.
+    """
+
+    before: Tensor
+    healthy: Tensor
+    after: Tensor
+    weight: Tensor
+
+
+def _blend(
+    settings: Settings,
+    generator: TumorGenerator,
+    request: PaintRequest,
+    generated: Tensor,
+    sample: Sample,
+) -> _Blend:
     frame, tumor, region = request.grid.frame, request.tumor, request.region
-    inside, fill, intensity = request.inside, request.fill, settings.intensity
+    fill, intensity = request.fill, settings.intensity
     weight = feather(
-        inside,
+        request.inside,
         request.feather_mm,
         frame.spacing,
         settings.blend,
@@ -132,19 +173,26 @@ def blend_candidate(
         after = torch.where(fill.other_tissue, torch.maximum(after, before), after)
     if intensity.limits is not None:
         after = after.clamp(*intensity.limits)
-    after = after.to(sample.image.dtype)
-    keep = (weight > 0) & before.isfinite() & after.isfinite()  # a dtype's end may be near
-    after = torch.where(keep, after, before)
-    # no label on what cannot be seen: fat or air under an organ's label, a scale that clips
-    changed = (after != healthy.to(sample.image.dtype)).logical_and_(inside).sum()
-    peak = (weight * inside).amax()
-    voxels = tuple(  # by index: a GPU has to be waited for to count a mask's voxels
-        onto(i + s - r, sample.image.device)
+    after = after.to(before.dtype)
+    keep = (weight > 0) & before.isfinite() & after.isfinite()  # a sum may exceed the dtype's range
+    return _Blend(before, healthy, torch.where(keep, after, before), weight)
+
+
+def _measure(blend: _Blend, request: PaintRequest, hu_per_unit: float) -> Candidate:
+    """Measure a blended tumour, with one host-device synchronisation."""
+    before, after, inside = blend.before, blend.after, request.inside
+    tumor, region = request.tumor, request.region
+    # an invisible tumour gets no label: in fat or air under an organ's label, in a clipped scale
+    changed = (after != blend.healthy.to(before.dtype)).logical_and_(inside).sum()
+    peak = (blend.weight * inside).amax()
+    # by index: to count a mask's voxels would need a synchronisation
+    voxels = tuple(
+        onto(i + s - r, before.device)
         for i, s, r in zip(tumor.mask.nonzero().unbind(1), tumor.start, region.start, strict=True)
     )
-    hu_change = (after.float() - before.float())[voxels].mean() * intensity.hu_per_unit
+    hu_change = (after.float() - before.float())[voxels].mean() * hu_per_unit
     figures = torch.stack([changed.to(peak), peak, hu_change.to(peak)])
-    changed_voxels, peak_weight, mean_hu = figures.tolist()  # one host-device synchronisation
+    changed_voxels, peak_weight, mean_hu = figures.tolist()
     visible = changed_voxels >= MIN_CHANGED_SHARE * tumor.voxels
     return Candidate(after, peak_weight, mean_hu, visible)
 

@@ -52,30 +52,16 @@ def request_painting(
     Raises:
         ValueError: if the image around the tumour cannot be in the scale of ``intensity``.
     """
-    frame, spacing, to_hu = sample.frame, sample.frame.spacing, settings.intensity.to_hu
+    spacing, to_hu = sample.frame.spacing, settings.intensity.to_hu
     grain_mm = (0.0, 0.0, 0.0)
     if settings.blend == "change":
         grain_mm = _grain_around(settings, sample, tumor)
-    sigma_mm = feather_mm(tumor.params.sigma_mm, grain_mm)
-    feathered = feather_reach(sigma_mm, spacing, settings.blend, softening_mm(grain_mm))
-    margin_mm = max(n * s for n, s in zip(feathered, spacing, strict=True)) + 2
-    whole = Box.whole(sample.image.shape)
-    grid = plan_crop(
-        frame,
-        whole.shape,
-        tumor.box,
-        min_side=generator.crop_size,
-        multiple=generator.crop_multiple,
-        margin_mm=max(CONTEXT_MM, margin_mm),
-    )
+    grid, region = _plan(settings, generator, sample, tumor, grain_mm)
     hu = to_hu(sample.image[grid.source.slices].float())
     if isinstance(settings.intensity, HU):
         check_hu(hu)
     else:
         check_scale(hu, settings.intensity)
-    extension = (math.ceil((EXTENSION_MM + 1) / s) for s in spacing)
-    region = tumor.box.grown([max(n, m) for n, m in zip(feathered, extension, strict=True)])
-    region = region.within(whole)
     inside = torch.zeros(region.shape, dtype=torch.bool, device=sample.image.device)
     inside[tumor.box.relative_to(region).slices] = onto(tumor.mask, sample.image.device)
 
@@ -111,6 +97,32 @@ def request_painting(
         outside_share=0.0 if fill is None else tissue.outside_share,
         fill=fill,
     )
+
+
+def _plan(
+    settings: Settings,
+    generator: TumorGenerator,
+    sample: Sample,
+    tumor: LocalMask,
+    grain_mm: Floats3,
+) -> tuple[CropGrid, Box]:
+    """Return a tumour's crop, and the region that its feather and its fill may change."""
+    frame, spacing = sample.frame, sample.frame.spacing
+    sigma_mm = feather_mm(tumor.params.sigma_mm, grain_mm)
+    feathered = feather_reach(sigma_mm, spacing, settings.blend, softening_mm(grain_mm))
+    margin_mm = max(n * s for n, s in zip(feathered, spacing, strict=True)) + 2
+    whole = Box.whole(sample.image.shape)
+    grid = plan_crop(
+        frame,
+        whole.shape,
+        tumor.box,
+        min_side=generator.crop_size,
+        multiple=generator.crop_multiple,
+        margin_mm=max(CONTEXT_MM, margin_mm),
+    )
+    extension = (math.ceil((EXTENSION_MM + 1) / s) for s in spacing)
+    region = tumor.box.grown([max(n, m) for n, m in zip(feathered, extension, strict=True)])
+    return grid, region.within(whole)
 
 
 def with_contrast(
@@ -159,7 +171,7 @@ class Painter:
                 batch = waiting[: self._batch_size(device)]
                 run = partial(self._run_generator, batch, generator, blend)
                 generated = or_on_cpu("the generator", device, run)
-                if generated is None:  # outside the exception, which holds on to the memory
+                if generated is None:  # outside of the exception, which would keep the memory
                     self._halve_batch(len(batch))
                     continue
                 waiting = waiting[len(batch) :]
@@ -177,7 +189,7 @@ class Painter:
         device: torch.device,
     ) -> Tensor | None:
         """Return (batch, side, side, side) in HU; None if the batch exceeds a GPU's memory."""
-        if device.type == "cpu" != generator.device.type:  # in place of its own
+        if device.type == "cpu" != generator.device.type:  # or_on_cpu falls back to the CPU
             generator = self.handle.get(device)
         run = generator.change if blend == "change" else generator.inpaint
         params = [request.tumor.params for request in batch]
@@ -218,9 +230,9 @@ class Painter:
 def _threads(generator: TumorGenerator, crops: Tensor) -> AbstractContextManager[None]:
     """Return the context for a generator's CPU threads.
 
-    Networks get all threads of the program where an operator is long enough to be shared, or where
-    threads sleep while they wait for each other: threads that spin starve other programs, and
-    themselves beside them. A generator without ``parameter_count`` gets all threads.
+    Networks get all threads of the program if their operators are long enough to share, or if
+    waiting threads sleep: spinning threads starve other programs and each other. A generator
+    without ``parameter_count`` gets all threads.
     """
     parameters = getattr(generator, "parameter_count", None)
     if parameters == 0:
@@ -250,8 +262,10 @@ def _grain_around(settings: Settings, sample: Sample, tumor: LocalMask) -> Float
 def _mask_on_grid(
     grid: CropGrid, mask: Tensor, where: tuple[slice, slice, slice], like: Tensor
 ) -> Tensor:
-    """Resample a mask of a part of the grid's source: half a voxel's share counts, or less where
-    the tumour is smaller than the generator's voxels."""
+    """Resample a mask, of a part of the grid's source, onto the grid.
+
+    A voxel counts from half its volume on, or less if the tumour is smaller than a voxel.
+    """
     whole = torch.zeros_like(like)
     whole[where] = mask.to(like.dtype)
     share = grid.cut(whole)

@@ -20,7 +20,7 @@ from tumorsynth.placement.organ import OrganRegion, is_organ, organ_box
 from tumorsynth.placement.place import place, place_from_params
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
 
-MAX_NOT_FINITE_SHARE = 0.5  # of the organ; beyond it, that is why no tumour found room
+MAX_NOT_FINITE_SHARE = 0.5  # of the organ; beyond it, the reason for no room
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def place_sample(
     Args:
         settings: of the transform.
         sample: the scan or patch.
-        seed: what everything about the sample's tumours follows from.
+        seed: decides everything about the sample's tumours.
         device: where to search the label.
     """
     sample = sample.to(device)
@@ -171,8 +171,8 @@ def growth_region(settings: Settings, sample: Sample) -> ExophyticRegion:
 def organ_region(settings: Settings, sample: Sample, box: Box | None = None) -> OrganRegion:
     """Return the organ of a sample, on the CPU.
 
-    Forbids voxels that are not finite, and the tumours that are there already with their gap.
-    Placement makes many small decisions; on a GPU each would need a synchronisation.
+    It forbids voxels that are not finite, and earlier tumours with their gap. It is on the CPU
+    since placement makes many small decisions, each of which would synchronise with a GPU.
 
     Args:
         settings: of the transform.

@@ -112,26 +112,30 @@ def request_or_skip(
 
 
 def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: Requests) -> None:
-    b = sample.number
-    requests.records.extend(skip_records([placed], first=b))
+    """Add what is to be done for the tumours of one sample."""
+    requests.records.extend(skip_records([placed], first=sample.number))
     rejected = dict(placed.params.rejected)
     tumors = [result for result in placed.results if isinstance(result, LocalMask)]
-    displacing: list[DisplacingTumor] | None = None
-    if any(tumor.params.displaced > 0 for tumor in tumors):
-        displacing = []
-        requests.displace.append(displacing)
+    has_mass_effect = any(tumor.params.displaced > 0 for tumor in tumors)
+    displacing: list[DisplacingTumor] = []
     number = 0
     for index, result in enumerate(placed.results):
-        id = TumorId(b, index, number)
-        number += isinstance(result, LocalMask)
-        if isinstance(result, LocalMask) and id.number in rejected:
-            # skipped only here: while the others were placed, it took room from the later ones
-            reason = rejected[id.number]
-            requests.records.append(SkipRecord(b, index, SkipCode.GATE, reason))
-        elif isinstance(result, LocalMask) and displacing is not None:
-            later = [] if call.settings.merge else tumors[number:]
-            displacing.append(DisplacingTumor(id, result, later))
+        id = TumorId(sample.number, index, number)
+        if isinstance(result, LocalMask):
+            number += 1
+            if id.number in rejected:
+                # skipped only here: it took room from the later ones while they were placed
+                reason = rejected[id.number]
+                requests.records.append(SkipRecord(id.sample, index, SkipCode.GATE, reason))
+                continue
+            if has_mass_effect:
+                later = [] if call.settings.merge else tumors[number:]
+                displacing.append(DisplacingTumor(id, result, later))
+                continue
+        found = request_or_skip(call, id, sample, result, placed.drawn)
+        if isinstance(found, SkipRecord):
+            requests.records.append(found)
         else:
-            found = request_or_skip(call, id, sample, result, placed.drawn)
-            target = requests.records if isinstance(found, SkipRecord) else requests.paint
-            target.append(found)  # type: ignore[arg-type]
+            requests.paint.append(found)
+    if has_mass_effect:
+        requests.displace.append(displacing)

@@ -72,7 +72,7 @@ def place(
     Returns:
         One `LocalMask` or `Skip` for each tumour, in order.
 
-    Example:
+    Examples:
         >>> region = OrganRegion.of_label(label, organ_labels=1)
         >>> settings = PlacementSettings(size_mm=(5, 20), count=3)
         >>> place(region, (0.8, 0.8, 2.5), settings, torch.Generator().manual_seed(0))

@@ -50,7 +50,7 @@ class PlacementSettings:
     Raises:
         ValueError: if a value is out of range or a prior is unknown.
 
-    Example:
+    Examples:
         >>> PlacementSettings(size_mm=(5, 20), count=3)
         >>> PlacementSettings(size_mm="kidney", count=None)
     """

@@ -146,7 +146,7 @@ class LocalMask:
         voxels: how many voxels of the mask are the tumour.
         diameter_mm: exact equivalent diameter of these voxels.
 
-    Example:
+    Examples:
         >>> label[tumor.slices][tumor.mask] = tumor_label
     """
 

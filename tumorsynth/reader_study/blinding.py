@@ -161,7 +161,7 @@ def blind(
     Raises:
         ValueError: for bad settings, or a label without a lesion.
 
-    Example:
+    Examples:
         >>> (case,) = blind(Scan("real", ct, label), tumor_label=2, field_mm=120)
         >>> case.nifti(), case.mark
     """

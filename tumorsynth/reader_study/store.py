@@ -78,7 +78,7 @@ class Store:
         OSError: if the file cannot be written.
         ValueError: for a file that is no study, or of another format.
 
-    Example:
+    Examples:
         >>> with contextlib.closing(Store(Path("answers.sqlite"), write=False)) as store:
         ...     print(study_results(store)["rows"])
     """

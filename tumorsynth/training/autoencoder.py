@@ -115,7 +115,7 @@ def train(
         FileNotFoundError: for a start that does not exist.
         Diverged: see `train_loop`, as for OSError and SystemExit.
 
-    Example:
+    Examples:
         >>> cases = load_pack(Path("ct.npz"))
         >>> autoencoder = train(cases, Path("RUN/ae"), AutoencoderTraining(steps=4000))
     """

@@ -114,7 +114,7 @@ def train(
         FileNotFoundError: for an autoencoder or a start that does not exist.
         Diverged: see `train_loop`, as for OSError and SystemExit.
 
-    Example:
+    Examples:
         >>> cases = load_pack(Path("liver.npz"))
         >>> generator = train(cases, "RUN/ae", Path("RUN/gen"), DenoiserTraining(steps=600))
     """

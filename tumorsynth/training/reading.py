@@ -53,7 +53,7 @@ def load_data(data: Path, labels: Path | None = None) -> list[Case]:
         FileNotFoundError: if ``data`` does not exist.
         ValueError: with every problem of every case.
 
-    Example:
+    Examples:
         >>> cases = load_data(Path("images"), Path("labels"))
     """
     if labels is not None and not data.is_dir():
