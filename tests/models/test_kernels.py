@@ -126,13 +126,43 @@ def test_the_library_is_tried_once(monkeypatch):
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
+@pytest.mark.parametrize(
+    ("intel", "amx", "limit", "gains"),
+    [
+        (False, False, None, True),
+        (True, False, None, False),
+        (True, True, None, True),
+        (True, True, "AVX512_CORE_BF16", False),
+        (True, True, "AVX512_CORE_AMX", True),
+        (True, True, "DEFAULT", True),
+    ],
+)
+def test_intel_gains_from_bfloat16_by_amx_alone(monkeypatch, intel, amx, limit, gains):
+    for name in kernels.ISA_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(kernels, "cpu_computes_bfloat16", lambda: True)
+    monkeypatch.setattr(kernels, "_is_intel", lambda: intel)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    kernels._uses_amx.cache_clear()
+    assert kernels.cpu_gains_from_bfloat16() is gains
+    kernels._uses_amx.cache_clear()
+    monkeypatch.setattr(kernels, "cpu_computes_bfloat16", lambda: False)
+    assert not kernels.cpu_gains_from_bfloat16()
+
+
 def test_the_isa_names_capability_limits_and_bfloat16(monkeypatch):
     for name in kernels.ISA_LIMITS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(kernels, "uses_onednn", lambda: True)
     monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(kernels, "_is_intel", lambda: False)
     assert kernels.cpu_isa() == "AVX512, bfloat16"
+    monkeypatch.setattr(kernels, "_is_intel", lambda: True)
+    monkeypatch.setattr(kernels, "_uses_amx", lambda: False)
+    assert kernels.cpu_isa() == "AVX512, bfloat16 slower than float32"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: False)
     assert kernels.cpu_isa() == "AVX512 (ONEDNN_MAX_CPU_ISA=AVX2), no bfloat16"

@@ -211,6 +211,7 @@ def test_an_organ_is_searched_in_slabs(monkeypatch):
 def dtypes(generator: Generator, monkeypatch, flags: bool) -> dict[str, torch.dtype]:
     """In which format the last layers of encoder, denoiser and decoder answer."""
     monkeypatch.setattr("tumorsynth.generators.precision.cpu_computes_bfloat16", lambda: flags)
+    monkeypatch.setattr("tumorsynth.generators.precision.cpu_gains_from_bfloat16", lambda: flags)
     seen: dict[str, torch.dtype] = {}
     parts = {
         "encode": generator.autoencoder.encoder,

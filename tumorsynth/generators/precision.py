@@ -1,6 +1,6 @@
 """Number format of a diffusion generator's networks: float32, or bfloat16 where that is safe.
 
-* "auto" is bfloat16 on CPUs that compute in it if the denoiser predicts x0 or v, else float32.
+* "auto" is bfloat16 on CPUs that are faster in it, if the denoiser predicts x0 or v, else float32.
 * "float32" follows PyTorch's settings: by default, CUDA convolutions round to TF32.
 * "bfloat16" falls back to float32, with one warning, on CPUs that only emulate it.
 
@@ -16,7 +16,7 @@ from functools import cache
 
 import torch
 
-from tumorsynth.models.kernels import cpu_computes_bfloat16, cpu_isa
+from tumorsynth.models.kernels import cpu_computes_bfloat16, cpu_gains_from_bfloat16, cpu_isa
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Largest factor from an error in predicted noise to the error in x0 that bfloat16 may have
@@ -27,7 +27,7 @@ def computes_in_bfloat16(precision: str, device: torch.device, prediction: str) 
     """Decide whether networks compute in bfloat16.
 
     Args:
-        precision: one of `PRECISIONS`. "auto" is bfloat16 on a CPU that computes in it, unless the
+        precision: one of `PRECISIONS`. "auto" is bfloat16 on a CPU that is faster in it, unless the
             network predicts noise.
         device: where the networks are.
         prediction: what the denoiser predicts, "noise", "x0" or "v".
@@ -42,7 +42,7 @@ def computes_in_bfloat16(precision: str, device: torch.device, prediction: str) 
         )
     on_cpu = device.type == "cpu"
     if precision == "auto":
-        return on_cpu and prediction != "noise" and cpu_computes_bfloat16()
+        return on_cpu and prediction != "noise" and cpu_gains_from_bfloat16()
     if precision == "bfloat16" and on_cpu and not cpu_computes_bfloat16():
         _warn_of_float32()
         return False

@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,18 @@ def cpu_isa() -> str:
 
     Returns:
         PyTorch's capability, the limits set in the environment, whether oneDNN is missing, and
-        whether the CPU computes in bfloat16: ``"AVX512, bfloat16"`` or
+        whether the CPU computes in bfloat16: ``"AVX512, bfloat16"``,
+        ``"AVX512, bfloat16 slower than float32"`` or
         ``"AVX2 (ATEN_CPU_CAPABILITY=avx2), no bfloat16"``.
     """
     limits = ", ".join(f"{name}={os.environ[name]}" for name in ISA_LIMITS if os.environ.get(name))
     parts = [torch.backends.cpu.get_cpu_capability() + (f" ({limits})" if limits else "")]
     if not uses_onednn():
         parts.append("no oneDNN")
-    parts.append("bfloat16" if cpu_computes_bfloat16() else "no bfloat16")
+    if not cpu_computes_bfloat16():
+        parts.append("no bfloat16")
+    else:
+        parts.append("bfloat16" if cpu_gains_from_bfloat16() else "bfloat16 slower than float32")
     return ", ".join(parts)
 
 
@@ -48,6 +53,36 @@ def cpu_computes_bfloat16() -> bool:
     much slower than in float32.
     """
     return uses_onednn() and _multiplies_bfloat16()
+
+
+def cpu_gains_from_bfloat16() -> bool:
+    """Whether convolutions on this CPU are faster in bfloat16 than in float32.
+
+    Intel's AVX512-BF16 multiplies bfloat16 more slowly than float32; its AMX, and the processors of
+    other makers that compute in bfloat16, are faster. The maker decides, not a comparison of times,
+    so that the same machine always gives the same tumours.
+    """
+    return cpu_computes_bfloat16() and (not _is_intel() or _uses_amx())
+
+
+@cache
+def _is_intel() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return "GenuineIntel" in text
+
+
+@cache
+def _uses_amx() -> bool:
+    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    limits = [os.environ.get(name, "").upper() for name in names]
+    if any(limit and limit not in ("ALL", "DEFAULT") and "AMX" not in limit for limit in limits):
+        return False
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch >= 2.5
+    if supported is not None:
+        return bool(supported())
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
 
 
 @cache
