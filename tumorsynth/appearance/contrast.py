@@ -220,7 +220,7 @@ def grown(mask: Tensor, voxels: int) -> Tensor:
 def _around_tumors(tumor_mask: Tensor, margin: int) -> tuple[slice, ...]:
     """Index of the part of (B, 1, X, Y, Z) around the tumours.
 
-    All of it on a GPU, which would have to synchronise, and where a sample has no tumour.
+    On a GPU (to avoid a sync), or if any sample has no tumour, this is the full volume.
     """
     if not on_cpu(tumor_mask) or not bool(tumor_mask.flatten(1).any(1).all()):
         return (slice(None),) * 5

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.pipeline.paint import Painter
-from tumorsynth.pipeline.place import PlacedSample
+from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import Record
 from tumorsynth.pipeline.settings import Settings
 
