@@ -105,7 +105,7 @@ class Adapter:
     ) -> tuple[Tensor, Tensor]:
         """Return a new (image, label) of the same types, dtypes and metadata.
 
-        Where no sample gets a tumour, the inputs themselves come back.
+        If no sample gets a tumour, the inputs themselves come back, uncopied.
 
         Args:
             image: (B, 1, X, Y, Z) or (1, X, Y, Z), integer or floating point.

@@ -133,8 +133,8 @@ class SynthesizeTumor(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return a new (image, label) with tumours; the inputs stay as they are.
 
-        Where no sample gets a tumour, the inputs themselves come back. The call sets ``report`` and
-        ``params``.
+        If no sample gets a tumour, the inputs themselves come back, uncopied. The call sets
+        ``report`` and ``params``.
 
         Args:
             image: (B, 1, X, Y, Z) or (1, X, Y, Z), floating point, in the scale of ``intensity``.
@@ -143,7 +143,7 @@ class SynthesizeTumor(nn.Module):
             affine: voxel to RAS mm, 4x4 or (B, 4, 4), in place of ``spacing``; gives the
                 orientation as well. The default of both is a MetaTensor's affine, else 1 mm.
             seed: one int (sample b uses seed + b) or one per sample; None draws it from torch's
-                global generator. A sample's tumours depend on its own seed, not on the rest of the batch.
+                global generator. A sample's tumours depend on its own seed alone, not on the batch.
             params: ``synth.params`` of an earlier call, to repeat it bit by bit.
 
         Returns:

@@ -24,8 +24,8 @@ class TumorGenerator(Protocol):
         crop_size: smallest side of a crop, in voxels of 1 mm.
         crop_multiple: sides of crops are multiples of this.
         own_edge: whether a change fades out at the tumour's outline by itself.
-        even: whether the slow variation in a painted tumour is matched to that of the scan. The name
-            is that of the card's field; it would be clearer as match_slow_variation.
+        even: whether the slow variation in a painted tumour is matched to that of the scan
+            (match_slow_variation would be clearer, but cards hold this name).
         keeps_detail: whether `inpaint` keeps the scan's noise.
         device: where it computes.
         card: name, source, licence; free-form but for ``name``. Reports quote it.
@@ -100,7 +100,7 @@ class TumorGenerator(Protocol):
         contrast_hu: float | Sequence[float] | None = None,
         near: Near | None = None,
     ) -> Tensor:
-        """Return the crop with a tumour in the mask, the crop's shape; arguments as for `change`."""
+        """Return the crop with a tumour in the mask; arguments and shape as for `change`."""
 
 
 MEMBERS = tuple(name for name in vars(TumorGenerator) if not name.startswith("_"))

@@ -34,7 +34,7 @@ class Synthesis(NamedTuple):
     """The result of one call.
 
     Args:
-        image: with tumours; the input itself where no sample got any.
+        image: with tumours; the input itself if no sample got any.
         label: likewise.
         report: one dict per tumour, or per reason for none.
         params: one dict per sample, which repeats the call.

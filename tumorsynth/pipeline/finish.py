@@ -164,7 +164,7 @@ def _blend(
     if settings.blend == "change":
         change = weight * generated / intensity.hu_per_unit
     else:
-        # clamped as in the generator's crop, so that gas and bone beyond the window stay as they are
+        # clamped as in the generator's crop, so that gas and bone beyond the window do not change
         low, high = generator.window
         hu = intensity.to_hu(healthy.float()).clamp(low, high)
         if generator.keeps_detail:

@@ -1,4 +1,4 @@
-"""Priors of each organ: tumour sizes, shapes, counts, contact with the capsule, and growth beyond it.
+"""Priors of each organ: sizes, shapes and counts of its tumours, and how they lie at its capsule.
 
 "liver", "kidney" and "cyst" are fitted to connected components of real masks (MSD liver tumours,
 KiTS23 kidney tumours and cysts). "pancreas" and "lung" are not fitted to masks: they use the shapes
