@@ -73,7 +73,8 @@ class Painter:
         """Return (batch, side, side, side) in HU; None if the batch exceeds a GPU's memory."""
         if device.type == "cpu" != generator.device.type:  # or_on_cpu falls back to the CPU
             generator = self.handle.get(device)
-        run = generator.change if blend == "change" else generator.inpaint
+        method = "change" if blend == "change" else "inpaint"
+        run = getattr(generator, method)
         params = [request.tumor.params for request in batch]
         needed = Box.hull([request.needed for request in batch])
         # with_contrast draws a contrast for all tumours of a call, or for none
@@ -93,7 +94,7 @@ class Painter:
             if len(batch) == 1:
                 raise
             return None
-        _check_shape(generator, run.__name__, generated, crops)
+        _check_result(f"{generator.name}.{method}()", generated, crops)
         low, high = generator.window
         generated = generated[:, 0].to(batch[0].crop.device) * (high - low)
         return generated if blend == "change" else generated + low
@@ -110,14 +111,19 @@ class Painter:
         torch.cuda.empty_cache()
 
 
-def _check_shape(generator: TumorGenerator, method: str, generated: object, crops: Tensor) -> None:
+def _check_result(source: str, generated: object, crops: Tensor) -> None:
     """Raise an error unless a generator, perhaps a third party's, returned a tensor like its crops.
+
+    Args:
+        source: the method that returned it, for the message.
+        generated: what it returned.
+        crops: what it got.
 
     Raises:
         TypeError: for anything but a tensor.
-        ValueError: for another shape, which would be broadcast or cut silently.
+        ValueError: for another shape, part of which would be used silently.
     """
-    source, shape = f"{generator.name}.{method}()", tuple(crops.shape)
+    shape = tuple(crops.shape)
     fix = "return one value for each voxel of the crop"
     if not isinstance(generated, Tensor):
         raise TypeError(f"{source} must return a tensor, got {type(generated).__name__}; {fix}")

@@ -1,7 +1,7 @@
-"""The words of all skip reasons in reports, but for those that state a limit of their own.
+"""Skip reasons: the words by which a report says why a tumour or a sample was skipped.
 
-`appearance/gate.py` words the gate's objections, and `appearance/background.py` the tissue outside
-the generator's window. Each reason goes with a `types.SkipCode`.
+Each goes with a `types.SkipCode`. Two are worded where they are measured: the gate's objections in
+`appearance/gate.py`, and tissue outside the generator's window in `appearance/background.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def no_room(smallest_mm: float, largest_that_fits_mm: float = 0.0) -> str:
 
     Args:
         smallest_mm: smallest diameter allowed.
-        largest_that_fits_mm: largest diameter that an attempt reached; told if it is smaller.
+        largest_that_fits_mm: largest diameter that an attempt reached; stated if it is smaller.
     """
     reason = f"no room for a tumour of {smallest_mm:.3g} mm or more in the organ"
     if 0 < largest_that_fits_mm < smallest_mm:
