@@ -121,7 +121,7 @@ def stage_row(stage: Any, what: str, preset: str, device: torch.device, seconds:
     found = steps_a_second(step, first, device, seconds)
     start = time.perf_counter()
     if isinstance(stage, DenoiserStage):
-        stage.crops.draw([(place, 10_000) for place in range(4)])
+        stage.crops.sample([(place, 10_000) for place in range(4)])
     else:
         for place in range(4):
             stage._cube(CROP_STREAM, 10_000, place)
