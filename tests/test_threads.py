@@ -92,13 +92,13 @@ def _counts(monkeypatch, generator, **settings):
         return place_samples(*given)
 
     monkeypatch.setattr(synthesizer, "place_samples", place)
-    encode = generator._encode
+    encode = generator.encode_volume
 
     def network(volume):
         seen["network"] = torch.get_num_threads()
         return encode(volume)
 
-    monkeypatch.setattr(generator, "_encode", network)
+    monkeypatch.setattr(generator, "encode_volume", network)
     _, _ = synth(image, label, spacing=1.0, seed=0)
     return {**seen, "after": torch.get_num_threads()}
 

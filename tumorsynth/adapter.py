@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tumorsynth.arguments import keywords_of
 from tumorsynth.pipeline.call import Synthesis
-from tumorsynth.pipeline.place import PlacedSample, skip_sample
+from tumorsynth.pipeline.place_batch import PlacedSample, skip_sample
 from tumorsynth.pipeline.requests import skip_records
 from tumorsynth.pipeline.validation import (
     check_grid,
@@ -24,6 +24,7 @@ from tumorsynth.pipeline.validation import (
     check_whole,
     plain,
 )
+from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.arguments import check_organ_labels
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.types import Skip, SkipCode
@@ -104,7 +105,7 @@ class Adapter:
     ) -> tuple[Tensor, Tensor]:
         """Return a new (image, label) of the same types, dtypes and metadata.
 
-        Where no sample gets a tumour, the inputs themselves come back.
+        If no sample gets a tumour, the inputs themselves come back, uncopied.
 
         Args:
             image: (B, 1, X, Y, Z) or (1, X, Y, Z), integer or floating point.
@@ -168,7 +169,7 @@ class Adapter:
         if self.healthy_only:
             labels = plain(label) if label.ndim == 5 else plain(label)[None]
             have_tumor = (labels == self.tumor_label).flatten(1).any(1).tolist()
-            skip = Skip(SkipCode.HAS_TUMOR, "left alone (holds a tumour already)")
+            skip = Skip(SkipCode.HAS_TUMOR, skip_reasons.HAS_TUMOR)
             skips = {b: skip for b, has_tumor in enumerate(have_tumor) if has_tumor}
         if excluded is not None:
             if len(excluded) != _batch_size(image):
@@ -176,7 +177,7 @@ class Adapter:
                     f"there must be one answer for each of the {_batch_size(image)} samples, "
                     f"got {len(excluded)}; give one bool per sample of the batch"
                 )
-            skip = Skip(SkipCode.EXCLUDED, "left alone (as asked)")
+            skip = Skip(SkipCode.EXCLUDED, skip_reasons.EXCLUDED)
             skips |= {b: skip for b, is_excluded in enumerate(excluded) if is_excluded}
         return skips
 

@@ -1,7 +1,9 @@
 """Seeds: one for each sample of a batch, and independent random streams derived from one seed.
 
-A tumour stores two seeds in its params. Whatever else is random about it comes from a substream of
-one of these, so that a new random quantity changes no existing one.
+`placement/sample_tumor.py` draws a tumour's diameter, axes, rotation, feather, capsule contact and
+two seeds one after the other from one generator; a new draw among these would change later ones.
+The quantities in `STREAM_SALTS` have streams of their own, derived from one of the two seeds: a new
+one there changes no existing one.
 """
 
 from __future__ import annotations

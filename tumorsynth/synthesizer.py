@@ -23,8 +23,8 @@ from tumorsynth.pipeline.call import Call, Synthesis
 from tumorsynth.pipeline.displace import displace_and_paint
 from tumorsynth.pipeline.finish import paint_and_finish
 from tumorsynth.pipeline.paint import Painter
-from tumorsynth.pipeline.place import PlacedSample, not_selected, place_samples
-from tumorsynth.pipeline.records import split_batch
+from tumorsynth.pipeline.place_batch import PlacedSample, not_selected, place_samples
+from tumorsynth.pipeline.records import TumorRecord, split_batch
 from tumorsynth.pipeline.requests import request_tumors, skip_records
 from tumorsynth.pipeline.settings import check_settings
 from tumorsynth.pipeline.validation import check_batch, check_params
@@ -67,12 +67,12 @@ class SynthesizeTumor(nn.Module):
         device: where the generator runs; None for the image's device. Results come back to the
             image's device.
         gate: True, or a `tumorsynth.Gate` with your own limits, scores each tumour. One
-            beyond a limit is made again with the next seed, and skipped if that does not help. The
+            beyond a limit is made again with the next seed, up to ``tries`` attempts in all, and
+            then skipped. The
             report has the scores.
         mass_effect: share of a tumour's volume, 0 to 0.9, that pushes the tissue around it aside,
             in image and label; the rest replaces tissue. "auto" is 0 below 20 mm and grows to 0.6
-            at 50 mm; or a `tumorsynth.appearance.mass_effect.MassEffect`. With 0 only the
-            tumours change.
+            at 50 mm; or a `tumorsynth.MassEffect`. With 0 only the tumours change.
         shapes: real tumour masks as shapes, which are turned, mirrored, slightly bent and scaled:
             a folder of NIfTI files, or a list of files or of (mask, spacing).
         bulge: exophytic growth, into unlabelled fat around the organ. True follows the masks
@@ -133,8 +133,8 @@ class SynthesizeTumor(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return a new (image, label) with tumours; the inputs stay as they are.
 
-        Where no sample gets a tumour, the inputs themselves come back. The call sets ``report`` and
-        ``params``.
+        If no sample gets a tumour, the inputs themselves come back, uncopied. The call sets
+        ``report`` and ``params``.
 
         Args:
             image: (B, 1, X, Y, Z) or (1, X, Y, Z), floating point, in the scale of ``intensity``.
@@ -143,7 +143,7 @@ class SynthesizeTumor(nn.Module):
             affine: voxel to RAS mm, 4x4 or (B, 4, 4), in place of ``spacing``; gives the
                 orientation as well. The default of both is a MetaTensor's affine, else 1 mm.
             seed: one int (sample b uses seed + b) or one per sample; None draws it from torch's
-                global generator. The seed alone decides what the call does to a sample.
+                global generator. A sample's tumours depend on its own seed alone, not on the batch.
             params: ``synth.params`` of an earlier call, to repeat it bit by bit.
 
         Returns:
@@ -196,13 +196,16 @@ class SynthesizeTumor(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             placed = place_samples(settings, samples, seeds, params, exclude)
             requests = request_tumors(call, samples, placed)
-            if requests:  # otherwise the inputs themselves come back
-                image, label = image.clone(), label.clone()
-                samples = split_batch(image, label, frames)
             records = requests.records
+            if not requests:
+                return Synthesis.of(image, label, records, placed)
+            new_image, new_label = image.clone(), label.clone()
+            samples = split_batch(new_image, new_label, frames)
             records += paint_and_finish(call, requests.paint, samples, placed)
             records += displace_and_paint(call, requests.displace, samples, placed)
-        return Synthesis.of(image, label, records, placed)
+        if not any(isinstance(record, TumorRecord) for record in records):
+            return Synthesis.of(image, label, records, placed)
+        return Synthesis.of(new_image, new_label, records, placed)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from benchmarks.common import arguments, parse, spread, write
 from benchmarks.gpu import ways
 from tumorsynth.commands.timing import patch_and_label, synchronise
 from tumorsynth.generators.diffusion import Generator
-from tumorsynth.training.autoencoder import AutoencoderStage
+from tumorsynth.training.autoencoder import CROP_STREAM, AutoencoderStage
 from tumorsynth.training.config import (
     PRESETS,
     AutoencoderTraining,
@@ -44,8 +44,8 @@ from tumorsynth.training.crops import contrast_range
 from tumorsynth.training.data import Case, find_tumors
 from tumorsynth.training.denoiser import DenoiserStage
 from tumorsynth.training.engine import learning_rate
-from tumorsynth.training.launch import Alone
-from tumorsynth.training.networks import sampler_of, starting_autoencoder, starting_denoiser
+from tumorsynth.training.launch import SingleProcess
+from tumorsynth.training.networks import sampler_config, starting_autoencoder, starting_denoiser
 
 WORKERS = 2  # threads that draw crops, as `tumorsynth train` has by default
 WARM_UP_STEPS = 8
@@ -77,16 +77,20 @@ def denoiser_stage(preset: str, device: torch.device, cases: list[Case]) -> Deno
     network, multiple, _ = starting_denoiser(config, autoencoder, None)
     tumors = find_tumors(cases, 2)
     asked = contrast_range(cases, tumors, 2, config) if config.contrast == "on" else None
-    sampler = sampler_of(config, multiple, asked)
+    sampler = sampler_config(config, multiple, asked)
     generator = Generator(autoencoder, copy.deepcopy(network), sampler)
     crops = TumorCrops(cases, tumors, 2, config, generator.window)
-    return DenoiserStage(Alone(device.type, config.precision), network, generator, crops, WORKERS)
+    return DenoiserStage(
+        SingleProcess(device.type, config.precision), network, generator, crops, WORKERS
+    )
 
 
 def autoencoder_stage(preset: str, device: torch.device, cases: list[Case]) -> AutoencoderStage:
     config = configured(AutoencoderTraining, PRESETS["autoencoder"][preset], {})
     model, _ = starting_autoencoder(config, None)
-    return AutoencoderStage(Alone(device.type, config.precision), model, cases, config, WORKERS)
+    return AutoencoderStage(
+        SingleProcess(device.type, config.precision), model, cases, config, WORKERS
+    )
 
 
 def steps_a_second(
@@ -117,10 +121,10 @@ def stage_row(stage: Any, what: str, preset: str, device: torch.device, seconds:
     found = steps_a_second(step, first, device, seconds)
     start = time.perf_counter()
     if isinstance(stage, DenoiserStage):
-        stage.crops.draw([(place, 10_000) for place in range(4)])
+        stage.crops.sample([(place, 10_000) for place in range(4)])
     else:
         for place in range(4):
-            stage._crop(0, 10_000, place)
+            stage._cube(CROP_STREAM, 10_000, place)
     crop_ms = round((time.perf_counter() - start) / 4 * 1e3, 1)
     return {
         "what": what,

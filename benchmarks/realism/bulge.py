@@ -28,9 +28,9 @@ import tumorsynth as ts
 from benchmarks.common import spread, write
 from tumorsynth.placement.exophytic import ExophyticRegion
 from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.organ_priors import PRIORS
 from tumorsynth.placement.place import place
 from tumorsynth.placement.settings import PlacementSettings
-from tumorsynth.placement.size_priors import PRIORS
 from tumorsynth.placement.types import Skip
 
 SOURCES = {"kidney": "kits23_tumor", "cyst": "kits23_cyst"}

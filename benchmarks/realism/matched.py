@@ -37,6 +37,7 @@ from benchmarks.realism.tumor_quality import real_lesions, synthetic_lesions
 from tumorsynth.appearance.contrast_priors import ContrastPrior, add_structure
 from tumorsynth.generators.handcrafted import HandcraftedConfig, HandcraftedGenerator
 from tumorsynth.pipeline import paint as _painting
+from tumorsynth.pipeline import requests as _requests
 from tumorsynth.training.data import load_pack
 
 ALIKE_MM = (14.0, 28.0)
@@ -67,7 +68,7 @@ def unmatched() -> Iterator[None]:
     """As it was before changes were matched to the scan."""
     with (
         mock.patch.object(_painting, "match_to_scan", lambda crop, change, *_: change),
-        mock.patch.object(_painting, "measure_grain", lambda *_: (0.0, 0.0, 0.0)),
+        mock.patch.object(_requests, "measure_grain", lambda *_: (0.0, 0.0, 0.0)),
     ):
         yield
 
@@ -177,7 +178,7 @@ def cost(name: str, calls: int = 9) -> dict[str, Any]:
     image, label = 110 + 12 * noise, torch.ones(noise.shape, dtype=torch.uint8)
     prior = ContrastPrior(rim_share=1.0, core_share=1.0, core_from_mm=10.0)
     with (
-        mock.patch.object(_painting, "measure_grain", timed("grain", _painting.measure_grain)),
+        mock.patch.object(_requests, "measure_grain", timed("grain", _requests.measure_grain)),
         mock.patch.object(_painting, "match_to_scan", timed("match", _painting.match_to_scan)),
         mock.patch.object(_painting, "add_structure", timed("rim and core", add_structure)),
     ):

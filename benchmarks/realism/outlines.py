@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.common import HERE
 from benchmarks.realism.shapes import FILES, LARGEST, SMALLEST, drawn_mask, real_masks
-from tumorsynth.placement.size_priors import PRIORS
+from tumorsynth.placement.organ_priors import PRIORS
 
 
 def picture(name: str, folder: Path, path: Path, seed: int = 0) -> None:

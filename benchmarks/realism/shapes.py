@@ -25,10 +25,10 @@ from scipy.stats import ks_2samp
 
 from benchmarks.common import write
 from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.organ_priors import PRIORS, SizePrior
 from tumorsynth.placement.place import place, place_from_params
 from tumorsynth.placement.rasterize import flatness
 from tumorsynth.placement.settings import PlacementSettings
-from tumorsynth.placement.size_priors import PRIORS, SizePrior
 from tumorsynth.placement.types import LocalMask, Skip, TumorParams
 
 FEATURES = ("elongation", "flatness", "sphericity", "smooth_sphericity", "slice_convexity")

@@ -24,7 +24,7 @@ from torch import Tensor
 import tumorsynth as ts
 from benchmarks.common import arguments, parse, spread, write
 from tumorsynth.geometry import frame_from_spacing
-from tumorsynth.pipeline.place import place_sample
+from tumorsynth.pipeline.place_batch import place_sample
 from tumorsynth.pipeline.records import Sample
 from tumorsynth.placement.organ import OrganRegion
 from tumorsynth.placement.place import place

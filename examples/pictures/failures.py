@@ -24,9 +24,9 @@ from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.phantom import LABELS
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.finish import paint_and_finish
-from tumorsynth.pipeline.paint import request_painting
-from tumorsynth.pipeline.place import PlacedSample
+from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import Sample, SampleParams, TumorId
+from tumorsynth.pipeline.requests import request_painting
 from tumorsynth.placement.types import LocalMask, TumorParams
 
 matplotlib.use("agg")

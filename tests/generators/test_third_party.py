@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tumorsynth as ts
+from tumorsynth.adapter import Adapter
 from tumorsynth.generators.protocol import MEMBERS, TumorGenerator, missing_members
 from tumorsynth.generators.store import Handle
 
@@ -130,9 +131,69 @@ def test_the_gate_rejects_what_nobody_would_see():
     image, label = scan()
     transform = synth(Faint(), gate=True)
     new_image, new_label = transform(image, label, spacing=SPACING, seed=3)
-    assert torch.equal(new_image, image) and torch.equal(new_label, label)
+    assert new_image is image and new_label is label
     assert [record["applied"] for record in transform.report] == [False]
     assert transform.report[0]["code"] == "gate"
+
+
+@pytest.mark.parametrize("settings", [{}, {"mass_effect": 0.5}], ids=["plain", "mass effect"])
+def test_the_inputs_come_back_if_no_painted_tumour_is_visible(settings):
+    class Idle(Darker):
+        def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+            self.calls.append(seed)
+            return torch.zeros_like(crop)
+
+    (image, label), generator = scan(), Idle()
+    before = image.clone(), label.clone()
+    transform = synth(generator, **settings)
+    new_image, new_label = transform(image, label, spacing=SPACING, seed=3)
+    assert len(generator.calls) == 1 and transform.report[0]["code"] == "no_visible_change"
+    assert new_image is image and new_label is label
+    assert torch.equal(image, before[0]) and torch.equal(label, before[1])
+    adapter = Adapter(generator=Idle(), organ_labels=1, tumor_label=2, size_mm=16.0, count=1)
+    whole = image.round().to(torch.int16)  # the adapter works on a float copy of it
+    new_image, new_label = adapter(whole, label, spacing=SPACING, seed=3)
+    assert new_image is whole and new_label is label
+
+
+class Misshapen(Darker):
+    """Returns something other than one value for each voxel of its crops."""
+
+    def __init__(self, distort):
+        super().__init__()
+        self.distort = distort
+
+    def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        return self.distort(super().change(crop, tumor_mask, seed, contrast_hu, near))
+
+    def inpaint(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        return self.distort(crop.clone())
+
+
+@pytest.mark.parametrize(("blend", "method"), [("change", "change"), ("difftumor", "inpaint")])
+@pytest.mark.parametrize(
+    ("distort", "got"),
+    [
+        (lambda x: x[:, 0], r"\(1, 40, 40, 40\)"),
+        (lambda x: x[..., 1:], r"\(1, 1, 40, 40, 39\)"),
+        (lambda x: x.mean(dim=(2, 3, 4), keepdim=True), r"\(1, 1, 1, 1, 1\)"),
+        (lambda x: torch.cat([x, x], 1), r"\(1, 2, 40, 40, 40\)"),
+    ],
+    ids=["no channel", "cropped", "one value", "two channels"],
+)
+def test_a_result_of_another_shape_is_refused(blend, method, distort, got):
+    image, label = scan()
+    transform = synth(Misshapen(distort), blend=blend, size_mm=6.0)
+    rule = rf"darker.{method}\(\) must return its crop's shape \(1, 1, 40, 40, 40\), got {got}; "
+    with pytest.raises(ValueError, match=rule + "return one value for each voxel"):
+        transform(image, label, spacing=SPACING, seed=3)
+
+
+def test_a_result_that_is_no_tensor_is_refused():
+    image, label = scan()
+    transform = synth(Misshapen(torch.Tensor.numpy))
+    with pytest.raises(TypeError, match=r"darker.change\(\) must return a tensor, got ndarray; "):
+        transform(image, label, spacing=SPACING, seed=3)
 
 
 def test_mass_effect_moves_the_tissue_around_it():

@@ -25,9 +25,9 @@ from tumorsynth.appearance.blend import feather_reach
 from tumorsynth.geometry import frame_from_affine
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.finish import paint_and_finish
-from tumorsynth.pipeline.paint import request_painting
-from tumorsynth.pipeline.place import PlacedSample
+from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import Sample, SampleParams, TumorId
+from tumorsynth.pipeline.requests import request_painting
 from tumorsynth.placement.organ import OrganRegion
 from tumorsynth.placement.place import place
 from tumorsynth.placement.settings import PlacementSettings

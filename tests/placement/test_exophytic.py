@@ -19,7 +19,7 @@ from tumorsynth.placement.exophytic import (
     check_bulge,
     sample_bulge,
 )
-from tumorsynth.placement.size_priors import PRIORS
+from tumorsynth.placement.organ_priors import PRIORS
 
 KIDNEYS = (LABELS["left_kidney"], LABELS["right_kidney"])
 TUMOR = 60

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from organs import make_rng
 
+from tumorsynth.placement.organ_priors import PRIORS
 from tumorsynth.placement.settings import PlacementSettings
-from tumorsynth.placement.size_priors import PRIORS
 
 
 def test_named_size_brings_its_own_shapes_counts_and_range():

@@ -47,9 +47,8 @@ class ContrastConfig:
         reference_hu: the tissue for which low and high hold. They scale with the tissue's own
             level, so that a tumour in an unenhanced organ is fainter. None turns this off.
         tissue: HU that count as tissue around a tumour; fat, air and bone are not measured.
-        even: whether a blended tumour takes the scan's own variation over a few mm inside, in
-            place of the denoiser's, which is larger than that of real tumours
-            (`tumorsynth.appearance.noise`).
+        even: whether the slow variation in a painted tumour is matched to that of the scan. The
+            denoiser's is larger than that of real tumours (`tumorsynth.appearance.noise`).
 
     Raises:
         ValueError: if the numbers are not finite and in order.
@@ -220,7 +219,7 @@ def grown(mask: Tensor, voxels: int) -> Tensor:
 def _around_tumors(tumor_mask: Tensor, margin: int) -> tuple[slice, ...]:
     """Index of the part of (B, 1, X, Y, Z) around the tumours.
 
-    All of it on a GPU, which would have to synchronise, and where a sample has no tumour.
+    On a GPU (to avoid a sync), or if any sample has no tumour, this is the full volume.
     """
     if not on_cpu(tumor_mask) or not bool(tumor_mask.flatten(1).any(1).all()):
         return (slice(None),) * 5

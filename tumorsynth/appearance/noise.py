@@ -118,9 +118,9 @@ def match_to_scan(
         change: HU, same shape.
         tumor_mask: bool, same shape.
         grain_mm: of the scan, along the crop's axes.
-        even: replace the change's slow variation, around the tumour's own profile from outline to
-            middle, by the scan's, without its vessels. A denoiser's tumours vary more over a few
-            mm than real ones.
+        even: whether the slow variation in a painted tumour is matched to that of the scan: around
+            the tumour's own profile from outline to middle, it is replaced by the scan's, without
+            its vessels.
 
     Returns:
         A new change, or ``change`` itself where nothing has to be matched.

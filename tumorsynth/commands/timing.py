@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tumorsynth.generators.diffusion import Generator
-from tumorsynth.pipeline import finish, place, requests
+from tumorsynth.pipeline import finish, place_batch, requests
 from tumorsynth.synthesizer import SynthesizeTumor
 
 # steps of a call, in the order of the data
@@ -183,7 +183,7 @@ def call_times(
     run = partial(synth, image, label, seed=0, **where)
     whole = times(run, device, repeats)
     steps: list[tuple[Any, str, str]] = [
-        (place, "place_sample", "place"),
+        (place_batch, "place_sample", "place"),
         (requests, "request_painting", "crop"),
         (finish, "blend_candidate", "blend"),
         (finish, "write", "blend"),

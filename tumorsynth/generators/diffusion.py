@@ -92,7 +92,7 @@ class Generator:
 
     @property
     def even(self) -> bool:
-        """Whether a blended tumour gets the texture of the tissue that it replaces."""
+        """Whether the slow variation in a painted tumour is matched to that of the scan."""
         return self.sampler.contrast is not None and self.sampler.contrast.even
 
     @property

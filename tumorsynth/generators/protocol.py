@@ -24,7 +24,8 @@ class TumorGenerator(Protocol):
         crop_size: smallest side of a crop, in voxels of 1 mm.
         crop_multiple: sides of crops are multiples of this.
         own_edge: whether a change fades out at the tumour's outline by itself.
-        even: whether a blended tumour gets the texture of the tissue that it replaces.
+        even: whether the slow variation in a painted tumour is matched to that of the scan
+            (match_slow_variation would be clearer, but cards hold this name).
         keeps_detail: whether `inpaint` keeps the scan's noise.
         device: where it computes.
         card: name, source, licence; free-form but for ``name``. Reports quote it.
@@ -87,7 +88,7 @@ class TumorGenerator(Protocol):
             near: the part of the crop, along X, Y and Z, that the caller reads.
 
         Returns:
-            The change in the crop's scale, same shape.
+            The change in the crop's scale, the crop's shape.
         """
 
     def inpaint(
@@ -99,7 +100,7 @@ class TumorGenerator(Protocol):
         contrast_hu: float | Sequence[float] | None = None,
         near: Near | None = None,
     ) -> Tensor:
-        """Return the crop with a tumour in the mask; arguments as for `change`."""
+        """Return the crop with a tumour in the mask; arguments and shape as for `change`."""
 
 
 MEMBERS = tuple(name for name in vars(TumorGenerator) if not name.startswith("_"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.pipeline.paint import Painter
-from tumorsynth.pipeline.place import PlacedSample
+from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import Record
 from tumorsynth.pipeline.settings import Settings
 
@@ -34,7 +34,7 @@ class Synthesis(NamedTuple):
     """The result of one call.
 
     Args:
-        image: with tumours; the input itself where no sample got any.
+        image: with tumours; the input itself if no sample got any.
         label: likewise.
         report: one dict per tumour, or per reason for none.
         params: one dict per sample, which repeats the call.

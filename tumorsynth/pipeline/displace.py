@@ -12,7 +12,7 @@ from tumorsynth.appearance.mass_effect import push_aside
 from tumorsynth.geometry import Box
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.finish import paint_and_finish
-from tumorsynth.pipeline.place import PlacedSample, growth_region, organ_region
+from tumorsynth.pipeline.place_batch import PlacedSample, growth_region, organ_region
 from tumorsynth.pipeline.records import Record, Sample, SkipRecord, TumorRecord
 from tumorsynth.pipeline.requests import DisplacingTumor, request_or_skip
 from tumorsynth.pipeline.settings import Settings

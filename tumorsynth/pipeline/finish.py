@@ -16,8 +16,7 @@ from tumorsynth.devices import onto
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.geometry import Box
 from tumorsynth.pipeline.call import Call
-from tumorsynth.pipeline.paint import with_contrast
-from tumorsynth.pipeline.place import PlacedSample
+from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import (
     Candidate,
     PaintRequest,
@@ -27,11 +26,12 @@ from tumorsynth.pipeline.records import (
     SkipRecord,
     TumorRecord,
 )
+from tumorsynth.pipeline.requests import with_contrast
 from tumorsynth.pipeline.settings import Settings
+from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.types import SkipCode
 
-NO_VISIBLE_CHANGE = "the generator leaves this tissue as it is"
 MIN_CHANGED_SHARE = 0.5  # of a tumour's voxels
 
 
@@ -69,7 +69,7 @@ def finish(
     gate = call.settings.gate
     candidate = blend_candidate(call.settings, call.generator, request, generated, sample)
     if not candidate.visible:
-        return _skip(request, SkipCode.NO_VISIBLE_CHANGE, NO_VISIBLE_CHANGE)
+        return _skip(request, SkipCode.NO_VISIBLE_CHANGE, skip_reasons.NO_VISIBLE_CHANGE)
     if gate is None:
         return write(call, request, candidate, sample)
     if params is None:
@@ -98,12 +98,13 @@ def _write_if_accepted(
         ((request, generated),) = call.painter.paint(settings, generator, [request])
         candidate = blend_candidate(settings, generator, request, generated, sample)
         scores = _scores(settings, gate, request, candidate, sample)
-        objection = gate.objection(scores) if candidate.visible else NO_VISIBLE_CHANGE
-    params.tumors[request.id.number] = request.tumor.params
+        visible = candidate.visible
+        objection = gate.objection(scores) if visible else skip_reasons.NO_VISIBLE_CHANGE
+    params.tumors[request.id.params_index] = request.tumor.params
     if objection is None:
         return write(call, request, candidate, sample, scores)
-    reason = f"the gate: {objection}"
-    params.rejected.append((request.id.number, reason))
+    reason = skip_reasons.gate(objection)
+    params.rejected.append((request.id.params_index, reason))
     return _skip(request, SkipCode.GATE, reason, scores)
 
 
@@ -155,7 +156,7 @@ def _blend(
     )
     generated = request.grid.carry_back(generated, region)
     before = sample.image[region.slices].clone()
-    # at least float32; float64 stays, or it would lose digits and range
+    # computed in at least float32; float64 stays float64, to keep its digits and range
     healthy = before.to(torch.promote_types(before.dtype, torch.float32))
     if fill is not None:
         healthy = healthy + fill.change_hu / intensity.hu_per_unit
@@ -163,7 +164,8 @@ def _blend(
     if settings.blend == "change":
         change = weight * generated / intensity.hu_per_unit
     else:
-        low, high = generator.window  # the generator saw gas and bone clamped: they stay
+        # clamped as in the generator's crop, so that gas and bone beyond the window do not change
+        low, high = generator.window
         hu = intensity.to_hu(healthy.float()).clamp(low, high)
         if generator.keeps_detail:
             generated = generated + _resampling_loss(settings, request, before, generator.window)
@@ -174,7 +176,7 @@ def _blend(
     if intensity.limits is not None:
         after = after.clamp(*intensity.limits)
     after = after.to(before.dtype)
-    keep = (weight > 0) & before.isfinite() & after.isfinite()  # a sum may exceed the dtype's range
+    keep = (weight > 0) & before.isfinite() & after.isfinite()  # in float16 a sum may overflow
     return _Blend(before, healthy, torch.where(keep, after, before), weight)
 
 
@@ -182,10 +184,10 @@ def _measure(blend: _Blend, request: PaintRequest, hu_per_unit: float) -> Candid
     """Measure a blended tumour, with one host-device synchronisation."""
     before, after, inside = blend.before, blend.after, request.inside
     tumor, region = request.tumor, request.region
-    # an invisible tumour gets no label: in fat or air under an organ's label, in a clipped scale
+    # a tumour that changes nothing gets no label, as in air or at the end of a clipped scale
     changed = (after != blend.healthy.to(before.dtype)).logical_and_(inside).sum()
     peak = (blend.weight * inside).amax()
-    # by index: to count a mask's voxels would need a synchronisation
+    # indexing by voxel avoids a synchronisation, which indexing by mask needs on a GPU
     voxels = tuple(
         onto(i + s - r, before.device)
         for i, s, r in zip(tumor.mask.nonzero().unbind(1), tumor.start, region.start, strict=True)
@@ -218,7 +220,7 @@ def write(
     centre = [s + m for s, m in zip(tumor.start, middle, strict=True)]
     return TumorRecord(
         sample=request.id.sample,
-        index=request.id.index,
+        index=request.id.report_index,
         centre_voxel=centre,
         centre_mm=list(frame.to_mm(centre)),
         diameter_mm=tumor.diameter_mm,
@@ -243,7 +245,7 @@ def _skip(
     reason: str,
     scores: dict[str, float | None] | None = None,
 ) -> SkipRecord:
-    return SkipRecord(request.id.sample, request.id.index, code, reason, scores)
+    return SkipRecord(request.id.sample, request.id.report_index, code, reason, scores)
 
 
 def _scores(

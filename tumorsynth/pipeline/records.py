@@ -51,13 +51,13 @@ class TumorId:
 
     Args:
         sample: number of its sample in the batch.
-        index: number among the sample's tumours and skips; the order of the report.
-        number: number among the tumours in the sample's params.
+        report_index: its place among the sample's tumours and skips, the order of the report.
+        params_index: its place among the tumours in the sample's params.
     """
 
     sample: int
-    index: int
-    number: int
+    report_index: int
+    params_index: int
 
 
 @dataclass(frozen=True)

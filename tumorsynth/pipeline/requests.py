@@ -1,14 +1,25 @@
-"""Turn placed tumours into requests for the generator, or into report entries of why not."""
+"""Request: cut the crop around each placed tumour, or say in the report why there is none."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
+from torch import Tensor
+
+from tumorsynth.appearance.background import EXTENSION_MM, fill_background, measure_tissue
+from tumorsynth.appearance.blend import feather_reach
+from tumorsynth.appearance.contrast import similar_level_around
 from tumorsynth.appearance.contrast_priors import ContrastPrior
+from tumorsynth.appearance.noise import feather_mm, grain_region, measure_grain, softening_mm
+from tumorsynth.devices import onto
+from tumorsynth.generators.protocol import TumorGenerator
+from tumorsynth.geometry import Box, CropGrid, Floats3, plan_crop
+from tumorsynth.intensity import HU
 from tumorsynth.pipeline.call import Call
-from tumorsynth.pipeline.paint import request_painting, with_contrast
-from tumorsynth.pipeline.place import PlacedSample
+from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import (
     PaintRequest,
     Record,
@@ -17,7 +28,13 @@ from tumorsynth.pipeline.records import (
     SkipRecord,
     TumorId,
 )
+from tumorsynth.pipeline.settings import Settings
+from tumorsynth.pipeline.validation import check_hu, check_scale
+from tumorsynth.placement.organ import is_organ
+from tumorsynth.placement.sample_tumor import sample_contrast_hu
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
+
+CONTEXT_MM = 16.0  # of the scan on each side of a tumour, at least, that its crop shows
 
 
 @dataclass(frozen=True)
@@ -103,11 +120,11 @@ def request_or_skip(
     else:
         found = request_painting(call.settings, call.generator, id, sample, tumor)
     if isinstance(found, Skip):
-        return SkipRecord(id.sample, id.index, found.code, found.reason)
+        return SkipRecord(id.sample, id.report_index, found.code, found.reason)
     if params is not None and isinstance(call.settings.contrast_hu, ContrastPrior):
         seed = found.tumor.params.seed
         found = with_contrast(call.settings, call.generator, found, seed)
-        params.tumors[id.number] = found.tumor.params
+        params.tumors[id.params_index] = found.tumor.params
     return found
 
 
@@ -118,18 +135,18 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
     tumors = [result for result in placed.results if isinstance(result, LocalMask)]
     has_mass_effect = any(tumor.params.displaced > 0 for tumor in tumors)
     displacing: list[DisplacingTumor] = []
-    number = 0
-    for index, result in enumerate(placed.results):
-        id = TumorId(sample.number, index, number)
+    params_index = 0
+    for report_index, result in enumerate(placed.results):
+        id = TumorId(sample.number, report_index, params_index)
         if isinstance(result, LocalMask):
-            number += 1
-            if id.number in rejected:
+            params_index += 1
+            if id.params_index in rejected:
                 # skipped only here: it took room from the later ones while they were placed
-                reason = rejected[id.number]
-                requests.records.append(SkipRecord(id.sample, index, SkipCode.GATE, reason))
+                reason = rejected[id.params_index]
+                requests.records.append(SkipRecord(id.sample, report_index, SkipCode.GATE, reason))
                 continue
             if has_mass_effect:
-                later = [] if call.settings.merge else tumors[number:]
+                later = [] if call.settings.merge else tumors[params_index:]
                 displacing.append(DisplacingTumor(id, result, later))
                 continue
         found = request_or_skip(call, id, sample, result, placed.drawn)
@@ -139,3 +156,126 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
             requests.paint.append(found)
     if has_mass_effect:
         requests.displace.append(displacing)
+
+
+def request_painting(
+    settings: Settings, generator: TumorGenerator, id: TumorId, sample: Sample, tumor: LocalMask
+) -> PaintRequest | Skip:
+    """Cut the crop around a tumour, in the generator's scale and on its grid.
+
+    Returns:
+        The request, or a Skip where the generator cannot paint in this tissue.
+
+    Raises:
+        ValueError: if the image around the tumour cannot be in the scale of ``intensity``.
+    """
+    spacing, to_hu = sample.frame.spacing, settings.intensity.to_hu
+    grain_mm = (0.0, 0.0, 0.0)
+    if settings.blend == "change":
+        grain_mm = _grain_around(settings, sample, tumor)
+    grid, region = _plan(settings, generator, sample, tumor, grain_mm)
+    hu = to_hu(sample.image[grid.source.slices].float())
+    if isinstance(settings.intensity, HU):
+        check_hu(hu)
+    else:
+        check_scale(hu, settings.intensity)
+    inside = torch.zeros(region.shape, dtype=torch.bool, device=sample.image.device)
+    inside[tumor.box.relative_to(region).slices] = onto(tumor.mask, sample.image.device)
+
+    local_hu = to_hu(sample.image[region.slices].float())
+    local_label = sample.label[region.slices]
+    tissue = measure_tissue(local_hu, local_label, settings.organ_labels, inside, generator.window)
+    reason = tissue.outside_window(generator.window)
+    if reason is not None:
+        return Skip(SkipCode.OUTSIDE_WINDOW, reason, tumor.params.drawn_mm)
+    fill = fill_background(
+        local_hu, tissue, inside, spacing, grain_mm, tumor.params, generator.window
+    )
+    in_source = region.relative_to(grid.source).slices
+    if fill is not None:
+        hu = hu.clone()  # to_hu may return the sample itself
+        hu[in_source] += fill.generator_change_hu
+    low, high = generator.window
+    hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
+    outline = _mask_on_grid(grid, inside, in_source, hu)
+    shown = outline
+    if fill is not None:
+        shown = _mask_on_grid(grid, fill.generator_mask, in_source, hu)
+    return PaintRequest(
+        id=id,
+        tumor=tumor,
+        grid=grid,
+        crop=grid.cut((hu - low) / (high - low)),
+        crop_mask=shown,
+        crop_outline=outline,
+        grain_mm=grain_mm,
+        region=region,
+        inside=inside,
+        outside_share=0.0 if fill is None else tissue.outside_share,
+        fill=fill,
+    )
+
+
+def _plan(
+    settings: Settings,
+    generator: TumorGenerator,
+    sample: Sample,
+    tumor: LocalMask,
+    grain_mm: Floats3,
+) -> tuple[CropGrid, Box]:
+    """Return a tumour's crop, and the region that its feather and its fill may change."""
+    frame, spacing = sample.frame, sample.frame.spacing
+    sigma_mm = feather_mm(tumor.params.sigma_mm, grain_mm)
+    feathered = feather_reach(sigma_mm, spacing, settings.blend, softening_mm(grain_mm))
+    margin_mm = max(n * s for n, s in zip(feathered, spacing, strict=True)) + 2
+    whole = Box.whole(sample.image.shape)
+    grid = plan_crop(
+        frame,
+        whole.shape,
+        tumor.box,
+        min_side=generator.crop_size,
+        multiple=generator.crop_multiple,
+        margin_mm=max(CONTEXT_MM, margin_mm),
+    )
+    extension = (math.ceil((EXTENSION_MM + 1) / s) for s in spacing)
+    region = tumor.box.grown([max(n, m) for n, m in zip(feathered, extension, strict=True)])
+    return grid, region.within(whole)
+
+
+def with_contrast(
+    settings: Settings, generator: TumorGenerator, request: PaintRequest, seed: int
+) -> PaintRequest:
+    """Return the request with this noise seed and the contrast that follows from it."""
+    params = replace(request.tumor.params, seed=seed)
+    if isinstance(settings.contrast_hu, ContrastPrior):
+        low, high = generator.window
+        hu = request.crop[None, None] * (high - low) + low
+        level = float(similar_level_around(hu, request.crop_mask[None, None]))
+        contrast_hu, structure_hu = settings.contrast_hu.sample(seed, params.diameter_mm, level)
+        params = replace(params, contrast_hu=contrast_hu, structure_hu=structure_hu)
+    else:
+        contrast = sample_contrast_hu(settings.contrast_hu, seed)
+        params = replace(params, contrast_hu=contrast)
+    return replace(request, tumor=replace(request.tumor, params=params))
+
+
+def _grain_around(settings: Settings, sample: Sample, tumor: LocalMask) -> Floats3:
+    """Return the width of the scan's noise grain around a tumour, along the tensor's axes."""
+    region = grain_region(tumor.box, sample.frame.spacing, sample.image.shape).slices
+    hu = settings.intensity.to_hu(sample.image[region].float())
+    organ = is_organ(sample.label[region], settings.organ_labels)
+    return measure_grain(hu, organ, sample.frame.spacing)
+
+
+def _mask_on_grid(
+    grid: CropGrid, mask: Tensor, where: tuple[slice, slice, slice], like: Tensor
+) -> Tensor:
+    """Resample a mask, of a part of the grid's source, onto the grid.
+
+    A crop voxel is tumour if at least 50 % covered; if no voxel is fully covered, at least half of
+    the largest coverage.
+    """
+    whole = torch.zeros_like(like)
+    whole[where] = mask.to(like.dtype)
+    share = grid.cut(whole)
+    return share >= (0.5 * share.max()).clamp(max=0.5)

@@ -45,7 +45,7 @@ class Settings:
         blend: "change" or "difftumor".
         contrast_hu: range or prior of the contrast; None leaves it to the generator.
         gate: limits that a tumour has to keep; None accepts every tumour.
-        mass_effect: how much of the tissue around a tumour is pushed aside.
+        mass_effect: share of a tumour's volume that pushes tissue aside instead of replacing it.
         bulge: the argument as given, from which ``placement.bulge`` follows.
         device: where the generator runs; None for the image's own device.
     """

@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import Any
 
 from tumorsynth.arguments import any_bool, is_bool
-from tumorsynth.placement.size_priors import SizePrior, get_prior
+from tumorsynth.placement.organ_priors import SizePrior, get_prior
 
 # Limits that keep every call within reasonable time and memory
 MAX_COUNT = 100

@@ -18,7 +18,7 @@ from tumorsynth.geometry import Box
 from tumorsynth.intensity import BONE_HU, Intensity
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.organ import is_organ
-from tumorsynth.placement.size_priors import SizePrior, get_prior
+from tumorsynth.placement.organ_priors import SizePrior, get_prior
 from tumorsynth.random_streams import substream
 
 MAX_BULGE = 0.9  # share of a tumour's volume beyond the organ; the rest anchors it

@@ -2,14 +2,14 @@
 
 `place` goes through these steps for every tumour:
 
-1. `sample` draws its size, shape and seeds.
+1. `sample_tumor` draws its size, shape and seeds.
 2. `centres` samples candidate centres in the allowed voxels and ranks them.
 3. `rasterize` turns the shape at a centre into voxels. If they do not fit, the next centre is
    tried, then a smaller size.
 
-Only `organ_box` looks at every voxel of the volume, once; everything else costs the same in a
-larger one. Placement runs on the CPU, with numpy for small arrays (torch has more overhead per
-call) and levels in float64, so that every machine places the same tumours.
+Before these steps, `organ.organ_box` looks at every voxel of the volume once; the steps themselves
+cost the same in a larger volume. Placement runs on the CPU, with numpy for small arrays (torch has
+more overhead per call) and levels in float64, so that every machine places the same tumours.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from itertools import islice
 
 import torch
 
+from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.allowed import AllowedVoxels
 from tumorsynth.placement.arguments import check_spacing
 from tumorsynth.placement.centres import rank_exophytic, rank_inside, sample_candidates
@@ -33,7 +34,7 @@ from tumorsynth.placement.rasterize import (
     rasterize,
     snap_diameter,
 )
-from tumorsynth.placement.sample import SEED_LIMIT, SampledTumor, sample_tumor
+from tumorsynth.placement.sample_tumor import SEED_LIMIT, SampledTumor, sample_tumor
 from tumorsynth.placement.settings import PlacementSettings, SizeRange
 from tumorsynth.placement.shape import Shape
 from tumorsynth.placement.types import GrowthRegion, LocalMask, Skip, SkipCode, TumorParams
@@ -81,7 +82,7 @@ def place(
     wanted = settings.draw_count(rng)
     seeds = torch.randint(SEED_LIMIT, (wanted,), generator=rng).tolist()
     if region.organ_box is None:
-        reason = f"no organ: the label has no voxel of {list(region.organ_labels)}"
+        reason = skip_reasons.no_organ(region.organ_labels)
         return [Skip(SkipCode.NO_ORGAN, reason)] * wanted
 
     allowed = AllowedVoxels(region.to_cpu(), spacing, settings.gap_mm)
@@ -90,7 +91,7 @@ def place(
     failed_in_a_row = 0
     for seed in seeds:
         if failed_in_a_row == MAX_FAILED_TUMORS:  # each attempt searches the organ
-            reason = f"{_no_room(sizes)}: none of the {MAX_FAILED_TUMORS} before it found any"
+            reason = skip_reasons.no_room_before(sizes.low, MAX_FAILED_TUMORS)
             results.append(Skip(SkipCode.NO_ROOM, reason))
             continue
         if results and isinstance(results[-1], LocalMask) and not settings.merge:
@@ -138,8 +139,7 @@ def place_from_params(
     result = rasterize(params, Shape(params), allowed, growth if params.bulge > 0 else None)
     if isinstance(result, LocalMask):
         return result
-    reason = f"the organ leaves no room for the tumour of {params.diameter_mm:.1f} mm here"
-    return Skip(SkipCode.NO_ROOM, reason)
+    return Skip(SkipCode.NO_ROOM, skip_reasons.no_room_again(params.diameter_mm))
 
 
 def _fit(
@@ -155,8 +155,7 @@ def _fit(
         growth = None
     candidates = sample_candidates(allowed, rng)
     if len(candidates) == 0:
-        reason = "no room: other tumours or forbidden voxels fill the organ"
-        return Skip(SkipCode.NO_ROOM, reason, params.drawn_mm)
+        return Skip(SkipCode.NO_ROOM, skip_reasons.NO_FREE_VOXEL, params.drawn_mm)
     most_voxels = 0
     diameters_mm = _shrinking_diameters(params, sizes)
     for step, diameter_mm in enumerate(diameters_mm):
@@ -180,11 +179,8 @@ def _fit(
                 most_voxels = max(most_voxels, result)
             elif not _is_sliver(result, shape, allowed):
                 return result
-    reason = _no_room(sizes)
     largest_mm = equivalent_diameter(most_voxels * allowed.voxel_mm3)
-    if 0 < largest_mm < sizes.low:
-        reason += f"; largest that fits: {largest_mm:.1f} mm"
-    return Skip(SkipCode.NO_ROOM, reason, params.drawn_mm)
+    return Skip(SkipCode.NO_ROOM, skip_reasons.no_room(sizes.low, largest_mm), params.drawn_mm)
 
 
 def _is_sliver(tumor: LocalMask, shape: Shape, allowed: AllowedVoxels) -> bool:
@@ -226,7 +222,3 @@ def _largest_organ_voxels(allowed: AllowedVoxels) -> int:
     return largest_component_voxels(allowed.organ_on_grid(slices)) * math.prod(
         s.step for s in slices
     )
-
-
-def _no_room(sizes: SizeRange) -> str:
-    return f"no room for a tumour of {sizes.low:.3g} mm or more in the organ"

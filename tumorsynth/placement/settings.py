@@ -16,7 +16,7 @@ from tumorsynth.placement.arguments import (
     check_range,
     check_size,
 )
-from tumorsynth.placement.size_priors import SizePrior, get_prior
+from tumorsynth.placement.organ_priors import SizePrior, get_prior
 
 
 class SizeRange(NamedTuple):

@@ -1,4 +1,4 @@
-"""Place a sample's tumours: from its seed, or from params, to the voxels of each tumour."""
+"""Place the tumours of a batch: from seeds, or from params, to the voxels of each tumour."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tumorsynth.devices import or_on_cpu
 from tumorsynth.geometry import Box
 from tumorsynth.pipeline.records import Sample, SampleParams
 from tumorsynth.pipeline.settings import Settings
+from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.exophytic import ExophyticRegion
 from tumorsynth.placement.organ import OrganRegion, is_organ, organ_box
@@ -95,7 +96,7 @@ def place_sample(
         return PlacedSample(not_selected(settings, seed), [])
     box = organ_box(sample.label, settings.organ_labels)
     if box is None:
-        reason = f"no organ: no voxel has a label of {settings.organ_labels}"
+        reason = skip_reasons.no_organ(settings.organ_labels)
         return PlacedSample(SampleParams(seed, SkipCode.NO_ORGAN, reason), [])
     placement = settings.placement
     region = organ_region(settings, sample, box)
@@ -104,8 +105,8 @@ def place_sample(
     if results and all(isinstance(result, Skip) for result in results):
         share = _not_finite_share(settings, sample)
         if share > MAX_NOT_FINITE_SHARE:
-            reason = f"{share:.0%} of the organ's voxels in the image are NaN or infinite; "
-            results = [Skip(SkipCode.NOT_FINITE, reason + "export the scan again")] * len(results)
+            skip = Skip(SkipCode.NOT_FINITE, skip_reasons.not_finite(share))
+            results = [skip] * len(results)
     results = [r if isinstance(r, Skip) else _with_displacement(settings, r) for r in results]
     tumors = [result.params for result in results if isinstance(result, LocalMask)]
     return PlacedSample(SampleParams(seed, tumors=tumors), results)
@@ -118,7 +119,7 @@ def skip_sample(skip: Skip) -> SampleParams:
 
 def not_selected(settings: Settings, seed: int | None) -> SampleParams:
     """Return the params of a sample that the probability p leaves out."""
-    return SampleParams(seed, SkipCode.NOT_SELECTED, f"left alone (p = {settings.p:g})")
+    return SampleParams(seed, SkipCode.NOT_SELECTED, skip_reasons.not_selected(settings.p))
 
 
 def replay_sample(

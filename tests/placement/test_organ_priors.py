@@ -16,8 +16,8 @@ from scipy.spatial import ConvexHull
 from scipy.stats import ks_2samp
 
 from tumorsynth.placement.organ import OrganRegion
+from tumorsynth.placement.organ_priors import MAX_ROUGHNESS, MIN_AXIS_RATIO, PRIORS, get_prior
 from tumorsynth.placement.place import place_from_params
-from tumorsynth.placement.size_priors import MAX_ROUGHNESS, MIN_AXIS_RATIO, PRIORS, get_prior
 from tumorsynth.placement.types import LocalMask, TumorParams
 
 

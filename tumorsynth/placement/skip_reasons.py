@@ -1,0 +1,59 @@
+"""Skip reasons: the words by which a report says why a tumour or a sample was skipped.
+
+Each goes with a `types.SkipCode`. Two are worded where they are measured: the gate's objections in
+`appearance/gate.py`, and tissue outside the generator's window in `appearance/background.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+HAS_TUMOR = "left alone (holds a tumour already)"
+EXCLUDED = "left alone (as asked)"
+NO_FREE_VOXEL = "no room: other tumours or forbidden voxels fill the organ"
+NO_VISIBLE_CHANGE = "the generator leaves this tissue as it is"
+
+
+def not_selected(p: float) -> str:
+    """Return the reason of a sample that the probability p left out."""
+    return f"left alone (p = {p:g})"
+
+
+def no_organ(organ_labels: Sequence[int]) -> str:
+    """Return the reason where the organ is missing."""
+    return f"no organ: no voxel has a label of {tuple(organ_labels)}"
+
+
+def not_finite(share: float) -> str:
+    """Return the reason where this share of the organ's voxels is NaN or infinite."""
+    return (
+        f"{share:.0%} of the organ's voxels in the image are NaN or infinite; export the scan again"
+    )
+
+
+def no_room(smallest_mm: float, largest_that_fits_mm: float = 0.0) -> str:
+    """Return the reason where no tumour of an allowed size fits.
+
+    Args:
+        smallest_mm: smallest diameter allowed.
+        largest_that_fits_mm: largest diameter that an attempt reached; stated if it is smaller.
+    """
+    reason = f"no room for a tumour of {smallest_mm:.3g} mm or more in the organ"
+    if 0 < largest_that_fits_mm < smallest_mm:
+        reason += f"; largest that fits: {largest_that_fits_mm:.1f} mm"
+    return reason
+
+
+def no_room_before(smallest_mm: float, tumors: int) -> str:
+    """Return the reason of a tumour that is not tried, since so many in a row found no room."""
+    return f"{no_room(smallest_mm)}: none of the {tumors} before it found any"
+
+
+def no_room_again(diameter_mm: float) -> str:
+    """Return the reason of a tumour from params that does not fit at its centre."""
+    return f"the organ leaves no room for the tumour of {diameter_mm:.1f} mm here"
+
+
+def gate(objection: str) -> str:
+    """Return the reason of a tumour that the gate rejected."""
+    return f"the gate: {objection}"
