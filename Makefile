@@ -8,7 +8,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 DEMO_INSTALLED := $(VENV)/.tumorsynth-demo
 INSTALLED := $(VENV)/.tumorsynth-installed
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	--no-loadscope-reorder
 # Tests of what a processor's instructions decide on.
 AVX2_TESTS := tests/models tests/generators tests/appearance/test_contrast.py \
 	tests/training/test_training_autoencoder.py tests/training/test_training_denoiser.py

@@ -9,6 +9,21 @@ if TYPE_CHECKING:
     from tumorsynth.phantom import Phantom
 
 ROOT = Path(__file__).resolve().parent.parent
+# A worker takes a file at a time: these take minutes, and would otherwise be the last to start.
+LONG_FILES = (
+    "test_examples.py",
+    "test_other_device.py",
+    "test_training_resume.py",
+    "test_collection.py",
+    "test_training_cli.py",
+    "test_gpu_session.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first (with `--no-loadscope-reorder`)."""
+    order = {name: k for k, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
