@@ -255,3 +255,34 @@ def test_all_missing_members_are_named():
 def test_a_class_in_place_of_an_instance_is_named():
     with pytest.raises(TypeError, match="got the class Darker, not an instance of it"):
         ts.SynthesizeTumor(Darker)
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("crop_size", 0),
+        ("crop_size", 65.5),
+        ("crop_multiple", 0),
+        ("crop_multiple", True),
+        ("window", (250.0, -175.0)),
+        ("window", "abc"),
+        ("window", (float("nan"), 1.0)),
+        ("device", "cpu"),
+    ],
+)
+def test_a_member_of_no_use_is_refused_at_construction(member, value):
+    generator = Darker()
+    setattr(generator, member, value)
+    with pytest.raises(ValueError, match=rf"the generator's {member} must be .*; set it to"):
+        ts.SynthesizeTumor(generator, tumor_label=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex64])
+def test_a_result_of_another_dtype_is_refused(dtype):
+    class Other(Darker):
+        def change(self, *args, **kwargs):
+            return super().change(*args, **kwargs).to(dtype)
+
+    image, label = scan()
+    with pytest.raises(TypeError, match=r"dtype torch.float32, got .*\.to\(crop\.dtype\)"):
+        synth(Other())(image, label, spacing=SPACING, seed=0)

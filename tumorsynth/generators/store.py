@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tumorsynth.arguments import is_bool
 from tumorsynth.devices import check_device
 from tumorsynth.generators.folder import CARD, MODEL, READABLE, read_card, read_folder
 from tumorsynth.generators.handcrafted import HandcraftedGenerator
@@ -106,6 +109,7 @@ class Handle:
     Raises:
         FileNotFoundError: if there is no generator of that name.
         TypeError: if an object is not a generator, naming the members that it lacks.
+        ValueError: if its crop_size, crop_multiple, window or device cannot be used.
     """
 
     def __init__(self, generator: str | os.PathLike[str] | TumorGenerator):
@@ -190,6 +194,7 @@ def _check_members(generator: object) -> None:
     """Raise TypeError unless an object has the members of `TumorGenerator`."""
     missing = missing_members(generator)
     if not missing and not isinstance(generator, type):
+        _check_values(generator)
         return
     found = f"got {type(generator).__name__}"
     if isinstance(generator, type):
@@ -200,6 +205,31 @@ def _check_members(generator: object) -> None:
         "generator must be a bundled name, a folder, a hub id, or an object with the members of "
         f"TumorGenerator, {found}; bundled are {', '.join(bundled_names())}"
     )
+
+
+def _check_values(generator: Any) -> None:
+    """Raise ValueError unless the members that size and scale a crop can be used."""
+    for name in ("crop_size", "crop_multiple"):
+        value = getattr(generator, name)
+        if is_bool(value) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(
+                f"the generator's {name} must be a whole number of at least 1, got {value!r}; "
+                "set it to 64 or 1"
+            )
+    try:
+        low, high = (float(end) for end in generator.window)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(
+            "the generator's window must be two numbers in HU, the lower first, got "
+            f"{generator.window!r}; set it to (-175.0, 250.0)"
+        )
+    if not isinstance(generator.device, torch.device):
+        raise ValueError(
+            f"the generator's device must be a torch.device, got {generator.device!r}; "
+            "set it to torch.device('cpu')"
+        )
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:

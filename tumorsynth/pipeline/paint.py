@@ -120,7 +120,7 @@ def _check_result(source: str, generated: object, crops: Tensor) -> None:
         crops: what it got.
 
     Raises:
-        TypeError: for anything but a tensor.
+        TypeError: for anything but a tensor of the crops' dtype.
         ValueError: for another shape, part of which would be used silently.
     """
     shape = tuple(crops.shape)
@@ -130,6 +130,11 @@ def _check_result(source: str, generated: object, crops: Tensor) -> None:
     if generated.shape != crops.shape:
         raise ValueError(
             f"{source} must return its crop's shape {shape}, got {tuple(generated.shape)}; {fix}"
+        )
+    if generated.dtype != crops.dtype:
+        raise TypeError(
+            f"{source} must return its crop's dtype {crops.dtype}, got {generated.dtype}; convert "
+            "the result with .to(crop.dtype)"
         )
 
 
