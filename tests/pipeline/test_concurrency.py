@@ -129,8 +129,8 @@ def load(dies_at):
 
 try:
     list(load(2))
-except (RuntimeError, ConnectionError) as error:  # torch's own, or the worker's closed socket
-    from_worker = isinstance(error, ConnectionError) or "worker" in str(error)
+except (RuntimeError, ConnectionError, EOFError) as error:  # torch's own, or of a closed socket
+    from_worker = not isinstance(error, RuntimeError) or "worker" in str(error)
     print(from_worker, all(map(torch.equal, list(load(None))[3], expected)))
 """
 
