@@ -73,7 +73,25 @@ def main(argv: list[str] | None = None) -> int:
         return fail(describe_error(error), exit_code(error))
     if code == 130:  # how typer reports Ctrl-C
         return fail("stopped", 130)
-    return code if isinstance(code, int) else 0
+    code = code if isinstance(code, int) else 0
+    if argv is None:
+        _leave_process_group(code)
+    return code
+
+
+def _leave_process_group(code: int) -> None:
+    """End a process of a distributed training at once.
+
+    The threads of its process group sometimes abort the interpreter's own shutdown, after all files
+    are written.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available():
+        return
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def wait_passively() -> None:
