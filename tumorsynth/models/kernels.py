@@ -65,11 +65,15 @@ def cpu_gains_from_bfloat16() -> bool:
     return cpu_computes_bfloat16() and (not _is_intel() or _uses_amx())
 
 
+def _cpu_description() -> str:
+    """Return maker and features as Linux lists them; elsewhere the maker, if Python knows it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+
+
 @cache
 def _is_intel() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
-    return "GenuineIntel" in text
+    return "GenuineIntel" in _cpu_description()
 
 
 @cache
@@ -79,10 +83,7 @@ def _uses_amx() -> bool:
     if any(limit and limit not in ("ALL", "DEFAULT") and "AMX" not in limit for limit in limits):
         return False
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch >= 2.5
-    if supported is not None:
-        return bool(supported())
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+    return "amx_bf16" in _cpu_description() if supported is None else bool(supported())
 
 
 @cache
