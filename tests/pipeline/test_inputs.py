@@ -197,3 +197,10 @@ def test_hu_with_another_intensity_are_refused(intensity):
     synth = ts.SynthesizeTumor("hu2023", count=1, size_mm=8, intensity=intensity)
     with pytest.raises(ValueError, match=r"must be in the scale of intensity=.*pass intensity=HU"):
         synth(image, label, spacing=1.0, seed=0)
+
+
+@pytest.mark.parametrize("code", ["foo", 3, ["no_organ"]])
+def test_params_with_an_unknown_skip_code_are_refused(code):
+    record = {"seed": None, "applied": False, "tumors": [], "code": code}
+    with pytest.raises(ValueError, match="a record's code must be one of .*no_organ.*; pass synth"):
+        check_params([record], 1)

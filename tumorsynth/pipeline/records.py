@@ -245,7 +245,7 @@ class SampleParams:
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> SampleParams:
         """Return the params of an entry that `check_params` accepts, of any earlier version."""
-        code = None if entry["applied"] else SkipCode(entry.get("code", SkipCode.REPLAYED))
+        code = None if entry["applied"] else SkipCode(entry.get("code") or SkipCode.REPLAYED)
         return cls(
             entry.get("seed"),
             code,

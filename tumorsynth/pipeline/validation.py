@@ -15,7 +15,7 @@ from tumorsynth.arguments import any_bool, is_bool
 from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
 from tumorsynth.placement.arguments import MAX_COUNT
 from tumorsynth.placement.organ import holds
-from tumorsynth.placement.types import TumorParams
+from tumorsynth.placement.types import SkipCode, TumorParams
 
 AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
 WHOLE_SLICE_VOXELS = 400  # along two axes; a scan's slice that large rarely has voxels of 1 mm
@@ -252,6 +252,12 @@ def _check_record(record: dict[str, Any]) -> None:
             f"a record's tumors must be a list of at most {MAX_COUNT}, got "
             f"{len(tumors) if isinstance(tumors, list | tuple) else tumors!r}; "
             "pass synth.params of an earlier call"
+        )
+    codes, code = [code.value for code in SkipCode], record.get("code")
+    if code is not None and code not in codes:
+        raise ValueError(
+            f"a record's code must be one of {', '.join(codes)}, got {code!r}; pass synth.params "
+            "of an earlier call"
         )
     for values in tumors:
         TumorParams.from_dict(values)
