@@ -11,7 +11,7 @@ Axes are RAS: x grows to the patient's right, y to the front, z to the head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from tumorsynth.devices import plain_defaults
 from tumorsynth.phantom.anatomy import Patient
 from tumorsynth.phantom.landmarks import LABELS
 from tumorsynth.phantom.painting import paint_patient
-from tumorsynth.phantom.shapes import Corners, Lattice, resample
+from tumorsynth.phantom.shapes import Corners, Interpolated, Lattice
 from tumorsynth.threads import one_thread
 
 __all__ = ["LABELS", "Phantom", "make_phantom"]
@@ -32,6 +32,8 @@ FIELD_MM = (320.0, 260.0, 160.0)  # the default field of view, centred on 0
 FOCUS_MM = (62.0, 12.0, 22.0)  # a point in the liver, towards which smaller fields shift
 HALF_EDGE_MM = 0.8  # half the width of a painted edge
 NOISE_HU = 15.0  # standard deviation at the body's centre; two thirds of it far from there
+
+SLAB_VOXELS = 2**19  # painted at a time
 
 
 @dataclass(frozen=True)
@@ -170,26 +172,40 @@ class _Canvas:
         ends = [a[0].item() for a in axes], [a[-1].item() for a in axes]
         lattice = Lattice(ends, step, self.patient.warp, self.patient.tile)
 
-        def voxels(values: Tensor) -> Tensor:
-            return resample(values.to(self.image.device), lattice.first, step, axes)
+        def voxels(values: Tensor) -> Interpolated:
+            return Interpolated(values.to(self.image.device), lattice.first, step, axes)
 
         # 0.5 on the surface, 1 from half an edge's width inside
         cover = voxels(0.5 - shape(lattice) * (0.5 / HALF_EDGE_MM))
+        paints = [voxels(hu(lattice)) if callable(hu) else hu for _, hu, _ in layers]
         image, label = self.image[tuple(cut)], self.label[tuple(cut)]
-        if only is not None:
-            cover.masked_fill_(label != only, 0)
-        for depth, hu, value in layers:
-            deep = depth * 0.5 / HALF_EDGE_MM
-            paint = voxels(hu(lattice)) if callable(hu) else torch.tensor(float(hu)).to(image)
-            image.lerp_(paint, (cover - deep).clamp_(0, 1))
-            if value is not None:
-                label.masked_fill_(cover > 0.5 + deep, value)
+        for rows in _slabs(image.shape):
+            if not cover.exceeds(0.0, rows):
+                continue
+            covered, at, values = cover.rows(rows), image[rows], label[rows]
+            if only is not None:
+                covered.masked_fill_(values != only, 0)
+            for (depth, _, value), paint in zip(layers, paints, strict=True):
+                deep = depth * 0.5 / HALF_EDGE_MM
+                if not cover.exceeds(deep, rows):
+                    continue
+                hu = paint.rows(rows) if isinstance(paint, Interpolated) else paint
+                at.lerp_(torch.as_tensor(hu).to(at), (covered - deep).clamp_(0, 1))
+                if value is not None:
+                    values.masked_fill_(covered > 0.5 + deep, value)
 
     def noise_level(self) -> Tensor:
         """Return the standard deviation of the noise in HU, (X, Y, 1)."""
         x, y, _ = (axis.float().to(self.image.device) for axis in self.axes)
         far = (x[:, None] / 150) ** 2 + (y / 110) ** 2
         return (NOISE_HU * (0.65 + 0.35 * torch.exp(-0.8 * far)))[:, :, None]
+
+
+def _slabs(shape: Sequence[int]) -> Iterator[slice]:
+    """Yield the rows along x in parts small enough for a processor's cache."""
+    rows = max(1, SLAB_VOXELS // math.prod(shape[1:]))
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
 
 
 def _noise(

@@ -15,24 +15,36 @@ Corners = tuple[Sequence[float], Sequence[float]]  # lower and upper corner of a
 
 
 class Waves:
-    """A smooth random function of position, mean 0, variance 1: a sum of plane waves.
+    """Smooth random functions of position, mean 0, variance 1: sums of plane waves.
 
     Args:
         rng: draws directions, lengths and phases.
         shortest: wavelength, mm.
         longest: wavelength, mm.
-        count: number of waves.
+        count: number of waves in a sum.
+        functions: how many functions to draw.
     """
 
-    def __init__(self, rng: torch.Generator, shortest: float, longest: float, count: int = 10):
-        k = torch.randn(count, 3, generator=rng)
-        length = shortest + (longest - shortest) * torch.rand(count, 1, generator=rng)
-        self.k = k / k.norm(dim=1, keepdim=True) * 2 * math.pi / length
-        self.phase = 2 * math.pi * torch.rand(count, generator=rng)
+    def __init__(
+        self,
+        rng: torch.Generator,
+        shortest: float,
+        longest: float,
+        count: int = 10,
+        functions: int = 1,
+    ):
+        ks, phases = [], []
+        for _ in range(functions):
+            k = torch.randn(count, 3, generator=rng)
+            length = shortest + (longest - shortest) * torch.rand(count, 1, generator=rng)
+            ks.append(k / k.norm(dim=1, keepdim=True) * 2 * math.pi / length)
+            phases.append(2 * math.pi * torch.rand(count, generator=rng))
+        self.k, self.phase = torch.stack(ks, 1), torch.stack(phases, 1)  # (count, functions, ...)
 
     def __call__(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        one = [-1, *[1] * x.ndim]  # all waves at once, added in their order
-        kx, ky, kz = (k.view(one) for k in self.k.unbind(1))
+        """Return the functions' values at these positions along a new first axis."""
+        one = [*self.phase.shape, *[1] * x.ndim]  # all waves at once, added in their order
+        kx, ky, kz = (k.reshape(one) for k in self.k.unbind(2))
         waves = torch.sin(kx * x + ky * y + kz * z + self.phase.view(one))
         total = waves[0]
         for wave in waves[1:]:
@@ -50,10 +62,10 @@ class Warp:
 
     def __init__(self, rng: torch.Generator, amplitude: Point):
         self.amplitude = amplitude
-        self.bend = [Waves(rng, 90.0, 220.0) for _ in range(3)]
+        self.bend = Waves(rng, 90.0, 220.0, functions=3)
 
     def shift(self, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
-        return [a * bend(x, y, z) for a, bend in zip(self.amplitude, self.bend, strict=True)]
+        return [a * bend for a, bend in zip(self.amplitude, self.bend(x, y, z), strict=True)]
 
     def to_world(self, points: Tensor) -> Tensor:
         """Return world positions (N, 3) of upright positions, by fixed-point iteration."""
@@ -63,23 +75,45 @@ class Warp:
         return found
 
 
-def resample(values: Tensor, first: Sequence[int], step: float, axes: Sequence[Tensor]) -> Tensor:
-    """Interpolate lattice values linearly at the points of three axes.
+class Interpolated:
+    """Lattice values, interpolated linearly at the points of three axes.
 
     Args:
         values: (x, y, z), on the lattice.
         first: index of the lattice's first point, which lies at ``first * step`` mm.
         step: of the lattice, mm.
-        axes: positions along x, y and z, mm.
+        axes: positions along x, y and z, mm, in increasing order.
     """
-    to_x, to_y, to_z = (
-        (1 - (axis[:, None] / step - first[i] - torch.arange(values.shape[i])).abs())
-        .clamp_(min=0)
-        .to(values)
-        for i, axis in enumerate(axes)
-    )
-    values = to_y @ (values @ to_z.T)
-    return (to_x @ values.flatten(1)).view(-1, *values.shape[1:])
+
+    def __init__(self, values: Tensor, first: Sequence[int], step: float, axes: Sequence[Tensor]):
+        self._at = axes[0] / step - first[0]  # in lattice planes
+        to_x, to_y, to_z = (
+            (1 - (axis[:, None] / step - first[i] - torch.arange(values.shape[i])).abs())
+            .clamp_(min=0)
+            .to(values)
+            for i, axis in enumerate(axes)
+        )
+        self._to_x, self._planes = to_x, to_y @ (values @ to_z.T)
+        self._highest = self._planes.flatten(1).amax(1).tolist()
+
+    def exceeds(self, value: float, rows: slice) -> bool:
+        """Return whether any of the planes that these rows lie between is higher somewhere."""
+        return max(self._highest[self._near(rows)]) > value
+
+    def rows(self, rows: slice) -> Tensor:
+        """Return the values at some of the points along x, and all along y and z."""
+        near = self._near(rows)
+        values = self._to_x[rows, near] @ self._planes[near].flatten(1)
+        return values.view(-1, *self._planes.shape[1:])
+
+    def _near(self, rows: slice) -> slice:
+        at = self._at[rows]
+        return slice(math.floor(at[0]), math.ceil(at[-1]) + 1)
+
+
+def resample(values: Tensor, first: Sequence[int], step: float, axes: Sequence[Tensor]) -> Tensor:
+    """Return lattice values at the points of three axes; arguments as for `Interpolated`."""
+    return Interpolated(values, first, step, axes).rows(slice(None))
 
 
 def _span(box: Corners, step: float) -> tuple[list[int], list[int]]:
@@ -139,7 +173,7 @@ class Lattice:
     def waves(self, waves: Waves, step: float) -> Tensor:
         """Return waves at the lattice's world positions, computed on points ``step`` mm apart."""
         coarse = Lattice(self.box, step)
-        return resample(waves(*coarse._upright), coarse.first, step, self.axes)
+        return resample(waves(*coarse._upright)[0], coarse.first, step, self.axes)
 
     def grain(self, shift: int = 0) -> Tensor:
         """Return random values of unit variance that depend on the world position only."""
