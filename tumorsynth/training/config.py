@@ -114,6 +114,10 @@ class DenoiserTraining(Training):
     evenness: float = option(30.0, "HU by which tissue to transplant tumours into may vary.")
     inside_weight: float = option(4.0, "Extra weight of the loss inside the tumour.")
     transplant: float = option(0.75, "Share of crops whose tumour is put into other tissue.")
+    brighter: float = option(
+        0.15, "Share of these tumours made brighter than the tissue, as in an arterial phase."
+    )
+    structure: float = option(0.0, "Share of these given a bright rim or a washed-out centre.")
     pool: int = option(256, "Encoded crops held at a time, summed over devices.")
     reuse: int = option(8, "Steps after which each slot of the batch gets a new crop.")
 
@@ -213,7 +217,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 SIGNED_FIELDS = ("window_low", "window_high", "tissue_low", "tissue_high")
-SHARE_FIELDS = ("hollow", "transplant", "ema", "adversarial_start")
+SHARE_FIELDS = ("hollow", "transplant", "brighter", "structure", "ema", "adversarial_start")
 COUNT_FIELDS = (
     "steps",
     "patch_size",

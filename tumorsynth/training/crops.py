@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.appearance.contrast import ContrastConfig, contrast_of, grown, level_around
+from tumorsynth.appearance.contrast import ContrastConfig, contrast_of, core, grown, level_around
+from tumorsynth.appearance.contrast_priors import add_structure
 from tumorsynth.training.config import DenoiserTraining
 from tumorsynth.training.data import Case, Tumor, augment
 from tumorsynth.training.outlines import remove_noise, tumor_mask, tumor_surroundings
@@ -25,7 +26,9 @@ MIN_SHELL_VOXELS = 100  # of tissue around a tumour that is transplanted
 LEVEL_MARGIN_HU = 10  # of the tissue range, where no tumour is transplanted to
 MIN_EVEN_SHARE = 0.9  # of a transplanted tumour's voxels that lie in even tissue
 MIN_CONTRAST_HU = 5  # a fainter tumour keeps its contrast
-BRIGHTER_SHARE = 0.15  # of transplanted tumours, whose contrast changes its sign
+RIM_HU, CENTRE_HU = (8.0, 30.0), (-40.0, -12.0)  # of the structure given to tumours
+RIM_SHARE = CENTRE_SHARE = 0.6  # of the tumours with structure
+CENTRE_FROM_MM = 12.0  # equivalent diameter of the smallest tumour with a washed-out centre
 
 
 def sample_crop(
@@ -214,9 +217,25 @@ def _transplant(
         ratio = _contrast_ratio(contrast, own_level, level, rng, config, window)
         noise = host - smooth
         max_noise = 4 * float(noise[mask].abs().median())  # vessels are not noise
-        painted = level + profile * ratio + noise.clamp(-max_noise, max_noise)
+        change = profile * ratio
+        if ratio < 0:  # what is darker than the rest of the tumour stays so: necrosis, washout
+            inside = F.avg_pool3d(core(mask[None]).float(), 3, stride=1, padding=1)[0]
+            change = change - 2 * ratio * inside * (profile - contrast)
+        if config.structure and rng.random() < config.structure:
+            change = _add_structure(change, mask, rng)
+        painted = level + change + noise.clamp(-max_noise, max_noise)
         return host + feather * (painted - host)
     return hu
+
+
+def _add_structure(change: Tensor, mask: Tensor, rng: np.random.Generator) -> Tensor:
+    """Add a rim, a washed-out centre or both to a change in HU (1, side, side, side)."""
+    rim_hu, centre_hu = float(rng.uniform(*RIM_HU)), float(rng.uniform(*CENTRE_HU))
+    has_rim, has_centre = rng.random() < RIM_SHARE, rng.random() < CENTRE_SHARE
+    if (6 * int(mask.sum()) / np.pi) ** (1 / 3) < CENTRE_FROM_MM:
+        has_centre = False
+    structure = (rim_hu if has_rim else 0.0, centre_hu if has_centre else 0.0)
+    return add_structure(change[0], mask[0], structure, int(rng.integers(2**31)))[None]
 
 
 def _contrast_ratio(
@@ -229,7 +248,7 @@ def _contrast_ratio(
 ) -> float:
     """Factor of a transplanted tumour's contrast in tissue of this level, within the window."""
     if config.contrast == "on":  # the whole range that may be asked for, sometimes inverted
-        ratio = rng.uniform(0.15, 2.0) * (-1 if rng.random() < BRIGHTER_SHARE else 1)
+        ratio = rng.uniform(0.15, 2.0) * (-1 if rng.random() < config.brighter else 1)
         if not window[0] < level + ratio * contrast < window[1]:
             ratio = abs(ratio)
     else:  # an unenhanced organ shows less contrast

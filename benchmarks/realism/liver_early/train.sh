@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Train `liver-early` 5 and measure it beside version 4, on one CPU core; start it again to resume.
+#   benchmarks/realism/liver_early/train.sh CT_DIR RUN [VERSION_4_FOLDER]
+# Each step leaves RUN/NAME.done; a started training resumes from its last checkpoint. The packs and
+# pictures in RUN hold parts of scans: mind their terms (README.md), and keep RUN out of the project.
+set -euo pipefail
+scans=$1 run=$2 old=${3:-liver-early}
+python=${PYTHON:-python}
+export OMP_NUM_THREADS=1
+mkdir -p "$run/results"
+
+step() {  # step NAME COMMAND...: once
+  local name=$1
+  shift
+  [ -e "$run/$name.done" ] && return
+  echo "$(date '+%F %T') $name"
+  "$@"
+  echo "$(date '+%F %T') $name done"
+  touch "$run/$name.done"
+}
+
+train() {  # train STAGE FOLDER ...: resumes where there is a checkpoint
+  local stage=$1 folder=$2
+  shift 2
+  local resume=()
+  [ -e "$folder/checkpoint.pt" ] && resume=(--resume)
+  "$python" -m tumorsynth.training."$stage" "$@" -o "$folder" --workers 0 "${resume[@]}"
+}
+
+quality() {  # quality SET TUMOURS [OPTION...]: both generators on scans that neither learned from
+  local set=$1 count=$2
+  shift 2
+  "$python" -m benchmarks.realism.tumor_quality "$run/measure_$set.npz" \
+    --generator v4="$old" --generator v5="$run/liver-early" \
+    --organ-label 1 --tumor-label 2 --count "$count" -o "$run/results/quality_$set.json" "$@"
+}
+
+cards() {  # what each training's card will say, measured on other patients
+  "$python" -m tumorsynth.training.evaluate "$1" "$run/measure_lits.npz" --organ-label 1 \
+    --tumor-label 2 >"$run/results/evaluate_$2.json"
+}
+
+step pack "$python" -m benchmarks.realism.liver_early.data "$scans" -o "$run"
+step autoencoder train autoencoder "$run/autoencoder" "$run/autoencoder.npz" --steps 16000 \
+  --save-every 100 --picture-every 2000
+step denoiser train denoiser "$run/liver-early" "$run/tumours.npz" \
+  --autoencoder "$run/autoencoder" --name liver-early --steps 6000 --transplant 0.8 \
+  --brighter 0.35 --structure 0.3 --outlines annotated --save-every 100 --picture-every 500
+for set in lits portal arterial; do
+  step "reconstruction_$set" "$python" -m benchmarks.realism.reconstruction \
+    "$run/measure_$set.npz" --generator v4="$old" --generator v5="$run/liver-early" \
+    --tissue liver=1 tumour=2 -o "$run/results/reconstruction_$set"
+done
+step evaluate_v4 cards "$old" v4
+step evaluate_v5 cards "$run/liver-early" v5
+step quality_lits quality lits 48
+step quality_portal quality portal 48
+step quality_portal_large quality portal 32 --size-mm 20 45
+step quality_arterial quality arterial 48 --contrast-hu 10 28
+echo "$(date '+%F %T') finished: see $run/results"
