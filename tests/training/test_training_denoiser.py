@@ -59,6 +59,44 @@ def test_without_contrast_moved_tumours_keep_theirs():
     assert (contrasts(replace(TINY, transplant=1.0, contrast="off")) < 0).all()
 
 
+def test_moved_tumours_are_as_often_brighter_as_asked_for():
+    dark, bright = (contrasts(replace(TINY, transplant=1.0, brighter=b)) for b in (0.0, 1.0))
+    assert (dark < 0).all()
+    assert (bright > 0).mean() > 0.8  # some have no room for it in the window, some stay
+
+
+def test_a_dark_centre_stays_darker_than_the_rest_when_its_tumour_becomes_brighter():
+    cases = make_cases()
+    config = replace(TINY, transplant=1.0, brighter=1.0)
+    tumor = max(find_tumors(cases, 2), key=lambda each: each.diameter_mm)
+    middle = torch.tensor([(a + b - 1) / 2 for a, b in zip(tumor.low, tumor.high, strict=True)])
+    place = torch.stack(torch.meshgrid(*map(torch.arange, cases[0].hu.shape), indexing="ij"), -1)
+    cases[tumor.case].hu[(place - middle).norm(dim=-1) < 0.25 * tumor.diameter_mm] -= 60
+    centres = [even_tissue_centres(case, config) for case in cases]
+    differences = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        hu, mask = sample_crop(cases, tumor, 2, rng, centres, config, WINDOW)
+        level = level_around(hu[None], mask[None], (20.0, 220.0))
+        at, values = mask[0].nonzero().float(), hu[0][mask[0]]
+        radius = (6 * len(at) / np.pi) ** (1 / 3) / 2
+        if radius < 5 or float(contrast_of(hu[None], mask[None], level)) < 5:
+            continue  # thick slices hide the centre of a small one
+        far = (at - at.mean(0)).norm(dim=1) / radius
+        inside, rest = values[far < 0.25], values[(far > 0.5) & (far < 0.75)]
+        differences.append(float(inside.mean() - rest.mean()))
+    assert len(differences) > 8 and np.median(differences) < -3
+
+
+def test_structure_gives_rims_and_washed_out_centres():
+    config = replace(TINY, transplant=1.0, brighter=0.0, patch_size=48)
+    spread = []
+    for structure in (0.0, 1.0):
+        pairs = list(crops(replace(config, structure=structure)))
+        spread.append(np.median([float(hu[mask].std()) for hu, mask in pairs]))
+    assert spread[1] > 1.15 * spread[0]
+
+
 def test_range_of_contrast_is_the_real_tumours_for_an_organ_at_110_hu():
     cases = make_cases()
     found = contrast_range(cases, find_tumors(cases, 2), 2, TINY)

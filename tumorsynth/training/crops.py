@@ -220,7 +220,7 @@ def _transplant(
         change = profile * ratio
         if ratio < 0:  # what is darker than the rest of the tumour stays so: necrosis, washout
             inside = F.avg_pool3d(core(mask[None]).float(), 3, stride=1, padding=1)[0]
-            change = change - 2 * ratio * inside * (profile - contrast)
+            change = change - 2 * ratio * inside * (profile - contrast).clamp(max=0)
         if config.structure and rng.random() < config.structure:
             change = _add_structure(change, mask, rng)
         painted = level + change + noise.clamp(-max_noise, max_noise)

@@ -6,6 +6,7 @@
 set -euo pipefail
 scans=$1 run=$2 old=${3:-liver-early}
 python=${PYTHON:-python}
+precision=${PRECISION:-32-true}  # on CPUs without AMX, bfloat16 takes 1.7 times as long
 export OMP_NUM_THREADS=1
 mkdir -p "$run/results"
 
@@ -24,14 +25,15 @@ train() {  # train STAGE FOLDER ...: resumes where there is a checkpoint
   shift 2
   local resume=()
   [ -e "$folder/checkpoint.pt" ] && resume=(--resume)
-  "$python" -m tumorsynth.training."$stage" "$@" -o "$folder" --workers 0 "${resume[@]}"
+  "$python" -m tumorsynth.training."$stage" "$@" -o "$folder" --workers 0 \
+    --precision "$precision" "${resume[@]}"
 }
 
 quality() {  # quality SET TUMOURS [OPTION...]: both generators on scans that neither learned from
   local set=$1 count=$2
   shift 2
   "$python" -m benchmarks.realism.tumor_quality "$run/measure_$set.npz" \
-    --generator v4="$old" --generator v5="$run/liver-early" \
+    --generator v4="$old" --generator v5="$run/liver-early-5" \
     --organ-label 1 --tumor-label 2 --count "$count" -o "$run/results/quality_$set.json" "$@"
 }
 
@@ -41,18 +43,20 @@ cards() {  # what each training's card will say, measured on other patients
 }
 
 step pack "$python" -m benchmarks.realism.liver_early.data "$scans" -o "$run"
-step autoencoder train autoencoder "$run/autoencoder" "$run/autoencoder.npz" --steps 16000 \
+step autoencoder train autoencoder "$run/autoencoder" "$run/autoencoder.npz" --steps 10000 \
   --save-every 100 --picture-every 2000
 step denoiser train denoiser "$run/liver-early" "$run/tumours.npz" \
-  --autoencoder "$run/autoencoder" --name liver-early --steps 6000 --transplant 0.8 \
+  --autoencoder "$run/autoencoder" --name liver-early --steps 5000 --transplant 0.8 \
   --brighter 0.35 --structure 0.3 --outlines annotated --save-every 100 --picture-every 500
+step finish "$python" -m benchmarks.realism.liver_early.finish "$run/liver-early" \
+  "$run/tumours.npz" -o "$run/liver-early-5"
 for set in lits portal arterial; do
   step "reconstruction_$set" "$python" -m benchmarks.realism.reconstruction \
-    "$run/measure_$set.npz" --generator v4="$old" --generator v5="$run/liver-early" \
+    "$run/measure_$set.npz" --generator v4="$old" --generator v5="$run/liver-early-5" \
     --tissue liver=1 tumour=2 -o "$run/results/reconstruction_$set"
 done
 step evaluate_v4 cards "$old" v4
-step evaluate_v5 cards "$run/liver-early" v5
+step evaluate_v5 cards "$run/liver-early-5" v5
 step quality_lits quality lits 48
 step quality_portal quality portal 48
 step quality_portal_large quality portal 32 --size-mm 20 45
