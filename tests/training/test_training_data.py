@@ -419,6 +419,8 @@ def test_presets_are_valid_and_flags_win_over_them():
         ({"lr": float("inf")}, "--lr must be a number, got inf"),
         ({"lr": -1.0}, "--lr must not be negative, got -1"),
         ({"transplant": 5.0}, "--transplant must be from 0 to 1, got 5"),
+        ({"brighter": 2.0}, "--brighter must be from 0 to 1, got 2"),
+        ({"structure": 1.5}, "--structure must be from 0 to 1, got 1.5"),
         ({"ema": 1.0}, "--ema must be below 1"),
         ({"timesteps": 0}, "--timesteps must be at least 1, got 0"),
         ({"batch_size": 3, "accumulate": 2}, "multiple of --accumulate"),
