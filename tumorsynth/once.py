@@ -53,5 +53,5 @@ def _caller() -> tuple[str, int]:
 
 
 def _is_inside(file: str) -> bool:
-    """Return whether a file belongs to tumorsynth, or to torch, whose decorators lie between."""
-    return file.startswith(_OURS) or "torch" in Path(file).parts
+    """Return whether a file belongs to tumorsynth, or to the decorators that lie between."""
+    return file.startswith(_OURS) or "torch" in Path(file).parts or file.endswith("contextlib.py")

@@ -122,9 +122,9 @@ def unknown_size(reason: str) -> str:
     """Return the warning that the size of a voxel is unknown, and why."""
     return (
         f"the size of a voxel must be known, but {reason} and no spacing was given, so that voxels "
-        "are taken as 1 mm; pass spacing=(dx, dy, dz), or spacing=1 where they are 1 mm. A cache, "
-        "EnsureTyped or a crop of plain arrays loses the affine; MONAI's PersistentDataset keeps "
-        "it with track_meta=True, weights_only=False"
+        "are taken as 1 mm; pass spacing=(dx, dy, dz), spacing=(1, 1, 1) where they are 1 mm. "
+        "A cache, EnsureTyped or a crop of plain arrays loses the affine; MONAI's "
+        "PersistentDataset keeps it with track_meta=True, weights_only=False"
     )
 
 
