@@ -17,6 +17,7 @@ from tumorsynth.geometry import SPACING_RANGE_MM, frame_from_affine
 
 GEOMETRIES = ("sform", "qform", "pixdim")
 MAX_ORIGIN_VOXELS = 0.5  # between sform and qform, whose quaternion is rounded to float32
+_RULE = "{} must say one voxel size, orientation and origin in mm"
 UNITS = {1: "metres", 3: "micrometres"}  # of xyzt_units that are not mm; 0 is unknown
 
 
@@ -43,18 +44,26 @@ def read_affine(name: str, header: Any, geometry: str | None = None) -> np.ndarr
             have, and for sizes or directions that cannot be.
     """
     with np.errstate(all="ignore"):  # of numbers that a check refuses
-        sources = {"sform": _sform(header), "qform": _qform(header), "pixdim": _pixdim(header)}
+        sources = _sources(header)
         affine = np.asarray(header.get_best_affine(), np.float64)
         found = _contradiction(header, **sources) or _wrong_unit(header, affine)
-        if found is not None:
-            if geometry is None:
-                raise ValueError(
-                    f"{name} must say one voxel size, orientation and origin in mm, but {found}; "
-                    "choose with --geometry sform, qform or pixdim, or repair its header"
-                )
+        if found is not None and geometry is not None:
             affine = _chosen(name, geometry, sources[geometry], affine)
+        elif found is not None:
+            raise ValueError(
+                f"{_RULE.format(name)}, but {found}; choose with --geometry sform, qform or "
+                "pixdim, or repair its header"
+            )
         _check_affine(name, affine)
     return affine
+
+
+def check_header(name: str, header: Any) -> None:
+    """Raise ValueError if the sources of a NIfTI header contradict each other."""
+    with np.errstate(all="ignore"):
+        found = _contradiction(header, **_sources(header))
+    if found is not None:
+        raise ValueError(f"{_RULE.format(name)}, but {found}; repair its header")
 
 
 def is_default(header: Any) -> bool:
@@ -67,6 +76,10 @@ def is_default(header: Any) -> bool:
         return sizes is not None and bool((sizes == 1).all())
     affine = np.abs(header.get_best_affine())
     return is_identity(affine) and not affine[:3, 3].any()
+
+
+def _sources(header: Any) -> dict[str, np.ndarray | None]:
+    return {"sform": _sform(header), "qform": _qform(header), "pixdim": _pixdim(header)}
 
 
 def _pixdim(header: Any) -> np.ndarray | None:

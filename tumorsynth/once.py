@@ -32,11 +32,16 @@ class Once:
         """Whether the warning was given."""
         return bool(self._page[0])
 
+    def first(self) -> bool:
+        """Return whether the warning was not given yet; it counts as given from now on."""
+        first = not self.given
+        self._page[0] = True
+        return first
+
     def give(self, message: str) -> None:
         """Warn, unless that was done before."""
-        if self.given:
+        if not self.first():
             return
-        self._page[0] = True
         # without a registry: Python's own would show equal words of two transforms only once
         warnings.warn_explicit(message, UserWarning, *_caller())
 
