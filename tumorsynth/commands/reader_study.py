@@ -110,7 +110,7 @@ def _prepare(
     *,
     lesions: str,
     field_mm: float | None,
-    reading: Reading,
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
 ) -> dict[str, Served]:
     """Blind the scans; prints differences between the sides that could give them away.
 
@@ -131,8 +131,9 @@ def _prepare(
     identities, traits, served = [], [], []
     for scans, value in found:
         for scan in scans:
-            settings = {"lesions": lesions, "field_mm": field_mm, "reading": reading}
-            for case in blind(scan, tumor_label=value, **settings):
+            for case in blind(
+                scan, tumor_label=value, lesions=lesions, field_mm=field_mm, reading=reading
+            ):
                 volume = case.nifti()
                 digest = hashlib.sha256(volume).hexdigest()
                 identities.append((scan.truth, case.source, digest))
