@@ -35,7 +35,7 @@ def voxel_sizes(affine: np.ndarray) -> np.ndarray:
 
 
 def sizes_agree(first: Any, second: Any) -> bool:
-    """Return whether two voxel sizes, three numbers each, differ by rounding only."""
+    """Return whether two voxel sizes differ by rounding only."""
     return bool(np.allclose(first, second, rtol=MAX_SIZE_DIFFERENCE, atol=0))
 
 

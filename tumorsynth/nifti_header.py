@@ -115,11 +115,13 @@ def _contradiction(
     if sform is None or not np.isfinite(sform).all() or np.linalg.matrix_rank(sform[:3, :3]) < 3:
         return None  # no affine at all is refused elsewhere
     lengths = voxel_sizes(sform)
-    if pixdim is not None and not sizes_agree(lengths, pixdim):
-        # the slices of a tilted gantry are closer to each other than their origins
-        distances = 1 / np.linalg.norm(np.linalg.inv(sform[:3, :3]), axis=1)
-        if not sizes_agree(distances, pixdim):
-            return f"its sform has voxels of {_mm(lengths)} and its pixdim of {_mm(pixdim)}"
+    # the slices of a tilted gantry are closer to each other than their first voxels
+    distances = 1 / np.linalg.norm(np.linalg.inv(sform[:3, :3]), axis=1)
+    if pixdim is not None and not all(
+        sizes_agree(length, size) or sizes_agree(distance, size)
+        for length, distance, size in zip(lengths, distances, pixdim, strict=True)
+    ):
+        return f"its sform has voxels of {_mm(lengths)} and its pixdim of {_mm(pixdim)}"
     if qform is None:
         return None
     closest = header.copy()
