@@ -1,4 +1,7 @@
-"""What affines say of each other: voxel sizes, directions, and how far apart two grids lie."""
+"""What affines say of each other: voxel sizes, directions, and how far apart two grids lie.
+
+It does not import torch, so that the command line starts quickly.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 MAX_SHIFT_VOXELS = 0.1  # between two affines of one grid: files round them, tools recompute them
 MAX_SIZE_DIFFERENCE = 0.01  # share of a voxel size that counts as rounding
@@ -16,7 +18,7 @@ MAX_ANGLE_COSINE = 0.9998  # about one degree between two directions that count 
 
 def to_array(affine: Any) -> np.ndarray:
     """Return an affine, or a batch of affines, as an array of floats on the CPU."""
-    if isinstance(affine, Tensor):
+    if hasattr(affine, "detach"):  # a tensor
         affine = affine.detach().cpu().numpy()
     return np.asarray(affine, dtype=float)
 

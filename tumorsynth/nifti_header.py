@@ -2,8 +2,8 @@
 
 A header has up to three sources: sform, a whole affine; qform, a rotation and an origin that take
 the voxel sizes of pixdim; and pixdim alone. nibabel and this package prefer them in this order, ITK
-and MONAI do otherwise, so that a contradiction means another voxel size in each tool. Nothing here
-imports nibabel.
+and MONAI do otherwise, so that a contradiction means another voxel size in each tool. This module
+imports neither nibabel nor, before it is called, torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from tumorsynth.affines import directions_agree, is_identity, sizes_agree, voxel_sizes
-from tumorsynth.geometry import SPACING_RANGE_MM, frame_from_affine
 
 GEOMETRIES = ("sform", "qform", "pixdim")
 MAX_ORIGIN_VOXELS = 0.5  # between sform and qform, whose quaternion is rounded to float32
@@ -163,6 +162,8 @@ def _chosen(name: str, geometry: str, source: np.ndarray | None, best: np.ndarra
 
 def _check_affine(name: str, affine: np.ndarray) -> None:
     """Raise ValueError, with the file's name, unless an affine can be used."""
+    from tumorsynth.geometry import SPACING_RANGE_MM, frame_from_affine  # imports torch
+
     low, high = SPACING_RANGE_MM
     sizes = voxel_sizes(affine)
     if (
