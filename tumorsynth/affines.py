@@ -38,7 +38,8 @@ def voxel_sizes(affine: np.ndarray) -> np.ndarray:
 
 def sizes_agree(first: Any, second: Any) -> bool:
     """Return whether two voxel sizes differ by rounding only."""
-    return bool(np.allclose(first, second, rtol=MAX_SIZE_DIFFERENCE, atol=0))
+    first, second = np.asarray(first), np.asarray(second)
+    return bool((np.abs(first - second) <= MAX_SIZE_DIFFERENCE * second).all())
 
 
 def directions_agree(first: np.ndarray, second: np.ndarray) -> bool:
