@@ -16,7 +16,6 @@ from tumorsynth.affines import directions_agree, is_identity, sizes_agree, voxel
 
 GEOMETRIES = ("sform", "qform", "pixdim")
 MAX_ORIGIN_VOXELS = 0.5  # between sform and qform, whose quaternion is rounded to float32
-_RULE = "{} must say one voxel size, orientation and origin in mm"
 UNITS = {1: "metres", 3: "micrometres"}  # of xyzt_units that are not mm; 0 is unknown
 
 
@@ -50,8 +49,8 @@ def read_affine(name: str, header: Any, geometry: str | None = None) -> np.ndarr
             affine = _chosen(name, geometry, sources[geometry], affine)
         elif found is not None:
             raise ValueError(
-                f"{_RULE.format(name)}, but {found}; choose with --geometry sform, qform or "
-                "pixdim, or repair its header"
+                f"{_rule(name, found)}; choose with --geometry sform, qform or pixdim, or repair "
+                "its header"
             )
         _check_affine(name, affine)
     return affine
@@ -62,7 +61,11 @@ def check_header(name: str, header: Any) -> None:
     with np.errstate(all="ignore"):
         found = _contradiction(header, **_sources(header))
     if found is not None:
-        raise ValueError(f"{_RULE.format(name)}, but {found}; repair its header")
+        raise ValueError(f"{_rule(name, found)}; repair its header")
+
+
+def _rule(name: str, found: str) -> str:
+    return f"{name} must say one voxel size, orientation and origin in mm, but {found}"
 
 
 def is_default(header: Any) -> bool:
