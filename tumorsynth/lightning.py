@@ -47,7 +47,8 @@ class TumorSynthCallback(Callback):
         organ: likewise where a separate organ map is, of which ``organ_labels`` are then values.
         p: probability that a sample gets tumours.
         spacing: mm per voxel along X, Y, Z, for all samples; or where in the batch it is, (B, 3).
-            The default is a MetaTensor's affine, else 1 mm.
+            The default is a MetaTensor's affine. Without one, or where it is the identity, which
+            may stand for an affine that was lost, voxels count as 1 mm and the callback warns once.
         seed: decides every draw, together with the epoch, the batch's index and the rank. The
             default is drawn from torch's global generator when training starts
             (``L.seed_everything`` reproduces it). The checkpoint keeps it, so that a resumed run

@@ -9,7 +9,6 @@ import json
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -888,20 +887,6 @@ def test_a_scaled_image_called_hu_is_refused(scaled):
     with pytest.raises(ValueError, match="Hounsfield units.*Scaled"):
         synth()(values, label, seed=0)
     synth(intensity=scaled)(values, label, seed=0)
-
-
-def test_a_large_slice_without_a_spacing_gives_one_warning():
-    """A scan of 512 x 512 rarely has voxels of 1 mm; a patch may."""
-    transform = ts.SynthesizeTumor("hu2023", size_mm=5)
-    slab = torch.zeros(1, 400, 512, 4)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("default")
-        for image in (torch.zeros(1, 96, 96, 96), slab, slab):
-            transform(image, torch.zeros_like(image).byte(), seed=0)
-        transform(slab, torch.zeros_like(slab).byte(), spacing=(0.8, 0.8, 5.0), seed=0)
-    assert len(said) == 1 and "(400, 512, 4) voxels; pass spacing=(dx, dy, dz)" in str(
-        said[0].message
-    )
 
 
 @pytest.mark.parametrize("blend", ["change", "difftumor"])

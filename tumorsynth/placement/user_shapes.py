@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.nifti_header import check_header
 from tumorsynth.placement.components import flood
 from tumorsynth.placement.shape import OUTLINE_RINGS
 
@@ -200,6 +201,8 @@ def _outline_of_file(path: Path) -> str:
             f"{path.name} must be a NIfTI mask, but cannot be read: {error}; export it again, "
             "or leave it out"
         ) from error
+    if isinstance(image.header, nibabel.Nifti1Header):
+        check_header(path.name, image.header)
     return outline_of(mask, spacing, path.name)
 
 

@@ -147,7 +147,12 @@ def find_scans(folder: Path, truth: str, labels: Path | None = None) -> list[Sca
 
 
 def blind(
-    scan: Scan, *, tumor_label: int, lesions: str = "largest", field_mm: float | None = None
+    scan: Scan,
+    *,
+    tumor_label: int,
+    lesions: str = "largest",
+    field_mm: float | None = None,
+    reading: nifti.Reading = nifti.Reading(),  # noqa: B008 (frozen)
 ) -> list[Case]:
     """Make the blinded cases of a scan.
 
@@ -157,6 +162,7 @@ def blind(
         lesions: "largest" for one case, or "each" for a case of every lesion of at least 0.02 ml.
         field_mm: edge of the cube shown around the mark (or the scan's centre), moved to lie inside
             the scan; None for the whole scan.
+        reading: what to do where the files contradict themselves or each other.
 
     Raises:
         ValueError: for bad settings, or a label without a lesion.
@@ -171,9 +177,9 @@ def blind(
         raise ValueError(f"--field-mm must be more than 0 mm and finite, got {field_mm:g}; try 120")
     orientations = nifti.require_nibabel().orientations
     if scan.label is None:
-        volume, label = nifti.read_volume(scan.ct), None
+        volume, label = nifti.read_volume(scan.ct, reading), None
     else:
-        volume, label = nifti.read_pair(scan.ct, scan.label)
+        volume, label = nifti.read_pair(scan.ct, scan.label, reading)
     to_ras = orientations.io_orientation(volume.affine)
     values = orientations.apply_orientation(volume.values(), to_ras)
     edges = np.linalg.norm(volume.affine[:3, :3], axis=0)[to_ras[:, 0].argsort()]
