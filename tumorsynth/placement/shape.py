@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.geometry import Rows3
 from tumorsynth.placement.types import Bools, Floats, TumorParams
 
 MAX_LEVEL = 1.2  # highest level that a tumour cut by the organ's surface may grow to elsewhere
@@ -121,14 +122,17 @@ class Shape:
         variance = torch.linalg.eigvalsh((surface * cone_volume[:, None]).T @ surface)
         return float((variance[0] / variance[-1]).sqrt())
 
-    def ellipsoid_squares(self, grid_mm: Sequence[Floats]) -> Floats:
+    def ellipsoid_squares(self, grid_mm: Sequence[Floats], shear: Rows3 | None = None) -> Floats:
         """Return the squared level (X, Y, Z) of the plain ellipsoid at grid points.
 
         Args:
             grid_mm: coordinates along X, Y and Z, from the centre.
+            shear: of these axes; see `tumorsynth.geometry.Frame`.
         """
         x, y, z = grid_mm
         to_own = self.rotation / self.half_axes  # x @ to_own turns the ellipsoid into a ball
+        if shear is not None:
+            to_own = to_own.new_tensor(shear) @ to_own
         form = (to_own @ to_own.T).numpy()
         plane = form[0, 0] * np.square(x)[:, None] + form[1, 1] * np.square(y)
         plane += 2 * form[0, 1] * x[:, None] * y
@@ -142,17 +146,26 @@ class Shape:
         """Return where the level may be this low, judged by `ellipsoid_squares`."""
         return squares <= (REACH_MARGIN * level * self.max_radius) ** 2
 
-    def level(self, grid_mm: Sequence[Floats], squares: Floats, where: Bools) -> Floats:
+    def level(
+        self,
+        grid_mm: Sequence[Floats],
+        squares: Floats,
+        where: Bools,
+        shear: Rows3 | None = None,
+    ) -> Floats:
         """Return the level (N,) of the grid points where a mask (X, Y, Z) is True, in its order.
 
         Args:
             grid_mm: coordinates along X, Y and Z, from the centre.
             squares: `ellipsoid_squares` of this grid.
             where: bool (X, Y, Z).
+            shear: of the grid's axes.
         """
         x, y, z = grid_mm
         i, j, k = where.nonzero()
         points = torch.from_numpy(np.stack([x[i], y[j], z[k]]))
+        if shear is not None:
+            points = points.new_tensor(shear) @ points
         length = torch.from_numpy(squares[where]).clamp_min_(1e-18).sqrt_()
         to_own = self.rotation / self.half_axes
         ellipsoid = points.square().sum(0).sqrt_().div_(length).mul_(2 / self.diameter_mm)
