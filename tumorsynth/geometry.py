@@ -207,15 +207,17 @@ def frame_from_affine(affine: Tensor | np.ndarray | Sequence[Sequence[float]]) -
     x, y, z = (bool(linear[ras, axes[ras]] < 0) for ras in range(3))
     rows = tuple(tuple(row) for row in matrix.tolist())
     spacing3 = frame_from_spacing(spacing.tolist()).spacing
-    return Frame(spacing3, axes, (x, y, z), rows, _shear(linear / spacing))
+    return Frame(spacing3, axes, (x, y, z), rows, shear_of(linear))
 
 
-def _shear(unit: np.ndarray) -> Rows3 | None:
-    """Return the shear of unit axes (3, 3), in columns; None for right angles.
+def shear_of(affine: np.ndarray) -> Rows3 | None:
+    """Return how the axes of an affine, 4x4 or its linear part, are sheared; see `Frame`.
 
-    The polar decomposition: these axes are a rotation of the shear's columns.
+    None for axes at right angles. By the polar decomposition, the axes are a rotation of the
+    shear's columns.
     """
-    _, scale, rows = np.linalg.svd(unit)
+    linear = affine[:3, :3]
+    _, scale, rows = np.linalg.svd(linear / np.linalg.norm(linear, axis=0))
     shear = (rows.T * scale) @ rows
     if np.abs(shear - np.eye(3)).max() < MIN_SHEAR:
         return None

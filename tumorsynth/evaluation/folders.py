@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tumorsynth.geometry import shear_of
 from tumorsynth.scans import nifti
 from tumorsynth.scans.pairing import find_files
 
@@ -89,7 +90,8 @@ def score(pair: Comparison, **options: Any) -> CaseScores:
     label, predicted = nifti.read_volume(pair.label), nifti.read_volume(pair.prediction)
     nifti.check_same_grid(label, predicted, "label and prediction")
     spacing = np.linalg.norm(label.affine[:3, :3], axis=0)
-    return scores(predicted.integers(), label.integers(), spacing.tolist(), **options)
+    shear = shear_of(label.affine)
+    return scores(predicted.integers(), label.integers(), spacing.tolist(), shear=shear, **options)
 
 
 @dataclass(frozen=True)
