@@ -20,7 +20,7 @@ MAX_FINE_VOXEL_MM = 1.5  # voxels up to this side are fine enough for all but ti
 MAX_SUBVOXEL_MM = 1.0
 MIN_VOXELS_ACROSS = 3  # of a tumour; with fewer, its voxels are coarse whatever their size
 MIN_SUBVOXELS_ACROSS = 6
-MAX_FACTOR = 16  # subvoxels along an axis of a voxel, to bound memory
+MAX_FACTOR = 15  # subvoxels along an axis of a voxel, to bound memory
 
 
 def subvoxel_factors(spacing: Sequence[float], diameter_mm: float) -> Ints3:
@@ -30,10 +30,11 @@ def subvoxel_factors(spacing: Sequence[float], diameter_mm: float) -> Ints3:
         spacing: mm per voxel.
         diameter_mm: the tumour's equivalent diameter.
     """
-    finest = diameter_mm / MIN_SUBVOXELS_ACROSS
+    side = min(MAX_SUBVOXEL_MM, diameter_mm / MIN_SUBVOXELS_ACROSS)
     coarse = min(MAX_FINE_VOXEL_MM, diameter_mm / MIN_VOXELS_ACROSS)
     return ints3(
-        1 if s <= coarse else min(MAX_FACTOR, math.ceil(s / min(MAX_SUBVOXEL_MM, finest)))
+        # odd: of an even number exactly half may be filled, and labels would come out too large
+        1 if s <= coarse else min(MAX_FACTOR, 2 * math.ceil((s / side - 1) / 2) + 1)
         for s in spacing
     )
 

@@ -142,7 +142,7 @@ def place_from_params(
     allowed = AllowedVoxels(region.to_cpu(), check_spacing(spacing), gap_mm, shear)
     for tumor in earlier:
         allowed.keep_clear_of(tumor)
-    result = rasterize(params, Shape(params), allowed, growth if params.bulge > 0 else None)
+    result = rasterize(params, Shape(params, shear), allowed, growth if params.bulge > 0 else None)
     if isinstance(result, LocalMask):
         return result
     return Skip(SkipCode.NO_ROOM, skip_reasons.no_room_again(params.diameter_mm))
@@ -168,7 +168,7 @@ def _fit(
         factors = subvoxel_factors(allowed.spacing, diameter_mm)
         diameter_mm = snap_diameter(diameter_mm, *sizes, allowed.voxel_mm3 / math.prod(factors))
         smaller = replace(params, diameter_mm=diameter_mm)
-        shape = Shape(smaller)
+        shape = Shape(smaller, allowed.shear)
         if growth is not None:
             centres = rank_exophytic(shape, allowed, candidates, params.bulge, growth, rng)
         else:

@@ -49,9 +49,7 @@ def rasterize(
     subvoxel_mm3 = allowed.voxel_mm3 / math.prod(factors)
     n = voxel_count(params.diameter_mm, subvoxel_mm3)
     box = _box_around(params.centre, shape, allowed)
-    grid = _LevelGrid(
-        shape, _grid_mm(box, params.centre, shape, allowed.spacing, factors), allowed.shear
-    )
+    grid = _LevelGrid(shape, _grid_mm(box, params.centre, shape, allowed.spacing, factors))
     free = _repeat(allowed.mask_in(box, growth), factors)
     likely = _lowest_likely(grid, free, n)
     if likely is None:
@@ -101,16 +99,16 @@ def _label_of(share: Tensor) -> Tensor:
 class _LevelGrid:
     """Levels of a shape on a grid, each computed once, on first use."""
 
-    def __init__(self, shape: Shape, grid_mm: Sequence[Floats], shear: Rows3 | None) -> None:
-        self.shape, self._grid_mm, self._shear = shape, grid_mm, shear
-        self.squares = shape.ellipsoid_squares(grid_mm, shear)
+    def __init__(self, shape: Shape, grid_mm: Sequence[Floats]) -> None:
+        self.shape, self._grid_mm = shape, grid_mm
+        self.squares = shape.ellipsoid_squares(grid_mm)
         self._level = np.full(self.squares.shape, np.inf)
         self._known = np.zeros(self.squares.shape, dtype=bool)
 
     def at(self, where: Bools) -> Floats:
         """Return levels (X, Y, Z) that are valid where the mask is True."""
         missing = where & ~self._known
-        self._level[missing] = self.shape.level(self._grid_mm, self.squares, missing, self._shear)
+        self._level[missing] = self.shape.level(self._grid_mm, self.squares, missing)
         self._known |= missing
         return self._level
 

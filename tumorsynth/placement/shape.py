@@ -35,6 +35,7 @@ class Shape:
 
     Args:
         params: the tumour; its centre and bulge are not used.
+        shear: of the axes of the grids it is asked about; see `tumorsynth.geometry.Frame`.
 
     Attributes:
         offset: of the true centre from the centre voxel's middle, in voxels (3,).
@@ -44,7 +45,8 @@ class Shape:
         sphere, ball, rim: points (N, 3) at level 1 in the directions of SPHERE, BALL and RIM.
     """
 
-    def __init__(self, params: TumorParams) -> None:
+    def __init__(self, params: TumorParams, shear: Rows3 | None = None) -> None:
+        self._shear = None if shear is None else torch.tensor(shear, dtype=torch.float64)
         rng = torch.Generator().manual_seed(params.shape_seed)
         self._waves = _sample_waves(params, rng)
         self.offset = torch.rand(3, generator=rng, dtype=torch.float64) - 0.5
@@ -122,17 +124,16 @@ class Shape:
         variance = torch.linalg.eigvalsh((surface * cone_volume[:, None]).T @ surface)
         return float((variance[0] / variance[-1]).sqrt())
 
-    def ellipsoid_squares(self, grid_mm: Sequence[Floats], shear: Rows3 | None = None) -> Floats:
+    def ellipsoid_squares(self, grid_mm: Sequence[Floats]) -> Floats:
         """Return the squared level (X, Y, Z) of the plain ellipsoid at grid points.
 
         Args:
             grid_mm: coordinates along X, Y and Z, from the centre.
-            shear: of these axes; see `tumorsynth.geometry.Frame`.
         """
         x, y, z = grid_mm
         to_own = self.rotation / self.half_axes  # x @ to_own turns the ellipsoid into a ball
-        if shear is not None:
-            to_own = to_own.new_tensor(shear) @ to_own
+        if self._shear is not None:
+            to_own = self._shear @ to_own
         form = (to_own @ to_own.T).numpy()
         plane = form[0, 0] * np.square(x)[:, None] + form[1, 1] * np.square(y)
         plane += 2 * form[0, 1] * x[:, None] * y
@@ -146,26 +147,19 @@ class Shape:
         """Return where the level may be this low, judged by `ellipsoid_squares`."""
         return squares <= (REACH_MARGIN * level * self.max_radius) ** 2
 
-    def level(
-        self,
-        grid_mm: Sequence[Floats],
-        squares: Floats,
-        where: Bools,
-        shear: Rows3 | None = None,
-    ) -> Floats:
+    def level(self, grid_mm: Sequence[Floats], squares: Floats, where: Bools) -> Floats:
         """Return the level (N,) of the grid points where a mask (X, Y, Z) is True, in its order.
 
         Args:
             grid_mm: coordinates along X, Y and Z, from the centre.
             squares: `ellipsoid_squares` of this grid.
             where: bool (X, Y, Z).
-            shear: of the grid's axes.
         """
         x, y, z = grid_mm
         i, j, k = where.nonzero()
         points = torch.from_numpy(np.stack([x[i], y[j], z[k]]))
-        if shear is not None:
-            points = points.new_tensor(shear) @ points
+        if self._shear is not None:
+            points = self._shear @ points
         length = torch.from_numpy(squares[where]).clamp_min_(1e-18).sqrt_()
         to_own = self.rotation / self.half_axes
         ellipsoid = points.square().sum(0).sqrt_().div_(length).mul_(2 / self.diameter_mm)
