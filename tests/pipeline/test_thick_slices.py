@@ -171,7 +171,9 @@ def test_the_array_s_orientation_does_not_matter():
     (tumor,) = place(region, spacing, PlacementSettings(size_mm=9), rng)
     whole = torch.zeros(label.shape[1:], dtype=torch.bool)
     whole[tumor.slices] = tumor.mask
-    fine = torch.zeros([n * k for n, k in zip(whole.shape, tumor.factors, strict=True)], dtype=torch.bool)
+    fine = torch.zeros(
+        [n * k for n, k in zip(whole.shape, tumor.factors, strict=True)], dtype=torch.bool
+    )
     fine[tumor.fine_box.slices] = tumor.fine_mask
 
     def turned(x, axes, flips):
@@ -188,9 +190,7 @@ def test_the_array_s_orientation_does_not_matter():
         start = [int(v) // k for v, k in zip(index.amin(0), factors, strict=True)]
         stop = [int(v) // k + 1 for v, k in zip(index.amax(0), factors, strict=True)]
         part = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        fine_part = tuple(
-            slice(a * k, b * k) for a, b, k in zip(start, stop, factors, strict=True)
-        )
+        fine_part = tuple(slice(a * k, b * k) for a, b, k in zip(start, stop, factors, strict=True))
         local = replace(
             tumor, start=tuple(start), mask=turned(whole, axes, flips)[part],
             factors=factors, subvoxels=share[fine_part],

@@ -141,9 +141,7 @@ def test_params_place_the_same_subvoxels_again():
     for seed in range(6):
         (tumor,) = place(region, spacing, settings, make_rng(seed))
         assert isinstance(tumor, LocalMask)
-        again = place_from_params(
-            TumorParams.from_dict(tumor.params.to_dict()), region, spacing
-        )
+        again = place_from_params(TumorParams.from_dict(tumor.params.to_dict()), region, spacing)
         assert isinstance(again, LocalMask)
         assert again.start == tumor.start and torch.equal(again.mask, tumor.mask)
         assert torch.equal(again.fine_mask, tumor.fine_mask)
