@@ -129,7 +129,7 @@ class _Blend(NamedTuple):
         before: the region's image.
         healthy: the same in at least float32, with the background filled.
         after: the region's image with the tumour.
-        weight: the blend weights.
+        fine_weight: the blend weights, on the region's subvoxels.
         fine_change_hu: what the generator changed, on the region's subvoxels.
         change_hu: the same, averaged over the region's voxels.
     """
@@ -137,7 +137,7 @@ class _Blend(NamedTuple):
     before: Tensor
     healthy: Tensor
     after: Tensor
-    weight: Tensor
+    fine_weight: Tensor
     fine_change_hu: Tensor
     change_hu: Tensor
 
@@ -178,14 +178,14 @@ def _blend(
         generated = generated - repeat_voxels(hu, factors)
     fine_change = weight * generated
     change = average_subvoxels(fine_change, factors)
-    weight = average_subvoxels(weight, factors)
     after = healthy + change / intensity.hu_per_unit
     if fill is not None and fill.keep_brighter:
         after = torch.where(fill.other_tissue, torch.maximum(after, before), after)
     if intensity.limits is not None:
         after = after.clamp(*intensity.limits)
     after = after.to(before.dtype)
-    keep = (weight > 0) & before.isfinite() & after.isfinite()  # in float16 a sum may overflow
+    reached = average_subvoxels(weight, factors) > 0
+    keep = reached & before.isfinite() & after.isfinite()  # in float16 a sum may overflow
     after = torch.where(keep, after, before)
     return _Blend(before, healthy, after, weight, fine_change, change)
 
@@ -196,7 +196,7 @@ def _measure(blend: _Blend, request: PaintRequest, hu_per_unit: float) -> Candid
     tumor, region = request.tumor, request.region
     # a tumour that changes nothing gets no label, as in air or at the end of a clipped scale
     changed = (after != blend.healthy.to(before.dtype)).logical_and_(inside).sum()
-    peak = (blend.weight * inside).amax()
+    peak = (blend.fine_weight * request.fine_inside).amax()
     # indexing by voxel avoids a synchronisation, which indexing by mask needs on a GPU
     voxels = tuple(
         onto(i + s - r, before.device)
