@@ -88,7 +88,6 @@ def test_visible_contrast_is_the_share_of_the_true_one(spacing, size_mm):
         (tumor,) = [
             place_from_params(TumorParams.from_dict(one), region, spacing) for one in samples
         ]
-        most = 0.3 if size_mm == 5 else 0.2
         # the feather lowers the true contrast at the outline, and lends some to voxels around
         expected = record["true_contrast_hu"] * tumor.mean_share
         assert record["visible_contrast_hu"] == pytest.approx(
