@@ -31,6 +31,7 @@ from tumorsynth.placement.organ import OrganRegion
 from tumorsynth.placement.place import place
 from tumorsynth.placement.settings import PlacementSettings
 from tumorsynth.placement.types import LocalMask
+from tumorsynth.subvoxels import subvoxel_factors
 
 TINY = tiny_generator()
 ISO = (1.0, 1.0, 1.0)
@@ -91,6 +92,9 @@ def check(transform, image, label, new_image, new_label, spacing=ISO):
             transform.merge and 0 < int(relabelled.sum()) < made_voxels  # one over the other
         )
         m = feather_reach(max(r["sigma_mm"] for r in records), spacing, transform.settings.blend)
+        # of coarse voxels the next ones may hold less than half a voxel of tumour, unlabelled
+        coarse = subvoxel_factors(spacing, min(r["true_diameter_mm"] for r in records))
+        m = [r + (k > 1) for r, k in zip(m, coarse, strict=True)]
         grown = ndimage.maximum_filter(relabelled.numpy(), [2 * r + 1 for r in m])
         allowed = torch.from_numpy(grown)
         assert same(before[~allowed], after[~allowed])

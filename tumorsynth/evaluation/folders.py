@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tumorsynth.geometry import shear_of
 from tumorsynth.scans import nifti
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.pairing import find_files
@@ -96,7 +97,8 @@ def score(
     predicted = nifti.read_volume(pair.prediction, reading)
     nifti.check_same_grid(label, predicted, "label and prediction", reading)
     spacing = np.linalg.norm(label.affine[:3, :3], axis=0)
-    return scores(predicted.integers(), label.integers(), spacing.tolist(), **options)
+    shear = shear_of(label.affine)
+    return scores(predicted.integers(), label.integers(), spacing.tolist(), shear=shear, **options)
 
 
 @dataclass(frozen=True)

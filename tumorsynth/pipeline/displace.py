@@ -65,6 +65,7 @@ def displace(settings: Settings, sample: Sample, displacing: DisplacingTumor) ->
             settings.organ_labels,
             settings.tumor_label,
             settings.intensity,
+            sample.frame.shear,
         )
         region, largest_mm = pushed.region, pushed.largest_mm
         image_before = sample.image[region.slices].clone()
@@ -77,6 +78,7 @@ def displace(settings: Settings, sample: Sample, displacing: DisplacingTumor) ->
         earlier=displacing.later,
         gap_mm=settings.placement.gap_mm,
         growth=growth_region(settings, sample) if params.bulge > 0 else None,
+        shear=sample.frame.shear,
     )
     return Displacement(tumor, region, image_before, label_before, largest_mm)
 

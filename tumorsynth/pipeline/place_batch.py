@@ -101,7 +101,7 @@ def place_sample(
     placement = settings.placement
     region = organ_region(settings, sample, box)
     growth = None if placement.bulge is None else growth_region(settings, sample)
-    results = place(region, sample.frame.spacing, placement, rng, growth)
+    results = place(region, sample.frame.spacing, placement, rng, growth, sample.frame.shear)
     if results and all(isinstance(result, Skip) for result in results):
         share = _not_finite_share(settings, sample)
         if share > MAX_NOT_FINITE_SHARE:
@@ -153,6 +153,7 @@ def replay_sample(
                 earlier=earlier,
                 gap_mm=placement.gap_mm,
                 growth=growth,
+                shear=sample.frame.shear,
             )
         )
     return PlacedSample(params, results, recorded)
@@ -164,7 +165,7 @@ def growth_region(settings: Settings, sample: Sample) -> ExophyticRegion:
         sample.image.cpu(),
         sample.label.cpu(),
         settings.organ_labels,
-        sample.frame.spacing,
+        sample.frame.plane_distance,
         settings.intensity,
     )
 
@@ -180,7 +181,7 @@ def organ_region(settings: Settings, sample: Sample, box: Box | None = None) -> 
         sample: the scan or patch.
         box: around the organ, if known.
     """
-    image, label, spacing = sample.image, sample.label, sample.frame.spacing
+    image, label, spacing = sample.image, sample.label, sample.frame.plane_distance
     gap_mm, merge = settings.placement.gap_mm, settings.placement.merge
     box = box or organ_box(label, settings.organ_labels)
     whole = Box.whole(label.shape)
