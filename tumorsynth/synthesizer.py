@@ -81,6 +81,9 @@ class SynthesizeTumor(nn.Module):
             behind size_mm="kidney" or "cyst"; otherwise the share of a tumour's volume beyond the
             organ, 0 to 0.9, a number or (lo, hi) drawn per tumour. With False tumours stay inside
             the organ.
+        any_tissue: whether to paint also where the organ's tissue is unlike the one that the
+            generator's card names (``tissue_range``). With False, and without ``contrast_hu``, such
+            places are avoided, and a tumour that finds no other is skipped.
 
     Raises:
         ValueError: for a value that is out of range or unknown.
@@ -113,6 +116,7 @@ class SynthesizeTumor(nn.Module):
         mass_effect: float | str | MassEffect = 0.0,
         shapes: Any = None,
         bulge: bool | float | Sequence[float] = False,
+        any_tissue: bool = False,
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -224,7 +228,7 @@ class SynthesizeTumor(nn.Module):
         samples = split_batch(image, label, frames)
         # a caller's autocast would resample and feather in half precision
         with torch.autocast(image.device.type, enabled=False):
-            placed = place_samples(settings, samples, seeds, params, exclude)
+            placed = place_samples(settings, samples, seeds, params, exclude, call.tissue)
             requests = request_tumors(call, samples, placed)
             records = requests.records
             if not requests:

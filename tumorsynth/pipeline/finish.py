@@ -186,6 +186,8 @@ def _blend(
     after = after.to(before.dtype)
     reached = average_subvoxels(weight, factors) > 0
     keep = reached & before.isfinite() & after.isfinite()  # in float16 a sum may overflow
+    if request.unsuited is not None:
+        keep &= ~request.unsuited
     after = torch.where(keep, after, before)
     return _Blend(before, healthy, after, weight, fine_change, change)
 

@@ -79,6 +79,8 @@ class PaintRequest:
         fine_inside: bool, the tumour on the region's subvoxels; ``inside`` where voxels are fine.
         outside_share: share of the tumour beyond the organ.
         fill: even tissue painted under the tumour first; None where nothing needs covering.
+        unsuited: bool, voxels of the organ in that region that hold no tissue; None if the
+            generator's card does not say what tissue is.
     """
 
     id: TumorId
@@ -93,6 +95,7 @@ class PaintRequest:
     fine_inside: Tensor
     outside_share: float
     fill: BackgroundFill | None = None
+    unsuited: Tensor | None = None
 
     @property
     def fine_grid(self) -> CropGrid:

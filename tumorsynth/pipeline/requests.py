@@ -36,8 +36,9 @@ from tumorsynth.pipeline.records import (
     TumorId,
 )
 from tumorsynth.pipeline.settings import Settings
+from tumorsynth.pipeline.tissue_check import TissueCheck
 from tumorsynth.pipeline.validation import check_hu, check_scale
-from tumorsynth.placement.organ import is_organ
+from tumorsynth.placement.organ import is_organ, is_outside
 from tumorsynth.placement.sample_tumor import sample_contrast_hu
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
 from tumorsynth.subvoxels import ONE, refine_box, refine_spacing
@@ -126,7 +127,9 @@ def request_or_skip(
     if isinstance(tumor, Skip):
         found = tumor
     else:
-        found = request_painting(call.settings, call.generator, id, sample, tumor)
+        found = request_painting(
+            call.settings, call.generator, id, sample, tumor, call.tissue
+        )
     if isinstance(found, Skip):
         return SkipRecord(id.sample, id.report_index, found.code, found.reason)
     if params is not None and isinstance(call.settings.contrast_hu, ContrastPrior):
@@ -167,7 +170,12 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
 
 
 def request_painting(
-    settings: Settings, generator: TumorGenerator, id: TumorId, sample: Sample, tumor: LocalMask
+    settings: Settings,
+    generator: TumorGenerator,
+    id: TumorId,
+    sample: Sample,
+    tumor: LocalMask,
+    check: TissueCheck | None = None,
 ) -> PaintRequest | Skip:
     """Cut the crop around a tumour, in the generator's scale and on its grid.
 
@@ -212,6 +220,9 @@ def request_painting(
     if fill is not None:
         hu = hu.clone()  # to_hu may return the sample itself
         hu[region.relative_to(grid.source).slices] += fill.generator_change_hu
+    unsuited = None
+    if check is not None:
+        unsuited = tissue.organ & is_outside(sample.image[region.slices], check.image_range)
     low, high = generator.window
     hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
     outline = _mask_on_grid(fine_grid, fine_inside, fine_region)
@@ -231,6 +242,7 @@ def request_painting(
         fine_inside=fine_inside,
         outside_share=0.0 if fill is None else tissue.outside_share,
         fill=fill,
+        unsuited=unsuited,
     )
 
 

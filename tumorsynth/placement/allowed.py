@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tumorsynth.geometry import Box, Floats3, Frame, Rows3
-from tumorsynth.placement.organ import OrganRegion, as_array, carries
+from tumorsynth.placement.organ import OrganRegion, as_array, carries, is_outside
 from tumorsynth.placement.types import Bools, Floats, GrowthRegion, Indices, LocalMask
 from tumorsynth.subvoxels import ONE
 
@@ -60,6 +60,8 @@ class AllowedVoxels:
         self._label, self._labels = as_array(region.label, region.organ_labels)
         self._flat_label = _FlatView(self._label)
         self._forbidden = None if region.forbidden is None else region.forbidden.numpy()
+        self._image, self._image_range = region.image, region.image_range
+        self._flat_image = None if region.image is None else _FlatView(region.image.numpy())
         self._taken: list[_Taken] = []
         self._blocked: Bools | None = None  # shaped like the region's label
         self._blocked_by = 0  # how many of ``_taken`` are in ``_blocked``
@@ -91,11 +93,18 @@ class AllowedVoxels:
         """
         local = _LocalIndex(index, self.part)
         allowed = self._organ_at(local)
+        unsuited = None
+        if self._flat_image is not None:
+            values = self._flat_image.take(local.index)
+            low, high = self._image_range
+            unsuited = allowed & ((values < low) | (values > high))
         if growth is not None:
             allowed |= growth.likely_at(torch.from_numpy(index)).numpy()
         unobstructed = local.inside
         if self.part != self.sample_box:
             unobstructed = _LocalIndex(index, self.sample_box).inside
+        if unsuited is not None:
+            unobstructed = unobstructed & ~unsuited
         blocked = self._blocked_voxels()
         if blocked is not None:
             hits = _FlatView(blocked).take(local.index)
@@ -111,6 +120,8 @@ class AllowedVoxels:
         allowed = np.zeros(box.shape, dtype=bool)
         here, there = _common_slices(box, self.part)
         allowed[here] = carries(self._label[there], self._labels)
+        if self._image is not None:
+            allowed[here] &= ~is_outside(self._image[there], self._image_range).numpy()
         if growth is not None:
             allowed |= growth.mask_in(box).numpy()
         if self._forbidden is not None:

@@ -15,9 +15,8 @@ more overhead per call) and levels in float64, so that every machine places the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 
 import torch
 
@@ -42,12 +41,15 @@ from tumorsynth.placement.types import GrowthRegion, LocalMask, Skip, SkipCode, 
 from tumorsynth.subvoxels import refine_spacing, subvoxel_factors
 
 CENTRES_PER_SIZE = 4  # centres rasterised before the tumour is made smaller
+MAX_UNSUITED_PLACES = 24  # at which a tumour would fit, before it is skipped
 SIZE_STEPS = 5  # sizes tried, from the sampled one down to the smallest allowed
 MAX_FAILED_TUMORS = 8  # tumours in a row without room, after which no more are tried
 MIN_FLATNESS = 0.33  # shortest / longest axis once the organ cuts a tumour; 95 % of real ones
 CUT_FLATNESS_FACTOR = 0.7  # of its own flatness, that a flat shape must keep
 MAX_ORGAN_SHARE = 0.25  # of the organ, that a tumour of a prior's size may take
 COARSE_POINTS = 24  # along each axis of the grid on which the organ's volume is estimated
+
+Objection = Callable[[LocalMask], Skip | None]  # why a tumour must not lie where it is
 
 
 @torch.no_grad()
@@ -58,6 +60,7 @@ def place(
     rng: torch.Generator,
     growth: GrowthRegion | None = None,
     shear: Rows3 | None = None,
+    objection: Objection | None = None,
 ) -> list[LocalMask | Skip]:
     """Place tumours in an organ.
 
@@ -73,6 +76,8 @@ def place(
         growth: where tumours may grow beyond the organ; without it ``settings.bulge`` has no
             effect.
         shear: of the sample's axes; see `tumorsynth.geometry.Frame`.
+        objection: judges each tumour where it fits; of one that is objected to everywhere, the
+            first objection is returned. None accepts every place.
 
     Returns:
         One `LocalMask` or `Skip` for each tumour, in order.
@@ -102,7 +107,7 @@ def place(
             allowed.keep_clear_of(results[-1])
         tumor_rng = torch.Generator().manual_seed(seed)
         sampled = sample_tumor(settings, sizes, growth is not None, tumor_rng)
-        result = _fit(sampled, allowed, sizes, growth, tumor_rng)
+        result = _fit(sampled, allowed, sizes, growth, tumor_rng, objection)
         failed_in_a_row = 0 if isinstance(result, LocalMask) else failed_in_a_row + 1
         results.append(result)
     return results
@@ -154,6 +159,7 @@ def _fit(
     sizes: SizeRange,
     growth: GrowthRegion | None,
     rng: torch.Generator,
+    objection: Objection | None,
 ) -> LocalMask | Skip:
     """Find a centre for a tumour, making it smaller if need be."""
     params = sampled.params
@@ -163,6 +169,7 @@ def _fit(
     if len(candidates) == 0:
         return Skip(SkipCode.NO_ROOM, skip_reasons.NO_FREE_VOXEL, params.drawn_mm)
     most_mm3 = 0.0
+    unsuited: list[Skip] = []
     diameters_mm = _shrinking_diameters(params, sizes)
     for step, diameter_mm in enumerate(diameters_mm):
         factors = subvoxel_factors(allowed.spacing, diameter_mm)
@@ -179,13 +186,25 @@ def _fit(
                 touches_capsule=sampled.touches_capsule,
                 keep_best=step == len(diameters_mm) - 1,
             )
-        for centre in islice(centres, CENTRES_PER_SIZE):
+        tries = CENTRES_PER_SIZE
+        for centre in centres:
             x, y, z = centre.tolist()
             result = rasterize(replace(smaller, centre=(x, y, z)), shape, allowed, growth)
             if not isinstance(result, LocalMask):
                 most_mm3 = max(most_mm3, result)
             elif not _is_sliver(result, shape, allowed):
-                return result
+                found = None if objection is None else objection(result)
+                if found is None:
+                    return result
+                unsuited.append(found)
+                if len(unsuited) == MAX_UNSUITED_PLACES:
+                    return unsuited[0]
+                continue  # another place, of the same size
+            tries -= 1
+            if tries == 0:
+                break
+    if unsuited:
+        return unsuited[0]
     largest_mm = equivalent_diameter(most_mm3)
     return Skip(SkipCode.NO_ROOM, skip_reasons.no_room(sizes.low, largest_mm), params.drawn_mm)
 

@@ -208,6 +208,7 @@ class SkipCode(str, Enum):
     NO_ORGAN = "no_organ"  # the label has no voxel of the organ
     NO_ROOM = "no_room"  # the tumour does not fit into the allowed voxels
     NOT_FINITE = "not_finite"  # the image is NaN or infinite in most of the organ
+    TISSUE = "tissue"  # the generator is not for the tissue around the tumour
     OUTSIDE_WINDOW = "outside_window"  # the generator's HU window misses the organ
     GATE = "gate"  # the gate rejected every attempt
     NO_VISIBLE_CHANGE = "no_visible_change"  # the tumour would change too few of its voxels
