@@ -108,6 +108,13 @@ def synthesize(
             "0-0.5; or no."
         ),
     ] = "no",
+    any_tissue: Annotated[
+        bool,
+        typer.Option(
+            "--any-tissue",
+            help="Paint also in tissue that the generator is not for, which is avoided otherwise.",
+        ),
+    ] = False,
     mass_effect: Annotated[
         str,
         typer.Option(
@@ -197,6 +204,7 @@ def synthesize(
         contrast_hu=contrast_prior or contrast_hu,
         bulge=parse_bulge(bulge),
         mass_effect=parse_mass_effect(mass_effect),
+        any_tissue=any_tissue,
         intensity=scale,
         device=devices[0],
         threads=threads,

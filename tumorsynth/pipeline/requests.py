@@ -127,9 +127,7 @@ def request_or_skip(
     if isinstance(tumor, Skip):
         found = tumor
     else:
-        found = request_painting(
-            call.settings, call.generator, id, sample, tumor, call.tissue
-        )
+        found = request_painting(call.settings, call.generator, id, sample, tumor, call.tissue)
     if isinstance(found, Skip):
         return SkipRecord(id.sample, id.report_index, found.code, found.reason)
     if params is not None and isinstance(call.settings.contrast_hu, ContrastPrior):
