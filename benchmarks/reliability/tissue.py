@@ -174,11 +174,11 @@ def main() -> None:
             entry = rows.setdefault(f"{source}: {name}", {})
             for generator in args.generators:
                 found = row(generator, *organ, args.seeds)
-                if args.places:
+                if args.places and found.get("applied"):
                     found["places"] = places(generator, *organ, args.places)
                 entry[generator] = found
                 print(f"{source}: {name}: {generator}", found, flush=True)
-        write(args.output, {"seeds": args.seeds, "rows": rows})
+            write(args.output, {"seeds": args.seeds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import tumorsynth as ts
 from tumorsynth.commands.main import app
 
 SHAPE = (64, 60, 40)
+WEIGHTS = Path(__file__).parents[2] / "weights"
 
 
 def tissue(*levels, noise=15.0, shape=SHAPE, seed=0):
@@ -249,27 +252,20 @@ def test_monai_and_torchio_move_and_skip_alike():
 
 def test_files_are_skipped_with_the_reason_and_painted_if_asked(tmp_path):
     nib = pytest.importorskip("nibabel")
-    image, label = tissue(450, noise=20)
+    shutil.copytree(WEIGHTS / "lung", tmp_path / "lung")
+    image, label = tissue(30, shape=(40, 40, 32))
     paths = []
     for kind, values in (("ct", image.numpy().astype(np.int16)), ("label", label.numpy())):
-        paths.append(str(tmp_path / f"spine_{kind}.nii.gz"))
+        paths.append(str(tmp_path / f"effusion_{kind}.nii.gz"))
         nib.save(nib.Nifti1Image(values[0], np.diag([1.5, 1.5, 1.5, 1])), paths[-1])
-    command = [
-        "synthesize",
-        *paths,
-        "--generator",
-        "hu2023",
-        "--count",
-        "1",
-        "--size-mm",
-        "6",
-        "14",
-    ]
-    result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
-    assert result.exit_code == 1
-    report = json.loads((tmp_path / "out" / "spine_report.json").read_text())
-    assert [record["code"] for record in report["tumors"]] == ["outside_window"]
-    image, label = tissue(-850, -850, noise=30)
-    nib.save(
-        nib.Nifti1Image(image[0].numpy().astype(np.int16), np.diag([1.5, 1.5, 1.5, 1])), paths[0]
-    )
+    options = ["--generator", str(tmp_path / "lung"), "--count", "1", "--size-mm", "6", "14"]
+    for more, code in (([], 1), (["--any-tissue"], 0), (["--contrast-hu", "-40", "-20"], 0)):
+        out = tmp_path / f"out{len(more)}"
+        command = ["synthesize", *paths, "--out", str(out), *options, *more]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == code, result.output
+        report = json.loads((out / "effusion_report.json").read_text())
+        (record,) = report["tumors"]
+        assert record["applied"] == (code == 0)
+        assert more or record["code"] == "tissue"
+        assert more or "--any-tissue" in result.output.replace("\n", " ")

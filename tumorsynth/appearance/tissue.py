@@ -22,6 +22,7 @@ from tumorsynth.intensity import Intensity
 
 CARD_KEY = "tissue_range"
 SHELL_MM = 6.0  # around a tumour, whose tissue counts with that under it
+SAMPLE_MM = 2.0  # between the voxels that are looked at, in a finer grid
 AVERAGE_MM = 4.0  # side of the cubes whose averages are compared
 TENTH = 0.1  # of the averages, that may lie beyond either end of ``local_hu``
 AIR_HU = -1000.0  # compact tissue below this is air or padding, also in a lung
@@ -88,12 +89,12 @@ class TissueRange:
         """Return ``voxel_hu`` in the image's scale.
 
         A scale that clips between ``voxel_hu`` and ``local_hu`` shows padding, gas and metal as its
-        ends, which then are outside as well.
+        ends, which then are outside as well; but not where air is next to tissue, as in a lung.
         """
         low, high = self.voxel_hu
         if intensity.limits is not None:
             darkest, brightest = (_to_hu(intensity, end) for end in intensity.limits)
-            if low < darkest < self.local_hu[0]:
+            if AIR_HU < low < darkest < self.local_hu[0]:
                 low = darkest + 1
             if self.local_hu[1] < brightest < high:
                 high = brightest - 1
@@ -142,15 +143,15 @@ def measure_averages(hu: Tensor, spacing: Sequence[float]) -> Tissue | None:
         The tissue; None if nothing counts.
     """
     counted = hu.isfinite()
-    if not bool(counted.any()):
-        return None
     kernel = [
         min(n, max(1, math.ceil(AVERAGE_MM / s))) for n, s in zip(hu.shape, spacing, strict=True)
     ]
-    both = torch.stack([torch.where(counted, hu, 0.0), counted.to(hu.dtype)])[None]
+    both = torch.stack([hu.nan_to_num(0.0, 0.0, 0.0), counted.to(hu.dtype)])[None]
     sums, counts = F.avg_pool3d(both, kernel, ceil_mode=True)[0]
-    enough = counts >= 0.5 * counts.max()
-    averages = (sums[enough] / counts[enough]).sort().values
+    most = float(counts.max())
+    if most == 0:
+        return None
+    averages = (sums / counts)[counts >= 0.5 * most].sort().values
     dark, level, bright = (
         float(averages[round(share * (len(averages) - 1))]) for share in (TENTH, 0.5, 1 - TENTH)
     )

@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tumorsynth.appearance.background import measure_tissue
 from tumorsynth.appearance.tissue import (
     AIR_HU,
+    SAMPLE_MM,
     SHELL_MM,
     TissueRange,
     holds_air,
@@ -64,25 +66,32 @@ class TissueCheck:
     def objection(self, sample: Sample, tumor: LocalMask) -> Skip | None:
         """Return why a placed tumour must not lie where it is; None if it may.
 
-        On a GPU this is one host-device synchronisation.
+        On a GPU this is one host-device synchronisation, or two.
         """
         if self.any_place:
             return None
         spacing = sample.frame.spacing
         box = tumor.box.grown([math.ceil(SHELL_MM / s) for s in spacing])
         box = box.within(Box.whole(sample.image.shape))
-        hu = self.settings.intensity.to_hu(sample.image[box.slices].float())
-        organ = is_organ(sample.label[box.slices], self.settings.organ_labels)
-        hu = torch.where(organ, hu, torch.nan).cpu()
-        tissue = measure_averages(hu, spacing)
+        steps = [max(1, int(SAMPLE_MM / s)) for s in spacing]
+        sampled = tuple(
+            slice(a, b, step) for a, b, step in zip(box.start, box.stop, steps, strict=True)
+        )
+        organ = is_organ(sample.label[sampled], self.settings.organ_labels)
+        hu = torch.where(organ, self._hu(sample.image[sampled]), torch.nan).cpu()
+        tissue = measure_averages(hu, [s * n for s, n in zip(spacing, steps, strict=True)])
         reason = None if tissue is None else self.range.objection(tissue, self.name)
         if reason is None and self.range.voxel_hu[0] < AIR_HU:
-            inside = torch.zeros(hu.shape, dtype=torch.bool)
+            inside = torch.zeros(box.shape, dtype=torch.bool)
             inside[tumor.box.relative_to(box).slices] = tumor.mask.cpu()
+            hu = self._hu(sample.image[box.slices]).cpu()
             reason = skip_reasons.AIR if holds_air(hu, inside) else None
         if reason is None:
             return None
         return Skip(SkipCode.TISSUE, reason, tumor.params.drawn_mm)
+
+    def _hu(self, image: Tensor) -> Tensor:
+        return self.settings.intensity.to_hu(image.float())
 
     def organ_objection(self, sample: Sample, box: Box) -> Skip | None:
         """Return why no place in a sample's organ suits the generator; None if some may.
@@ -93,7 +102,7 @@ class TissueCheck:
         """
         image, label = sample.image[box.slices], sample.label[box.slices]
         organ = is_organ(label, self.settings.organ_labels)
-        hu = self.settings.intensity.to_hu(image.float())
+        hu = self._hu(image)
         whole = measure_tissue(hu, label, self.settings.organ_labels, organ, self.window)
         reason = whole.outside_window(self.window)
         if reason is not None:
