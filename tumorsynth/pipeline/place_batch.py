@@ -118,8 +118,7 @@ def place_sample(
             skip = Skip(SkipCode.NOT_FINITE, skip_reasons.not_finite(share))
             results = [skip] * len(results)
         elif tissue is not None:
-            unsuited = tissue.organ_objection(sample, box)
-            results = results if unsuited is None else [unsuited] * len(results)
+            results = _explained(results, sample, tissue, box)
     results = [r if isinstance(r, Skip) else _with_displacement(settings, r) for r in results]
     tumors = [result.params for result in results if isinstance(result, LocalMask)]
     return PlacedSample(SampleParams(seed, tumors=tumors), results)
@@ -240,6 +239,17 @@ def _not_finite_share(settings: Settings, sample: Sample) -> float:
     """Return the share of the organ in which the image is NaN or infinite."""
     organ: Tensor = is_organ(sample.label, settings.organ_labels)
     return float((organ & ~sample.image.isfinite()).sum()) / max(1, int(organ.sum()))
+
+
+def _explained(
+    results: list[LocalMask | Skip], sample: Sample, tissue: TissueCheck, box: Box
+) -> list[LocalMask | Skip]:
+    """Give skips for want of room the reason why the organ has none, if that is its tissue."""
+    lacks_room = [isinstance(one, Skip) and one.code is SkipCode.NO_ROOM for one in results]
+    found = tissue.organ_objection(sample, box) if any(lacks_room) else None
+    if found is None:
+        return results
+    return [found if lacks else one for one, lacks in zip(results, lacks_room, strict=True)]
 
 
 def _with_displacement(settings: Settings, tumor: LocalMask) -> LocalMask:
