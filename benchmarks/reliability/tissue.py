@@ -10,7 +10,8 @@ made brighter than their tissue by more than 10 HU, ``bone`` those of more than 
 
 ``places`` counts, over more seeds and without painting, how many tumours of each organ find their
 first place unsuited, and how many find no other and are skipped. With sources named, the other rows
-of results/tissue.json stay.
+of results/tissue.json stay. ``--table tissue_before`` prints a table beside the same rows of an
+earlier version, which were made with ``--places 0``.
 """
 
 from __future__ import annotations
@@ -72,6 +73,17 @@ SCANS: dict[str, dict[str, int]] = {
         "radcttace_2144_pp",
         "crlm_1100_lowres",
     )
+}
+GROUPS = {  # of the table: organs by the words in their names
+    "livers": ("liver",),
+    "kidneys": ("kidney",),
+    "spleens": ("spleen",),
+    "pancreases": ("pancreas",),
+    "gallbladders": ("gallbladder",),
+    "stomachs and bowels": ("stomach", "colon", "duodenum", "bowel"),
+    "large vessels": ("aorta", "cava", "vein"),
+    "spine, ribs, bone": ("spine", "ribs", "bone"),
+    "lungs": ("lungs",),
 }
 MARGIN_VOXELS = 24  # around an organ, so that no scan is copied whole for each tumour
 TUMOR_LABEL = 99
@@ -157,6 +169,32 @@ def places(generator: str, image: Tensor, label: Tensor, value: int, spacing: An
     return {"seeds": seeds, "first_place_unsuited": moved, "skipped": skipped}
 
 
+def table(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Return both files' rows by groups of organs, as Markdown."""
+    heads = [f"`{generator}` {time}" for generator in GENERATORS for time in ("before", "after")]
+    lines = ["| | " + " | ".join(heads) + " |", "|" + " --- |" * (len(heads) + 1)]
+    for group, words in GROUPS.items():
+        names = [name for name in after if any(word in name.split(": ")[1] for word in words)]
+        cells = [
+            _cell([rows[name][generator] for name in names])
+            for generator in GENERATORS
+            for rows in (before, after)
+        ]
+        lines.append(f"| {len(names)} {group} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict[str, Any]]) -> str:
+    """Tumours made, the range of their change, and how many went wrong."""
+    made = sum(row.get("applied", 0) for row in rows)
+    if not made:
+        return "none"
+    ends = np.array([row["hu_change_range"] for row in rows if row["hu_change_range"]])
+    wrong = {kind: sum(row.get(kind, 0) for row in rows) for kind in ("brighter", "bone", "gas")}
+    words = [f"**{count} {kind}**" for kind, count in wrong.items() if count]
+    return ", ".join([f"{made}: {ends[:, 0].min():+.0f} to {ends[:, 1].max():+.0f} HU", *words])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared/data/ct")
@@ -165,10 +203,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--places", type=int, default=200, help="seeds; 0 counts none")
     parser.add_argument("-o", "--output", default="tissue")
+    parser.add_argument("--table", metavar="BEFORE", help="print the table with this file's rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = HERE / "results" / f"{args.output}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    if args.table:
+        before = json.loads((HERE / "results" / f"{args.table}.json").read_text())["rows"]
+        print(table(before, rows))
+        return
     for source in args.sources:
         for name, *organ in organs(source, args.data):
             entry = rows.setdefault(f"{source}: {name}", {})
