@@ -17,7 +17,7 @@ from tumorsynth.appearance.noise import feather_mm, grain_region, measure_grain,
 from tumorsynth.devices import onto
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.geometry import Box, CropGrid, Floats3, plan_crop
-from tumorsynth.intensity import HU
+from tumorsynth.intensity_check import check_intensity
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import (
@@ -29,7 +29,6 @@ from tumorsynth.pipeline.records import (
     TumorId,
 )
 from tumorsynth.pipeline.settings import Settings
-from tumorsynth.pipeline.validation import check_hu, check_scale
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.sample_tumor import sample_contrast_hu
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
@@ -80,6 +79,9 @@ def request_tumors(
         call: settings and generator.
         samples: of the batch.
         placed: their placed tumours.
+
+    Raises:
+        ValueError: if an image with a placed tumour cannot be in the scale of ``intensity``.
     """
     requests = Requests()
     for sample, one in zip(samples, placed, strict=True):
@@ -133,6 +135,8 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
     requests.records.extend(skip_records([placed], first=sample.number))
     rejected = dict(placed.params.rejected)
     tumors = [result for result in placed.results if isinstance(result, LocalMask)]
+    if tumors:
+        check_intensity(sample.image, call.settings.intensity)
     has_mass_effect = any(tumor.params.displaced > 0 for tumor in tumors)
     displacing: list[DisplacingTumor] = []
     params_index = 0
@@ -165,9 +169,6 @@ def request_painting(
 
     Returns:
         The request, or a Skip where the generator cannot paint in this tissue.
-
-    Raises:
-        ValueError: if the image around the tumour cannot be in the scale of ``intensity``.
     """
     spacing, to_hu = sample.frame.spacing, settings.intensity.to_hu
     grain_mm = (0.0, 0.0, 0.0)
@@ -175,10 +176,6 @@ def request_painting(
         grain_mm = _grain_around(settings, sample, tumor)
     grid, region = _plan(settings, generator, sample, tumor, grain_mm)
     hu = to_hu(sample.image[grid.source.slices].float())
-    if isinstance(settings.intensity, HU):
-        check_hu(hu)
-    else:
-        check_scale(hu, settings.intensity)
     inside = torch.zeros(region.shape, dtype=torch.bool, device=sample.image.device)
     inside[tumor.box.relative_to(region).slices] = onto(tumor.mask, sample.image.device)
 
