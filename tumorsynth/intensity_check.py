@@ -80,7 +80,9 @@ WRAPPED = Fault(
     "read them as int16, or subtract 65536 from those above 32767",
 )
 FLIPPED = Fault(
-    "sign", "look like HU with their sign changed, with air at +1000", "multiply them by -1"
+    "sign",
+    "look like HU with their sign changed, with air at the bright end",
+    "multiply them by -1",
 )
 UNIT = Fault(
     "[0, 1]",
@@ -165,14 +167,12 @@ class Shares:
 
         A lowest value from lung to fat is none: HU are clipped there.
         """
-        values, lowest = self.values, self.values[0]
+        (lowest,), values = self.quantiles(RARE), self.values
         for padding in (0.0,) if -950 < lowest < -50 else (lowest, 0.0):
-            padding = np.float32(padding)
-            first, last = (np.searchsorted(values, padding, side) for side in ("left", "right"))
+            at = np.float32(padding)
+            first, last = (np.searchsorted(values, at, side) for side in ("left", "right"))
             if last - first >= PADDING_SHARE * len(values):
                 values = np.concatenate([values[:first], values[last:]])
-            if not len(values):
-                break
         return Shares(values)
 
 
@@ -288,7 +288,7 @@ def _is_ct(sample: Sample) -> bool:
     air, tissue = hu.share(-1040, -600), hu.share(-150, 250)
     if air < 0.04 or tissue < 0.1 or hu.above(400) > 0.4 * tissue:
         return False
-    lowest = float(hu.values[0])
+    (lowest,) = hu.quantiles(RARE)
     if -940 < lowest < -500 and hu.share(lowest, lowest) > RARE:  # CT is not clipped there
         return False
     if hu.share(-450, -200) / 250 > 0.5 * min(air / 440, tissue / 400):
@@ -359,11 +359,9 @@ def _is_fat_and_tissue(hu: Shares) -> bool:
 
 def _is_clipped_and_flipped(whole: Shares) -> bool:
     """Whether the highest value is that of air, clipped, and the tissue lies below 0."""
-    top = float(whole.values[-1])
-    at_top = whole.share(top, top)
-    lowest = float(whole.values[0])
-    at_lowest = whole.share(lowest, lowest)
-    if not 100 <= top <= 1100 or at_top < 0.1 or at_lowest > 0.3 * at_top:
+    lowest, top = whole.quantiles(RARE, 1 - RARE)
+    at_lowest, at_top = whole.share(lowest, lowest), whole.share(top, top)
+    if not 100 <= top <= 1100 or at_top < 0.05 or at_lowest > 0.3 * at_top:
         return False
     below = whole.share(0.8 * top, top) - at_top
     return below < 0.1 * at_top and whole.share(-250, -10) > 0.35 * (1 - at_top)
@@ -371,7 +369,7 @@ def _is_clipped_and_flipped(whole: Shares) -> bool:
 
 def _is_wide_window(inner: Shares) -> bool:
     """Whether values from 0 to 255 show lung and tissue in a wide window."""
-    highest = float(inner.values[-1])
+    (highest,) = inner.quantiles(1 - RARE)
     if inner.share(highest, highest) > RARE:  # HU clipped at 0 and there
         return False
     for high in BYTE_WINDOW_ENDS_HU:

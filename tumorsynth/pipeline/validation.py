@@ -21,6 +21,7 @@ AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
 WHOLE_SLICE_VOXELS = 400  # along two axes; a scan's slice that large rarely has voxels of 1 mm
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of an image
 
+
 def plain(x: Tensor) -> Tensor:
     """Return a tensor of the same memory without the subclass (MetaTensor)."""
     return x.as_subclass(Tensor) if type(x) is not Tensor else x

@@ -154,7 +154,7 @@ def raise_problems(problems: list[str]) -> None:
 
 
 def hu_problem(hu: Tensor) -> str | None:
-    """Return why values cannot be HU, or None."""
+    """Return why the values of a scan (X, Y, Z) cannot be HU, or None."""
     values = hu.flatten()[:: max(1, hu.numel() // MAX_CHECKED_VOXELS)].float()
     if not bool(torch.isfinite(values).all()):
         return "the image holds NaN or infinite values"
@@ -162,10 +162,10 @@ def hu_problem(hu: Tensor) -> str | None:
     if low == high:
         return f"every voxel is {low:g}; give the CT in HU"
     # few voxels do not decide: metal, a marker
-    darkest, brightest = np.quantile(values.numpy(), [0.001, 0.999]).tolist()
+    darkest, brightest = np.quantile(values.numpy(), [0.001, 0.999], method="nearest").tolist()
     if darkest == 0 and brightest <= 255 and _is_label_map(values):
         return f"whole numbers from 0 to {brightest:g} are a label map, not HU; give the CT"
-    sampled = sample_voxels(hu.reshape(hu.shape[-3:]))
+    sampled = sample_voxels(hu)
     if (fault := find_fault(sampled)) is not None:
         return f"the values, {describe(sampled)}, {fault.found}; {fault.conversion}"
     if brightest - darkest < MIN_HU_SPAN:

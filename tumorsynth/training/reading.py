@@ -215,11 +215,11 @@ def _read(source: Source, load: Any, grid: Any) -> Case:
         cause = error.__cause__ or error
         raise ValueError(f"cannot be read ({' '.join(str(cause).split())[:200]})") from error
     image = raw["image"]
-    problems = [hu_problem(image.as_tensor())]
+    problems: list[str | None]
     if image.ndim != 4 or image.shape[0] != 1:
         problems = [f"a CT must be one 3-D volume, got the shape {tuple(image.shape)}"]
     else:
-        problems.append(_size_problem(image))
+        problems = [hu_problem(image.as_tensor()[0]), _size_problem(image)]
     if "label" in raw:
         problems.append(_label_problem(image, raw["label"]))
     if any(problems):
