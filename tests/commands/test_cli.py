@@ -293,8 +293,11 @@ def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path, capsys):
         ((pair[0], shorter[1]), ["shape 64x56x36 against 63x56x36"]),
         ((pair[0], moved[1]), ["case_ct.nii.gz and moved_label.nii.gz", "origin"]),
         (half, ["whole numbers", "half_label.nii.gz holds 0.5"]),
-        (unit, ["must be in HU", "from 0 to 1", "--intensity"]),
-        (shifted, ["shifted_ct.nii.gz", "1024 was added; subtract it"]),
+        (
+            unit,
+            ["must be in HU", "unit_ct.nii.gz", "lie in [0, 1]", "--intensity=HU_LOW,HU_HIGH,0,1"],
+        ),
+        (shifted, ["shifted_ct.nii.gz", "HU + 1024", "--intensity=-1024,3071,0,4095"]),
         ((pair[1], pair[0]), ["case_ct.nii.gz holds -10", "the label map, not the CT"]),
         ((slices, pair[1]), ["got 1.dcm", "dcm2niix"]),
         (("", pair[1]), ["an argument is empty"]),

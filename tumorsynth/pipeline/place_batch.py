@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tumorsynth.devices import or_on_cpu
 from tumorsynth.geometry import Box
+from tumorsynth.intensity_check import check_intensity
 from tumorsynth.pipeline.records import Sample, SampleParams
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.pipeline.tissue_check import TissueCheck
@@ -66,6 +67,9 @@ def place_samples(
         replayed: params of an earlier call, to place the same tumours.
         exclude: why samples of these numbers get no tumour.
         tissue: where the generator may paint; None for anywhere.
+
+    Raises:
+        ValueError: if an image that is to get tumours cannot be in the scale of ``intensity``.
     """
     placed = []
     for sample in samples:
@@ -106,6 +110,7 @@ def place_sample(
     if box is None:
         reason = skip_reasons.no_organ(settings.organ_labels)
         return PlacedSample(SampleParams(seed, SkipCode.NO_ORGAN, reason), [])
+    check_intensity(sample.image, settings.intensity)  # first: tissue is judged in HU
     placement = settings.placement
     region = organ_region(settings, sample, tissue, box)
     growth = None if placement.bulge is None else growth_region(settings, sample)
@@ -156,6 +161,7 @@ def replay_sample(
     if not params.tumors:
         return PlacedSample(params, results, recorded)
     sample = sample.to(device)
+    check_intensity(sample.image, settings.intensity)
     placement = settings.placement
     region = organ_region(settings, sample, tissue)
     growth = None

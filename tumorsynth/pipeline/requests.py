@@ -24,7 +24,6 @@ from tumorsynth.crop_grid import CropGrid, plan_crop
 from tumorsynth.devices import onto
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.geometry import Box, Floats3
-from tumorsynth.intensity import HU
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import (
@@ -37,7 +36,6 @@ from tumorsynth.pipeline.records import (
 )
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.pipeline.tissue_check import TissueCheck
-from tumorsynth.pipeline.validation import check_hu, check_scale
 from tumorsynth.placement.organ import is_organ, is_outside
 from tumorsynth.placement.sample_tumor import sample_contrast_hu
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
@@ -179,9 +177,6 @@ def request_painting(
 
     Returns:
         The request, or a Skip where the generator cannot paint in this tissue.
-
-    Raises:
-        ValueError: if the image around the tumour cannot be in the scale of ``intensity``.
     """
     to_hu = settings.intensity.to_hu
     grain_mm = (0.0, 0.0, 0.0)
@@ -190,10 +185,6 @@ def request_painting(
     grid, region = _plan(settings, generator, sample, tumor, grain_mm)
     fine_grid, fine_region = grid.refined(tumor.factors), refine_box(region, tumor.factors)
     hu = to_hu(sample.image[grid.source.slices].float())
-    if isinstance(settings.intensity, HU):
-        check_hu(hu)
-    else:
-        check_scale(hu, settings.intensity)
     inside = fine_inside = _in_region(tumor.mask, tumor.box, region, sample.image.device)
     if tumor.factors != ONE:
         fine_inside = _in_region(tumor.fine_mask, tumor.fine_box, fine_region, sample.image.device)

@@ -16,8 +16,6 @@ from tumorsynth.placement.organ import holds
 from tumorsynth.placement.types import SkipCode, TumorParams
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of an image
-MAX_UNSCALED = 3.0  # |HU| of a whole region: larger ones occur in 3 cm of any patient
-MAX_MEDIAN_HU = 5000.0  # |HU| of half of a region: smaller ones occur in 3 cm of any patient
 
 
 def plain(x: Tensor) -> Tensor:
@@ -146,28 +144,6 @@ def _to_shape(shape: tuple[int, ...]) -> str:
     if len(shape) == 5:
         return "pass the CT's channel alone, image[:, :1]"
     return "reshape it"
-
-
-def check_hu(hu: Tensor) -> None:
-    """Raise ValueError if the HU around a tumour look like an image that was scaled already."""
-    highest = float(hu.nan_to_num(nan=0.0).abs().max())
-    if 0 < highest <= MAX_UNSCALED:
-        raise ValueError(
-            "image must be in Hounsfield units with intensity=HU(), but around a tumour no value "
-            f"is beyond +-{highest:.3g}; say how it was scaled with intensity=ts.Scaled(a_min, "
-            "a_max, b_min, b_max) or ts.ZScore(mean, std, low, high)"
-        )
-
-
-def check_scale(hu: Tensor, intensity: Any) -> None:
-    """Raise ValueError if the HU around a tumour show that ``intensity`` is not its scale."""
-    median = float(hu.nan_to_num(nan=0.0).abs().median())
-    if median > MAX_MEDIAN_HU:
-        raise ValueError(
-            f"image must be in the scale of intensity={intensity!r}, but around a tumour half of "
-            f"its values would be beyond +-{median:.3g} HU; pass intensity=HU() for Hounsfield "
-            "units, or the numbers that the image was scaled with"
-        )
 
 
 def is_record(record: Any) -> bool:

@@ -17,11 +17,6 @@ from tumorsynth.scans.run_settings import run_settings, to_json_types, voxels_sh
 if TYPE_CHECKING:
     from tumorsynth.synthesizer import SynthesizeTumor
 
-# Where 1024 was added to the HU, soft tissue lies here. In a correct CT, dense bone fills less than
-# this share of the voxels.
-SHIFTED_TISSUE_HU = (900, 1300)
-MAX_SHARE_SHIFTED = 0.1
-
 
 def synthesize_scan(
     synth: SynthesizeTumor,
@@ -118,9 +113,12 @@ def check_organ(label: Volume, organ_labels: tuple[int, ...]) -> None:
 
 
 def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> None:
-    """Raise ValueError in the clear cases: no finite value; or, for HU, a range of [0, 1] or
-    [-1, 1], or HU + 1024."""
+    """Raise ValueError if a scan holds no finite value, or one value, or clearly no HU where the
+    transform expects HU."""
+    import torch
+
     from tumorsynth.intensity import HU
+    from tumorsynth.intensity_check import describe, find_fault, sample_voxels
 
     finite = values[np.isfinite(values)]
     if not finite.size:
@@ -128,18 +126,14 @@ def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> N
             f"a CT must hold finite numbers, but every voxel of {name} is NaN or infinite; "
             "export it again"
         )
-    if not isinstance(synth.intensity, HU):
-        return
-    low, high = float(finite.min()), float(finite.max())
-    if high - low <= 2:
+    if float(finite.min()) == float(finite.max()):
         raise ValueError(
-            f"a CT must be in HU, but {name} holds values from {low:g} to {high:g}; give the CT "
-            "in HU, or say how it was scaled, for example --intensity -175,250,0,1"
+            f"a CT must show tissue, but every voxel of {name} is {finite[0]:g}; export it again"
         )
-    from_hu, to_hu = SHIFTED_TISSUE_HU
-    shifted = float(((finite > from_hu) & (finite < to_hu)).mean())
-    if shifted > MAX_SHARE_SHIFTED:
+    sampled = sample_voxels(torch.from_numpy(values))
+    fault = find_fault(sampled) if isinstance(synth.intensity, HU) else None
+    if fault is not None:
         raise ValueError(
-            f"a CT must be in HU, but in {name} {shifted:.0%} of the voxels lie from {from_hu} to "
-            f"{to_hu}, as soft tissue does where 1024 was added; subtract it"
+            f"a CT must be in HU, but the values of {name}, {describe(sampled)}, {fault.found}; "
+            + (f"give {fault.option}" if fault.option else fault.conversion)
         )

@@ -254,11 +254,11 @@ def _read(source: Source, reading: Reading, load: Any, grid: Any) -> Case:
     for key, path in paths.items():
         _take_affine(raw[key], path, reading)
     image = raw["image"]
-    problems = [hu_problem(image.as_tensor())]
+    problems: list[str | None]
     if image.ndim != 4 or image.shape[0] != 1:
         problems = [f"a CT must be one 3-D volume, got the shape {tuple(image.shape)}"]
     else:
-        problems.append(_size_problem(image))
+        problems = [hu_problem(image.as_tensor()[0]), _size_problem(image)]
     if "label" in raw:
         problems.append(_label_problem(image, raw["label"], reading))
     if any(problems):
