@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tumorsynth.arguments import keywords_of
+from tumorsynth.arguments import check_flag, keywords_of
 from tumorsynth.pipeline.call import Synthesis
 from tumorsynth.pipeline.place_batch import PlacedSample, skip_sample
 from tumorsynth.pipeline.requests import skip_records
@@ -29,6 +29,7 @@ from tumorsynth.placement.arguments import check_organ_labels
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.types import Skip, SkipCode
 from tumorsynth.synthesizer import SynthesizeTumor
+from tumorsynth.tracing import untraced
 
 # the core's arguments with their defaults, without p, for which every framework has its own word
 SETTINGS: dict[str, Any] = {
@@ -65,9 +66,9 @@ class Adapter:
     def __init__(
         self, separate_organ: bool = False, healthy_only: bool = False, **settings: Any
     ) -> None:
+        self.separate_organ = check_flag("separate_organ", separate_organ)
+        self.healthy_only = check_flag("healthy_only", healthy_only)
         self.given = {**settings, **({"healthy_only": True} if healthy_only else {})}
-        self.separate_organ = separate_organ
-        self.healthy_only = bool(healthy_only)
         self.tumor_label: int = settings.get("tumor_label", SETTINGS["tumor_label"])
         if separate_organ:
             _check_separate_organ(settings)
@@ -94,6 +95,7 @@ class Adapter:
         """One dict per tumour, or per reason for none, of the last call."""
         return self.synth.report
 
+    @untraced
     def __call__(
         self,
         image: Tensor,

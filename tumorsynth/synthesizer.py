@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tumorsynth.appearance.contrast_priors import ContrastPrior
 from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.mass_effect import MassEffect
-from tumorsynth.arguments import check_probability, keywords_of
+from tumorsynth.arguments import check_probability, keywords_of, known_keywords
 from tumorsynth.devices import parse_device, plain_defaults
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
@@ -31,6 +31,7 @@ from tumorsynth.pipeline.validation import check_batch, check_params
 from tumorsynth.placement.types import Skip
 from tumorsynth.random_streams import per_sample_seeds
 from tumorsynth.threads import one_thread
+from tumorsynth.tracing import untraced
 
 
 @keywords_of()
@@ -120,6 +121,8 @@ class SynthesizeTumor(nn.Module):
         self.params: list[dict[str, Any]] = []
         self.painter = Painter(self.handle)
 
+    @untraced
+    @known_keywords
     @torch.no_grad()
     def forward(
         self,
@@ -159,6 +162,8 @@ class SynthesizeTumor(nn.Module):
         )
         return image, label
 
+    @untraced
+    @known_keywords
     @torch.no_grad()
     @plain_defaults()
     @one_thread()
@@ -184,7 +189,7 @@ class SynthesizeTumor(nn.Module):
         settings, exclude = self.settings, exclude or {}
         frames = check_batch(image, label, settings.tumor_label, spacing, affine)
         if params is not None:
-            check_params(params, len(frames))
+            check_params(params, len(frames), seed)
         elif settings.p == 0:  # draw nothing and load no generator
             placed = [PlacedSample(not_selected(settings, None), []) for _ in frames]
             return Synthesis.of(image, label, skip_records(placed), placed)

@@ -21,6 +21,7 @@ AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
 WHOLE_SLICE_VOXELS = 400  # along two axes; a scan's slice that large rarely has voxels of 1 mm
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of an image
 MAX_UNSCALED = 3.0  # |HU| of a whole region: larger ones occur in 3 cm of any patient
+_SPACING_RULE = "spacing must be (dx, dy, dz) in mm or (B, 3)"
 MAX_MEDIAN_HU = 5000.0  # |HU| of half of a region: smaller ones occur in 3 cm of any patient
 
 
@@ -224,13 +225,19 @@ def is_record(record: Any) -> bool:
     return isinstance(record, dict) and {"applied", "tumors"} <= record.keys()
 
 
-def check_params(params: Any, batch: int) -> None:
+def check_params(params: Any, batch: int, seed: Any = None) -> None:
     """Raise ValueError unless this is ``synth.params`` of an earlier call.
 
     Args:
         params: to be checked.
         batch: number of samples, each of which has an entry.
+        seed: the call's, which must be None: params hold the seeds of what they repeat.
     """
+    if seed is not None:
+        raise ValueError(
+            f"seed must not be given together with params, which repeat an earlier call with its "
+            f"own seeds, got seed={seed!r}; leave one of them out"
+        )
     is_sequence = isinstance(params, Sequence) and not isinstance(params, str)
     wrong = [record for record in params if not is_record(record)] if is_sequence else []
     if not is_sequence or len(params) != batch or wrong:
@@ -298,8 +305,17 @@ def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
                 stacklevel=2,
             )
         return [frame_from_spacing(1.0)] * batch
-    parts = _per_sample(spacing, 1, batch, "spacing must be (dx, dy, dz) in mm or (B, 3)")
+    parts = _per_sample(spacing, 1, batch, _SPACING_RULE)
     return [frame_from_spacing(part) for part in parts]
+
+
+def check_spacing(spacing: Any) -> None:
+    """Raise ValueError unless this is an adapter's ``spacing``: None, mm per voxel, or (B, 3)."""
+    if spacing is None:
+        return
+    batch = len(spacing) if hasattr(spacing, "__len__") else 1
+    for part in _per_sample(spacing, 1, batch, _SPACING_RULE):
+        frame_from_spacing(part)
 
 
 def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:

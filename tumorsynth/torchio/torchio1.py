@@ -23,6 +23,7 @@ from tumorsynth.torchio.shared import (
     is_left_out,
     random_repr,
 )
+from tumorsynth.tracing import untraced
 
 # TorchIO's own arguments, which the transform in the history repeats
 _BASE = ("copy", "include", "exclude", "keep", "parse_input", "label_keys")
@@ -48,6 +49,11 @@ class _Synthesis(Transform):
             self.settings.get("generator", SETTINGS["generator"]), self.adapter
         )
         self.image, self.label, self.organ = image, label, organ
+
+    @untraced
+    def __call__(self, data: Any) -> Any:
+        """Return the transformed subject."""
+        return super().__call__(data)
 
     @property
     def report(self) -> list[dict[str, Any]]:
