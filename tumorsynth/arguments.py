@@ -114,31 +114,25 @@ def keywords_of(*sources: type, without: Iterable[str] = ()) -> Callable[[Class]
 
 def known_keywords(function: Function) -> Function:
     """Decorate a function, so that an unknown keyword is a TypeError that suggests a known one."""
-    accepted = [name for name in inspect.signature(function).parameters if name != "self"]
+    accepted = [*inspect.signature(function).parameters.keys() - {"self", "cls"}]
+    owner = function.__qualname__.removesuffix(".forward").removesuffix(".__call__")
 
     @functools.wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Any:
-        _check_keywords(function.__qualname__.removesuffix(".forward"), keywords, accepted)
+        _check_keywords(owner, keywords, accepted)
         return function(*arguments, **keywords)
 
     return call  # type: ignore[return-value]
 
 
 def _check_keywords(owner: str, keywords: dict[str, Any], accepted: list[str]) -> None:
-    """Raise TypeError for a keyword that is not accepted.
-
-    Args:
-        owner: class or function that got the keywords.
-        keywords: what it got.
-        accepted: what it takes.
-    """
-    if keywords.keys() <= set(accepted):
-        return
+    """Raise TypeError for a keyword that a class or function does not accept."""
     unknown = sorted(keywords.keys() - set(accepted))
-    raise TypeError(
-        f"unknown keyword argument {', '.join(unknown)} of {owner}; "
-        f"{_suggestion(unknown, accepted)}it takes {', '.join(sorted(accepted))}"
-    )
+    if unknown:
+        raise TypeError(
+            f"unknown keyword argument {', '.join(unknown)} of {owner}; "
+            f"{suggestion(unknown, accepted)}it takes {', '.join(sorted(accepted))}"
+        )
 
 
 def _merge(own: inspect.Signature, sources: Iterable[type], without: set[str]) -> inspect.Signature:
@@ -184,7 +178,8 @@ def _entries(doc: str) -> dict[str, str]:
     return {name: lines for lines, name in entries}
 
 
-def _suggestion(unknown: Iterable[str], known: Iterable[str]) -> str:
+def suggestion(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Return "did you mean ...? " with the known names close to unknown ones, or nothing."""
     found: list[str] = []
     for name in unknown:
         close = difflib.get_close_matches(name, known) or difflib.get_close_matches(

@@ -35,7 +35,13 @@ except ImportError as error:
     raise ImportError('tumorsynth.monai needs MONAI: pip install "tumorsynth[monai]"') from error
 
 from tumorsynth.adapter import MAX_SEED, Adapter
-from tumorsynth.arguments import check_callable, check_flag, check_probability, keywords_of
+from tumorsynth.arguments import (
+    check_callable,
+    check_flag,
+    check_probability,
+    keywords_of,
+    known_keywords,
+)
 from tumorsynth.batch_entries import describe, find_entry, map_tensors, replace_entry
 from tumorsynth.pipeline.validation import check_spacing
 from tumorsynth.tracing import untraced
@@ -146,6 +152,7 @@ class RandSynthesizeTumor(RandomizableTransform):
             self.set_random_state(state=np.random.RandomState(own))
 
     @untraced
+    @known_keywords
     def __call__(self, img: Any, label: Any, organ: Any = None) -> tuple[Any, Any]:
         """Return a new (img, label); the arguments themselves where nothing changes.
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tumorsynth.arguments import any_bool
+from tumorsynth.arguments import any_bool, keywords_of, known_keywords
 from tumorsynth.devices import onto
 from tumorsynth.generators import filters
 from tumorsynth.geometry import bounding_box
@@ -99,6 +99,7 @@ class HandcraftedConfig:
             )
 
 
+@keywords_of()
 class HandcraftedGenerator:
     """Paints tumours by the rules of Hu et al. 2023, with the interface of `TumorGenerator`.
 
@@ -136,6 +137,7 @@ class HandcraftedGenerator:
         self.device = torch.device(device)
         return self
 
+    @known_keywords
     def inpaint(
         self,
         crop: Tensor,
@@ -164,6 +166,7 @@ class HandcraftedGenerator:
         """
         return crop + self._run(crop, tumor_mask, seed, contrast_hu, with_edge=True)
 
+    @known_keywords
     def change(
         self,
         crop: Tensor,
