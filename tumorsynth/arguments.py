@@ -131,7 +131,7 @@ def _check_keywords(owner: str, keywords: dict[str, Any], accepted: list[str]) -
     if unknown:
         raise TypeError(
             f"unknown keyword argument {', '.join(unknown)} of {owner}; "
-            f"{suggestion(unknown, accepted)}it takes {', '.join(sorted(accepted))}"
+            f"{suggestion(unknown, accepted)}it takes {', '.join(sorted(accepted)) or 'none'}"
         )
 
 

@@ -257,7 +257,7 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
             )
         super().__init__(prob, spacing=spacing, separate_organ=organ_key is not None, **settings)
         for name, key in (("label_key", label_key), ("organ_key", organ_key)):
-            if isinstance(key, list | tuple | set) or key == self.keys[0]:
+            if not isinstance(key, Hashable) or isinstance(key, tuple) or key == self.keys[0]:
                 raise ValueError(f"{name} must be one key, another than the image's, got {key!r}")
         if organ_key is not None and organ_key == label_key:
             raise ValueError(
