@@ -29,8 +29,9 @@ from monai.transforms import (
 from monai_samples import LPS, SETTINGS, equal, same, sample, transform, tumor, volume
 
 import tumorsynth as ts
-from tumorsynth import monai as tumorsynth_monai  # noqa: E402
 from tumorsynth.monai import (
+    BatchSynthesizeTumord,
+    PrepareBatchTumorSynth,
     RandSynthesizeTumor,
     RandSynthesizeTumorD,
     RandSynthesizeTumord,
@@ -544,10 +545,10 @@ def test_a_flipped_array_with_an_axis_of_one_voxel():
         ({"organ_key": ("a", "b")}, ValueError, "organ_key must be one key"),
     ],
 )
-@pytest.mark.parametrize("name", ["RandSynthesizeTumord", "BatchSynthesizeTumord"])
-def test_malformed_arguments_are_refused_at_construction(name, arguments, error, words):
+@pytest.mark.parametrize("kind", [RandSynthesizeTumord, BatchSynthesizeTumord])
+def test_malformed_arguments_are_refused_at_construction(kind, arguments, error, words):
     with pytest.raises(error, match=words):
-        getattr(tumorsynth_monai, name)("image", **arguments)
+        kind("image", **arguments)
 
 
 def test_spacings_that_work_are_taken_at_construction():
