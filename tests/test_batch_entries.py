@@ -150,6 +150,11 @@ def loader(samples, n=2, **kwargs):
     return torch.utils.data.DataLoader([samples] * n, batch_size=1, **kwargs)
 
 
+def ready(batch):
+    """A loader of one batch as it is."""
+    return torch.utils.data.DataLoader([batch], batch_size=None)
+
+
 def has_tumor(label):
     return bool((label == 20).any())
 
@@ -173,10 +178,8 @@ def test_torchio_batches(scan, default, spacing):
     label = batch["label"][tio.DATA]
     assert [record["applied"] for record in made.report] == [True, True]
     assert all(has_tumor(one) for one in label) and not label[0].equal(label[1])
-    flat = fit(
-        [{"image": scan.image.expand(2, 1, -1, -1, -1), "label": torch.stack([scan.label] * 2)}],
-        callback(),
-    )
+    images, labels = (torch.stack([one] * 2) for one in (scan.image, scan.label))
+    flat = fit(ready({"image": images, "label": labels}), callback())
     assert flat[0]["label"].equal(label)  # the affine in the batch says the same as spacing
     if spacing is None:
         assert made.report[0]["centre_mm"] == pytest.approx(
@@ -257,7 +260,7 @@ def test_dataclass_batches(scan):
 def test_messages_name_what_is_there_and_what_to_pass(scan, batch, given, words):
     batch = filled(batch, scan.label[None])
     with pytest.raises(ValueError, match=words):
-        fit([batch], callback(**given))
+        fit(ready(batch), callback(**given))
 
 
 def filled(batch, tensor):
