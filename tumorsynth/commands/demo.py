@@ -68,6 +68,8 @@ def demo(
         healthy["ct"].parent.mkdir(exist_ok=True)
         for key, volume in (("ct", image), ("label", mask)):
             nifti.write_volume(healthy[key], volume, volume.stored)
+        # as `replay` reads them: a file rounds its affine
+        image, mask = nifti.read_pair(healthy["ct"], healthy["label"])
         made = synthesize_scan(synth, image, mask, out, "phantom", seed, progress.step)
         print(summary("phantom", made["tumors"]))
         progress.end()
