@@ -10,14 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tumorsynth.geometry import (
-    Box,
-    Frame,
-    bounding_box,
-    frame_from_affine,
-    frame_from_spacing,
-    plan_crop,
-)
+from tumorsynth.crop_grid import plan_crop
+from tumorsynth.geometry import Box, Frame, bounding_box, frame_from_affine, frame_from_spacing
 
 nib = pytest.importorskip("nibabel")
 

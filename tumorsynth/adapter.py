@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tumorsynth.arguments import check_flag, keywords_of
 from tumorsynth.pipeline.call import Synthesis
+from tumorsynth.pipeline.frames import Carried, check_spacing
 from tumorsynth.pipeline.place_batch import PlacedSample, skip_sample
 from tumorsynth.pipeline.requests import skip_records
 from tumorsynth.pipeline.validation import (
-    check_grid,
     check_input,
     check_tumor_label,
     check_whole,
@@ -56,6 +56,12 @@ class Adapter:
             equal. The map stays as it is; a tumour replaces any value of the label.
         healthy_only: skip samples whose label holds a tumour already. The paper synthesises on
             healthy scans alone.
+        spacing: mm per voxel along X, Y, Z. None takes it, and the orientation, from the affine
+            that comes with image, label or organ map. Without one, or where it is the identity,
+            which may stand for an affine that was lost, voxels count as 1 mm and the transform
+            warns once.
+        override_affine: whether ``spacing`` wins over an affine that contradicts it, instead of an
+            error.
         **settings: the arguments of `tumorsynth.SynthesizeTumor`, without p.
 
     Raises:
@@ -64,11 +70,22 @@ class Adapter:
     """
 
     def __init__(
-        self, separate_organ: bool = False, healthy_only: bool = False, **settings: Any
+        self,
+        separate_organ: bool = False,
+        healthy_only: bool = False,
+        spacing: Any = None,
+        override_affine: bool = False,
+        **settings: Any,
     ) -> None:
         self.separate_organ = check_flag("separate_organ", separate_organ)
         self.healthy_only = check_flag("healthy_only", healthy_only)
-        self.given = {**settings, **({"healthy_only": True} if healthy_only else {})}
+        self.override_affine = check_flag("override_affine", override_affine)
+        check_spacing(spacing)
+        self.spacing = spacing
+        own = {"healthy_only": healthy_only, "override_affine": override_affine}
+        self.given = {**settings, **{name: value for name, value in own.items() if value}}
+        if spacing is not None:
+            self.given["spacing"] = spacing
         self.tumor_label: int = settings.get("tumor_label", SETTINGS["tumor_label"])
         if separate_organ:
             _check_separate_organ(settings)
@@ -103,6 +120,7 @@ class Adapter:
         organ: Tensor | None = None,
         excluded: Sequence[bool] | None = None,
         names: Sequence[Any] = ("image", "label", "organ"),
+        carried: Sequence[Carried] | None = None,
         **call: Any,
     ) -> tuple[Tensor, Tensor]:
         """Return a new (image, label) of the same types, dtypes and metadata.
@@ -115,7 +133,9 @@ class Adapter:
             organ: the separate organ map, the same shape.
             excluded: for each sample, whether the framework excludes it.
             names: what the user calls the three, for messages.
-            **call: spacing, affine, seed and params, as for the core's ``forward``.
+            carried: affines that came along with the three, where they are no MetaTensors.
+            **call: spacing, affine, seed and params, as for the core's ``forward``; the default of
+                spacing is the constructor's.
 
         Raises:
             ValueError: for input that cannot work.
@@ -126,8 +146,10 @@ class Adapter:
             raise ValueError(
                 "organ must be given: this synthesis was made for a separate organ map"
             )
-        if call.get("spacing") is None:  # else the affines do not matter
-            check_grid(names, [getattr(x, "affine", None) for x in (image, label, organ)])
+        if carried is None:
+            parts = zip(names, (image, label, organ), strict=False)
+            carried = [Carried.of(name, part) for name, part in parts]
+        call.setdefault("spacing", None if "affine" in call else self.spacing)
         work_image = image.float() if _holds_integers(image) else image
         if organ is not None or self.healthy_only or _is_wide(label):
             check_input(work_image, label, self.tumor_label)
@@ -142,7 +164,14 @@ class Adapter:
         elif _is_wide(label):
             work_label = label.to(torch.int64)
 
-        synthesis = self._synthesize(work_image, work_label, exclude=skips, **call)
+        synthesis = self._synthesize(
+            work_image,
+            work_label,
+            exclude=skips,
+            carried=carried,
+            override_affine=self.override_affine,
+            **call,
+        )
 
         self._keep(synthesis)
         if synthesis.image is work_image:  # no sample got a tumour

@@ -1,9 +1,4 @@
-"""From the sample's grid to the generator's (1 mm; x, y, z towards Right, Anterior, Superior).
-
-Axes are permuted and flipped to the closest of the 48 axis-aligned orientations, then resampled one
-at a time, each by a small matrix, which at 1 mm is an exact selection. A residual oblique rotation
-(a tilted gantry) stays: a few degrees do not change how a tumour looks.
-"""
+"""Where voxels lie: boxes of voxels, and how a sample's axes lie in the patient."""
 
 from __future__ import annotations
 
@@ -17,12 +12,13 @@ import torch
 from torch import Tensor
 
 from tumorsynth.arguments import any_bool
-from tumorsynth.devices import onto
 
 Ints3 = tuple[int, int, int]
 Floats3 = tuple[float, float, float]
+Rows3 = tuple[Floats3, Floats3, Floats3]
 
 SPACING_RANGE_MM = (0.01, 25.0)
+MIN_SHEAR = 1e-4  # smaller entries of a shear are rounding
 MIN_AXES_VOLUME = 0.1  # spanned by the unit columns of an affine; less means parallel axes
 
 
@@ -44,25 +40,25 @@ class Box:
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Box:
         """Return the box of a whole volume of this shape."""
-        return cls((0, 0, 0), _ints3(shape))
+        return cls((0, 0, 0), ints3(shape))
 
     @classmethod
     def at(cls, start: Sequence[int], shape: Sequence[int]) -> Box:
         """Return the box of this shape that starts at ``start``."""
-        return cls(_ints3(start), _ints3(a + n for a, n in zip(start, shape, strict=True)))
+        return cls(ints3(start), ints3(a + n for a, n in zip(start, shape, strict=True)))
 
     @classmethod
     def of_slices(cls, slices: Sequence[slice]) -> Box:
         """Return the box that three slices of step 1 select."""
-        return cls(_ints3(s.start for s in slices), _ints3(s.stop for s in slices))
+        return cls(ints3(s.start for s in slices), ints3(s.stop for s in slices))
 
     @classmethod
     def hull(cls, boxes: Iterable[Box]) -> Box:
         """Return the smallest box that contains all of at least one box."""
         boxes = list(boxes)
         return cls(
-            _ints3(map(min, zip(*(box.start for box in boxes), strict=True))),
-            _ints3(map(max, zip(*(box.stop for box in boxes), strict=True))),
+            ints3(map(min, zip(*(box.start for box in boxes), strict=True))),
+            ints3(map(max, zip(*(box.stop for box in boxes), strict=True))),
         )
 
     @property
@@ -87,8 +83,8 @@ class Box:
         """Return the box with this many more voxels on each side, one number or one per axis."""
         by = [voxels] * 3 if isinstance(voxels, int) else voxels
         return Box(
-            _ints3(a - n for a, n in zip(self.start, by, strict=True)),
-            _ints3(b + n for b, n in zip(self.stop, by, strict=True)),
+            ints3(a - n for a, n in zip(self.start, by, strict=True)),
+            ints3(b + n for b, n in zip(self.stop, by, strict=True)),
         )
 
     def grown_mm(self, mm: float, spacing: Sequence[float]) -> Box:
@@ -108,7 +104,8 @@ class Box:
         return Box((x0 - x, y0 - y, z0 - z), (x1 - x, y1 - y, z1 - z))
 
 
-def _ints3(values: Iterable[int]) -> Ints3:
+def ints3(values: Iterable[int]) -> Ints3:
+    """Return three whole numbers as a tuple."""
     x, y, z = values
     return x, y, z
 
@@ -123,12 +120,31 @@ class Frame:
         flips: whether that tensor axis runs the other way, for x, y and z.
         affine: 4x4 voxel-to-mm matrix, rows as tuples. None if only the spacing is known; the
             tensor's axes then count as x, y, z.
+        shear: 3x3, rows as tuples, where the tensor's axes are not at right angles, as with a
+            tilted gantry: ``shear @ (voxel * spacing)`` are mm along right-angled axes, those
+            nearest to the tensor's. None for right angles.
     """
 
     spacing: Floats3
     axes: Ints3 = (0, 1, 2)
     flips: tuple[bool, bool, bool] = (False, False, False)
     affine: tuple[tuple[float, ...], ...] | None = None
+    shear: Rows3 | None = None
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel: the determinant of the affine."""
+        volume = math.prod(self.spacing)
+        return volume if self.shear is None else volume * float(np.linalg.det(self.shear))
+
+    @property
+    def plane_distance(self) -> Floats3:
+        """Distance in mm between neighbouring planes of voxels, along each tensor axis.
+
+        It is the spacing where axes are at right angles, and less where they are not. So many
+        voxels further along an axis are at least that many times this away.
+        """
+        return plane_distance(self.spacing, self.shear)
 
     def to_mm(self, voxel: Sequence[float]) -> Floats3:
         """Return a voxel's patient coordinates (RAS, mm); voxel x spacing without an affine."""
@@ -190,7 +206,32 @@ def frame_from_affine(affine: Tensor | np.ndarray | Sequence[Sequence[float]]) -
     axes = _closest_axes(np.abs(linear / spacing))
     x, y, z = (bool(linear[ras, axes[ras]] < 0) for ras in range(3))
     rows = tuple(tuple(row) for row in matrix.tolist())
-    return Frame(frame_from_spacing(spacing.tolist()).spacing, axes, (x, y, z), rows)
+    spacing3 = frame_from_spacing(spacing.tolist()).spacing
+    return Frame(spacing3, axes, (x, y, z), rows, shear_of(linear))
+
+
+def shear_of(affine: np.ndarray) -> Rows3 | None:
+    """Return how the axes of an affine, 4x4 or its linear part, are sheared; see `Frame`.
+
+    None for axes at right angles. By the polar decomposition, the axes are a rotation of the
+    shear's columns.
+    """
+    linear = affine[:3, :3]
+    _, scale, rows = np.linalg.svd(linear / np.linalg.norm(linear, axis=0))
+    shear = (rows.T * scale) @ rows
+    if np.abs(shear - np.eye(3)).max() < MIN_SHEAR:
+        return None
+    a, b, c = ((float(x), float(y), float(z)) for x, y, z in shear)
+    return a, b, c
+
+
+def plane_distance(spacing: Sequence[float], shear: Rows3 | None) -> Floats3:
+    """Return the distance between neighbouring planes of voxels; see `Frame.plane_distance`."""
+    x, y, z = (float(s) for s in spacing)
+    if shear is None:
+        return x, y, z
+    a, b, c = (1 / np.linalg.norm(np.linalg.inv(shear), axis=1)).tolist()
+    return x * a, y * b, z * c
 
 
 def _check_matrix(affine: Any) -> np.ndarray:
@@ -222,162 +263,7 @@ def _closest_axes(cosines: np.ndarray) -> Ints3:
         axes[ras] = int(axis)
         cosines[ras, :] = -1
         cosines[:, axis] = -1
-    return _ints3(axes)
-
-
-@dataclass(frozen=True)
-class CropGrid:
-    """One crop's place on a sample's grid: ``side`` points, 1 mm apart, along each tensor axis.
-
-    Args:
-        frame: how the sample's axes lie in the patient.
-        shape: voxels of the sample.
-        origin: position of the first point along each tensor axis, in mm from the first voxel's
-            centre.
-        side: points along each axis.
-    """
-
-    frame: Frame
-    shape: Ints3
-    origin: Floats3
-    side: int
-
-    @property
-    def source(self) -> Box:
-        """The part of the sample that the crop is resampled from."""
-        points = [self._points(axis) for axis in range(3)]
-        return Box(
-            _ints3(int(np.floor(at[0])) for at in points),
-            _ints3(int(np.ceil(at[-1])) + 1 for at in points),
-        )
-
-    def _points(self, axis: int) -> np.ndarray:
-        """The crop's points along a tensor axis, in (fractional) voxels, clipped to the sample."""
-        at = (self.origin[axis] + np.arange(self.side)) / self.frame.spacing[axis]
-        # rounding keeps 1 mm an exact selection where origin / spacing is off by one ulp
-        return at.round(6).clip(0, self.shape[axis] - 1)
-
-    def cut(self, local: Tensor) -> Tensor:
-        """Resample the sample to the crop; beyond the sample's border, repeat its last voxels.
-
-        Args:
-            local: the `source` part of the sample.
-
-        Returns:
-            (side, side, side) on the generator's grid, axes x, y, z.
-        """
-        out, source = local, self.source
-        for axis in range(3):
-            weights = _interpolation_weights(
-                self._points(axis) - source.start[axis],
-                source.shape[axis],
-                1 / self.frame.spacing[axis],
-            )
-            out = _apply_along(out, axis, weights)
-        out = out.permute(self.frame.axes)
-        return out.flip([axis for axis in range(3) if self.frame.flips[axis]]).contiguous()
-
-    def carry_back(self, crop: Tensor, region: Box) -> Tensor:
-        """Resample a crop to a region of the sample.
-
-        Args:
-            crop: (side, side, side) on the generator's grid.
-            region: part of the sample.
-
-        Returns:
-            One value for each voxel of the region.
-        """
-        out = crop.flip([axis for axis in range(3) if self.frame.flips[axis]])
-        out = out.permute([self.frame.axes.index(axis) for axis in range(3)])
-        for axis, spacing in enumerate(self.frame.spacing):
-            voxels = np.arange(region.start[axis], region.stop[axis])
-            at = (voxels * spacing - self.origin[axis]).round(6).clip(0, self.side - 1)
-            out = _apply_along(out, axis, _interpolation_weights(at, self.side, spacing))
-        return out.contiguous()
-
-    def near(self, region: Box) -> Box:
-        """Return the part of the crop that `carry_back` reads for a region of the sample.
-
-        Args:
-            region: part of the sample.
-
-        Returns:
-            A box in the crop, along its own axes x, y, z.
-        """
-        start, stop = [], []
-        for axis, spacing in enumerate(self.frame.spacing):
-            half_width = _triangle_half_width(spacing)
-            first = region.start[axis] * spacing - self.origin[axis] - half_width
-            last = (region.stop[axis] - 1) * spacing - self.origin[axis] + half_width
-            # beyond the crop its faces are repeated
-            start.append(min(max(math.floor(first), 0), self.side - 1))
-            stop.append(max(min(math.ceil(last) + 1, self.side), start[-1] + 1))
-        low = [start[axis] for axis in self.frame.axes]
-        high = [stop[axis] for axis in self.frame.axes]
-        for ras, flipped in enumerate(self.frame.flips):
-            if flipped:
-                low[ras], high[ras] = self.side - high[ras], self.side - low[ras]
-        return Box(_ints3(low), _ints3(high))
-
-
-def plan_crop(
-    frame: Frame,
-    shape: Ints3,
-    tumor: Box,
-    *,
-    min_side: int,
-    multiple: int,
-    margin_mm: float,
-) -> CropGrid:
-    """Plan the crop for a tumour.
-
-    The crop is centred on the tumour but moved to stay inside the sample where that is large
-    enough. It starts at a voxel's centre, so that at 1 mm the crop is the sample's own voxels.
-
-    Args:
-        frame: how the sample's axes lie in the patient.
-        shape: voxels of the sample.
-        tumor: box around the tumour in the sample.
-        min_side: smallest number of points along an axis.
-        multiple: the number of points is a multiple of this.
-        margin_mm: surroundings on each side of the tumour, at least.
-    """
-    spans = [n * s for n, s in zip(tumor.shape, frame.spacing, strict=True)]
-    side = max(float(min_side), max(spans) + 2 * margin_mm)
-    side = multiple * math.ceil(side / multiple)
-    origin = []
-    for a, b, s, n in zip(tumor.start, tumor.stop, frame.spacing, shape, strict=True):
-        start = (a + b - 1) / 2 * s - (side - 1) / 2
-        slack = (n - 1) * s - (side - 1)  # mm by which the crop can move inside the sample
-        start = min(max(start, 0.0), slack) if slack >= 0 else slack / 2
-        origin.append(math.floor(start / s + 0.5 - 1e-9) * s)
-    return CropGrid(frame, shape, (origin[0], origin[1], origin[2]), side)
-
-
-def _interpolation_weights(at: np.ndarray, count: int, ratio: float) -> Tensor:
-    """Return a row of weights over ``count`` source points for each (fractional) target point.
-
-    Linear between source points. Where a target point stands for ``ratio`` > 1 source points, a
-    wider triangle averages them, with the variance of a box of that many points. A half width of
-    ratio / 2 would skip every other point at a ratio of 2.
-    """
-    distance = np.abs(at[:, None] - np.arange(count)[None, :])
-    weights = np.clip(1 - distance / _triangle_half_width(ratio), 0, None)
-    weights /= weights.sum(1, keepdims=True)
-    return torch.from_numpy(weights.astype(np.float32))
-
-
-def _triangle_half_width(ratio: float) -> float:
-    return max(1.0, ratio / math.sqrt(2))
-
-
-def _apply_along(volume: Tensor, axis: int, weights: Tensor) -> Tensor:
-    """Multiply a volume by a matrix along one axis."""
-    rows, count = weights.shape
-    if rows == count and torch.equal(weights, torch.eye(count, dtype=weights.dtype)):
-        return volume
-    weights = onto(weights.to(volume.dtype), volume.device)
-    return torch.movedim(torch.tensordot(weights, volume, dims=([1], [axis])), 0, axis)
+    return ints3(axes)
 
 
 def bounding_box(mask: Tensor, margin: int = 0) -> Box | None:
@@ -399,4 +285,4 @@ def bounding_box(mask: Tensor, margin: int = 0) -> Box | None:
             return None
         start.append(int(hits[0]))
         stop.append(int(hits[-1]) + 1)
-    return Box(_ints3(start), _ints3(stop)).grown(margin).within(Box.whole(mask.shape))
+    return Box(ints3(start), ints3(stop)).grown(margin).within(Box.whole(mask.shape))

@@ -37,7 +37,7 @@ from tumorsynth.batch_entries import (
     value_at,
 )
 from tumorsynth.batch_parts import NAMES, find_parts, is_list, missing_entry
-from tumorsynth.pipeline.validation import check_spacing
+from tumorsynth.pipeline.frames import check_spacing
 from tumorsynth.random_streams import per_sample_seeds
 
 __all__ = ["TumorSynthCallback"]
@@ -64,7 +64,9 @@ class TumorSynthCallback(Callback):
             several; ``image`` and ``label`` are then places in its batches.
         p: probability that a sample gets tumours.
         spacing: mm per voxel along X, Y, Z, for all samples; or where in the batch it is, (B, 3).
-            The default is the affine of a MetaTensor or of TorchIO's image, else 1 mm.
+            The default is the affine of a MetaTensor or of TorchIO's image. Without one, or where
+            it is the identity, which may stand for an affine that was lost, voxels count as 1 mm
+            and the callback warns once.
         seed: decides every draw, together with the epoch, the batch's index and the rank. The
             default is drawn from torch's global generator when training starts
             (``L.seed_everything`` reproduces it). The checkpoint keeps it, so that a resumed run

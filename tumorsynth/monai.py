@@ -19,7 +19,6 @@ synthesis.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +42,6 @@ from tumorsynth.arguments import (
     known_keywords,
 )
 from tumorsynth.batch_entries import describe, find_entry, map_tensors, replace_entry
-from tumorsynth.pipeline.validation import check_spacing
 from tumorsynth.tracing import untraced
 
 __all__ = [
@@ -67,8 +65,6 @@ class RandSynthesizeTumor(RandomizableTransform):
 
     Args:
         prob: probability of changing a sample.
-        spacing: mm per voxel along X, Y, Z. None takes it, and the orientation, from the affine of
-            the MetaTensor that image or label is, and 1 mm with a warning if neither is one.
         separate_organ: whether calls bring a separate organ map, of which ``organ_labels`` are
             then values.
         **settings: ``healthy_only=True`` to skip samples whose label holds a tumour already, and
@@ -90,16 +86,12 @@ class RandSynthesizeTumor(RandomizableTransform):
         self,
         prob: float = 1.0,
         *,
-        spacing: Any = None,
         separate_organ: bool = False,
         **settings: Any,
     ) -> None:
         RandomizableTransform.__init__(self, check_probability("prob", prob))
         self.adapter = Adapter(separate_organ, **settings)
-        check_spacing(spacing)
-        self.spacing = spacing
         self._stream: int | None = None  # seed of the worker that R was made for
-        self._warned = False  # about voxels of unknown size
 
     @property
     def report(self) -> list[dict[str, Any]]:
@@ -174,38 +166,12 @@ class RandSynthesizeTumor(RandomizableTransform):
     ) -> tuple[Any, Any]:
         """Call the adapter with tensors; return (img, label) in the types that came in."""
         image, label_map = _to_tensor(img), _to_tensor(label)
-        # an image without an affine lies on the label's grid
-        no_geometry = self.spacing is None and not hasattr(image, "affine")
-        affine = getattr(label_map, "affine", None) if no_geometry else None
-        if no_geometry and affine is None:
-            self._warn_of_1_mm(names)
         new_image, new_label = self.adapter(
-            image,
-            label_map,
-            _to_tensor(organ),
-            names=names,
-            spacing=self.spacing,
-            affine=affine,
-            **call,
+            image, label_map, _to_tensor(organ), names=names, **call
         )
         return (
             img if new_image is image else _to_type_of(img, new_image),
             label if new_label is label_map else _to_type_of(label, new_label),
-        )
-
-    def _warn_of_1_mm(self, names: Sequence[Hashable]) -> None:
-        """Warn once: a cache, or track_meta=False, may have dropped the affine silently."""
-        worker = get_worker_info()
-        if self._warned or (worker is not None and worker.id):  # only the first worker warns
-            return
-        self._warned = True
-        shown = " and ".join(repr(name) for name in names[:2])
-        warnings.warn(
-            f"{shown} have no affine, so that their voxels are taken as 1 mm; pass "
-            f"spacing=(dx, dy, dz) to {type(self).__name__} (spacing=1 where it is 1 mm), or keep "
-            "MetaTensors: a PersistentDataset drops their affine unless it has track_meta=True, "
-            "weights_only=False",
-            stacklevel=2,
         )
 
 
@@ -222,7 +188,6 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         prob: probability of changing a sample.
         allow_missing_keys: whether to leave a dictionary that lacks one of the keys as it is,
             instead of raising a KeyError.
-        spacing: mm per voxel along X, Y, Z; the default is as for `RandSynthesizeTumor`.
         when: a function of the dictionary that returns whether the sample may change, for example
             ``lambda data: data["healthy"]``. To pickle the transform, use a named function.
         **settings: ``healthy_only=True`` to skip samples whose label holds a tumour already, and
@@ -245,7 +210,6 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         prob: float = 1.0,
         allow_missing_keys: bool = False,
         *,
-        spacing: Any = None,
         when: Callable[[Mapping[Hashable, Any]], Any] | None = None,
         **settings: Any,
     ) -> None:
@@ -255,7 +219,7 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
                 f"keys must be the key of one image, got {self.keys}; "
                 "name the label with label_key=..."
             )
-        super().__init__(prob, spacing=spacing, separate_organ=organ_key is not None, **settings)
+        super().__init__(prob, separate_organ=organ_key is not None, **settings)
         for name, key in (("label_key", label_key), ("organ_key", organ_key)):
             if not isinstance(key, Hashable) or isinstance(key, tuple) or key == self.keys[0]:
                 raise ValueError(f"{name} must be one key, another than the image's, got {key!r}")

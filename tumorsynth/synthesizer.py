@@ -19,15 +19,17 @@ from tumorsynth.devices import parse_device, plain_defaults
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
 from tumorsynth.intensity import HU, Intensity
+from tumorsynth.once import Once
 from tumorsynth.pipeline.call import Call, Synthesis
 from tumorsynth.pipeline.displace import displace_and_paint
 from tumorsynth.pipeline.finish import paint_and_finish
+from tumorsynth.pipeline.frames import Carried, find_frames, unknown_size
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.place_batch import PlacedSample, not_selected, place_samples
 from tumorsynth.pipeline.records import TumorRecord, split_batch
 from tumorsynth.pipeline.requests import request_tumors, skip_records
 from tumorsynth.pipeline.settings import check_settings
-from tumorsynth.pipeline.validation import check_batch, check_params
+from tumorsynth.pipeline.validation import check_input, check_params, check_whole
 from tumorsynth.placement.types import Skip
 from tumorsynth.random_streams import per_sample_seeds
 from tumorsynth.threads import one_thread
@@ -80,6 +82,9 @@ class SynthesizeTumor(nn.Module):
             behind size_mm="kidney" or "cyst"; otherwise the share of a tumour's volume beyond the
             organ, 0 to 0.9, a number or (lo, hi) drawn per tumour. With False tumours stay inside
             the organ.
+        any_tissue: whether to paint also where the organ's tissue is unlike the one that the
+            generator's card names (``tissue_range``). With False, and without ``contrast_hu``, such
+            places are avoided, and a tumour that finds no other is skipped.
 
     Raises:
         ValueError: for a value that is out of range or unknown.
@@ -112,6 +117,7 @@ class SynthesizeTumor(nn.Module):
         mass_effect: float | str | MassEffect = 0.0,
         shapes: Any = None,
         bulge: bool | float | Sequence[float] = False,
+        any_tissue: bool = False,
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -120,6 +126,7 @@ class SynthesizeTumor(nn.Module):
         self.report: list[dict[str, Any]] = []
         self.params: list[dict[str, Any]] = []
         self.painter = Painter(self.handle)
+        self.unknown_size = Once()  # the warning
 
     @untraced
     @known_keywords
@@ -131,6 +138,7 @@ class SynthesizeTumor(nn.Module):
         spacing: Any = None,
         *,
         affine: Any = None,
+        override_affine: bool = False,
         seed: int | Sequence[int] | None = None,
         params: Sequence[dict[str, Any]] | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -144,7 +152,11 @@ class SynthesizeTumor(nn.Module):
             label: the same shape, whole numbers of any dtype.
             spacing: mm per voxel along X, Y, Z: three numbers, or (B, 3).
             affine: voxel to RAS mm, 4x4 or (B, 4, 4), in place of ``spacing``; gives the
-                orientation as well. The default of both is a MetaTensor's affine, else 1 mm.
+                orientation as well. The default of both is the affine of the MetaTensor that image
+                or label is. Without one, or where it is the identity, which may stand for an affine
+                that was lost, voxels count as 1 mm and the transform warns once.
+            override_affine: whether ``spacing`` or ``affine`` win over a MetaTensor's affine that
+                contradicts them, instead of an error.
             seed: one int (sample b uses seed + b) or one per sample; None draws it from torch's
                 global generator. A sample's tumours depend on its own seed alone, not on the batch.
             params: ``synth.params`` of an earlier call, to repeat it bit by bit.
@@ -158,7 +170,13 @@ class SynthesizeTumor(nn.Module):
             TypeError: for input of the wrong type.
         """
         image, label, self.report, self.params = self.synthesize(
-            image, label, spacing, affine=affine, seed=seed, params=params
+            image,
+            label,
+            spacing,
+            affine=affine,
+            override_affine=override_affine,
+            seed=seed,
+            params=params,
         )
         return image, label
 
@@ -174,9 +192,11 @@ class SynthesizeTumor(nn.Module):
         spacing: Any = None,
         *,
         affine: Any = None,
+        override_affine: bool = False,
         seed: int | Sequence[int] | None = None,
         params: Sequence[dict[str, Any]] | None = None,
         exclude: Mapping[int, Skip] | None = None,
+        carried: Sequence[Carried] | None = None,
     ) -> Synthesis:
         """Return what `forward` makes together with its report and params, and keep neither.
 
@@ -185,21 +205,35 @@ class SynthesizeTumor(nn.Module):
 
         Args:
             exclude: skips for samples, by their number in the batch.
+            carried: affines that came along, where image and label are no MetaTensors.
         """
         settings, exclude = self.settings, exclude or {}
-        frames = check_batch(image, label, settings.tumor_label, spacing, affine)
+        check_input(image, label, settings.tumor_label)
+        check_whole("label", label)
+        if carried is None:
+            carried = [Carried.of("image", image), Carried.of("label", label)]
+        frames, doubt = find_frames(
+            image.shape[-3:],
+            len(image) if image.ndim == 5 else 1,
+            carried,
+            spacing=spacing,
+            affine=affine,
+            override_affine=override_affine,
+        )
         if params is not None:
             check_params(params, len(frames), seed)
         elif settings.p == 0:  # draw nothing and load no generator
             placed = [PlacedSample(not_selected(settings, None), []) for _ in frames]
             return Synthesis.of(image, label, skip_records(placed), placed)
+        if doubt is not None:
+            self.unknown_size.give(unknown_size(doubt))
         seeds = [0] * len(frames) if params is not None else per_sample_seeds(seed, len(frames))
         generator = self.handle.get(settings.device or image.device)
         call = Call(settings, generator, self.painter)
         samples = split_batch(image, label, frames)
         # a caller's autocast would resample and feather in half precision
         with torch.autocast(image.device.type, enabled=False):
-            placed = place_samples(settings, samples, seeds, params, exclude)
+            placed = place_samples(settings, samples, seeds, params, exclude, call.tissue)
             requests = request_tumors(call, samples, placed)
             records = requests.records
             if not requests:

@@ -11,6 +11,7 @@ from tiny import tiny_crop, tiny_generator
 import tumorsynth as ts
 from tumorsynth.appearance.contrast import (
     FLUID_HU,
+    MIN_DARKER_HU,
     ContrastConfig,
     check_contrast,
     contrast_of,
@@ -98,7 +99,7 @@ def test_fainter_in_tissue_that_is_less_enhanced_and_never_fluid():
     fatty = float(sample_contrast(config, torch.tensor([22.0]), [3]))
     assert 22.0 + fatty >= FLUID_HU - 1e-4
     below = float(sample_contrast(config, torch.tensor([5.0]), [3]))
-    assert below == 0.0  # darker than fluid already
+    assert below == -MIN_DARKER_HU  # darker than fluid already, and still to be seen
 
 
 def test_shift_sets_the_requested_contrast_and_ends_two_voxels_beyond():

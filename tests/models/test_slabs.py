@@ -9,7 +9,8 @@ from tiny import tiny_crop, tiny_generator
 from torch import Tensor, nn
 
 import tumorsynth as ts
-from tumorsynth.geometry import Box, Frame, plan_crop
+from tumorsynth.crop_grid import plan_crop
+from tumorsynth.geometry import Box, Frame
 from tumorsynth.models import slabs
 from tumorsynth.models.autoencoder import Autoencoder, AutoencoderConfig
 from tumorsynth.models.conv import GroupNorm, Linear

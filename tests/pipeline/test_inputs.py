@@ -14,7 +14,7 @@ import tumorsynth as ts
 from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.mass_effect import MassEffect
 from tumorsynth.generators.handcrafted import HandcraftedConfig
-from tumorsynth.pipeline.validation import check_grid, check_params
+from tumorsynth.pipeline.validation import check_params
 
 SETTINGS = {"generator": "hu2023", "count": 1, "size_mm": 8}
 
@@ -150,19 +150,6 @@ def test_integers_of_numpy_are_accepted():
     )
     _, label = synth(*scan(), seed=0)
     assert (label == 2).any() and len(synth.report) == 1
-
-
-def test_grids_that_differ_beyond_rounding_are_refused_by_name():
-    one = np.diag([0.8, 0.8, 2.5, 1.0])
-    near, shifted = one.copy(), one.copy()
-    near[:3] += 4e-4
-    shifted[0, 3] = 3
-    check_grid(("ct", "seg", "organs"), (one, near, None))
-    check_grid(("ct", "seg"), (np.stack([one, one]), one))  # a batch, and one affine for all
-    with pytest.raises(ValueError, match="'ct' and 'organs' must share one grid, .* by up to 3 mm"):
-        check_grid(("ct", "seg", "organs"), (one, None, shifted))
-    with pytest.raises(ValueError, match="'ct' and 'seg' must share one grid"):
-        check_grid(("ct", "seg"), (np.stack([one, one]), np.stack([one, shifted])))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tiny import tiny_generator
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
 from tumorsynth.appearance.blend import feather_reach
-from tumorsynth.pipeline.validation import frames_of
+from tumorsynth.pipeline.frames import find_frames
 
 LONG = int(os.environ.get("TUMORSYNTH_EXAMPLES", "0"))
 MANY = 100 if LONG else 6
@@ -328,7 +328,9 @@ def test_any_call(case):
     first = make()
     assert same(new_image, first[0]) and same(new_label, first[1])  # replays, and repeats
     json.loads(json.dumps(transform.params))
-    frames = frames_of(image, call.get("spacing"), call.get("affine"))
+    where = {name: call.get(name) for name in ("spacing", "affine")}
+    batch = len(image) if image.ndim == 5 else 1
+    frames, _ = find_frames(image.shape[-3:], batch, [], **where)
     untouched_beyond_the_feather(transform, frames, image, new_image, label, new_label)
 
 

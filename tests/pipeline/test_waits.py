@@ -11,6 +11,7 @@ from tiny import tiny_generator
 from torch import Tensor
 
 from tumorsynth.appearance.contrast import ContrastConfig
+from tumorsynth.appearance.tissue import SOFT_TISSUE
 from tumorsynth.pipeline import finish
 from tumorsynth.placement.organ import organ_box
 from tumorsynth.synthesizer import SynthesizeTumor
@@ -52,6 +53,19 @@ def test_a_call_waits_a_few_times_a_sample_and_a_few_times_a_tumour(monkeypatch,
         counts.append(gpu.count())
         assert gpu.count() <= SAMPLE + TUMOUR * tumours, gpu.waits
     assert counts[1] - counts[0] <= TUMOUR
+
+
+def test_a_generator_that_names_its_tissue_waits_once_more_a_tumour(monkeypatch):
+    generator, counts = tiny_generator(), []
+    image, label = scan()
+    for card in ({"name": "tiny"}, {"name": "tiny", "tissue_range": SOFT_TISSUE.to_card()}):
+        generator.card = card
+        synth = SynthesizeTumor(generator, count=2, size_mm=9.0)
+        with pretended(monkeypatch, image, label) as gpu:
+            synth(image, label, spacing=1.0, seed=0)
+        assert sum(record["applied"] for record in synth.report) == 2
+        counts.append(gpu.count())
+    assert counts[1] <= counts[0] + 2
 
 
 def test_skipped_samples_wait_least(monkeypatch):

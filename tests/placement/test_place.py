@@ -42,16 +42,25 @@ def check(tumor: LocalMask, label: torch.Tensor, spacing, lo: float, hi: float) 
     assert count == tumor.voxels > 0
     assert bool((label[tumor.slices][tumor.mask] == 1).all())
     assert ndimage.label(tumor.mask.numpy(), np.ones((3, 3, 3)))[1] == 1
+    share = tumor.share.numpy()
     for axis in range(3):  # the box is tight
-        line = tumor.mask.numpy().any(tuple(a for a in range(3) if a != axis))
+        line = share.any(tuple(a for a in range(3) if a != axis))
         assert line[0] and line[-1]
+    assert (label[tumor.slices][tumor.share > 0] == 1).all()
+    labelled = share >= 0.5 * min(1.0, share.max())
+    assert not (tumor.mask.numpy() & ~labelled).any() and count >= 0.9 * labelled.sum()
     volume = count * math.prod(spacing)
     assert tumor.diameter_mm == pytest.approx((6 * volume / math.pi) ** (1 / 3))
-    # a grid allows half a voxel of volume to either side
-    asked = math.pi / 6 * tumor.params.diameter_mm**3
-    assert abs(volume - asked) <= max(0.51 * math.prod(spacing), math.prod(spacing) - asked)
-    grid = math.prod(spacing) / (math.pi / 6 * lo**3)
-    assert lo * (1 - grid) <= tumor.diameter_mm <= hi * (1 + grid)
+    # a grid allows half a voxel, or subvoxel, of volume to either side
+    asked, cell = math.pi / 6 * tumor.params.diameter_mm**3, math.prod(spacing)
+    cell /= math.prod(tumor.factors)
+    true_volume = int(tumor.fine_mask.sum()) * cell
+    assert abs(true_volume - asked) <= max(0.51 * cell, cell - asked)
+    grid = cell / (math.pi / 6 * lo**3)
+    true_diameter = (6 * true_volume / math.pi) ** (1 / 3)
+    assert lo * (1 - grid) <= true_diameter <= hi * (1 + grid)
+    if tumor.factors == (1, 1, 1):
+        assert tumor.diameter_mm == pytest.approx(true_diameter)
 
 
 # --- one tumour ----------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ OTHER = {
     "mass_effect": 0.3,
     "shapes": [(torch.ones(6, 6, 6), (1.0, 1.0, 1.0))],
     "bulge": 0.2,
+    "any_tissue": True,
 }
 
 

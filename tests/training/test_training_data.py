@@ -156,7 +156,7 @@ def test_data_that_goes_with_no_labels_or_is_one_scan(cases, tmp_path):
 def test_a_scan_in_metres_is_named(cases, tmp_path):
     affine = np.diag([0.001, 0.001, 0.001, 1.0])
     nib.save(nib.Nifti1Image(cases[0].hu.numpy(), affine), tmp_path / "a.nii.gz")
-    with pytest.raises(ValueError, match="a: .* 0.048 x 0.048 x 0.048 mm; if its .* metres"):
+    with pytest.raises(ValueError, match="a: a.nii.gz .* 0.001x0.001x0.001 mm; if its .* metres"):
         reading.load_data(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from balls import make_cases
 
 from tumorsynth.appearance.contrast import contrast_of, level_around
+from tumorsynth.appearance.tissue import TissueRange
 from tumorsynth.training import autoencoder, denoiser
 from tumorsynth.training.config import PRESETS, AutoencoderTraining, DataConfig, DenoiserTraining
 from tumorsynth.training.crops import (
@@ -19,6 +21,7 @@ from tumorsynth.training.crops import (
     tissue_warning,
 )
 from tumorsynth.training.data import find_tumors
+from tumorsynth.training.tissue import learned_tissue
 
 WINDOW = (-175.0, 250.0)
 TINY = DenoiserTraining(**{**PRESETS["denoiser"]["tiny"], "steps": 3, "picture_every": 0})
@@ -107,6 +110,22 @@ def test_range_of_contrast_is_the_real_tumours_for_an_organ_at_110_hu():
     assert found.high - found.low < 0.8 * abs(real)
 
 
+@pytest.mark.parametrize("transplant", [0.0, 0.8])
+@pytest.mark.parametrize("offset", [0, -900])
+def test_the_learned_tissue_is_that_around_the_tumours_with_a_margin(offset, transplant):
+    cases = make_cases()
+    for case in cases:
+        case.hu = case.hu + offset
+    config = replace(
+        TINY, tissue_low=20.0 + offset, tissue_high=220.0 + offset, transplant=transplant
+    )
+    found = learned_tissue(cases, find_tumors(cases, 2), 2, config)
+    organ = float(cases[0].hu[cases[0].label == 1].float().median())
+    low, high = found.level_hu
+    assert low < organ - 40 and organ + 40 < high and high - low < 400
+    assert found.local_hu[0] < low and found.voxel_hu[0] < found.local_hu[0]
+
+
 @pytest.fixture(scope="module")
 def stage1(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ae")
@@ -120,6 +139,8 @@ def test_options_end_up_in_the_generator(stage1, tmp_path, prediction, unmeasure
     config = replace(TINY, contrast="off", zero_terminal_snr="on", prediction=prediction)
     generator = denoiser.train(make_cases(), stage1, tmp_path / "g", config)
     assert generator.sampler.contrast is None
+    tissue = TissueRange.of_card(json.loads((tmp_path / "g" / "card.json").read_text()))
+    assert tissue is not None and tissue.level_hu[0] < 100 < tissue.level_hu[1]
     assert generator.sampler.zero_terminal_snr and generator.sampler.prediction == prediction
     assert float(generator.schedule.alphas_cumprod[-1]) == 0
     assert generator.denoiser.config.cond_channels == 9

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from tumorsynth.appearance.blend import feather, gaussian_filter
 from tumorsynth.appearance.local_noise import separate_noise
-from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA
+from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA, grain_of_subvoxels
 from tumorsynth.devices import onto
-from tumorsynth.geometry import Floats3
+from tumorsynth.geometry import Floats3, Frame, Ints3, Rows3
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.types import TumorParams
 from tumorsynth.random_streams import substream
+from tumorsynth.subvoxels import ONE, average_subvoxels, refine_frame, repeat_voxels
 
 MIN_LUNG_HU = -1050.0  # no tissue is below; other scales than HU may be
 EXTENSION_MM = 3.0  # generators soften a tumour's edge up to this far inside
@@ -42,14 +43,14 @@ MAX_SHARE_OUTSIDE_WINDOW = 0.5  # of an organ's voxels, whose differences a gene
 
 @dataclass(frozen=True)
 class BackgroundFill:
-    """Even tissue where a tumour will be, for a part of the sample (X, Y, Z).
+    """Even tissue where a tumour will be, for a part of the sample.
 
     Args:
-        change_hu: what makes even tissue within the tumour's outline.
+        change_hu: (X, Y, Z), what makes even tissue within the tumour's outline.
         generator_change_hu: the same within the outline that the generator is shown.
-        generator_mask: bool, the tumour that the generator is shown.
-        other_tissue: bool, tissue that is not the organ's.
-        weight: of the generator's change in ``other_tissue``.
+        generator_mask: bool, the tumour that the generator is shown, on subvoxels.
+        other_tissue: bool (X, Y, Z), tissue that is not the organ's.
+        weight: of the generator's change in ``other_tissue``, on subvoxels.
         keep_brighter: whether tissue brighter than the tumour stays in ``other_tissue``.
     """
 
@@ -132,9 +133,11 @@ def fill_background(
     tissue: TissueAround,
     inside: Tensor,
     spacing: Floats3,
-    grain_mm: Sequence[float],
+    grain_mm: Floats3,
     params: TumorParams,
     window: tuple[float, float],
+    factors: Ints3 = ONE,
+    shear: Rows3 | None = None,
 ) -> BackgroundFill | None:
     """Compute even tissue of the organ's level within a tumour's outline, as sharp as the scan.
 
@@ -149,11 +152,13 @@ def fill_background(
     Args:
         hu: (X, Y, Z), the tumour and some mm around it, before it is painted.
         tissue: from `measure_tissue`.
-        inside: bool, same shape, the tumour.
+        inside: bool, the tumour on subvoxels.
         spacing: mm per voxel.
         grain_mm: of the scan, along each axis.
         params: the tumour.
         window: HU that the generator sees.
+        factors: subvoxels per voxel along each axis.
+        shear: of the sample's axes; see `tumorsynth.geometry.Frame`.
 
     Returns:
         The fill, or None for all other tumours.
@@ -162,6 +167,8 @@ def fill_background(
     covers_fat = tissue.level_hu > MIN_SOFT_TISSUE_HU and tissue.fat_share > MAX_FAT_SHARE
     if params.bulge == 0 and not is_lung and not covers_fat:
         return None
+    frame = Frame(spacing, shear=shear)
+    fine = refine_frame(frame, factors)
     finite = hu.isfinite()
     hu = torch.where(finite, hu, 0.0)
     mean, structure = separate_noise(hu, tissue.organ, spacing, SIGNAL_RATIO)
@@ -174,15 +181,23 @@ def fill_background(
     if is_lung:
         other_tissue = ~tissue.organ
     else:  # with the blurred border of the organ
-        other_tissue = dilate(~tissue.organ | (mean < MAX_FAT_HU), ORGAN_EDGE_MM, spacing)
-    shown = inside | (dilate(inside, EXTENSION_MM, spacing) & other_tissue)
+        other_tissue = dilate(
+            ~tissue.organ | (mean < MAX_FAT_HU), ORGAN_EDGE_MM, frame.plane_distance
+        )
+    fine_other = repeat_voxels(other_tissue, factors)
+    shown = inside | (dilate(inside, EXTENSION_MM, fine.plane_distance) & fine_other)
     filled = inside
     if is_lung:
-        filled = inside | (dilate(inside, CHEST_WALL_GAP_MM, spacing) & other_tissue)
-    weight, shown_weight = (feather(part, grain_mm, spacing, "change") for part in (filled, shown))
+        near = dilate(inside, CHEST_WALL_GAP_MM, fine.plane_distance)
+        filled = inside | (near & fine_other)
+    fine_grain_mm = grain_of_subvoxels(grain_mm, spacing, factors)
+    weight, shown_weight = (
+        feather(part, fine_grain_mm, fine.spacing, "change", shear=shear)
+        for part in (filled, shown)
+    )
     return BackgroundFill(
-        change_hu=weight * to_even,
-        generator_change_hu=shown_weight * to_even,
+        change_hu=average_subvoxels(weight, factors) * to_even,
+        generator_change_hu=average_subvoxels(shown_weight, factors) * to_even,
         generator_mask=shown,
         other_tissue=other_tissue,
         weight=weight,

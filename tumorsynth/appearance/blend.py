@@ -8,9 +8,11 @@ from numbers import Real
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.devices import onto
+from tumorsynth.geometry import Frame, Rows3
 
 BLENDS = ("change", "difftumor")
 CUTOFF_SIGMAS = {"change": 3.0, "difftumor": 4.0}  # the second as published
@@ -50,6 +52,7 @@ def feather(
     own_edge: bool = False,
     voxels: int | None = None,
     softened_mm: Sequence[float] = (0.0, 0.0, 0.0),
+    shear: Rows3 | None = None,
 ) -> Tensor:
     """Compute blend weights around a tumour.
 
@@ -72,23 +75,26 @@ def feather(
         voxels: how many voxels the tumour has; without it a GPU has to synchronise.
         softened_mm: how much a change with its own edge was softened along each axis. The weight
             falls off that much further out, to keep the outer half of the softened edge.
+        shear: of the grid's axes; see `tumorsynth.geometry.Frame`.
 
     Returns:
         float32 in [0, 1], shaped like ``tumor_mask``.
     """
     weight = tumor_mask.to(torch.float32)
+    x, y, z = spacing
+    frame = Frame((x, y, z), shear=shear)
     cutoff = CUTOFF_SIGMAS[blend]
     if blend != "change":
-        return gaussian_filter(weight, _sigma_voxels(sigma_mm, spacing, blend), cutoff)
+        return filter_on(frame, weight, _sigma_voxels(sigma_mm, spacing, blend), cutoff)
     voxels = int(tumor_mask.sum()) if voxels is None else voxels
-    volume = voxels * math.prod(spacing)
+    volume = voxels * frame.voxel_mm3
     radius = (3 * volume / (4 * math.pi)) ** (1 / 3)
     sigma_mm = [min(sigma, radius / 3) for sigma in _per_axis(sigma_mm)]
     if own_edge and any(softened_mm):
         widening = [min(m, radius / 3) / s for m, s in zip(softened_mm, spacing, strict=True)]
-        outline = gaussian_filter(weight, widening) > EDGE_AT_ONE_SIGMA
+        outline = filter_on(frame, weight, widening) > EDGE_AT_ONE_SIGMA
         weight = outline.logical_or_(tumor_mask).to(torch.float32)
-    weight = gaussian_filter(weight, _sigma_voxels(sigma_mm, spacing, blend), cutoff)
+    weight = filter_on(frame, weight, _sigma_voxels(sigma_mm, spacing, blend), cutoff)
     # makes the peak 1 even when the filter is as wide as the tumour
     peak = (weight * tumor_mask).amax().clamp(min=1e-12)
     weight = ((2.0 if own_edge else 1.0) * weight / (PLATEAU_SHARE * peak)).clamp(max=1.0)
@@ -110,6 +116,34 @@ def gaussian_filter(volume: Tensor, sigmas: Sequence[float], cutoff: float = 3.0
             matrix = onto(matrix, volume.device)
             volume = torch.movedim(torch.tensordot(matrix, volume, dims=([1], [axis])), 0, axis)
     return volume
+
+
+def filter_on(frame: Frame, volume: Tensor, sigmas: Sequence[float], cutoff: float = 3.0) -> Tensor:
+    """Filter a volume with a Gaussian along right-angled axes, also where its own are sheared.
+
+    Args:
+        frame: of the volume.
+        volume: (X, Y, Z).
+        sigmas: standard deviation along each axis, in voxels.
+        cutoff: half width of the kernel in standard deviations.
+    """
+    if frame.shear is None:
+        return gaussian_filter(volume, sigmas, cutoff)
+    spacing = np.array(frame.spacing)
+    to_voxels = np.linalg.inv(frame.shear) / spacing[:, None]
+    covariance = (to_voxels * (spacing * sigmas) ** 2) @ to_voxels.T
+    reach = [math.ceil(cutoff * math.sqrt(variance)) for variance in np.diag(covariance)]
+    offsets = np.stack(np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij"), -1)
+    squares = ((offsets @ np.linalg.inv(covariance + 1e-9 * np.eye(3))) * offsets).sum(-1)
+    kernel = np.where(squares <= cutoff**2, np.exp(-0.5 * squares), 0.0)
+    taps = onto(torch.from_numpy(kernel / kernel.sum()), volume.device)
+    margin = [r for r in reversed(reach) for _ in range(2)]
+    padded = F.pad(volume[None, None].double(), margin, mode="replicate")[0, 0]
+    spectrum = torch.fft.rfftn(padded) * torch.fft.rfftn(taps, s=padded.shape)
+    filtered = torch.fft.irfftn(spectrum, s=padded.shape)
+    # the kernel's middle lies at ``reach``: what ends up there belongs to voxel 0
+    inner = tuple(slice(2 * r, 2 * r + n) for r, n in zip(reach, volume.shape, strict=True))
+    return filtered[inner].clamp(min=0).to(volume.dtype).contiguous()
 
 
 def _per_axis(sigma_mm: float | Sequence[float]) -> list[float]:

@@ -30,9 +30,13 @@ SHELL_MM = (2, 6)  # distances from a tumour between which the tissue around it 
 MIN_TISSUE_VOXELS = 50  # of the shell
 MAX_TISSUE_DIFFERENCE_HU = 50.0  # noise included, between voxels of the same tissue
 MIN_CORE_VOXELS = 20  # a smaller tumour is measured with its outermost layer
+LOW_TISSUE_HU = 40.0  # above the lower end of what counts as tissue, up to where it misleads
+MAX_LEVEL_BIAS_HU = 10.0  # by which the level may exceed that of the tissue replaced there
 SOFT_REACH_VOXELS = 2  # cutoff of the Gaussian of 1 voxel that softens a shift
 SOFT_KERNEL_SUM = 1 + 2 * math.exp(-0.5) + 2 * math.exp(-2)
 FLUID_HU = 10.0  # solid tissue does not become darker than this
+MIN_DARKER_HU = 8.0  # a tumour that is darker than its organ is so by at least this
+MAX_SOLID_HU = 150.0  # a tumour in a lung does not become brighter than this
 CONTRAST_SCALE_RANGE = (0.3, 1.5)  # of the scale by the tissue's own level
 MAX_CONTRAST_HU = 1500.0
 
@@ -115,6 +119,22 @@ def level_around(hu: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]) ->
     return _median(hu, fits)
 
 
+def healthy_level_around(
+    healthy: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]
+) -> Tensor:
+    """Return `level_around` of crops without a tumour, right near the lower end of ``tissue``, too.
+
+    In a fatty or a noisy unenhanced organ only the bright part of the voxels lies within
+    ``tissue``: a tumour relative to their median would be brighter than the organ. The level is
+    then that of the tissue which the tumour replaces.
+    """
+    box = _around_tumors(tumor_mask, SHELL_MM[1] + 1)
+    healthy, tumor_mask = healthy[box], tumor_mask[box]
+    level, replaced = level_around(healthy, tumor_mask, tissue), _median(healthy, tumor_mask)
+    biased = (replaced < tissue[0] + LOW_TISSUE_HU) & (level > replaced + MAX_LEVEL_BIAS_HU)
+    return torch.where(biased, similar_level_around(healthy, tumor_mask), level)
+
+
 def similar_level_around(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
     """Return the median HU around each tumour of the tissue that it replaces, (B,).
 
@@ -170,9 +190,9 @@ def sample_contrast(config: ContrastConfig, level: Tensor, seeds: Sequence[int] 
     share = onto(torch.tensor(shares or [0.5], dtype=level.dtype), level.device)
     contrast = config.low + (config.high - config.low) * share.expand(level.shape)
     if config.reference_hu is None:
-        return contrast
+        return torch.minimum(contrast, (MAX_SOLID_HU - level).clamp(min=0.0))
     contrast = contrast * (level / config.reference_hu).clamp(*CONTRAST_SCALE_RANGE)
-    return torch.maximum(contrast, (FLUID_HU - level).clamp(max=0.0))
+    return torch.maximum(contrast, (FLUID_HU - level).clamp(max=-MIN_DARKER_HU))
 
 
 def shift_to_contrast(hu: Tensor, tumor_mask: Tensor, level: Tensor, contrast_hu: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from tumorsynth.appearance.blend import filter_on
 from tumorsynth.arguments import any_bool, is_bool, keywords_of
+from tumorsynth.geometry import Frame, Rows3
 from tumorsynth.placement.rasterize import flatness
 
 Scorer = Callable[[Tensor, Tensor, tuple[float, float, float]], float]
@@ -100,6 +102,7 @@ class Gate:
         organ: Tensor,
         spacing: tuple[float, float, float],
         requested_hu: float | None = None,
+        shear: Rows3 | None = None,
     ) -> dict[str, float | None]:
         """Return the scores of a tumour: those of `measure` and, with a scorer, "scorer".
 
@@ -109,8 +112,9 @@ class Gate:
             organ: the tissue to compare with.
             spacing: mm per voxel.
             requested_hu: requested contrast; None if the generator chose it.
+            shear: of the scan's axes; see `tumorsynth.geometry.Frame`.
         """
-        scores = measure(hu, tumor_mask, organ, spacing)
+        scores = measure(hu, tumor_mask, organ, spacing, shear)
         contrast = scores["contrast_hu"]
         if requested_hu is not None and contrast is not None:
             scores["off_hu"] = contrast - requested_hu
@@ -160,7 +164,11 @@ def check_gate(gate: bool | Gate | None) -> Gate | None:
 
 
 def measure(
-    hu: Tensor, tumor_mask: Tensor, organ: Tensor, spacing: Sequence[float]
+    hu: Tensor,
+    tumor_mask: Tensor,
+    organ: Tensor,
+    spacing: Sequence[float],
+    shear: Rows3 | None = None,
 ) -> dict[str, float | None]:
     """Measure the scores of one tumour.
 
@@ -169,19 +177,20 @@ def measure(
         tumor_mask: bool, same shape.
         organ: bool, same shape: the tissue to compare with, without any tumour.
         spacing: mm per voxel.
+        shear: of the scan's axes.
 
     Returns:
         A number for each limit of `Gate`; None where there is too little to measure.
     """
     organ = organ & ~tumor_mask & hu.isfinite()
     hu = hu.float().nan_to_num(0.0, 0.0, 0.0)
-    depth = _depth_mm(tumor_mask, spacing)
+    depth = _depth_mm(tumor_mask, spacing, shear)
     core = tumor_mask & (depth > CORE_DEPTH_MM)
     if int(core.sum()) < MIN_VOXELS:
         core = tumor_mask
     around = organ & (depth < -EDGE_ZONE_MM)
     scores: dict[str, float | None] = dict.fromkeys(LIMITS)
-    scores["flatness"] = flatness(tumor_mask, spacing)
+    scores["flatness"] = flatness(tumor_mask, spacing, shear)
     tissue = hu[around]
     if len(tissue) < MIN_VOXELS:
         return scores
@@ -229,14 +238,17 @@ def _edge_mm(hu: Tensor, depth: Tensor, where: Tensor, contrast: float) -> float
     return min(1.02 * contrast / slope, NO_EDGE_MM) if slope * contrast > 0 else NO_EDGE_MM
 
 
-def _depth_mm(tumor_mask: Tensor, spacing: Sequence[float]) -> Tensor:
+def _depth_mm(tumor_mask: Tensor, spacing: Sequence[float], shear: Rows3 | None) -> Tensor:
     """Distance to the outline in mm, positive inside, accurate to half a voxel near it.
 
     A flat outline filtered with a Gaussian is an error function of the distance to it.
     """
     sigma = max(1.5, 0.7 * max(spacing))
     share = tumor_mask.to(torch.float32)
-    for axis, s in enumerate(spacing):
+    if shear is not None:
+        x, y, z = spacing
+        share = filter_on(Frame((x, y, z), shear=shear), share, [sigma / s for s in spacing])
+    for axis, s in enumerate(spacing if shear is None else ()):
         at = torch.arange(share.shape[axis], device=share.device) * (s / sigma)
         matrix = torch.exp(-0.5 * (at[:, None] - at).square()) * (
             s / sigma / math.sqrt(2 * math.pi)

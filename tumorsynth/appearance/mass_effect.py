@@ -30,7 +30,7 @@ from torch import Tensor
 from tumorsynth.appearance.local_noise import separate_noise
 from tumorsynth.arguments import is_bool, keywords_of
 from tumorsynth.devices import onto
-from tumorsynth.geometry import Box
+from tumorsynth.geometry import Box, Rows3
 from tumorsynth.intensity import BONE_HU, Intensity
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.shape import Shape, fibonacci_sphere
@@ -168,6 +168,7 @@ def push_aside(
     organ_labels: tuple[int, ...],
     tumor_label: int,
     intensity: Intensity,
+    shear: Rows3 | None = None,
 ) -> PushedTissue:
     """Displace the tissue around one tumour, in image and label by the same field.
 
@@ -182,6 +183,7 @@ def push_aside(
         organ_labels: label values of the organ.
         tumor_label: label value of tumours.
         intensity: scale of the image.
+        shear: of the sample's axes; see `tumorsynth.geometry.Frame`.
     """
     tissue = _RigidTissue(organ_labels, tumor_label, intensity, params.fixed_capsule)
 
@@ -191,11 +193,15 @@ def push_aside(
         )
         return tissue.where(image[x, y, z], label[x, y, z])
 
-    region, source_mm = displacement(params, image.shape, spacing, rigid)
+    region, source_mm = displacement(params, image.shape, spacing, rigid, shear)
     source_mm = onto(source_mm, image.device)
     before, label_before = image[region.slices], label[region.slices]
     voxel_mm = onto(torch.tensor(spacing, dtype=torch.float32), image.device)
-    shift = source_mm / voxel_mm[:, None, None, None]
+    along = source_mm
+    if shear is not None:
+        to_axes = onto(torch.linalg.inv(torch.tensor(shear)), image.device)
+        along = torch.tensordot(to_axes, source_mm, dims=1)
+    shift = along / voxel_mm[:, None, None, None]
     moved = (shift.abs() > MIN_SHIFT_VOXELS).any(0) & ~tissue.where(before, label_before)
     source = moved.nonzero().T + shift[:, moved]
     new = _displaced_values(before, is_organ(label_before, organ_labels), spacing, moved, source)
@@ -236,6 +242,7 @@ def displacement(
     size: Sequence[int],
     spacing: Sequence[float],
     rigid: Callable[[Tensor], Tensor] | None = None,
+    shear: Rows3 | None = None,
 ) -> DisplacementField:
     """Compute how the tissue around one tumour moves.
 
@@ -246,23 +253,44 @@ def displacement(
         size: voxels of the sample.
         spacing: mm per voxel.
         rigid: called with voxel indices (3, N); returns which of them (N,) do not move.
+        shear: of the sample's axes.
     """
     shape = Shape(params)
-    voxel_mm = torch.tensor(spacing, dtype=torch.float64)
-    region, nodes, matrices = _displacement_grid(params, shape, size, voxel_mm)
+    axes = _Axes(torch.tensor(spacing, dtype=torch.float64), shear)
+    region, nodes, matrices = _displacement_grid(params, shape, size, axes)
     grid = torch.stack(torch.meshgrid(*nodes, indexing="ij"), -1)
-    field = _node_displacement(params, shape, voxel_mm, grid, rigid)
+    field = _node_displacement(params, shape, axes, axes.to_mm(grid), rigid)
     for axis, matrix in enumerate(matrices, start=1):
         field = torch.movedim(torch.tensordot(matrix, field, dims=([1], [axis])), 0, axis)
     return DisplacementField(region, field.float())
 
 
+class _Axes:
+    """A sample's axes: mm per voxel along each, and how they are sheared.
+
+    The last dimension of points is x, y, z.
+    """
+
+    def __init__(self, voxel_mm: Tensor, shear: Rows3 | None) -> None:
+        self.voxel_mm = voxel_mm
+        self._shear = None if shear is None else voxel_mm.new_tensor(shear)
+
+    def to_mm(self, along: Tensor) -> Tensor:
+        """Return points at right angles, given mm along the axes."""
+        return along if self._shear is None else along @ self._shear
+
+    def along(self, points: Tensor) -> Tensor:
+        """Return mm along the axes, given points at right angles."""
+        return points if self._shear is None else points @ torch.linalg.inv(self._shear)
+
+
 def _displacement_grid(
-    params: TumorParams, shape: Shape, size: Sequence[int], voxel_mm: Tensor
+    params: TumorParams, shape: Shape, size: Sequence[int], axes: _Axes
 ) -> tuple[Box, list[Tensor], list[Tensor]]:
     """The part of the sample that may move; along each axis, nodes in mm from the centre, and the
     matrix that interpolates from nodes to voxels."""
-    surface = shape.points(RAY_DIRECTIONS, MAX_LEVEL)
+    voxel_mm = axes.voxel_mm
+    surface = axes.along(shape.points(RAY_DIRECTIONS, MAX_LEVEL))
     first = (surface.amin(0) / voxel_mm + shape.offset).floor().tolist()
     last = (surface.amax(0) / voxel_mm + shape.offset).ceil().tolist()
     # nodes are as far apart along each axis as suits the tumour, but not closer than voxels
@@ -284,7 +312,7 @@ def _displacement_grid(
 def _node_displacement(
     params: TumorParams,
     shape: Shape,
-    voxel_mm: Tensor,
+    axes: _Axes,
     grid: Tensor,
     rigid: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
@@ -295,7 +323,7 @@ def _node_displacement(
     near = length < MAX_LEVEL * NODE_MARGIN * float(shape.radius(RAY_DIRECTIONS).max())
     points, unit, length = flat[near], unit[near], length[near]
     volume = (length / shape.radius(unit / length[:, None])) ** 3  # v of the formula
-    end, share = _ray_ends(params, shape, voxel_mm, points, rigid)
+    end, share = _ray_ends(params, shape, axes, points, rigid)
     t = ((volume - 1) / (end - 1).clamp_min(1e-9)).clamp(0, 1)
     c = torch.where(volume < 1, volume, 1 - t * t * (3 - 2 * t))
     factor = (1 - share * c / volume.clamp_min(1e-12)).clamp_min(0) ** (1 / 3) - 1
@@ -307,7 +335,7 @@ def _node_displacement(
 def _ray_ends(
     params: TumorParams,
     shape: Shape,
-    voxel_mm: Tensor,
+    axes: _Axes,
     points: Tensor,
     rigid: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
@@ -318,7 +346,8 @@ def _ray_ends(
         return end, share
     levels = torch.linspace(1.0, MAX_LEVEL, RAY_STEPS, dtype=points.dtype)
     surface = shape.points(RAY_DIRECTIONS, 1.0)
-    index = (surface[:, None] * levels[:, None] / voxel_mm + shape.offset).round().long()
+    along = axes.along(surface)[:, None]
+    index = (along * levels[:, None] / axes.voxel_mm + shape.offset).round().long()
     index = index + torch.tensor(params.centre)
     hit = rigid(index.reshape(-1, 3).T).reshape(len(RAY_DIRECTIONS), len(levels)).cpu()
     if not bool(hit.any()):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.appearance.contrast import core
-from tumorsynth.geometry import Box, Floats3, bounding_box
+from tumorsynth.geometry import Box, Floats3, Ints3, bounding_box
 
 # Reconstruction kernels widen edges more than they correlate noise.
 GRAIN_PER_NOISE_SIGMA = 1.4
@@ -76,6 +76,23 @@ def measure_grain(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> Floats
             sigma = GRAIN_PER_NOISE_SIGMA * s * _filter_sigma(four / one, 4)
         grain.append(min(max(sigma, smallest[axis]), max(MAX_GRAIN_MM, smallest[axis])))
     return grain[0], grain[1], grain[2]
+
+
+def grain_of_subvoxels(
+    grain_mm: Sequence[float], spacing: Sequence[float], factors: Ints3
+) -> Floats3:
+    """Return the grain that averaging over voxels does not account for.
+
+    Args:
+        grain_mm: of the scan, along each axis.
+        spacing: mm per voxel.
+        factors: subvoxels per voxel along each axis; with 1 the grain stays as it is.
+    """
+    x, y, z = (
+        g if k == 1 else math.sqrt(max(g**2 - (MIN_GRAIN_VOXELS * s) ** 2, 0.0))
+        for g, s, k in zip(grain_mm, spacing, factors, strict=True)
+    )
+    return x, y, z
 
 
 def softening_mm(grain_mm: Sequence[float]) -> Floats3:

@@ -13,9 +13,10 @@ from rich.progress import track
 from rich.table import Column, Table
 
 import tumorsynth
-from tumorsynth.commands.shared import say
+from tumorsynth.commands.shared import Geometry, SameGrid, say
 from tumorsynth.scans import nifti
 from tumorsynth.scans.errors import describe_error
+from tumorsynth.scans.nifti import Reading
 
 TumorLabel = Annotated[int, typer.Option(help="Label value of tumours.")]
 OrganLabel = Annotated[
@@ -63,6 +64,8 @@ def evaluate(
         typer.Option(help="IoU from which a tumour counts as detected; 0: one common voxel."),
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the resamplings.")] = 0,
+    geometry: Geometry = None,
+    same_grid: SameGrid = False,
     each: Annotated[bool, typer.Option("--each", help="Print a row per case, too.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -78,11 +81,12 @@ def evaluate(
 
     check_settings(early_mm=early_mm, tolerance_mm=tolerance_mm, least_iou=least_iou)
     _check_labels(tumor_label, organ_label)
+    reading = Reading(geometry, same_grid)
     _check_new(out, overwrite)
     pairs, waiting = find_comparisons(predictions, labels)
     settings = {"early_mm": early_mm, "tolerance_mm": tolerance_mm, "least_iou": least_iou}
     options = {"tumor_label": tumor_label, "organ_labels": list(organ_label), **settings}
-    cases, failed = _for_each(pairs, lambda pair: score(pair, **options))
+    cases, failed = _for_each(pairs, lambda pair: score(pair, reading, **options))
     if waiting:
         say(f"note: {len(waiting)} of the labels have no prediction ({waiting[0]}, ...)")
     scores = summary(list(cases.values()), bootstrap, seed)
@@ -132,6 +136,7 @@ def healthy(
             help="Decathlon dataset.json to write: the healthy CTs, with predictions as labels."
         ),
     ] = None,
+    geometry: Geometry = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Pick healthy scans by a segmenter's predictions.
@@ -151,8 +156,11 @@ def healthy(
         )
     for path in (out, dataset):
         _check_new(path, overwrite)
+    reading = Reading(geometry)
     scans = find_scans(predictions, cts)
-    volumes, failed = _for_each(scans, lambda scan: volumes_ml(scan, tumor_label, organ_label))
+    volumes, failed = _for_each(
+        scans, lambda scan: volumes_ml(scan, tumor_label, organ_label, reading)
+    )
     table = Table("scan", _right("organ, ml"), _right("tumour, ml"), "healthy?")
     picked, rows = [], []
     for scan in scans:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tumorsynth.commands.shared import Geometry, SameGrid
+from tumorsynth.scans.nifti import Reading
+
 if TYPE_CHECKING:
     from tumorsynth.reader_study.blinding import Scan
     from tumorsynth.reader_study.server import Served
@@ -68,6 +71,8 @@ def serve(
         ),
     ] = None,
     positive: Positive = "real",
+    geometry: Geometry = None,
+    same_grid: SameGrid = False,
 ) -> None:
     """Show blinded cases in a local web page and collect answers.
 
@@ -80,6 +85,7 @@ def serve(
     from tumorsynth.reader_study.store import Store
 
     convention(positive)  # fail fast on an unknown value
+    reading = Reading(geometry, same_grid)
     found = [
         (find_scans(real, "real", real_labels), tumor_label),
         (
@@ -90,7 +96,7 @@ def serve(
     place = server.listen(port)
     store = Store(db)
     with place, contextlib.closing(store):
-        cases = _prepare(store, found, lesions=lesions, field_mm=field_mm)
+        cases = _prepare(store, found, lesions=lesions, field_mm=field_mm, reading=reading)
         study = server.Study(store, cases, reader_name, positive)
         print(f"{len(cases)} cases; answers go to {db}")
         print(f"open {server.address(study, place)}", flush=True)
@@ -104,6 +110,7 @@ def _prepare(
     *,
     lesions: str,
     field_mm: float | None,
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
 ) -> dict[str, Served]:
     """Blind the scans; prints differences between the sides that could give them away.
 
@@ -112,6 +119,7 @@ def _prepare(
         found: the scans of each side, with the label value of their tumours.
         lesions: "largest" or "each".
         field_mm: side of the cube to show; None: the whole scan.
+        reading: what to do where files contradict themselves or each other.
 
     Returns:
         What the server shows, by an opaque id.
@@ -123,7 +131,9 @@ def _prepare(
     identities, traits, served = [], [], []
     for scans, value in found:
         for scan in scans:
-            for case in blind(scan, tumor_label=value, lesions=lesions, field_mm=field_mm):
+            for case in blind(
+                scan, tumor_label=value, lesions=lesions, field_mm=field_mm, reading=reading
+            ):
                 volume = case.nifti()
                 digest = hashlib.sha256(volume).hexdigest()
                 identities.append((scan.truth, case.source, digest))

@@ -46,13 +46,14 @@ def replay(
         check_generator,
         check_scan,
         read_report,
+        reading_of,
         synthesizer_options,
     )
 
     old = read_report(report)
     (pair,) = find_pairs(ct, label)
     find_unfinished([pair], out, overwrite=overwrite)
-    image, mask = nifti.read_pair(pair.ct, pair.label)
+    image, mask = nifti.read_pair(pair.ct, pair.label, reading_of(old))
     check_scan(old, image, mask)
     synth = build_synthesizer(
         generator=generator or bundled_generator(old),
@@ -67,7 +68,15 @@ def replay(
     with progress_bar(1) as progress:
         progress.begin(pair.name)
         new = synthesize_scan(
-            synth, image, mask, out, pair.name, old["seed"], progress.step, params=old["params"]
+            synth,
+            image,
+            mask,
+            out,
+            pair.name,
+            old["seed"],
+            progress.step,
+            params=old["params"],
+            geometry=old.get("geometry"),
         )
         progress.end()
     print(summary(pair.name, new["tumors"]))

@@ -51,6 +51,22 @@ Threads = Annotated[
 ]
 
 
+Geometry = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the sources of a NIfTI header contradict each other, the one to take: sform, "
+        "qform or pixdim. [default: refuse such a file]",
+        show_default=False,
+    ),
+]
+SameGrid = Annotated[
+    bool,
+    typer.Option(
+        "--same-grid", help="Voxel lies on voxel, although the affines of the two files differ."
+    ),
+]
+
+
 def say(words: str) -> None:
     """Print one line on stderr."""
     print(f"tumorsynth: {printable(words)}", file=sys.stderr)

@@ -12,8 +12,10 @@ from tumorsynth.commands.progress import Steps, number, progress_bar, summary
 from tumorsynth.commands.shared import (
     Count,
     GeneratorName,
+    Geometry,
     Out,
     Overwrite,
+    SameGrid,
     Seed,
     SizeMm,
     Threads,
@@ -33,6 +35,7 @@ from tumorsynth.scans.collection import (
     run_in_processes,
     try_scan,
 )
+from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.outputs import (
     find_unfinished,
     folder_lock,
@@ -105,6 +108,13 @@ def synthesize(
             "0-0.5; or no."
         ),
     ] = "no",
+    any_tissue: Annotated[
+        bool,
+        typer.Option(
+            "--any-tissue",
+            help="Paint also in tissue that the generator is not for, which is avoided otherwise.",
+        ),
+    ] = False,
     mass_effect: Annotated[
         str,
         typer.Option(
@@ -118,6 +128,8 @@ def synthesize(
             help="hu, or HU_LOW,HU_HIGH,LOW,HIGH for a scaled CT, for example -175,250,0,1."
         ),
     ] = "hu",
+    geometry: Geometry = None,
+    same_grid: SameGrid = False,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; or several: cuda:0,cuda:1.")
     ] = "cpu",
@@ -161,6 +173,7 @@ def synthesize(
         raise ValueError(f"--engine must be processes or ray, got {engine!r}; give one of them")
     if engine == "ray":
         import tumorsynth.scans.ray  # noqa: F401 (fail fast on a missing package)
+    reading = Reading(geometry, same_grid)
     pairs = find_pairs(ct, label)
     if not 0 <= seed <= 2**63 - len(pairs):
         raise ValueError(
@@ -191,19 +204,20 @@ def synthesize(
         contrast_hu=contrast_prior or contrast_hu,
         bulge=parse_bulge(bulge),
         mass_effect=parse_mass_effect(mass_effect),
+        any_tissue=any_tissue,
         intensity=scale,
         device=devices[0],
         threads=threads,
     )
     if several:
-        unfinished = _prepare_folder(context, synth, pairs, out, seed, overwrite)
+        unfinished = _prepare_folder(context, synth, pairs, out, seed, overwrite, geometry)
     else:
         out.mkdir(parents=True, exist_ok=True)
         remove_partial_files(pairs, out)
         unfinished = [0]
     if len(unfinished) < len(pairs):
         print(f"{len(pairs) - len(unfinished)} of {len(pairs)} scans are finished already")
-    tasks = [Task(pairs[k], seed + k) for k in unfinished]
+    tasks = [Task(pairs[k], seed + k, reading) for k in unfinished]
     debug = context.find_root().params["debug"]
     processes = workers or len(devices)
     with progress_bar(len(tasks)) as progress:
@@ -232,12 +246,14 @@ def _prepare_folder(
     out: Path,
     seed: int,
     overwrite: bool,
+    geometry: str | None,
 ) -> list[int]:
     """Lock and tidy the folder of the results; returns the indices of the unfinished scans."""
 
     def mismatch(k: int, report: Path) -> str | None:
         names = {"ct": pairs[k].ct.name, "label": pairs[k].label.name}
-        return explain_mismatch(report, run_settings(synth, **names, seed=seed + k))
+        settings = run_settings(synth, **names, seed=seed + k, geometry=geometry)
+        return explain_mismatch(report, settings)
 
     existed = out.is_dir()
     if existed:

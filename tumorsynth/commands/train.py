@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tumorsynth.commands.shared import Geometry, SameGrid
+from tumorsynth.scans.nifti import Reading
 from tumorsynth.training.config import (
     PRESETS,
     AutoencoderTraining,
@@ -98,6 +100,8 @@ def autoencoder(
     data: Data,
     out: Out,
     labels: Labels = None,
+    geometry: Geometry = None,
+    same_grid: SameGrid = False,
     preset: Preset = "light",
     resume: Resume = False,
     init: Annotated[
@@ -117,7 +121,9 @@ def autoencoder(
     from tumorsynth.training.reading import load_data
 
     card = {"licence": licence} if licence else {}
-    cases = partial(load_data, data, labels)  # read after everything else is checked
+    cases = partial(
+        load_data, data, labels, Reading(geometry, same_grid)
+    )  # read after everything else is checked
     train(cases, out, config, hardware, resume=resume, init=init, card=card)
     _wrote(f"{out}; use it with tumorsynth train denoiser ... --autoencoder {out}")
 
@@ -133,6 +139,8 @@ def denoiser(
         typer.Option(help="Folder of an autoencoder or a generator, or a bundled generator's name"),
     ],
     labels: Labels = None,
+    geometry: Geometry = None,
+    same_grid: SameGrid = False,
     preset: Preset = "light",
     resume: Resume = False,
     name: Annotated[
@@ -153,7 +161,9 @@ def denoiser(
     from tumorsynth.training.reading import load_data
 
     card = {k: v for k, v in {"name": name, "licence": licence}.items() if v}
-    cases = partial(load_data, data, labels)  # read after everything else is checked
+    cases = partial(
+        load_data, data, labels, Reading(geometry, same_grid)
+    )  # read after everything else is checked
     train(cases, autoencoder, out, config, which, hardware, resume=resume, init=init, card=card)
     _wrote(f"{out}; use it with --generator {out}")
 
@@ -163,6 +173,8 @@ def pack(
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help=".npz file to write.")],
     labels: Labels = None,
+    geometry: Geometry = None,
+    same_grid: SameGrid = False,
 ) -> None:
     """Pack all scans into one file, for machines without nibabel."""
     if out.suffix != ".npz":
@@ -170,7 +182,7 @@ def pack(
     from tumorsynth.training.data import save_pack
     from tumorsynth.training.reading import load_data
 
-    cases = load_data(data, labels)
+    cases = load_data(data, labels, Reading(geometry, same_grid))
     save_pack(cases, out)
     for case in cases:
         size = " x ".join(str(n) for n in case.hu.shape)

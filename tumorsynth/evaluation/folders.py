@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tumorsynth.geometry import shear_of
 from tumorsynth.scans import nifti
+from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.pairing import find_files
 
 if TYPE_CHECKING:
@@ -74,11 +76,16 @@ def _check_all_paired(
         )
 
 
-def score(pair: Comparison, **options: Any) -> CaseScores:
+def score(
+    pair: Comparison,
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
+    **options: Any,
+) -> CaseScores:
     """Read both label maps and score them.
 
     Args:
         pair: the files.
+        reading: what to do where they contradict themselves or each other.
         **options: of `metrics.scores`.
 
     Raises:
@@ -86,10 +93,12 @@ def score(pair: Comparison, **options: Any) -> CaseScores:
     """
     from tumorsynth.evaluation.metrics import scores
 
-    label, predicted = nifti.read_volume(pair.label), nifti.read_volume(pair.prediction)
-    nifti.check_same_grid(label, predicted, "label and prediction")
+    label = nifti.read_volume(pair.label, reading)
+    predicted = nifti.read_volume(pair.prediction, reading)
+    nifti.check_same_grid(label, predicted, "label and prediction", reading)
     spacing = np.linalg.norm(label.affine[:3, :3], axis=0)
-    return scores(predicted.integers(), label.integers(), spacing.tolist(), **options)
+    shear = shear_of(label.affine)
+    return scores(predicted.integers(), label.integers(), spacing.tolist(), shear=shear, **options)
 
 
 @dataclass(frozen=True)
@@ -123,9 +132,14 @@ def find_scans(predictions: Path, cts: Path | None = None) -> list[Scan]:
     return [Scan(name, path, images[name]) for name, path in sorted(predicted.items())]
 
 
-def volumes_ml(scan: Scan, tumor_label: int, organ_labels: Sequence[int]) -> tuple[float, float]:
+def volumes_ml(
+    scan: Scan,
+    tumor_label: int,
+    organ_labels: Sequence[int],
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
+) -> tuple[float, float]:
     """Return the predicted volumes in ml of the organ (without tumour) and of the tumour."""
-    predicted = nifti.read_volume(scan.prediction)
+    predicted = nifti.read_volume(scan.prediction, reading)
     values = predicted.integers()
     voxel_ml = abs(float(np.linalg.det(predicted.affine[:3, :3]))) / 1000
     organ = int(np.isin(values, list(organ_labels)).sum())

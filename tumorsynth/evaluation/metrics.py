@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tumorsynth.geometry import Frame, Rows3
+
 try:
     import torch
     from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
@@ -78,6 +80,7 @@ def scores(
     tolerance_mm: float = 2.0,
     least_iou: float = 0.0,
     instances: Any | None = None,
+    shear: Rows3 | None = None,
 ) -> CaseScores:
     """Score a predicted label map against the real one.
 
@@ -97,6 +100,7 @@ def scores(
         least_iou: from 0 to 1; 0.5 is the strict convention.
         instances: (X, Y, Z), a number for each real tumour and 0 elsewhere. Without it tumours that
             touch, also at a corner, are one.
+        shear: of axes that are not at right angles (`tumorsynth.geometry.shear_of` an affine).
 
     Raises:
         ValueError: for maps of different shapes, spacing that is not positive, settings out of
@@ -129,14 +133,19 @@ def scores(
     else:
         predicted, real, numbered = _crop_to_content(predicted, real, numbered)
 
-    diameters, detected, false = _match_tumors(predicted, numbered, float(mm.prod()), least_iou)
+    x, y, z = mm.tolist()
+    voxel_mm3 = Frame((x, y, z), shear=shear).voxel_mm3
+    diameters, detected, false = _match_tumors(predicted, numbered, voxel_mm3, least_iou)
     early = [d < early_mm for d in diameters]
     nsd = hd95 = None
     if real.any() and predicted.any():
+        surfaces = predicted, real
+        if shear is not None:
+            surfaces = _straighten(predicted, mm, shear), _straighten(real, mm, shear)
         with warnings.catch_warnings():  # MONAI 1.6 calls its own deprecated functions
             warnings.simplefilter("ignore", FutureWarning)
-            nsd = _surface_dice(predicted, real, mm, tolerance_mm)
-            hd95 = _hausdorff95(predicted, real, mm)
+            nsd = _surface_dice(*surfaces, mm, tolerance_mm)
+            hd95 = _hausdorff95(*surfaces, mm)
     elif real.any():
         nsd = 0.0
     return CaseScores(
@@ -309,6 +318,26 @@ def _diameter_mm(mm3: float) -> float:
 
 def _dice(predicted: np.ndarray, real: np.ndarray) -> float:
     return _rounded(compute_dice(*_batches(predicted, real), include_background=True))
+
+
+def _straighten(mask: np.ndarray, mm: np.ndarray, shear: Rows3) -> np.ndarray:
+    """Resample a mask on a sheared grid to right-angled axes, with the same spacing."""
+    to_mm = np.array(shear) * mm
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(mask.shape) + 1) - 1
+    in_mm = corners @ to_mm.T
+    start = in_mm.min(0)
+    shape = np.ceil((in_mm.max(0) - start) / mm).astype(int) + 1
+    to_voxel = np.linalg.inv(to_mm)
+    share = ndimage.affine_transform(
+        mask.astype(np.float32),
+        to_voxel * mm,
+        to_voxel @ start,
+        tuple(shape),
+        order=1,
+        mode="grid-constant",
+    )
+    straight: np.ndarray = share >= 0.5
+    return straight
 
 
 def _surface_dice(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.contrast import (
     ContrastConfig,
-    level_around,
+    healthy_level_around,
     sample_contrast,
     shift_to_contrast,
     similar_level_around,
@@ -100,7 +100,7 @@ def contrast_target(
             )
         return ContrastTarget(tumor_mask, level, requested.expand(len(crop)), window)
     assert config is not None
-    level = level_around(hu, tumor_mask, config.tissue)
+    level = healthy_level_around(hu, tumor_mask, config.tissue)
     return ContrastTarget(tumor_mask, level, sample_contrast(config, level, seeds), window)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tumorsynth.appearance.tissue import CARD_KEY, SOFT_TISSUE
 from tumorsynth.devices import plain_defaults
 from tumorsynth.generators.checkpoint import AGAIN, CheckpointError, LazyTensor, read_checkpoint
 from tumorsynth.generators.config import SamplerConfig
@@ -151,6 +152,7 @@ def read_generator(
         "files": [Path(autoencoder_path).name, Path(denoiser_path).name],
         "licence": "CC BY-NC-ND 4.0, as the original: do not redistribute these weights, "
         "converted or not",
+        CARD_KEY: SOFT_TISSUE.to_card(),  # liver, pancreas and kidney, which the paper trained on
     }
     return Generator(autoencoder, denoiser, PUBLISHED_SAMPLERS[weights.timesteps], card)
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tumorsynth.appearance.tissue import CARD_KEY, SOFT_TISSUE
 from tumorsynth.arguments import any_bool, keywords_of, known_keywords
 from tumorsynth.devices import onto
 from tumorsynth.generators import filters
@@ -47,8 +48,7 @@ class HandcraftedConfig:
         reference_hu: HU of enhanced liver. The contrast scales with parenchyma / reference.
         scale_limit: largest factor of that scaling.
         min_contrast_hu: smallest contrast, so that every labelled tumour is visible.
-        floor_hu: a tumour that would be darker than this (fluid, fat) becomes brighter than its
-            organ instead, as in a severely fatty liver.
+        floor_hu: no tumour becomes darker than this (fluid), but for ``min_contrast_hu``.
         texture_hu: standard deviation of the blobs, scaled like the contrast.
         texture_mm: distance at which the blobs' autocorrelation falls to 1/e.
         edge_mm: sigma of the soft edge that ``inpaint`` blends with (sigma_c in the paper).
@@ -130,6 +130,7 @@ class HandcraftedGenerator:
             "source": "Hu et al., Label-Free Liver Tumor Segmentation, CVPR 2023, arXiv 2303.14869",
             "licence": "Apache-2.0",
             "organs": "solid abdominal organs; liver above all",
+            CARD_KEY: SOFT_TISSUE.to_card(),
         }
 
     def to(self, device: torch.device | str) -> HandcraftedGenerator:
@@ -260,10 +261,9 @@ def _change_hu(
     noise = MAD_TO_SIGMA * float(deviation[shell].abs().median()) if bool(shell.any()) else 0.0
 
     scale = min(max(organ / config.reference_hu, 0.0), config.scale_limit)
-    contrast = max(scale * contrast, config.min_contrast_hu)
+    contrast = min(scale * contrast, organ - config.floor_hu)
+    contrast = max(contrast, config.min_contrast_hu)
     texture_hu *= min(scale, 1.0)
-    if organ - contrast < config.floor_hu:
-        contrast = -contrast
     if contrast_hu is not None:
         contrast = -contrast_hu
 

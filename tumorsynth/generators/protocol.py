@@ -28,7 +28,9 @@ class TumorGenerator(Protocol):
             (match_slow_variation would be clearer, but cards hold this name).
         keeps_detail: whether `inpaint` keeps the scan's noise.
         device: where it computes.
-        card: name, source, licence; free-form but for ``name``. Reports quote it.
+        card: name, source, licence; free-form but for ``name`` and, if it has one,
+            ``tissue_range``: for which tissue it is (`tumorsynth.appearance.tissue.TissueRange`).
+            Reports quote it.
         parameter_count: optional, of its networks: small ones run on one CPU thread.
 
     Examples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import Record
 from tumorsynth.pipeline.settings import Settings
+from tumorsynth.pipeline.tissue_check import TissueCheck
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Call:
     settings: Settings
     generator: TumorGenerator
     painter: Painter
+
+    @cached_property
+    def tissue(self) -> TissueCheck | None:
+        """Where the generator may paint; None if its card does not say so."""
+        return TissueCheck.of(self.settings, self.generator)
 
 
 class Synthesis(NamedTuple):

@@ -16,6 +16,7 @@ from tumorsynth.pipeline.place_batch import PlacedSample, growth_region, organ_r
 from tumorsynth.pipeline.records import Record, Sample, SkipRecord, TumorRecord
 from tumorsynth.pipeline.requests import DisplacingTumor, request_or_skip
 from tumorsynth.pipeline.settings import Settings
+from tumorsynth.pipeline.tissue_check import TissueCheck
 from tumorsynth.placement.place import place_from_params
 from tumorsynth.placement.types import LocalMask, Skip
 
@@ -46,13 +47,19 @@ class Displacement:
             sample.label[self.region.slices] = self.label
 
 
-def displace(settings: Settings, sample: Sample, displacing: DisplacingTumor) -> Displacement:
+def displace(
+    settings: Settings,
+    sample: Sample,
+    displacing: DisplacingTumor,
+    tissue: TissueCheck | None = None,
+) -> Displacement:
     """Push tissue aside for one tumour, in place, and place the tumour in it.
 
     Args:
         settings: of the transform.
         sample: the scan or patch; its image and label change.
         displacing: the tumour.
+        tissue: where the generator may paint.
     """
     params, spacing = displacing.tumor.params, sample.frame.spacing
     region, image_before, label_before, largest_mm = None, None, None, 0.0
@@ -65,6 +72,7 @@ def displace(settings: Settings, sample: Sample, displacing: DisplacingTumor) ->
             settings.organ_labels,
             settings.tumor_label,
             settings.intensity,
+            sample.frame.shear,
         )
         region, largest_mm = pushed.region, pushed.largest_mm
         image_before = sample.image[region.slices].clone()
@@ -72,11 +80,12 @@ def displace(settings: Settings, sample: Sample, displacing: DisplacingTumor) ->
         sample.image[region.slices], sample.label[region.slices] = pushed.image, pushed.label
     tumor = place_from_params(
         params,
-        organ_region(settings, sample),
+        organ_region(settings, sample, tissue),
         spacing,
         earlier=displacing.later,
         gap_mm=settings.placement.gap_mm,
         growth=growth_region(settings, sample) if params.bulge > 0 else None,
+        shear=sample.frame.shear,
     )
     return Displacement(tumor, region, image_before, label_before, largest_mm)
 
@@ -115,7 +124,9 @@ def _paint_turn(
     placed: Sequence[PlacedSample],
 ) -> list[Record]:
     """Displace and paint at most one tumour of each sample."""
-    displacements = [displace(call.settings, samples[one.id.sample], one) for one in tumors]
+    displacements = [
+        displace(call.settings, samples[one.id.sample], one, call.tissue) for one in tumors
+    ]
     records: dict[int, Record] = {}
     requests = []
     for one, displacement in zip(tumors, displacements, strict=True):

@@ -30,7 +30,9 @@ from tumorsynth.pipeline.requests import with_contrast
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.organ import is_organ
+from tumorsynth.placement.rasterize import equivalent_diameter
 from tumorsynth.placement.types import SkipCode
+from tumorsynth.subvoxels import ONE, average_subvoxels, repeat_voxels
 
 MIN_CHANGED_SHARE = 0.5  # of a tumour's voxels
 
@@ -143,13 +145,17 @@ class _Blend(NamedTuple):
         before: the region's image.
         healthy: the same in at least float32, with the background filled.
         after: the region's image with the tumour.
-        weight: the blend weights.
+        fine_weight: the blend weights, on the region's subvoxels.
+        fine_change_hu: what the generator changed, on the region's subvoxels.
+        change_hu: the same, averaged over the region's voxels.
     """
 
     before: Tensor
     healthy: Tensor
     after: Tensor
-    weight: Tensor
+    fine_weight: Tensor
+    fine_change_hu: Tensor
+    change_hu: Tensor
 
 
 def _blend(
@@ -159,41 +165,47 @@ def _blend(
     generated: Tensor,
     sample: Sample,
 ) -> _Blend:
-    frame, tumor, region = request.grid.frame, request.tumor, request.region
-    fill, intensity = request.fill, settings.intensity
+    tumor, region, factors = request.tumor, request.region, request.tumor.factors
+    fill, intensity, grid = request.fill, settings.intensity, request.fine_grid
     weight = feather(
-        request.inside,
+        request.fine_inside,
         request.feather_mm,
-        frame.spacing,
+        grid.frame.spacing,
         settings.blend,
         generator.own_edge,
-        tumor.voxels,
-        softening_mm(request.grain_mm),
+        tumor.fine_voxels,
+        softening_mm(request.fine_grain_mm),
+        grid.frame.shear,
     )
-    generated = request.grid.carry_back(generated, region)
+    generated = grid.carry_back(generated, request.fine_region)
     before = sample.image[region.slices].clone()
     # computed in at least float32; float64 stays float64, to keep its digits and range
     healthy = before.to(torch.promote_types(before.dtype, torch.float32))
     if fill is not None:
         healthy = healthy + fill.change_hu / intensity.hu_per_unit
-        weight = torch.where(fill.other_tissue, fill.weight, weight)
-    if settings.blend == "change":
-        change = weight * generated / intensity.hu_per_unit
-    else:
+        other_tissue = repeat_voxels(fill.other_tissue, factors)
+        weight = torch.where(other_tissue, fill.weight, weight)
+    if settings.blend != "change":
         # clamped as in the generator's crop, so that gas and bone beyond the window do not change
         low, high = generator.window
         hu = intensity.to_hu(healthy.float()).clamp(low, high)
         if generator.keeps_detail:
             generated = generated + _resampling_loss(settings, request, before, generator.window)
-        change = weight * (generated - hu) / intensity.hu_per_unit
-    after = healthy + change
+        generated = generated - repeat_voxels(hu, factors)
+    fine_change = weight * generated
+    change = average_subvoxels(fine_change, factors)
+    after = healthy + change / intensity.hu_per_unit
     if fill is not None and fill.keep_brighter:
         after = torch.where(fill.other_tissue, torch.maximum(after, before), after)
     if intensity.limits is not None:
         after = after.clamp(*intensity.limits)
     after = after.to(before.dtype)
-    keep = (weight > 0) & before.isfinite() & after.isfinite()  # in float16 a sum may overflow
-    return _Blend(before, healthy, torch.where(keep, after, before), weight)
+    reached = average_subvoxels(weight, factors) > 0
+    keep = reached & before.isfinite() & after.isfinite()  # in float16 a sum may overflow
+    if request.unsuited is not None:
+        keep &= ~request.unsuited
+    after = torch.where(keep, after, before)
+    return _Blend(before, healthy, after, weight, fine_change, change)
 
 
 def _measure(blend: _Blend, request: PaintRequest, hu_per_unit: float) -> Candidate:
@@ -202,17 +214,21 @@ def _measure(blend: _Blend, request: PaintRequest, hu_per_unit: float) -> Candid
     tumor, region = request.tumor, request.region
     # a tumour that changes nothing gets no label, as in air or at the end of a clipped scale
     changed = (after != blend.healthy.to(before.dtype)).logical_and_(inside).sum()
-    peak = (blend.weight * inside).amax()
+    peak = (blend.fine_weight * request.fine_inside).amax()
     # indexing by voxel avoids a synchronisation, which indexing by mask needs on a GPU
     voxels = tuple(
         onto(i + s - r, before.device)
         for i, s, r in zip(tumor.mask.nonzero().unbind(1), tumor.start, region.start, strict=True)
     )
     hu_change = (after.float() - before.float())[voxels].mean() * hu_per_unit
-    figures = torch.stack([changed.to(peak), peak, hu_change.to(peak)])
-    changed_voxels, peak_weight, mean_hu = figures.tolist()
+    shown_hu = blend.change_hu[voxels].mean()
+    true_hu = shown_hu
+    if tumor.factors != ONE:
+        true_hu = (blend.fine_change_hu * request.fine_inside).sum() / tumor.fine_voxels
+    figures = [number.to(peak) for number in (changed, peak, hu_change, true_hu, shown_hu)]
+    changed_voxels, peak_weight, mean_hu, true_hu, shown_hu = torch.stack(figures).tolist()
     visible = changed_voxels >= MIN_CHANGED_SHARE * tumor.voxels
-    return Candidate(after, peak_weight, mean_hu, visible)
+    return Candidate(after, peak_weight, mean_hu, true_hu, shown_hu, visible)
 
 
 def write(
@@ -232,8 +248,11 @@ def write(
     # the voxel nearest to the centroid; params.centre may lie outside the tumour
     voxels = tumor.mask.nonzero().float()  # on the CPU, whatever the image is on
     offsets_mm = (voxels - voxels.mean(0)) * voxels.new_tensor(frame.spacing)
+    if frame.shear is not None:
+        offsets_mm = offsets_mm @ voxels.new_tensor(frame.shear)
     middle = voxels[offsets_mm.square().sum(1).argmin()].long().tolist()
     centre = [s + m for s, m in zip(tumor.start, middle, strict=True)]
+    true_volume_mm3 = tumor.fine_voxels * frame.voxel_mm3 / math.prod(tumor.factors)
     return TumorRecord(
         sample=request.id.sample,
         index=request.id.report_index,
@@ -241,9 +260,13 @@ def write(
         centre_mm=list(frame.to_mm(centre)),
         diameter_mm=tumor.diameter_mm,
         requested_diameter_mm=tumor.params.drawn_mm,
-        volume_mm3=tumor.voxels * math.prod(frame.spacing),
+        volume_mm3=tumor.voxels * frame.voxel_mm3,
         label_voxels=tumor.voxels,
+        true_diameter_mm=equivalent_diameter(true_volume_mm3),
+        true_volume_mm3=true_volume_mm3,
         hu_change=candidate.hu_change,
+        true_contrast_hu=candidate.true_contrast_hu,
+        visible_contrast_hu=candidate.visible_contrast_hu,
         peak_weight=candidate.peak_weight,
         sigma_mm=max(request.feather_mm),
         grain_mm=list(request.grain_mm),
@@ -268,8 +291,8 @@ def _scores(
     settings: Settings, gate: Gate, request: PaintRequest, candidate: Candidate, sample: Sample
 ) -> dict[str, float | None]:
     """Return the gate's scores of a tumour that is not written yet."""
-    spacing = request.grid.frame.spacing
-    wider = request.region.grown([math.ceil(GATE_MARGIN_MM / s) for s in spacing])
+    frame = request.grid.frame
+    wider = request.region.grown([math.ceil(GATE_MARGIN_MM / s) for s in frame.plane_distance])
     wider = wider.within(Box.whole(sample.image.shape))
     region = request.region.relative_to(wider).slices
     values = sample.image[wider.slices].clone()
@@ -278,7 +301,10 @@ def _scores(
     inside[region] = request.inside
     organ = is_organ(sample.label[wider.slices], settings.organ_labels)
     hu = settings.intensity.to_hu(values.float())
-    return gate.scores(hu, inside, organ, spacing, request.tumor.params.contrast_hu)
+    requested_hu = request.tumor.params.contrast_hu
+    if requested_hu is not None:  # of which voxels that the tumour fills in part show a share
+        requested_hu *= request.tumor.mean_share
+    return gate.scores(hu, inside, organ, frame.spacing, requested_hu, frame.shear)
 
 
 def _resampling_loss(
@@ -293,5 +319,6 @@ def _resampling_loss(
     if request.fill is not None:
         hu = hu + request.fill.generator_change_hu
     crop_hu = request.crop * (high - low) + low
-    resampled = request.grid.carry_back(crop_hu, request.region)
-    return hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high) - resampled
+    resampled = request.fine_grid.carry_back(crop_hu, request.fine_region)
+    hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
+    return repeat_voxels(hu, request.tumor.factors) - resampled

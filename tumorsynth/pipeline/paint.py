@@ -194,7 +194,7 @@ def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -
     """Match a change to the sharpness and the noise of its scan, and add rim and core."""
     low, high = generator.window
     crop = request.crop.to(change.device) * (high - low) + low
-    grain_mm = [request.grain_mm[axis] for axis in request.grid.frame.axes]
+    grain_mm = [request.fine_grain_mm[axis] for axis in request.grid.frame.axes]
     change = match_to_scan(crop, change, request.crop_mask, grain_mm, generator.even)
     params = request.tumor.params
     return add_structure(change, request.crop_outline, params.structure_hu, params.seed)

@@ -14,6 +14,7 @@ from tumorsynth.devices import or_on_cpu
 from tumorsynth.geometry import Box
 from tumorsynth.pipeline.records import Sample, SampleParams
 from tumorsynth.pipeline.settings import Settings
+from tumorsynth.pipeline.tissue_check import TissueCheck
 from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.exophytic import ExophyticRegion
@@ -54,6 +55,7 @@ def place_samples(
     seeds: Sequence[int],
     replayed: Sequence[Mapping[str, Any]] | None = None,
     exclude: Mapping[int, Skip] | None = None,
+    tissue: TissueCheck | None = None,
 ) -> list[PlacedSample]:
     """Place the tumours of a batch.
 
@@ -63,6 +65,7 @@ def place_samples(
         seeds: one for each sample; without effect on a replay.
         replayed: params of an earlier call, to place the same tumours.
         exclude: why samples of these numbers get no tumour.
+        tissue: where the generator may paint; None for anywhere.
     """
     placed = []
     for sample in samples:
@@ -72,15 +75,19 @@ def place_samples(
             continue
         work: Callable[[torch.device], PlacedSample]
         if replayed is None:
-            work = partial(place_sample, settings, sample, seeds[sample.number])
+            work = partial(place_sample, settings, sample, seeds[sample.number], tissue=tissue)
         else:
-            work = partial(replay_sample, settings, sample, replayed[sample.number])
+            work = partial(replay_sample, settings, sample, replayed[sample.number], tissue=tissue)
         placed.append(or_on_cpu("placing tumours", sample.image.device, work))
     return placed
 
 
 def place_sample(
-    settings: Settings, sample: Sample, seed: int, device: torch.device
+    settings: Settings,
+    sample: Sample,
+    seed: int,
+    device: torch.device,
+    tissue: TissueCheck | None = None,
 ) -> PlacedSample:
     """Sample and place the tumours of one sample.
 
@@ -89,6 +96,7 @@ def place_sample(
         sample: the scan or patch.
         seed: decides everything about the sample's tumours.
         device: where to search the label.
+        tissue: where the generator may paint.
     """
     sample = sample.to(device)
     rng = torch.Generator().manual_seed(seed)
@@ -99,14 +107,18 @@ def place_sample(
         reason = skip_reasons.no_organ(settings.organ_labels)
         return PlacedSample(SampleParams(seed, SkipCode.NO_ORGAN, reason), [])
     placement = settings.placement
-    region = organ_region(settings, sample, box)
+    region = organ_region(settings, sample, tissue, box)
     growth = None if placement.bulge is None else growth_region(settings, sample)
-    results = place(region, sample.frame.spacing, placement, rng, growth)
+    frame = sample.frame
+    objection = None if tissue is None else partial(tissue.objection, sample)
+    results = place(region, frame.spacing, placement, rng, growth, frame.shear, objection)
     if results and all(isinstance(result, Skip) for result in results):
         share = _not_finite_share(settings, sample)
         if share > MAX_NOT_FINITE_SHARE:
             skip = Skip(SkipCode.NOT_FINITE, skip_reasons.not_finite(share))
             results = [skip] * len(results)
+        elif tissue is not None:
+            results = _explained(results, sample, tissue, box)
     results = [r if isinstance(r, Skip) else _with_displacement(settings, r) for r in results]
     tumors = [result.params for result in results if isinstance(result, LocalMask)]
     return PlacedSample(SampleParams(seed, tumors=tumors), results)
@@ -123,7 +135,11 @@ def not_selected(settings: Settings, seed: int | None) -> SampleParams:
 
 
 def replay_sample(
-    settings: Settings, sample: Sample, recorded: Mapping[str, Any], device: torch.device
+    settings: Settings,
+    sample: Sample,
+    recorded: Mapping[str, Any],
+    device: torch.device,
+    tissue: TissueCheck | None = None,
 ) -> PlacedSample:
     """Place the tumours of recorded params again.
 
@@ -132,6 +148,8 @@ def replay_sample(
         sample: the scan or patch that the params were drawn for.
         recorded: an entry of ``synth.params``.
         device: where to search the label.
+        tissue: where the generator may paint. The params have chosen the places, in which only
+            voxels that hold no tissue are left out.
     """
     params = SampleParams.from_dict(recorded)
     results: list[LocalMask | Skip] = []
@@ -139,7 +157,7 @@ def replay_sample(
         return PlacedSample(params, results, recorded)
     sample = sample.to(device)
     placement = settings.placement
-    region = organ_region(settings, sample)
+    region = organ_region(settings, sample, tissue)
     growth = None
     if any(tumor.bulge for tumor in params.tumors):
         growth = growth_region(settings, sample)
@@ -153,6 +171,7 @@ def replay_sample(
                 earlier=earlier,
                 gap_mm=placement.gap_mm,
                 growth=growth,
+                shear=sample.frame.shear,
             )
         )
     return PlacedSample(params, results, recorded)
@@ -164,12 +183,14 @@ def growth_region(settings: Settings, sample: Sample) -> ExophyticRegion:
         sample.image.cpu(),
         sample.label.cpu(),
         settings.organ_labels,
-        sample.frame.spacing,
+        sample.frame.plane_distance,
         settings.intensity,
     )
 
 
-def organ_region(settings: Settings, sample: Sample, box: Box | None = None) -> OrganRegion:
+def organ_region(
+    settings: Settings, sample: Sample, tissue: TissueCheck | None = None, box: Box | None = None
+) -> OrganRegion:
     """Return the organ of a sample, on the CPU.
 
     It forbids voxels that are not finite, and earlier tumours with their gap. It is on the CPU
@@ -178,9 +199,10 @@ def organ_region(settings: Settings, sample: Sample, box: Box | None = None) -> 
     Args:
         settings: of the transform.
         sample: the scan or patch.
+        tissue: where the generator may paint.
         box: around the organ, if known.
     """
-    image, label, spacing = sample.image, sample.label, sample.frame.spacing
+    image, label, spacing = sample.image, sample.label, sample.frame.plane_distance
     gap_mm, merge = settings.placement.gap_mm, settings.placement.merge
     box = box or organ_box(label, settings.organ_labels)
     whole = Box.whole(label.shape)
@@ -202,14 +224,32 @@ def organ_region(settings: Settings, sample: Sample, box: Box | None = None) -> 
             forbidden = torch.zeros_like(label[part.slices], dtype=torch.bool)
         near = dilate(label[present.slices] == settings.tumor_label, gap_mm, spacing)
         forbidden[present.relative_to(part).slices] |= near
-    local = label[part.slices]
-    return OrganRegion(local, settings.organ_labels, box, forbidden, part, whole.shape).to_cpu()
+    region = OrganRegion(
+        label[part.slices], settings.organ_labels, box, forbidden, part, whole.shape
+    )
+    if tissue is not None:
+        values = image[part.slices]
+        if values.dtype not in (torch.float32, torch.float64):
+            values = values.float()
+        region = replace(region, image=values, image_range=tissue.image_range)
+    return region.to_cpu()
 
 
 def _not_finite_share(settings: Settings, sample: Sample) -> float:
     """Return the share of the organ in which the image is NaN or infinite."""
     organ: Tensor = is_organ(sample.label, settings.organ_labels)
     return float((organ & ~sample.image.isfinite()).sum()) / max(1, int(organ.sum()))
+
+
+def _explained(
+    results: list[LocalMask | Skip], sample: Sample, tissue: TissueCheck, box: Box
+) -> list[LocalMask | Skip]:
+    """Give skips for want of room the reason why the organ has none, if that is its tissue."""
+    lacks_room = [isinstance(one, Skip) and one.code is SkipCode.NO_ROOM for one in results]
+    found = tissue.organ_objection(sample, box) if any(lacks_room) else None
+    if found is None:
+        return results
+    return [found if lacks else one for one, lacks in zip(results, lacks_room, strict=True)]
 
 
 def _with_displacement(settings: Settings, tumor: LocalMask) -> LocalMask:

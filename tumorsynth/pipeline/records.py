@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.background import EXTENSION_MM, BackgroundFill
-from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS, feather_mm
-from tumorsynth.geometry import Box, CropGrid, Floats3, Frame
+from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS, feather_mm, grain_of_subvoxels
+from tumorsynth.crop_grid import CropGrid
+from tumorsynth.geometry import Box, Floats3, Frame
 from tumorsynth.pipeline.validation import plain
 from tumorsynth.placement.types import LocalMask, SkipCode, TumorParams
+from tumorsynth.subvoxels import refine_box
 
 
 class Sample(NamedTuple):
@@ -73,9 +75,12 @@ class PaintRequest:
         crop_outline: bool, same shape: the tumour as it will be labelled.
         grain_mm: width of the scan's noise grain along the tensor's axes.
         region: the part of the sample that the feather reaches.
-        inside: bool, the tumour in that region.
+        inside: bool, the labelled voxels in that region.
+        fine_inside: bool, the tumour on the region's subvoxels; ``inside`` where voxels are fine.
         outside_share: share of the tumour beyond the organ.
         fill: even tissue painted under the tumour first; None where nothing needs covering.
+        unsuited: bool, voxels of the organ in that region that hold no tissue; None if the
+            generator's card does not say what tissue is.
     """
 
     id: TumorId
@@ -87,13 +92,31 @@ class PaintRequest:
     grain_mm: Floats3
     region: Box
     inside: Tensor
+    fine_inside: Tensor
     outside_share: float
     fill: BackgroundFill | None = None
+    unsuited: Tensor | None = None
+
+    @property
+    def fine_grid(self) -> CropGrid:
+        """Where the crop lies on the sample's subvoxels."""
+        return self.grid.refined(self.tumor.factors)
+
+    @property
+    def fine_region(self) -> Box:
+        """The subvoxels of ``region``."""
+        return refine_box(self.region, self.tumor.factors)
+
+    @property
+    def fine_grain_mm(self) -> Floats3:
+        """The grain that is left to apply on subvoxels, before they are averaged."""
+        return grain_of_subvoxels(self.grain_mm, self.grid.frame.spacing, self.tumor.factors)
 
     @property
     def feather_mm(self) -> Floats3:
-        """Width of the feather along the tensor's axes, never sharper than the scan."""
-        return feather_mm(self.tumor.params.sigma_mm, self.grain_mm)
+        """Width of the feather along the tensor's axes: with the averaging over subvoxels that
+        follows, never sharper than the scan."""
+        return feather_mm(self.tumor.params.sigma_mm, self.fine_grain_mm)
 
     @property
     def needed(self) -> Box:
@@ -105,7 +128,8 @@ class PaintRequest:
         margin = MATCH_MARGIN_VOXELS
         if self.fill is not None:
             margin += math.ceil(EXTENSION_MM) + 1
-        feathered, matched = self.grid.near(self.region), self.grid.near(self.tumor.box)
+        grid = self.fine_grid
+        feathered, matched = grid.near(self.fine_region), grid.near(self.tumor.fine_box)
         return Box.hull([feathered, matched.grown(margin)]).within(Box.whole(self.crop.shape))
 
 
@@ -116,13 +140,17 @@ class Candidate:
     Args:
         after: the region's image with the tumour.
         peak_weight: largest blend weight in the tumour.
-        hu_change: mean change in the tumour, in HU.
+        hu_change: mean change in the labelled voxels, in HU.
+        true_contrast_hu: mean of what the generator changed in the tumour itself.
+        visible_contrast_hu: the same after averaging over voxels, in the labelled ones.
         visible: whether at least half of the tumour's voxels change.
     """
 
     after: Tensor
     peak_weight: float
     hu_change: float
+    true_contrast_hu: float
+    visible_contrast_hu: float
     visible: bool
 
 
@@ -169,7 +197,13 @@ class TumorRecord:
         requested_diameter_mm: sampled diameter, before placement made the tumour smaller to fit.
         volume_mm3: volume of the labelled voxels.
         label_voxels: how many voxels became ``tumor_label``.
-        hu_change: mean change in the tumour, in HU.
+        true_diameter_mm: equivalent diameter of the tumour itself. Where voxels are coarse, the
+            label differs: it holds the voxels of which the tumour fills half, and never none.
+        true_volume_mm3: volume of the tumour itself.
+        hu_change: mean change in the labelled voxels, in HU.
+        true_contrast_hu: mean of what the generator changed in the tumour itself.
+        visible_contrast_hu: mean of the same in the labelled voxels, after averaging over voxels
+            that the tumour fills in part.
         peak_weight: largest blend weight in the tumour.
         sigma_mm: widest feather along an axis.
         grain_mm: width of the scan's noise grain along the tensor's axes.
@@ -189,7 +223,11 @@ class TumorRecord:
     requested_diameter_mm: float
     volume_mm3: float
     label_voxels: int
+    true_diameter_mm: float
+    true_volume_mm3: float
     hu_change: float
+    true_contrast_hu: float
+    visible_contrast_hu: float
     peak_weight: float
     sigma_mm: float
     grain_mm: list[float]

@@ -13,10 +13,17 @@ from tumorsynth.appearance.background import EXTENSION_MM, fill_background, meas
 from tumorsynth.appearance.blend import feather_reach
 from tumorsynth.appearance.contrast import similar_level_around
 from tumorsynth.appearance.contrast_priors import ContrastPrior
-from tumorsynth.appearance.noise import feather_mm, grain_region, measure_grain, softening_mm
+from tumorsynth.appearance.noise import (
+    feather_mm,
+    grain_of_subvoxels,
+    grain_region,
+    measure_grain,
+    softening_mm,
+)
+from tumorsynth.crop_grid import CropGrid, plan_crop
 from tumorsynth.devices import onto
 from tumorsynth.generators.protocol import TumorGenerator
-from tumorsynth.geometry import Box, CropGrid, Floats3, plan_crop
+from tumorsynth.geometry import Box, Floats3
 from tumorsynth.intensity import HU
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.place_batch import PlacedSample
@@ -29,10 +36,12 @@ from tumorsynth.pipeline.records import (
     TumorId,
 )
 from tumorsynth.pipeline.settings import Settings
+from tumorsynth.pipeline.tissue_check import TissueCheck
 from tumorsynth.pipeline.validation import check_hu, check_scale
-from tumorsynth.placement.organ import is_organ
+from tumorsynth.placement.organ import is_organ, is_outside
 from tumorsynth.placement.sample_tumor import sample_contrast_hu
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
+from tumorsynth.subvoxels import ONE, refine_box, refine_spacing
 
 CONTEXT_MM = 16.0  # of the scan on each side of a tumour, at least, that its crop shows
 
@@ -118,7 +127,7 @@ def request_or_skip(
     if isinstance(tumor, Skip):
         found = tumor
     else:
-        found = request_painting(call.settings, call.generator, id, sample, tumor)
+        found = request_painting(call.settings, call.generator, id, sample, tumor, call.tissue)
     if isinstance(found, Skip):
         return SkipRecord(id.sample, id.report_index, found.code, found.reason)
     if params is not None and isinstance(call.settings.contrast_hu, ContrastPrior):
@@ -159,7 +168,12 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
 
 
 def request_painting(
-    settings: Settings, generator: TumorGenerator, id: TumorId, sample: Sample, tumor: LocalMask
+    settings: Settings,
+    generator: TumorGenerator,
+    id: TumorId,
+    sample: Sample,
+    tumor: LocalMask,
+    check: TissueCheck | None = None,
 ) -> PaintRequest | Skip:
     """Cut the crop around a tumour, in the generator's scale and on its grid.
 
@@ -169,18 +183,20 @@ def request_painting(
     Raises:
         ValueError: if the image around the tumour cannot be in the scale of ``intensity``.
     """
-    spacing, to_hu = sample.frame.spacing, settings.intensity.to_hu
+    to_hu = settings.intensity.to_hu
     grain_mm = (0.0, 0.0, 0.0)
     if settings.blend == "change":
         grain_mm = _grain_around(settings, sample, tumor)
     grid, region = _plan(settings, generator, sample, tumor, grain_mm)
+    fine_grid, fine_region = grid.refined(tumor.factors), refine_box(region, tumor.factors)
     hu = to_hu(sample.image[grid.source.slices].float())
     if isinstance(settings.intensity, HU):
         check_hu(hu)
     else:
         check_scale(hu, settings.intensity)
-    inside = torch.zeros(region.shape, dtype=torch.bool, device=sample.image.device)
-    inside[tumor.box.relative_to(region).slices] = onto(tumor.mask, sample.image.device)
+    inside = fine_inside = _in_region(tumor.mask, tumor.box, region, sample.image.device)
+    if tumor.factors != ONE:
+        fine_inside = _in_region(tumor.fine_mask, tumor.fine_box, fine_region, sample.image.device)
 
     local_hu = to_hu(sample.image[region.slices].float())
     local_label = sample.label[region.slices]
@@ -189,18 +205,28 @@ def request_painting(
     if reason is not None:
         return Skip(SkipCode.OUTSIDE_WINDOW, reason, tumor.params.drawn_mm)
     fill = fill_background(
-        local_hu, tissue, inside, spacing, grain_mm, tumor.params, generator.window
+        local_hu,
+        tissue,
+        fine_inside,
+        sample.frame.spacing,
+        grain_mm,
+        tumor.params,
+        generator.window,
+        tumor.factors,
+        sample.frame.shear,
     )
-    in_source = region.relative_to(grid.source).slices
     if fill is not None:
         hu = hu.clone()  # to_hu may return the sample itself
-        hu[in_source] += fill.generator_change_hu
+        hu[region.relative_to(grid.source).slices] += fill.generator_change_hu
+    unsuited = None
+    if check is not None:
+        unsuited = tissue.organ & is_outside(sample.image[region.slices], check.image_range)
     low, high = generator.window
     hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
-    outline = _mask_on_grid(grid, inside, in_source, hu)
+    outline = _mask_on_grid(fine_grid, fine_inside, fine_region)
     shown = outline
     if fill is not None:
-        shown = _mask_on_grid(grid, fill.generator_mask, in_source, hu)
+        shown = _mask_on_grid(fine_grid, fill.generator_mask, fine_region)
     return PaintRequest(
         id=id,
         tumor=tumor,
@@ -211,8 +237,10 @@ def request_painting(
         grain_mm=grain_mm,
         region=region,
         inside=inside,
+        fine_inside=fine_inside,
         outside_share=0.0 if fill is None else tissue.outside_share,
         fill=fill,
+        unsuited=unsuited,
     )
 
 
@@ -224,9 +252,13 @@ def _plan(
     grain_mm: Floats3,
 ) -> tuple[CropGrid, Box]:
     """Return a tumour's crop, and the region that its feather and its fill may change."""
-    frame, spacing = sample.frame, sample.frame.spacing
+    frame, spacing = sample.frame, sample.frame.plane_distance
+    grain_mm = grain_of_subvoxels(grain_mm, frame.spacing, tumor.factors)
     sigma_mm = feather_mm(tumor.params.sigma_mm, grain_mm)
-    feathered = feather_reach(sigma_mm, spacing, settings.blend, softening_mm(grain_mm))
+    subvoxels = feather_reach(
+        sigma_mm, refine_spacing(spacing, tumor.factors), settings.blend, softening_mm(grain_mm)
+    )
+    feathered = [math.ceil(n / k) for n, k in zip(subvoxels, tumor.factors, strict=True)]
     margin_mm = max(n * s for n, s in zip(feathered, spacing, strict=True)) + 2
     whole = Box.whole(sample.image.shape)
     grid = plan_crop(
@@ -267,15 +299,18 @@ def _grain_around(settings: Settings, sample: Sample, tumor: LocalMask) -> Float
     return measure_grain(hu, organ, sample.frame.spacing)
 
 
-def _mask_on_grid(
-    grid: CropGrid, mask: Tensor, where: tuple[slice, slice, slice], like: Tensor
-) -> Tensor:
-    """Resample a mask, of a part of the grid's source, onto the grid.
+def _in_region(mask: Tensor, box: Box, region: Box, device: torch.device) -> Tensor:
+    """Return a mask of a box as one of a region around it."""
+    inside = torch.zeros(region.shape, dtype=torch.bool, device=device)
+    inside[box.relative_to(region).slices] = onto(mask, device)
+    return inside
+
+
+def _mask_on_grid(grid: CropGrid, mask: Tensor, region: Box) -> Tensor:
+    """Resample a mask, of a region of the grid's source, onto the grid.
 
     A crop voxel is tumour if at least 50 % covered; if no voxel is fully covered, at least half of
     the largest coverage.
     """
-    whole = torch.zeros_like(like)
-    whole[where] = mask.to(like.dtype)
-    share = grid.cut(whole)
+    share = grid.cut(mask.to(torch.float32), region)
     return share >= (0.5 * share.max()).clamp(max=0.5)

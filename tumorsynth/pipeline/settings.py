@@ -47,6 +47,7 @@ class Settings:
         gate: limits that a tumour has to keep; None accepts every tumour.
         mass_effect: share of a tumour's volume that pushes tissue aside instead of replacing it.
         bulge: the argument as given, from which ``placement.bulge`` follows.
+        any_tissue: whether tumours may lie in tissue that the generator is not for.
         device: where the generator runs; None for the image's own device.
     """
 
@@ -60,6 +61,7 @@ class Settings:
     gate: Gate | None
     mass_effect: MassEffect
     bulge: bool | float | Sequence[float]
+    any_tissue: bool
     device: torch.device | None
 
     @property
@@ -111,6 +113,7 @@ def check_settings(
     mass_effect: float | str | MassEffect,
     shapes: Any,
     bulge: bool | float | Sequence[float],
+    any_tissue: bool,
 ) -> Settings:
     """Return the settings for the arguments of `SynthesizeTumor`, documented there.
 
@@ -163,5 +166,6 @@ def check_settings(
         gate=checked_gate,
         mass_effect=checked_effect,
         bulge=bulge,
+        any_tissue=bool(any_tissue),
         device=parsed_device,
     )

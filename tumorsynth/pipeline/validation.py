@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,17 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tumorsynth.arguments import any_bool, is_bool
-from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
+from tumorsynth.arguments import is_bool
 from tumorsynth.placement.arguments import MAX_COUNT
 from tumorsynth.placement.organ import holds
 from tumorsynth.placement.types import SkipCode, TumorParams
 
-AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
-WHOLE_SLICE_VOXELS = 400  # along two axes; a scan's slice that large rarely has voxels of 1 mm
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of an image
 MAX_UNSCALED = 3.0  # |HU| of a whole region: larger ones occur in 3 cm of any patient
-_SPACING_RULE = "spacing must be (dx, dy, dz) in mm or (B, 3)"
 MAX_MEDIAN_HU = 5000.0  # |HU| of half of a region: smaller ones occur in 3 cm of any patient
 
 
@@ -106,22 +101,6 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         )
 
 
-def check_batch(
-    image: Tensor, label: Tensor, tumor_label: int, spacing: Any, affine: Any
-) -> list[Frame]:
-    """Check everything that one call gets; return a frame for each sample.
-
-    Raises:
-        ValueError: for shapes, values, spacings or affines that cannot be or do not fit.
-        TypeError: for anything but dense tensors of a usable dtype.
-    """
-    check_input(image, label, tumor_label)
-    check_whole("label", label)
-    if spacing is None and affine is None:
-        check_grid(("image", "label"), [getattr(x, "affine", None) for x in (image, label)])
-    return frames_of(image, spacing, affine)
-
-
 def check_whole(name: str, label: Tensor) -> None:
     """Raise ValueError for a map with fractions: interpolation has put them on every edge."""
     if not label.is_floating_point():
@@ -167,35 +146,6 @@ def _to_shape(shape: tuple[int, ...]) -> str:
     if len(shape) == 5:
         return "pass the CT's channel alone, image[:, :1]"
     return "reshape it"
-
-
-def check_grid(
-    names: Sequence[Any],
-    affines: Sequence[Any],
-    fix: str = "resample one onto the other, or, where voxel lies on voxel, give both one affine",
-) -> None:
-    """Raise ValueError unless image, label and organ map have one affine.
-
-    Args:
-        names: what the user calls them.
-        affines: 4x4, or (B, 4, 4) for a batch; None for one without.
-        fix: what the message advises.
-    """
-    given = [
-        (name, np.asarray(affine, dtype=float))
-        for name, affine in zip(names, affines, strict=False)
-        if affine is not None
-    ]
-    for name, affine in given[1:]:
-        first_name, first = given[0]
-        if first.ndim == affine.ndim and len(first) != len(affine):
-            continue  # batches of different sizes, which another check refuses
-        difference = float(np.abs(affine - first).max())
-        if difference > AFFINE_TOLERANCE:
-            raise ValueError(
-                f"{first_name!r} and {name!r} must share one grid, but their affines differ by up "
-                f"to {difference:.3g} mm; {fix}"
-            )
 
 
 def check_hu(hu: Tensor) -> None:
@@ -280,59 +230,3 @@ def _check_record(record: dict[str, Any]) -> None:
             f"a record's rejected must be pairs of a tumour's number and a reason, got "
             f"{rejected!r}; pass synth.params of an earlier call"
         )
-
-
-def frames_of(image: Tensor, spacing: Any, affine: Any) -> list[Frame]:
-    """Return how the axes of each sample lie in the patient.
-
-    Raises:
-        ValueError: for both a spacing and an affine, or one that cannot be.
-    """
-    batch = len(image) if image.ndim == 5 else 1
-    if spacing is not None and affine is not None:
-        raise ValueError("spacing and affine must not both be given; the affine holds the spacing")
-    if spacing is None and affine is None:
-        affine = getattr(image, "affine", None)  # a MetaTensor's
-    if affine is not None:
-        parts = _per_sample(affine, 2, batch, "affine must be 4x4 or (B, 4, 4)")
-        return [frame_from_affine(part) for part in parts]
-    if spacing is None:
-        shape = tuple(image.shape[-3:])
-        if sorted(shape)[1] >= WHOLE_SLICE_VOXELS:
-            warnings.warn(
-                f"spacing must be given unless voxels are 1 mm, as assumed for an image of {shape} "
-                "voxels; pass spacing=(dx, dy, dz) or affine=...",
-                stacklevel=2,
-            )
-        return [frame_from_spacing(1.0)] * batch
-    parts = _per_sample(spacing, 1, batch, _SPACING_RULE)
-    return [frame_from_spacing(part) for part in parts]
-
-
-def check_spacing(spacing: Any) -> None:
-    """Raise ValueError unless this is an adapter's ``spacing``: None, mm per voxel, or (B, 3)."""
-    if spacing is None:
-        return
-    batch = len(spacing) if hasattr(spacing, "__len__") else 1
-    for part in _per_sample(spacing, 1, batch, _SPACING_RULE):
-        frame_from_spacing(part)
-
-
-def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
-    """Return one value per sample, given a value of ``ndim`` axes for all or one more for each."""
-    try:
-        if value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value):
-            raise TypeError("complex numbers")
-        if any_bool(value):
-            raise TypeError("True and False")
-        tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-        tensor = plain(tensor)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{rule}, got {value!r}") from error
-    if tensor.ndim == 0 and ndim == 1:
-        return [float(tensor)] * batch
-    if tensor.ndim == ndim:
-        return [tensor.numpy()] * batch
-    if tensor.ndim == ndim + 1 and len(tensor) == batch:
-        return list(tensor.numpy())
-    raise ValueError(f"{rule} with B = {batch}, got shape {tuple(tensor.shape)}")

@@ -13,9 +13,10 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tumorsynth.geometry import Box
-from tumorsynth.placement.organ import OrganRegion, as_array, carries
-from tumorsynth.placement.types import Bools, GrowthRegion, Indices, LocalMask
+from tumorsynth.geometry import Box, Floats3, Frame, Rows3
+from tumorsynth.placement.organ import OrganRegion, as_array, carries, is_outside
+from tumorsynth.placement.types import Bools, Floats, GrowthRegion, Indices, LocalMask
+from tumorsynth.subvoxels import ONE
 
 
 class PointLookup(NamedTuple):
@@ -41,32 +42,49 @@ class AllowedVoxels:
         region: the organ, on the CPU.
         spacing: mm per voxel.
         gap_mm: distance between two tumours, at least one voxel.
+        shear: of the sample's axes; see `tumorsynth.geometry.Frame`.
     """
 
     def __init__(
-        self, region: OrganRegion, spacing: tuple[float, float, float], gap_mm: float
+        self,
+        region: OrganRegion,
+        spacing: Floats3,
+        gap_mm: float,
+        shear: Rows3 | None = None,
     ) -> None:
         self.organ_box, self.part = region.organ_box, region.part
         self.sample_box = Box.whole(region.sample_shape)
-        self.spacing, self.gap_mm = spacing, gap_mm
-        self.voxel_mm3 = math.prod(spacing)
+        frame = Frame(spacing, shear=shear)
+        self.spacing, self.shear, self.gap_mm = spacing, shear, gap_mm
+        self.voxel_mm3, self._plane_distance = frame.voxel_mm3, frame.plane_distance
         self._label, self._labels = as_array(region.label, region.organ_labels)
         self._flat_label = _FlatView(self._label)
         self._forbidden = None if region.forbidden is None else region.forbidden.numpy()
+        self._image, self._image_range = region.image, region.image_range
+        self._flat_image = None if region.image is None else _FlatView(region.image.numpy())
         self._taken: list[_Taken] = []
         self._blocked: Bools | None = None  # shaped like the region's label
         self._blocked_by = 0  # how many of ``_taken`` are in ``_blocked``
 
     def keep_clear_of(self, tumor: LocalMask) -> None:
-        """Forbid a tumour's voxels, and the gap around it, to all later tumours."""
+        """Forbid a tumour's voxels, and the gap around its label, to all later tumours."""
         # no further than the sample: a wide gap in small voxels would need endless memory
-        box = tumor.box.grown(_gap_voxels(self.gap_mm, self.spacing)).within(self.sample_box)
+        box = tumor.box.grown(_gap_voxels(self.gap_mm, self._plane_distance)).within(
+            self.sample_box
+        )
         (x, y, z), (x1, y1, z1) = (
             [a - b for a, b in zip(tumor.start, box.start, strict=True)],
             [b - a for a, b in zip(tumor.box.stop, box.stop, strict=True)],
         )
-        padded = F.pad(tumor.mask.cpu(), (z, z1, y, y1, x, x1))
-        self._taken.append(_Taken(box, dilate(padded, self.gap_mm, self.spacing).numpy()))
+        margin = (z, z1, y, y1, x, x1)
+        blocked = dilate(F.pad(tumor.mask.cpu(), margin), self.gap_mm, self._plane_distance)
+        if tumor.factors != ONE:  # voxels of which it fills less than half
+            blocked |= F.pad(tumor.share > 0, margin)
+        self._taken.append(_Taken(box, blocked.numpy()))
+
+    def along_axes(self, points: Floats) -> Floats:
+        """Return points (N, 3) at right angles, in mm, as mm along the sample's axes."""
+        return points if self.shear is None else points @ np.linalg.inv(self.shear)
 
     def lookup(self, index: Indices, growth: GrowthRegion | None = None) -> PointLookup:
         """Look up scattered voxels (3, ...), which may lie outside the sample.
@@ -75,11 +93,18 @@ class AllowedVoxels:
         """
         local = _LocalIndex(index, self.part)
         allowed = self._organ_at(local)
+        unsuited = None
+        if self._flat_image is not None:
+            values = self._flat_image.take(local.index)
+            low, high = self._image_range
+            unsuited = allowed & ((values < low) | (values > high))
         if growth is not None:
             allowed |= growth.likely_at(torch.from_numpy(index)).numpy()
         unobstructed = local.inside
         if self.part != self.sample_box:
             unobstructed = _LocalIndex(index, self.sample_box).inside
+        if unsuited is not None:
+            unobstructed = unobstructed & ~unsuited
         blocked = self._blocked_voxels()
         if blocked is not None:
             hits = _FlatView(blocked).take(local.index)
@@ -95,6 +120,8 @@ class AllowedVoxels:
         allowed = np.zeros(box.shape, dtype=bool)
         here, there = _common_slices(box, self.part)
         allowed[here] = carries(self._label[there], self._labels)
+        if self._image is not None:
+            allowed[here] &= ~is_outside(self._image[there], self._image_range).numpy()
         if growth is not None:
             allowed |= growth.mask_in(box).numpy()
         if self._forbidden is not None:

@@ -146,7 +146,7 @@ def _around_candidates(
     direction = F.normalize(torch.randn(count, 3, generator=rng, dtype=torch.float64), dim=1)
     radius = float(shape.half_axes.max()) * MAX_OFFSET
     away = direction * radius * torch.rand(count, 1, generator=rng, dtype=torch.float64)
-    steps = np.rint(away.numpy() / allowed.spacing).astype(np.int64)
+    steps = np.rint(allowed.along_axes(away.numpy()) / allowed.spacing).astype(np.int64)
     centres = np.concatenate([candidates, np.tile(candidates, (OFFSETS_PER_VOXEL, 1)) + steps])
     return centres[((centres >= 0) & (centres < allowed.sample_box.stop)).all(1)]
 
@@ -156,7 +156,7 @@ def _voxel_offsets(shape: Shape, allowed: AllowedVoxels, points: Floats) -> Indi
 
     points: in mm from the true centre.
     """
-    offsets = np.rint(points / allowed.spacing + shape.offset.numpy())
+    offsets = np.rint(allowed.along_axes(points) / allowed.spacing + shape.offset.numpy())
     return np.ascontiguousarray(offsets.T, dtype=np.int64)
 
 

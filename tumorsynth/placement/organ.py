@@ -32,6 +32,8 @@ class OrganRegion:
         forbidden: bool, shaped like ``label``: voxels no tumour may take; None for none.
         part: where ``label`` lies in the sample.
         sample_shape: voxels of the whole sample.
+        image: shaped like ``label``; None if the organ's values do not matter.
+        image_range: lowest and highest value of ``image`` at which the organ may hold a tumour.
     """
 
     label: Tensor
@@ -40,6 +42,8 @@ class OrganRegion:
     forbidden: Tensor | None
     part: Box
     sample_shape: tuple[int, int, int]
+    image: Tensor | None = None
+    image_range: tuple[float, float] = (-math.inf, math.inf)
 
     @classmethod
     def of_label(
@@ -71,11 +75,15 @@ class OrganRegion:
         """Return the region on the CPU, after one host-device synchronisation."""
         if on_cpu(self.label):
             return self
-        code = is_organ(self.label, self.organ_labels).to(torch.uint8)
-        if self.forbidden is not None:
-            code += 2 * self.forbidden.to(torch.uint8)
+        organ, forbidden = is_organ(self.label, self.organ_labels), self.forbidden
+        if self.image is not None:  # a mask is less to copy than an image
+            unsuited = organ & is_outside(self.image, self.image_range)
+            forbidden = unsuited if forbidden is None else forbidden | unsuited
+        code = organ.to(torch.uint8)
+        if forbidden is not None:
+            code += 2 * forbidden.to(torch.uint8)
         code = code.cpu()
-        forbidden = None if self.forbidden is None else code > 1
+        forbidden = None if forbidden is None else code > 1
         return OrganRegion(code & 1, (1,), self.organ_box, forbidden, self.part, self.sample_shape)
 
 
@@ -159,6 +167,11 @@ def is_organ(label: Tensor, labels: Sequence[int]) -> Tensor:
             here = label == value
             organ = here if organ is None else organ.logical_or_(here)
     return torch.zeros_like(label, dtype=torch.bool) if organ is None else organ
+
+
+def is_outside(values: Tensor, limits: tuple[float, float]) -> Tensor:
+    """Return where values are below or above two limits: bool; False for NaN."""
+    return (values < limits[0]) | (values > limits[1])
 
 
 @lru_cache(maxsize=1024)

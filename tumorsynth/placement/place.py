@@ -15,12 +15,12 @@ more overhead per call) and levels in float64, so that every machine places the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 
 import torch
 
+from tumorsynth.geometry import Rows3
 from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.allowed import AllowedVoxels
 from tumorsynth.placement.arguments import check_spacing
@@ -38,14 +38,18 @@ from tumorsynth.placement.sample_tumor import SEED_LIMIT, SampledTumor, sample_t
 from tumorsynth.placement.settings import PlacementSettings, SizeRange
 from tumorsynth.placement.shape import Shape
 from tumorsynth.placement.types import GrowthRegion, LocalMask, Skip, SkipCode, TumorParams
+from tumorsynth.subvoxels import refine_spacing, subvoxel_factors
 
 CENTRES_PER_SIZE = 4  # centres rasterised before the tumour is made smaller
+MAX_UNSUITED_PLACES = 24  # at which a tumour would fit, before it is skipped
 SIZE_STEPS = 5  # sizes tried, from the sampled one down to the smallest allowed
 MAX_FAILED_TUMORS = 8  # tumours in a row without room, after which no more are tried
 MIN_FLATNESS = 0.33  # shortest / longest axis once the organ cuts a tumour; 95 % of real ones
 CUT_FLATNESS_FACTOR = 0.7  # of its own flatness, that a flat shape must keep
 MAX_ORGAN_SHARE = 0.25  # of the organ, that a tumour of a prior's size may take
 COARSE_POINTS = 24  # along each axis of the grid on which the organ's volume is estimated
+
+Objection = Callable[[LocalMask], Skip | None]  # why a tumour must not lie where it is
 
 
 @torch.no_grad()
@@ -55,6 +59,8 @@ def place(
     settings: PlacementSettings,
     rng: torch.Generator,
     growth: GrowthRegion | None = None,
+    shear: Rows3 | None = None,
+    objection: Objection | None = None,
 ) -> list[LocalMask | Skip]:
     """Place tumours in an organ.
 
@@ -69,6 +75,9 @@ def place(
             else from that seed, so that tumours do not depend on each other's draws.
         growth: where tumours may grow beyond the organ; without it ``settings.bulge`` has no
             effect.
+        shear: of the sample's axes; see `tumorsynth.geometry.Frame`.
+        objection: judges each tumour where it fits; of one that is objected to everywhere, the
+            first objection is returned. None accepts every place.
 
     Returns:
         One `LocalMask` or `Skip` for each tumour, in order.
@@ -85,7 +94,7 @@ def place(
         reason = skip_reasons.no_organ(region.organ_labels)
         return [Skip(SkipCode.NO_ORGAN, reason)] * wanted
 
-    allowed = AllowedVoxels(region.to_cpu(), spacing, settings.gap_mm)
+    allowed = AllowedVoxels(region.to_cpu(), spacing, settings.gap_mm, shear)
     sizes = _sizes_for(settings, allowed)
     results: list[LocalMask | Skip] = []
     failed_in_a_row = 0
@@ -98,7 +107,7 @@ def place(
             allowed.keep_clear_of(results[-1])
         tumor_rng = torch.Generator().manual_seed(seed)
         sampled = sample_tumor(settings, sizes, growth is not None, tumor_rng)
-        result = _fit(sampled, allowed, sizes, growth, tumor_rng)
+        result = _fit(sampled, allowed, sizes, growth, tumor_rng, objection)
         failed_in_a_row = 0 if isinstance(result, LocalMask) else failed_in_a_row + 1
         results.append(result)
     return results
@@ -113,6 +122,7 @@ def place_from_params(
     earlier: Sequence[LocalMask] = (),
     gap_mm: float = 2.0,
     growth: GrowthRegion | None = None,
+    shear: Rows3 | None = None,
 ) -> LocalMask | Skip:
     """Place one tumour again, from its params alone.
 
@@ -123,6 +133,7 @@ def place_from_params(
         earlier: the tumours placed before it, in order; none if tumours may merge.
         gap_mm: organ left between two tumours.
         growth: where tumours may grow beyond the organ.
+        shear: of the sample's axes.
 
     Raises:
         ValueError: if the centre lies outside the sample.
@@ -133,10 +144,10 @@ def place_from_params(
             f"the tumour's centre {params.centre} lies outside the label {shape}; "
             "params replay only on a label of the shape they were drawn for"
         )
-    allowed = AllowedVoxels(region.to_cpu(), check_spacing(spacing), gap_mm)
+    allowed = AllowedVoxels(region.to_cpu(), check_spacing(spacing), gap_mm, shear)
     for tumor in earlier:
         allowed.keep_clear_of(tumor)
-    result = rasterize(params, Shape(params), allowed, growth if params.bulge > 0 else None)
+    result = rasterize(params, Shape(params, shear), allowed, growth if params.bulge > 0 else None)
     if isinstance(result, LocalMask):
         return result
     return Skip(SkipCode.NO_ROOM, skip_reasons.no_room_again(params.diameter_mm))
@@ -148,6 +159,7 @@ def _fit(
     sizes: SizeRange,
     growth: GrowthRegion | None,
     rng: torch.Generator,
+    objection: Objection | None,
 ) -> LocalMask | Skip:
     """Find a centre for a tumour, making it smaller if need be."""
     params = sampled.params
@@ -156,12 +168,14 @@ def _fit(
     candidates = sample_candidates(allowed, rng)
     if len(candidates) == 0:
         return Skip(SkipCode.NO_ROOM, skip_reasons.NO_FREE_VOXEL, params.drawn_mm)
-    most_voxels = 0
+    most_mm3 = 0.0
+    unsuited: list[Skip] = []
     diameters_mm = _shrinking_diameters(params, sizes)
     for step, diameter_mm in enumerate(diameters_mm):
-        diameter_mm = snap_diameter(diameter_mm, *sizes, allowed.voxel_mm3)
+        factors = subvoxel_factors(allowed.spacing, diameter_mm)
+        diameter_mm = snap_diameter(diameter_mm, *sizes, allowed.voxel_mm3 / math.prod(factors))
         smaller = replace(params, diameter_mm=diameter_mm)
-        shape = Shape(smaller)
+        shape = Shape(smaller, allowed.shear)
         if growth is not None:
             centres = rank_exophytic(shape, allowed, candidates, params.bulge, growth, rng)
         else:
@@ -172,14 +186,26 @@ def _fit(
                 touches_capsule=sampled.touches_capsule,
                 keep_best=step == len(diameters_mm) - 1,
             )
-        for centre in islice(centres, CENTRES_PER_SIZE):
+        tries = CENTRES_PER_SIZE
+        for centre in centres:
             x, y, z = centre.tolist()
             result = rasterize(replace(smaller, centre=(x, y, z)), shape, allowed, growth)
-            if isinstance(result, int):
-                most_voxels = max(most_voxels, result)
+            if not isinstance(result, LocalMask):
+                most_mm3 = max(most_mm3, result)
             elif not _is_sliver(result, shape, allowed):
-                return result
-    largest_mm = equivalent_diameter(most_voxels * allowed.voxel_mm3)
+                found = None if objection is None else objection(result)
+                if found is None:
+                    return result
+                unsuited.append(found)
+                if len(unsuited) == MAX_UNSUITED_PLACES:
+                    return unsuited[0]
+                continue  # another place, of the same size
+            tries -= 1
+            if tries == 0:
+                break
+    if unsuited:
+        return unsuited[0]
+    largest_mm = equivalent_diameter(most_mm3)
     return Skip(SkipCode.NO_ROOM, skip_reasons.no_room(sizes.low, largest_mm), params.drawn_mm)
 
 
@@ -188,7 +214,8 @@ def _is_sliver(tumor: LocalMask, shape: Shape, allowed: AllowedVoxels) -> bool:
     if tumor.voxels < MIN_SMOOTH_VOXELS:
         return False
     min_flatness = min(MIN_FLATNESS, CUT_FLATNESS_FACTOR * shape.flatness())
-    return flatness(tumor.mask, allowed.spacing) < min_flatness
+    spacing = refine_spacing(allowed.spacing, tumor.factors)
+    return flatness(tumor.fine_mask, spacing, allowed.shear) < min_flatness
 
 
 def _shrinking_diameters(params: TumorParams, sizes: SizeRange) -> list[float]:

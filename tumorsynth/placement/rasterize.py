@@ -1,4 +1,8 @@
-"""Rasterise a tumour: from a shape at a centre to the allowed voxels it takes."""
+"""Rasterise a tumour: from a shape at a centre to the allowed voxels it takes.
+
+Coarse voxels are divided first (`tumorsynth.subvoxels`). The label then holds the voxels of which
+the tumour fills at least half or, where it fills none that far, half as much as of the fullest.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tumorsynth.geometry import Box
+from tumorsynth.geometry import Box, Ints3, Rows3
 from tumorsynth.placement.allowed import AllowedVoxels
-from tumorsynth.placement.components import lowest_connected
+from tumorsynth.placement.components import flood, lowest_connected
 from tumorsynth.placement.shape import MAX_LEVEL, Shape
 from tumorsynth.placement.types import Bools, Floats, GrowthRegion, LocalMask, TumorParams
+from tumorsynth.subvoxels import ONE, average_subvoxels, refine_box, subvoxel_factors
 
 MIN_SHAPED_VOXELS = 8  # tumours of fewer voxels have no shape to keep
 # Tumours from this many voxels on keep close to their shape, and must not be slivers
 MIN_SMOOTH_VOXELS = 4 * MIN_SHAPED_VOXELS
 LIKELY_LEVEL_FACTOR = 1.06  # n voxels seldom need a level higher than the ellipsoid's times this
 BOX_MARGIN = 1.05  # factor on MAX_LEVEL for the box around a tumour
+MIN_LABEL_SHARE = 0.5  # of a voxel, or of the fullest voxel's share, that the tumour fills
 
 
 def rasterize(
     params: TumorParams, shape: Shape, allowed: AllowedVoxels, growth: GrowthRegion | None = None
-) -> LocalMask | int:
+) -> LocalMask | float:
     """Find a tumour's voxels: the connected allowed voxels of lowest level, as many as it needs.
 
-    The volume is thus exact to half a voxel, also where the organ's surface cuts the shape.
+    The volume is thus exact to half a voxel (a subvoxel where voxels are coarse), also where the
+    organ's surface cuts the shape.
 
     Args:
         params: the tumour, with its centre.
@@ -36,29 +43,57 @@ def rasterize(
         growth: where it may grow beyond the organ.
 
     Returns:
-        The tumour, or, if it does not fit, how many voxels do.
+        The tumour, or, if it does not fit, how many mm3 do.
     """
-    n = voxel_count(params.diameter_mm, allowed.voxel_mm3)
+    factors = subvoxel_factors(allowed.spacing, params.diameter_mm)
+    subvoxel_mm3 = allowed.voxel_mm3 / math.prod(factors)
+    n = voxel_count(params.diameter_mm, subvoxel_mm3)
     box = _box_around(params.centre, shape, allowed)
-    grid = _LevelGrid(shape, _grid_mm(box, params.centre, shape, allowed.spacing))
-    free = allowed.mask_in(box, growth)
+    grid = _LevelGrid(shape, _grid_mm(box, params.centre, shape, allowed.spacing, factors))
+    free = _repeat(allowed.mask_in(box, growth), factors)
     likely = _lowest_likely(grid, free, n)
-    mask = _lowest(grid, free, n) if likely is None else likely
+    if likely is None:
+        mask = _lowest(grid, free, n, voxel_count(params.diameter_mm, allowed.voxel_mm3))
+    else:
+        mask = likely
     if isinstance(mask, int):
-        return mask
+        return mask * subvoxel_mm3
     index = mask.nonzero()
     x, y, z = (round(int(i.sum()) / n) for i in index)
     if not mask[x, y, z]:
-        return 0  # a sickle around its own centre
-    tight = Box.of_slices([slice(int(i.min()), int(i.max()) + 1) for i in index])
+        return 0.0  # a sickle around its own centre
+    tight = Box.of_slices(
+        [
+            slice(int(i.min()) // k, int(i.max()) // k + 1)
+            for i, k in zip(index, factors, strict=True)
+        ]
+    )
     start = [a + b for a, b in zip(box.start, tight.start, strict=True)]
+    fine = torch.from_numpy(mask[refine_box(tight, factors).slices].copy())
+    label, voxels = fine, n
+    if factors != ONE:
+        label = _label_of(average_subvoxels(fine.double(), factors))
+        voxels = int(label.sum())
     return LocalMask(
         params=params,
         start=(start[0], start[1], start[2]),
-        mask=torch.from_numpy(mask[tight.slices].copy()),
-        voxels=n,
-        diameter_mm=equivalent_diameter(n * allowed.voxel_mm3),
+        mask=label,
+        voxels=voxels,
+        diameter_mm=equivalent_diameter(voxels * allowed.voxel_mm3),
+        factors=factors,
+        subvoxels=None if factors == ONE else fine,
     )
+
+
+def _label_of(share: Tensor) -> Tensor:
+    """Return the voxels to label (X, Y, Z), given the share of each that the tumour fills.
+
+    They are connected, and at least one.
+    """
+    values = share.numpy()
+    fullest = int(values.argmax())
+    label = values >= MIN_LABEL_SHARE * min(1.0, float(values.flat[fullest]))
+    return torch.from_numpy(flood(label, fullest))
 
 
 class _LevelGrid:
@@ -93,16 +128,23 @@ def _lowest_likely(grid: _LevelGrid, free: Bools, n: int) -> Bools | None:
     return None if isinstance(mask, int) else mask
 
 
-def _lowest(grid: _LevelGrid, free: Bools, n: int) -> Bools | int:
-    """Search as far as the shape may reach."""
+def _lowest(grid: _LevelGrid, free: Bools, n: int, whole_voxels: int) -> Bools | int:
+    """Search as far as the shape may reach.
+
+    Args:
+        grid: levels.
+        free: bool (X, Y, Z), where the tumour may be.
+        n: voxels, or subvoxels, that it needs.
+        whole_voxels: its volume in voxels of the scan.
+    """
     # a few voxels count at any level, since on a coarse grid the nearest may lie beyond MAX_LEVEL
-    farthest = MAX_LEVEL if n >= MIN_SMOOTH_VOXELS else math.inf
+    farthest = MAX_LEVEL if whole_voxels >= MIN_SMOOTH_VOXELS else math.inf
     where = grid.shape.may_reach(grid.squares, farthest)
     level = grid.at(where)
     levels = level[where]
     if len(levels) == 0:  # a centre between slices too far apart
         return 0
-    if n >= MIN_SHAPED_VOXELS:
+    if whole_voxels >= MIN_SHAPED_VOXELS:
         nth = min(n, len(levels)) - 1
         limit = MAX_LEVEL * max(1.0, float(np.partition(levels, nth)[nth]))
         where &= level <= limit
@@ -111,7 +153,8 @@ def _lowest(grid: _LevelGrid, free: Bools, n: int) -> Bools | int:
 
 def _box_around(centre: Sequence[int], shape: Shape, allowed: AllowedVoxels) -> Box:
     """Return the part of the sample that a shape may reach, and the centre's neighbours."""
-    reach = shape.sphere * (MAX_LEVEL * BOX_MARGIN) / allowed.spacing + shape.offset.numpy()
+    sphere = allowed.along_axes(shape.sphere)
+    reach = sphere * (MAX_LEVEL * BOX_MARGIN) / allowed.spacing + shape.offset.numpy()
     low, high = np.floor(reach.min(0)).tolist(), np.ceil(reach.max(0)).tolist()
     start = [c + min(int(v), -1) for c, v in zip(centre, low, strict=True)]
     stop = [c + max(int(v), 1) + 1 for c, v in zip(centre, high, strict=True)]
@@ -120,15 +163,23 @@ def _box_around(centre: Sequence[int], shape: Shape, allowed: AllowedVoxels) -> 
 
 
 def _grid_mm(
-    box: Box, centre: Sequence[int], shape: Shape, spacing: Sequence[float]
+    box: Box, centre: Sequence[int], shape: Shape, spacing: Sequence[float], factors: Ints3
 ) -> list[Floats]:
-    """Return the coordinates of a box's voxels along each axis, in mm from the shape's centre."""
+    """Return a box's subvoxels' coordinates along each axis, in mm from the shape's centre."""
     return [
-        (np.arange(a - c, b - c) - offset) * s
-        for a, b, c, offset, s in zip(
-            box.start, box.stop, centre, shape.offset.numpy(), spacing, strict=True
+        ((np.arange((a - c) * k, (b - c) * k) + 0.5) / k - 0.5 - offset) * s
+        for a, b, c, offset, s, k in zip(
+            box.start, box.stop, centre, shape.offset.numpy(), spacing, factors, strict=True
         )
     ]
+
+
+def _repeat(mask: Bools, factors: Ints3) -> Bools:
+    """Give each subvoxel its voxel's value."""
+    for axis, factor in enumerate(factors):
+        if factor > 1:
+            mask = mask.repeat(factor, axis)
+    return mask
 
 
 def voxel_count(diameter_mm: float, voxel_mm3: float) -> int:
@@ -154,12 +205,20 @@ def snap_diameter(diameter_mm: float, low_mm: float, high_mm: float, voxel_mm3: 
     return diameter_mm
 
 
-def flatness(mask: Tensor, spacing: Sequence[float]) -> float:
+def flatness(mask: Tensor, spacing: Sequence[float], shear: Rows3 | None = None) -> float:
     """Return the shortest over the longest axis of a bool mask (X, Y, Z).
 
     An axis is a standard deviation in mm, with each voxel's own extent in it.
+
+    Args:
+        mask: with at least one voxel.
+        spacing: mm per voxel.
+        shear: of the grid's axes; see `tumorsynth.geometry.Frame`.
     """
     at = np.stack(mask.cpu().numpy().nonzero()) * np.array(spacing)[:, None]
     at -= at.mean(1, keepdims=True)
-    variance = np.linalg.eigvalsh(at @ at.T / at.shape[1] + np.diag(np.square(spacing) / 12))
+    covariance = at @ at.T / at.shape[1] + np.diag(np.square(spacing) / 12)
+    if shear is not None:
+        covariance = shear @ covariance @ np.transpose(shear)
+    variance = np.linalg.eigvalsh(covariance)
     return math.sqrt(variance[0] / variance[-1])

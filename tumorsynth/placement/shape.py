@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.geometry import Rows3
 from tumorsynth.placement.types import Bools, Floats, TumorParams
 
 MAX_LEVEL = 1.2  # highest level that a tumour cut by the organ's surface may grow to elsewhere
@@ -34,6 +35,7 @@ class Shape:
 
     Args:
         params: the tumour; its centre and bulge are not used.
+        shear: of the axes of the grids it is asked about; see `tumorsynth.geometry.Frame`.
 
     Attributes:
         offset: of the true centre from the centre voxel's middle, in voxels (3,).
@@ -43,7 +45,8 @@ class Shape:
         sphere, ball, rim: points (N, 3) at level 1 in the directions of SPHERE, BALL and RIM.
     """
 
-    def __init__(self, params: TumorParams) -> None:
+    def __init__(self, params: TumorParams, shear: Rows3 | None = None) -> None:
+        self._shear = None if shear is None else torch.tensor(shear, dtype=torch.float64)
         rng = torch.Generator().manual_seed(params.shape_seed)
         self._waves = _sample_waves(params, rng)
         self.offset = torch.rand(3, generator=rng, dtype=torch.float64) - 0.5
@@ -129,6 +132,8 @@ class Shape:
         """
         x, y, z = grid_mm
         to_own = self.rotation / self.half_axes  # x @ to_own turns the ellipsoid into a ball
+        if self._shear is not None:
+            to_own = self._shear @ to_own
         form = (to_own @ to_own.T).numpy()
         plane = form[0, 0] * np.square(x)[:, None] + form[1, 1] * np.square(y)
         plane += 2 * form[0, 1] * x[:, None] * y
@@ -153,6 +158,8 @@ class Shape:
         x, y, z = grid_mm
         i, j, k = where.nonzero()
         points = torch.from_numpy(np.stack([x[i], y[j], z[k]]))
+        if self._shear is not None:
+            points = self._shear @ points
         length = torch.from_numpy(squares[where]).clamp_min_(1e-18).sqrt_()
         to_own = self.rotation / self.half_axes
         ellipsoid = points.square().sum(0).sqrt_().div_(length).mul_(2 / self.diameter_mm)

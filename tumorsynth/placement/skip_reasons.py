@@ -11,6 +11,11 @@ from collections.abc import Sequence
 HAS_TUMOR = "left alone (holds a tumour already)"
 EXCLUDED = "left alone (as asked)"
 NO_FREE_VOXEL = "no room: other tumours or forbidden voxels fill the organ"
+AIR = (
+    "the tumour would lie in air or padding (all voxels below -1000 HU) under the organ's label; "
+    "correct the label, or paint there all the same with contrast_hu= or any_tissue=True "
+    "(--any-tissue)"
+)
 NO_VISIBLE_CHANGE = "the generator leaves this tissue as it is"
 
 
@@ -28,6 +33,15 @@ def not_finite(share: float) -> str:
     """Return the reason where this share of the organ's voxels is NaN or infinite."""
     return (
         f"{share:.0%} of the organ's voxels in the image are NaN or infinite; export the scan again"
+    )
+
+
+def unsuited_voxels(share: float, generator: str, voxel_hu: tuple[float, float]) -> str:
+    """Return the reason where this share of the organ's voxels is no tissue."""
+    low, high = voxel_hu
+    return (
+        f"most of the organ must lie within {low:g} to {high:g} HU, where {generator} may paint, "
+        f"but {share:.0%} of its voxels do not (padding, gas or metal); check label and intensity="
     )
 
 

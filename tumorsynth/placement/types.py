@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tumorsynth.arguments import is_bool
-from tumorsynth.geometry import Box
+from tumorsynth.geometry import Box, Ints3
+from tumorsynth.subvoxels import ONE, average_subvoxels, refine_box
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -142,9 +143,12 @@ class LocalMask:
     Args:
         params: what the voxels follow from.
         start: the box's first voxel in the sample.
-        mask: bool (X, Y, Z), on the CPU; every face of the box holds a voxel of the tumour.
+        mask: bool (X, Y, Z), on the CPU: the voxels that are labelled. Every face of the box holds
+            a voxel that the tumour fills in part.
         voxels: how many voxels of the mask are the tumour.
         diameter_mm: exact equivalent diameter of these voxels.
+        factors: subvoxels along each axis of a voxel (`tumorsynth.subvoxels`).
+        subvoxels: bool, the tumour on the box's subvoxels; None where voxels are fine.
 
     Examples:
         >>> label[tumor.slices][tumor.mask] = tumor_label
@@ -155,6 +159,33 @@ class LocalMask:
     mask: Tensor
     voxels: int
     diameter_mm: float
+    factors: Ints3 = ONE
+    subvoxels: Tensor | None = None
+
+    @property
+    def fine_mask(self) -> Tensor:
+        """The tumour on the finest grid that there is: subvoxels, or else voxels."""
+        return self.mask if self.subvoxels is None else self.subvoxels
+
+    @property
+    def fine_voxels(self) -> int:
+        """How many voxels of ``fine_mask`` are the tumour."""
+        return self.voxels if self.subvoxels is None else int(self.subvoxels.sum())
+
+    @property
+    def fine_box(self) -> Box:
+        """The part of the sample's subvoxels that ``fine_mask`` covers."""
+        return refine_box(self.box, self.factors)
+
+    @property
+    def share(self) -> Tensor:
+        """Share of each voxel of the box that the tumour fills, float32."""
+        return average_subvoxels(self.fine_mask.float(), self.factors)
+
+    @property
+    def mean_share(self) -> float:
+        """Mean share of a labelled voxel that the tumour fills."""
+        return 1.0 if self.factors == ONE else float(self.share[self.mask].mean())
 
     @property
     def box(self) -> Box:
@@ -177,6 +208,7 @@ class SkipCode(str, Enum):
     NO_ORGAN = "no_organ"  # the label has no voxel of the organ
     NO_ROOM = "no_room"  # the tumour does not fit into the allowed voxels
     NOT_FINITE = "not_finite"  # the image is NaN or infinite in most of the organ
+    TISSUE = "tissue"  # the generator is not for the tissue around the tumour
     OUTSIDE_WINDOW = "outside_window"  # the generator's HU window misses the organ
     GATE = "gate"  # the gate rejected every attempt
     IMPLAUSIBLE = "implausible"  # the generator gave NaN, or values that no tissue has

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.geometry import Rows3, shear_of
+from tumorsynth.nifti_header import check_header
 from tumorsynth.placement.components import flood
 from tumorsynth.placement.shape import OUTLINE_RINGS
 
@@ -76,13 +78,16 @@ def read_shapes(shapes: Any) -> tuple[str, ...]:
     )
 
 
-def outline_of(mask: Tensor, spacing: Sequence[float], name: str = "the mask") -> str:
+def outline_of(
+    mask: Tensor, spacing: Sequence[float], name: str = "the mask", shear: Rows3 | None = None
+) -> str:
     """Return the outline of one tumour.
 
     Args:
         mask: (X, Y, Z), tumour where it is not 0.
         spacing: mm per voxel.
         name: what errors call the mask.
+        shear: of the mask's axes; see `tumorsynth.geometry.Frame`.
 
     Raises:
         ValueError: if the mask holds no tumour, more than one, or one of too few voxels.
@@ -102,7 +107,7 @@ def outline_of(mask: Tensor, spacing: Sequence[float], name: str = "the mask") -
     centre = tumor.mask.nonzero().double().mean(0)
     if not bool(tumor.mask[tuple(centre.round().long().tolist())]):  # a sickle
         centre = tumor.middle.double()
-    radius = _radii(tumor.mask, centre, voxel)
+    radius = _radii(tumor.mask, centre, voxel, shear)
     levels = (radius / radius.max() * RADIUS_LEVELS).round().clamp(1, RADIUS_LEVELS)
     return base64.b64encode(bytes(levels.to(torch.uint8).flatten().tolist())).decode()
 
@@ -135,7 +140,7 @@ def _main_component(mask: Tensor, voxel: Tensor, name: str) -> _Component:
     return _Component(component, middle)
 
 
-def _radii(mask: Tensor, centre: Tensor, voxel: Tensor) -> Tensor:
+def _radii(mask: Tensor, centre: Tensor, voxel: Tensor, shear: Rows3 | None) -> Tensor:
     """Return the radius in mm (OUTLINE_RINGS, 2 OUTLINE_RINGS) of each direction's cone.
 
     Averages the volume along several rays per cell; a radius r stands for a cone of volume ~ r^3.
@@ -147,8 +152,11 @@ def _radii(mask: Tensor, centre: Tensor, voxel: Tensor) -> Tensor:
     unit = torch.stack(
         [ring * phi.cos(), ring * phi.sin(), theta.cos()[:, None].expand(-1, len(phi))], -1
     )
+    if shear is not None:  # from now on along the mask's axes
+        unit = unit @ torch.linalg.inv(unit.new_tensor(shear))
     step = float(voxel.min()) / STEPS_PER_VOXEL
-    longest = float((torch.tensor(mask.shape) * voxel).norm())
+    extent = torch.tensor(mask.shape) * voxel
+    longest = float(extent.norm() if shear is None else extent.sum())
     distances = torch.arange(0, longest + step, step, dtype=torch.float64) + step / 2
     cubes = torch.zeros(unit.shape[:2], dtype=torch.float64)
     padded = F.pad(mask, (1, 1) * 3)
@@ -195,12 +203,15 @@ def _outline_of_file(path: Path) -> str:
         image = nibabel.load(path)
         mask = torch.from_numpy(np.asarray(image.dataobj) != 0)
         spacing = [float(s) for s in image.header.get_zooms()[:3]]
+        shear = shear_of(image.affine)
     except Exception as error:
         raise ValueError(
             f"{path.name} must be a NIfTI mask, but cannot be read: {error}; export it again, "
             "or leave it out"
         ) from error
-    return outline_of(mask, spacing, path.name)
+    if isinstance(image.header, nibabel.Nifti1Header):
+        check_header(path.name, image.header)
+    return outline_of(mask, spacing, path.name, shear)
 
 
 def _outline_of_pair(pair: Any, name: str) -> str:

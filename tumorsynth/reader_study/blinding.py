@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tumorsynth.geometry import Frame, shear_of
 from tumorsynth.scans import nifti
 from tumorsynth.scans.pairing import find_pairs
 
@@ -147,7 +148,12 @@ def find_scans(folder: Path, truth: str, labels: Path | None = None) -> list[Sca
 
 
 def blind(
-    scan: Scan, *, tumor_label: int, lesions: str = "largest", field_mm: float | None = None
+    scan: Scan,
+    *,
+    tumor_label: int,
+    lesions: str = "largest",
+    field_mm: float | None = None,
+    reading: nifti.Reading = nifti.Reading(),  # noqa: B008 (frozen)
 ) -> list[Case]:
     """Make the blinded cases of a scan.
 
@@ -157,6 +163,7 @@ def blind(
         lesions: "largest" for one case, or "each" for a case of every lesion of at least 0.02 ml.
         field_mm: edge of the cube shown around the mark (or the scan's centre), moved to lie inside
             the scan; None for the whole scan.
+        reading: what to do where the files contradict themselves or each other.
 
     Raises:
         ValueError: for bad settings, or a label without a lesion.
@@ -171,9 +178,9 @@ def blind(
         raise ValueError(f"--field-mm must be more than 0 mm and finite, got {field_mm:g}; try 120")
     orientations = nifti.require_nibabel().orientations
     if scan.label is None:
-        volume, label = nifti.read_volume(scan.ct), None
+        volume, label = nifti.read_volume(scan.ct, reading), None
     else:
-        volume, label = nifti.read_pair(scan.ct, scan.label)
+        volume, label = nifti.read_pair(scan.ct, scan.label, reading)
     to_ras = orientations.io_orientation(volume.affine)
     values = orientations.apply_orientation(volume.values(), to_ras)
     edges = np.linalg.norm(volume.affine[:3, :3], axis=0)[to_ras[:, 0].argsort()]
@@ -183,7 +190,8 @@ def blind(
     marked: list[Lesion | None] = [None]
     if label is not None:
         mask = orientations.apply_orientation(label.integers(), to_ras) == tumor_label
-        marked = [*_find_lesions(mask, (x, y, z))]
+        shear = shear_of(volume.affine @ orientations.inv_ornt_aff(to_ras, volume.stored.shape))
+        marked = [*_find_lesions(mask, Frame((x, y, z), shear=shear))]
         if not marked:
             raise ValueError(
                 f"every label needs a lesion to mark, but {label.name} holds none of at least "
@@ -211,7 +219,7 @@ def blind(
     return cases
 
 
-def _find_lesions(mask: np.ndarray, spacing: Sequence[float]) -> list[Lesion]:
+def _find_lesions(mask: np.ndarray, frame: Frame) -> list[Lesion]:
     """The 26-connected components of a mask, largest first."""
     from scipy import ndimage
 
@@ -219,9 +227,12 @@ def _find_lesions(mask: np.ndarray, spacing: Sequence[float]) -> list[Lesion]:
     lesions = []
     for k, box in enumerate(ndimage.find_objects(components), start=1):
         voxels = np.argwhere(components[box] == k) + [s.start for s in box]
-        volume_mm3 = len(voxels) * float(np.prod(spacing))
+        volume_mm3 = len(voxels) * frame.voxel_mm3
         if volume_mm3 >= MIN_LESION_ML * 1000:
-            squared_mm = (((voxels - voxels.mean(0)) * spacing) ** 2).sum(1)
+            offsets_mm = (voxels - voxels.mean(0)) * frame.spacing
+            if frame.shear is not None:
+                offsets_mm = offsets_mm @ np.array(frame.shear)
+            squared_mm = (offsets_mm**2).sum(1)
             diameter_mm = (6 * volume_mm3 / np.pi) ** (1 / 3)
             lesions.append(Lesion(voxels[squared_mm.argmin()], diameter_mm))
     return sorted(lesions, key=lambda lesion: -lesion.diameter_mm)

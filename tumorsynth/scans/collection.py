@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from tumorsynth.nifti_header import is_default
 from tumorsynth.scans import nifti
 from tumorsynth.scans.errors import describe_error, is_fatal
+from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.pairing import Pair
 from tumorsynth.scans.scan import check_organ, synthesize_scan
 
@@ -40,10 +42,11 @@ MAX_SHARE_NOT_FINITE = 0.01
 
 @dataclass(frozen=True)
 class Task:
-    """One scan, and the seed that decides its tumours."""
+    """One scan, the seed that decides its tumours, and how to read the files."""
 
     pair: Pair
     seed: int
+    reading: Reading = Reading()
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,26 @@ def process_scan(
     Returns:
         The tumours of the report, one record each.
     """
-    image, label = nifti.read_pair(task.pair.ct, task.pair.label)
+    image, label = nifti.read_pair(task.pair.ct, task.pair.label, task.reading)
     label.check_label_fits(synth.tumor_label)
     if organ_required:
         check_organ(label, synth.organ_labels)
-    for note in _notes(synth, image, label):
+    for note in _notes(synth, image, label, task.reading):
         print(f"tumorsynth: {task.pair.name}: {note}", file=sys.stderr)
-    report = synthesize_scan(synth, image, label, out, task.pair.name, task.seed, step)
+    report = synthesize_scan(
+        synth, image, label, out, task.pair.name, task.seed, step, geometry=task.reading.geometry
+    )
     return report["tumors"]
 
 
-def _notes(synth: SynthesizeTumor, image: Volume, label: Volume) -> Iterator[str]:
+def _notes(synth: SynthesizeTumor, image: Volume, label: Volume, reading: Reading) -> Iterator[str]:
     """What is unusual about a scan, and need not be wrong."""
+    if reading.geometry is None and is_default(image.header) and synth.unknown_size.first():
+        yield (  # once for each process
+            f"the header of {image.name} says voxels of 1 mm and no position, as libraries write "
+            "that know neither; where voxels have another size, so will the tumours: repair the "
+            "header, or add --geometry pixdim if it is right"
+        )
     values = label.values()
     if count := int((values == synth.tumor_label).sum()):
         # the patient's own tumours, or an organ of this number

@@ -20,7 +20,27 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-AFFINE_TOLERANCE = 1e-3  # mm; files store float32 affines, and tools round them
+from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, voxel_sizes
+from tumorsynth.nifti_header import check_geometry, read_affine
+
+SIZE_ROUNDING, AXIS_ROUNDING = 1e-4, 1e-3  # relative; decide only which words a message uses
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What to do where files contradict themselves or each other.
+
+    Args:
+        geometry: the source of a header to take: "sform", "qform" or "pixdim". None refuses a
+            header whose sources contradict each other.
+        same_grid: whether voxel lies on voxel, whatever the affines of CT and label say.
+    """
+
+    geometry: str | None = None
+    same_grid: bool = False
+
+    def __post_init__(self) -> None:
+        check_geometry(self.geometry)
 
 
 @dataclass(frozen=True)
@@ -156,13 +176,17 @@ def _check_declared_size(path: Path, header: Any, *, zipped: bool) -> None:
         raise _Truncated
 
 
-def read_volume(path: Path) -> Volume:
+def read_volume(path: Path, reading: Reading = Reading()) -> Volume:  # noqa: B008 (frozen)
     """Read a .nii or .nii.gz completely, including the checksum at its end.
+
+    Args:
+        path: the file.
+        reading: what to do where its header contradicts itself.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not NIfTI, is truncated or damaged, has more than three axes, no
-            voxels, complex numbers, or no usable affine.
+            voxels, complex numbers, no usable affine, or several that contradict each other.
     """
     nibabel = require_nibabel()
     path = Path(path)
@@ -230,49 +254,59 @@ def read_volume(path: Path) -> Volume:
             f"{name} has no usable voxel size: its header must hold one in mm, got "
             f"{_times(lengths)}; repair its header"
         )
-    affine = np.asarray(image.affine, np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError(
-            f"{name} has no usable affine: its axes must be finite and linearly independent, got "
-            f"{affine[:3].round(4).tolist()}; repair its header"
-        )
+    raw = image.header.copy()
+    raw["pixdim"][1:4] = np.abs(scale["pixdim"][1:4])  # where it is 0, nibabel puts 1
+    affine = read_affine(name, raw, reading.geometry)
     proxy = image.dataobj
     return Volume(name, stored, float(proxy.slope), float(proxy.inter), affine, image.header)
 
 
-def read_pair(ct: Path, label: Path) -> tuple[Volume, Volume]:
+def read_pair(
+    ct: Path,
+    label: Path,
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
+) -> tuple[Volume, Volume]:
     """Read a CT and its label map; raise ValueError if they do not share one grid."""
-    image, mask = read_volume(ct), read_volume(label)
-    check_same_grid(image, mask)
+    image, mask = read_volume(ct, reading), read_volume(label, reading)
+    check_same_grid(image, mask, reading=reading)
     return image, mask
 
 
-def check_same_grid(image: Volume, label: Volume, what_they_are: str = "CT and label") -> None:
-    """Raise ValueError if two grids differ in shape, spacing, orientation or origin.
+def check_same_grid(
+    image: Volume,
+    label: Volume,
+    what_they_are: str = "CT and label",
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
+) -> None:
+    """Raise ValueError if two grids differ in shape, or put a voxel at different places.
 
     Args:
         image: the first volume.
         label: the second volume.
         what_they_are: "FIRST and SECOND", for the message.
+        reading: whether voxel lies on voxel.
     """
+    first, second = what_they_are.split(" and ")
+    what = fix = ""
     if image.stored.shape != label.stored.shape:
         what = f"shape {_times(image.stored.shape)} against {_times(label.stored.shape)} voxels"
-    elif np.abs(image.affine - label.affine).max() <= AFFINE_TOLERANCE:
-        return
-    else:
-        what = _affine_difference(image.affine, label.affine)
-    first, second = what_they_are.split(" and ")
-    raise ValueError(
-        f"{what_they_are} must share one grid, but {image.name} and {label.name} differ in {what}; "
-        f"resample the {second} onto the {first}"
-    )
+    elif not reading.same_grid:
+        shift = largest_shift(image.affine, label.affine, image.stored.shape)
+        if shift > MAX_SHIFT_VOXELS:
+            what = f"{_affine_difference(image.affine, label.affine)}, by up to {shift:.2g} voxels"
+            fix = ", or add --same-grid if voxel lies on voxel"
+    if what:
+        raise ValueError(
+            f"{what_they_are} must share one grid, but {image.name} and {label.name} differ in "
+            f"{what}; resample the {second} onto the {first}{fix}"
+        )
 
 
 def _affine_difference(first: np.ndarray, second: np.ndarray) -> str:
-    spacing = [np.linalg.norm(a[:3, :3], axis=0) for a in (first, second)]
-    if np.abs(spacing[0] - spacing[1]).max() > AFFINE_TOLERANCE:
-        return "affine: spacing {} against {} mm".format(*(_times(s.round(4)) for s in spacing))
-    if np.abs(first[:3, :3] - second[:3, :3]).max() > AFFINE_TOLERANCE:
+    sizes, others = voxel_sizes(first), voxel_sizes(second)
+    if not np.allclose(sizes, others, rtol=SIZE_ROUNDING, atol=0):
+        return f"affine: spacing {_times(sizes.round(4))} against {_times(others.round(4))} mm"
+    if not np.allclose(first[:3, :3] / sizes, second[:3, :3] / others, atol=AXIS_ROUNDING):
         axcodes = require_nibabel().aff2axcodes
         codes = ["".join(axcodes(a)) for a in (first, second)]
         return f"affine: orientation ({codes[0]} against {codes[1]}, or a rotation between them)"
@@ -298,7 +332,8 @@ def write_volume(path: Path, like: Volume, stored: np.ndarray) -> None:
     is_nifti2 = isinstance(like.header, nibabel.Nifti2Header)
     kind = nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
     shape = like.header.get_data_shape()
-    image = kind(stored.reshape(shape), like.affine, like.header)
+    # not like.affine: of a header that contradicts itself, another source may have been chosen
+    image = kind(stored.reshape(shape), like.header.get_best_affine(), like.header)
     # given a scale, nibabel writes the numbers unchanged
     scale = like.header["scl_slope"], like.header["scl_inter"]
     if not np.isfinite(scale).all():

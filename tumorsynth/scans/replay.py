@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tumorsynth.nifti_header import check_geometry
 from tumorsynth.pipeline.validation import check_params
+from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.run_settings import option_names, voxels_sha256
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def read_report(path: Path) -> dict[str, Any]:
             f"a report's voxels_sha256 must be an object and its device a name, but {path.name} "
             f"holds {str(hashes)[:40]} and {str(report.get('device'))[:40]}; restore it"
         )
+    check_geometry(report.get("geometry"))
     check_params(report["params"], 1)
     if report["params"][0].get("seed") not in (None, report["seed"]):
         raise ValueError(
@@ -61,6 +64,12 @@ def read_report(path: Path) -> dict[str, Any]:
             f"{str(threads)[:40]}; restore it"
         )
     return report
+
+
+def reading_of(report: dict[str, Any]) -> Reading:
+    """Return how the report's files were read; `check_scan` makes sure that they are the same."""
+    known = report.get("voxels_sha256") or {}
+    return Reading(report.get("geometry"), same_grid="ct" in known and "label" in known)
 
 
 def check_scan(report: dict[str, Any], image: Volume, label: Volume) -> None:

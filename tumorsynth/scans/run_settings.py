@@ -37,7 +37,9 @@ ALWAYS_RECORDED = (
 NOT_OPTIONS = ("generator", "device")
 
 
-def run_settings(synth: SynthesizeTumor, *, ct: str, label: str, seed: int) -> dict[str, Any]:
+def run_settings(
+    synth: SynthesizeTumor, *, ct: str, label: str, seed: int, geometry: str | None = None
+) -> dict[str, Any]:
     """Collect what decides the result of a scan, in JSON's own types.
 
     Args:
@@ -45,6 +47,7 @@ def run_settings(synth: SynthesizeTumor, *, ct: str, label: str, seed: int) -> d
         ct: file name of the CT.
         label: file name of its label map.
         seed: of the scan.
+        geometry: the source of the files' headers that was chosen.
     """
     import torch
 
@@ -54,6 +57,7 @@ def run_settings(synth: SynthesizeTumor, *, ct: str, label: str, seed: int) -> d
         "ct": ct,
         "label": label,
         "seed": seed,
+        **({} if geometry is None else {"geometry": geometry}),
         "generator": {key: card[key] for key in ("name", "sha256", "licence") if key in card},
         "options": _options(synth),
         # the last bit of a convolution depends on these two
@@ -103,7 +107,7 @@ def explain_mismatch(report: Path, settings: dict[str, Any]) -> str | None:
         return "cannot be read"
     if not isinstance(found, dict):
         return "is no report"
-    for key, value in settings.items():
+    for key, value in {"geometry": None, **settings}.items():
         old = found.get(key)
         if old != value:
             if isinstance(old, dict) and isinstance(value, dict):

@@ -32,6 +32,7 @@ def synthesize_scan(
     seed: int,
     step: Callable[[], None],
     params: list[dict[str, Any]] | None = None,
+    geometry: str | None = None,
 ) -> dict[str, Any]:
     """Synthesise tumours in one scan and write its CT, label map, preview and report.
 
@@ -46,6 +47,7 @@ def synthesize_scan(
         seed: decides the tumours.
         step: called after each of reading, synthesising, writing and drawing.
         params: of an earlier report, to make its tumours again.
+        geometry: the source of the header that the affine was read from, for the report.
 
     Returns:
         The report, as written.
@@ -76,7 +78,7 @@ def synthesize_scan(
     new_ct = image.with_changes(differs, after[differs])
     new_label = label.with_changes(relabelled, new[relabelled])
     report = {
-        **run_settings(synth, ct=image.name, label=label.name, seed=seed),
+        **run_settings(synth, ct=image.name, label=label.name, seed=seed, geometry=geometry),
         "voxels_sha256": {
             "ct": voxels_sha256(image.stored),
             "label": voxels_sha256(label.stored),

@@ -13,6 +13,9 @@ RESAMPLE = "put tio.ToReferenceSpace or tio.Resample in front"
 # the name that TorchIO gives to a tensor, an array or an image outside of a subject
 _DEFAULT_NAMES = ("default_image_name", "tio_default_image")
 
+# arguments of `Adapter` that say where voxels lie
+GEOMETRY = ("spacing", "override_affine")
+
 # settings whose draws params hold, so that a replay does not need them
 DRAWN = ("count", "size_mm", "sigma_mm", "contrast_hu", "mass_effect", "shapes", "bulge")
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from torchio import Subject
+from torchio import Image, Subject
 from torchio.transforms import Transform
 from torchio.transforms.augmentation import RandomTransform
 
 from tumorsynth.adapter import MAX_SEED, SETTINGS, Adapter
+from tumorsynth.affines import is_identity
 from tumorsynth.arguments import keywords_of
-from tumorsynth.pipeline.validation import check_grid
+from tumorsynth.pipeline.frames import Carried, check_grid
 from tumorsynth.torchio.shared import (
     DRAWN,
+    GEOMETRY,
     RESAMPLE,
     check_names,
     check_record,
@@ -24,6 +28,8 @@ from tumorsynth.torchio.shared import (
     random_repr,
 )
 from tumorsynth.tracing import untraced
+
+FILES_REMEMBERED = 4096
 
 # TorchIO's own arguments, which the transform in the history repeats
 _BASE = ("copy", "include", "exclude", "keep", "parse_input", "label_keys")
@@ -42,7 +48,8 @@ class _Synthesis(Transform):
         **kwargs: Any,
     ) -> None:
         check_names(image, label, organ)
-        self.settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        names = (*SETTINGS, *GEOMETRY)
+        self.settings = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().__init__(**kwargs)
         self.adapter = Adapter(organ is not None, healthy_only, **self.settings)
         self.settings["generator"] = generator_for_history(
@@ -67,10 +74,17 @@ class _Synthesis(Transform):
         check_subject(self.name, names, images)
         if is_left_out((self.image, self.label), self.include, self.exclude):
             return False
-        image, label, *organ = (images[name] for name in names)
-        check_grid(names, [part.affine for part in (image, label, *organ)], RESAMPLE)
+        parts = [images[name] for name in names]
+        carried = [
+            Carried(name, part.affine, _was_resampled(part))
+            for name, part in zip(names, parts, strict=True)
+        ]
+        image, label = parts[:2]
+        if self.adapter.spacing is None:
+            check_grid(carried, image.spatial_shape, RESAMPLE)
+        organ = parts[2].data if self.organ is not None else None
         new_image, new_label = self.adapter(
-            image.data, label.data, *(part.data for part in organ), affine=image.affine, **call
+            image.data, label.data, organ, names=names, carried=carried, **call
         )
         image.set_data(new_image)
         label.set_data(new_label)
@@ -152,3 +166,19 @@ class SynthesizeTumor(_Synthesis):
         """Add the tumours."""
         self._synthesize(subject, params=[self.params])
         return subject
+
+
+def _was_resampled(image: Image) -> bool:
+    """Return whether an image with an identity affine was read from a file with another one."""
+    if not isinstance(image.path, Path) or not is_identity(image.affine):
+        return False
+    kind: Any = type(image)
+    return _file_has_affine(kind, image.path)
+
+
+@lru_cache(FILES_REMEMBERED)
+def _file_has_affine(kind: Any, path: Path) -> bool:
+    try:
+        return not is_identity(kind(path).affine)
+    except Exception:  # the file is gone, or its reader raises an error of its own
+        return False

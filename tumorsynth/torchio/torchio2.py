@@ -15,9 +15,10 @@ from torchio import SubjectsBatch, Transform
 
 from tumorsynth.adapter import MAX_SEED, SETTINGS, Adapter
 from tumorsynth.arguments import keywords_of
-from tumorsynth.pipeline.validation import check_grid
+from tumorsynth.pipeline.frames import Carried, check_grid
 from tumorsynth.torchio.shared import (
     DRAWN,
+    GEOMETRY,
     RESAMPLE,
     check_names,
     check_record,
@@ -42,7 +43,8 @@ class _Synthesis(Transform):
         **kwargs: Any,
     ) -> None:
         check_names(image, label, organ)
-        settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        names = (*SETTINGS, *GEOMETRY)
+        settings = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().__init__(**kwargs)
         self.adapter = Adapter(organ is not None, healthy_only, **settings)
         settings["generator"] = generator_for_history(
@@ -76,11 +78,13 @@ class _Synthesis(Transform):
         names = self._names()
         parts = [batch.images[name] for name in names]
         affines = [torch.stack([affine.data.cpu() for affine in part.affines]) for part in parts]
-        check_grid(names, affines, RESAMPLE)
+        carried = [Carried(name, affine) for name, affine in zip(names, affines, strict=True)]
         image, label = parts[:2]
+        if self.adapter.spacing is None:
+            check_grid(carried, image.data.shape[-3:], RESAMPLE)
         organ = parts[2].data if self.organ is not None else None
         image.data, label.data = self.adapter(
-            image.data, label.data, organ, excluded, affine=affines[0], **call
+            image.data, label.data, organ, excluded, names=names, carried=carried, **call
         )
 
 

@@ -95,7 +95,7 @@ def contrast_range(
     reference = REFERENCE_LEVEL_HU if config.tissue_low > 0 else None
     contrasts = []
     for tumor in tumors:
-        hu, mask = _crop_around(cases, tumor, tumor_label)
+        hu, mask = crop_around(cases, tumor, tumor_label)
         level = level_around(hu, mask, tissue)
         # without tissue around, the level is arbitrary and may be 0
         scale = 1.0 if reference is None or level <= tissue[0] else reference / float(level)
@@ -115,7 +115,7 @@ def tissue_warning(
     """Return a warning if most tumours lie outside the tissue range of the config, or None."""
     low, high = config.tissue_low, config.tissue_high
     levels = [
-        float(level_around(*_crop_around(cases, tumor, tumor_label), (-2000, 2000)))
+        float(level_around(*crop_around(cases, tumor, tumor_label), (-2000, 2000)))
         for tumor in tumors
     ]
     if 2 * sum(low < level < high for level in levels) >= len(levels):
@@ -128,7 +128,7 @@ def tissue_warning(
     )
 
 
-def _crop_around(cases: list[Case], tumor: Tumor, tumor_label: int) -> tuple[Tensor, Tensor]:
+def crop_around(cases: list[Case], tumor: Tumor, tumor_label: int) -> tuple[Tensor, Tensor]:
     """HU and mask, (1, 1, X, Y, Z) each, of a tumour and 10 mm around it."""
     case, box = cases[tumor.case], tumor_surroundings(tumor)
     mask = tumor_mask(case, tumor, tumor_label)
@@ -149,12 +149,24 @@ def _thick_slices(hu: Tensor, rng: np.random.Generator) -> Tensor:
 
 def even_tissue_centres(case: Case, config: DenoiserTraining) -> Tensor:
     """Return voxels (N, 3) in the middle of at least 2 cm of even tissue, mostly parenchyma."""
+    _, even = _coarse_and_even(case, config)
+    return even.nonzero() * COARSE_MM + COARSE_MM // 2
+
+
+def even_tissue_levels(case: Case, config: DenoiserTraining) -> Tensor:
+    """Return the HU (N,) of the tissue in the middle of `even_tissue_centres`."""
+    coarse, even = _coarse_and_even(case, config)
+    return coarse[even]
+
+
+def _coarse_and_even(case: Case, config: DenoiserTraining) -> tuple[Tensor, Tensor]:
+    """Return a case's averages over COARSE_MM, and which of them lie in even tissue."""
     coarse = F.avg_pool3d(case.hu.float()[None, None], COARSE_MM)
     high = F.max_pool3d(coarse, 5, stride=1, padding=2)
     low = -F.max_pool3d(-coarse, 5, stride=1, padding=2)
     even = (low > config.tissue_low) & (high < config.tissue_high)
     even &= high - low < 1.6 * config.evenness
-    return even[0, 0].nonzero() * COARSE_MM + COARSE_MM // 2
+    return coarse[0, 0], even[0, 0]
 
 
 def _zoomed_cube(volume: Tensor, centre: list[float], source: int, side: int) -> Tensor:

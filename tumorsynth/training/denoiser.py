@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tumorsynth.appearance.contrast import ContrastConfig, contrast_of, level_around
+from tumorsynth.appearance.tissue import CARD_KEY
 from tumorsynth.generators.diffusion import Generator
 from tumorsynth.generators.sampling import q_sample, target
 from tumorsynth.models.autoencoder import Autoencoder
@@ -75,6 +76,7 @@ from tumorsynth.training.run_folder import (
     identity_of,
     lock_folder,
 )
+from tumorsynth.training.tissue import learned_tissue
 
 PICTURE_ROWS = 4
 PICTURE_CAPTIONS = ("training crop", "generated tumour")
@@ -140,7 +142,12 @@ def train(
     ):
         if warning:
             print_status(fabric, f"mind: {warning}")
-    fields = {"name": output.name, "licence": default_licence(started, stage1), **(card or {})}
+    fields = {
+        "name": output.name,
+        "licence": default_licence(started, stage1),
+        CARD_KEY: learned_tissue(cases, tumors, data.tumor_label, config).to_card(),
+        **(card or {}),
+    }
     sampler = sampler_config(config, multiple, contrast)
     generator = Generator(trained, copy.deepcopy(network), sampler, fields)
     crops = TumorCrops(cases, tumors, data.tumor_label, config, generator.window)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, to_array
+from tumorsynth.nifti_header import is_default, read_affine
+from tumorsynth.scans.nifti import Reading, require_nibabel
 from tumorsynth.training.data import (
     PACKED_HU,
     Case,
@@ -41,13 +45,18 @@ class Source:
     held_out: bool = False
 
 
-def load_data(data: Path, labels: Path | None = None) -> list[Case]:
+def load_data(
+    data: Path,
+    labels: Path | None = None,
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
+) -> list[Case]:
     """Read training cases.
 
     Args:
         data: a pack (.npz), a dataset.json, or a folder of CTs. Cases listed under "validation" in
             a dataset.json are held out.
         labels: a folder of label maps, for a folder of CTs.
+        reading: what to do where files contradict themselves or each other.
 
     Raises:
         FileNotFoundError: if ``data`` does not exist.
@@ -63,7 +72,7 @@ def load_data(data: Path, labels: Path | None = None) -> list[Case]:
         )
     if data.suffix == ".npz":
         return load_pack(data)
-    return read_cases(find_sources(data, labels))
+    return read_cases(find_sources(data, labels), reading=reading)
 
 
 def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
@@ -146,18 +155,23 @@ def _in_folders(images: Path, labels: Path | None) -> list[Source]:
     return [Source(c.name, c.ct, c.label) for c in find_pairs(images, labels)]
 
 
-def read_cases(sources: list[Source], workers: int | None = None) -> list[Case]:
+def read_cases(
+    sources: list[Source],
+    workers: int | None = None,
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
+) -> list[Case]:
     """Read all cases, in order.
 
     Args:
         sources: the files of the cases.
         workers: threads that read, by default one for each processor, at most four: each holds a
             whole scan in float32. Decompression and resampling release the interpreter lock.
+        reading: what to do where files contradict themselves or each other.
 
     Raises:
         ValueError: with every problem of every case.
     """
-    reader = _reader()
+    reader = _reader(reading)
     from monai.data import CacheDataset
 
     workers = workers or min(MAX_READING_THREADS, os.cpu_count() or 1)
@@ -174,7 +188,30 @@ def read_cases(sources: list[Source], workers: int | None = None) -> list[Case]:
         elif len(same) > 1:
             problems.append(f"{name}: listed twice; list it once")
     raise_problems(problems or held_out_duplicates(cases))
+    if reading.geometry is None:
+        _warn_of_default_headers(sources)
     return cases
+
+
+def _warn_of_default_headers(sources: list[Source]) -> None:
+    """Warn of CTs whose header says 1 mm only because the library that wrote it knew no size."""
+    files = [source.image for source in sources]
+    named = [path.name for path in files if (h := _nifti_header(path)) and is_default(h)]
+    if named:
+        more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+        warnings.warn(
+            f"the header of {named[0]}{more} says voxels of 1 mm and no position, as libraries "
+            "write that know neither; where voxels have another size the generator learns wrong "
+            "sizes: repair the headers, or add --geometry pixdim if they are right",
+            stacklevel=3,
+        )
+
+
+def _nifti_header(path: Path) -> Any:
+    """Return the header of a NIfTI file, None for another format."""
+    nibabel = require_nibabel()
+    header = nibabel.load(path).header
+    return header if isinstance(header, nibabel.Nifti1Header) else None
 
 
 def read_case(source: Source) -> Case:
@@ -183,10 +220,10 @@ def read_case(source: Source) -> Case:
     Raises:
         ValueError: with the problems of the case, without its name.
     """
-    return _read(source, *_transforms())
+    return _read(source, Reading(), *_transforms())
 
 
-def _reader() -> Any:
+def _reader(reading: Reading) -> Any:
     """A MONAI transform from a Source to its Case, or to a problem in words.
 
     An exception would end the reading of all other cases.
@@ -197,14 +234,14 @@ def _reader() -> Any:
     class Read(Transform):
         def __call__(self, source: Source) -> Case | str:
             try:
-                return _read(source, load, grid)
+                return _read(source, reading, load, grid)
             except (ValueError, OSError) as error:
                 return f"{source.name}: {error}"
 
     return Read()
 
 
-def _read(source: Source, load: Any, grid: Any) -> Case:
+def _read(source: Source, reading: Reading, load: Any, grid: Any) -> Case:
     paths = {"image": source.image, **({"label": source.label} if source.label else {})}
     for path in paths.values():
         if not path.is_file():
@@ -214,6 +251,8 @@ def _read(source: Source, load: Any, grid: Any) -> Case:
     except Exception as error:  # MONAI's readers raise errors of many types
         cause = error.__cause__ or error
         raise ValueError(f"cannot be read ({' '.join(str(cause).split())[:200]})") from error
+    for key, path in paths.items():
+        _take_affine(raw[key], path, reading)
     image = raw["image"]
     problems = [hu_problem(image.as_tensor())]
     if image.ndim != 4 or image.shape[0] != 1:
@@ -221,7 +260,7 @@ def _read(source: Source, load: Any, grid: Any) -> Case:
     else:
         problems.append(_size_problem(image))
     if "label" in raw:
-        problems.append(_label_problem(image, raw["label"]))
+        problems.append(_label_problem(image, raw["label"], reading))
     if any(problems):
         raise ValueError("; ".join(problem for problem in problems if problem))
     if "label" in raw:  # exactly the image's grid, although the headers may differ in rounding
@@ -253,14 +292,27 @@ def _size_problem(image: Any) -> str | None:
     )
 
 
-def _label_problem(image: Any, label: Any) -> str | None:
+def _take_affine(volume: Any, path: Path, reading: Reading) -> None:
+    """Give a loaded volume the affine that all commands read: MONAI prefers another source."""
+    header = _nifti_header(path)
+    if header is not None and volume.ndim == 4:
+        volume.affine = read_affine(path.name, header, reading.geometry)
+
+
+def _label_problem(image: Any, label: Any, reading: Reading) -> str | None:
     if label.shape != image.shape:
         return (
             f"a label must have its image's shape {tuple(image.shape[1:])}, "
             f"got {tuple(label.shape[1:])}"
         )
-    if not np.allclose(label.affine, image.affine, atol=0.1):
-        return "the label lies elsewhere in space than the image (the affines differ); resample it"
+    if not reading.same_grid:
+        affines = to_array(image.affine), to_array(label.affine)
+        shift = largest_shift(*affines, image.shape[1:])
+        if shift > MAX_SHIFT_VOXELS:
+            return (
+                "the label lies elsewhere in space than the image (the affines differ, by up to "
+                f"{shift:.2g} voxels); resample it, or add --same-grid if voxel lies on voxel"
+            )
     values = label.as_tensor()
     if bool((values != values.round()).any()) or not 0 <= float(values.min()) <= 255:
         return "label values must be integers from 0 to 255"

@@ -190,6 +190,7 @@ def synthetic_tumors(
         count=TUMORS_PER_CALL,
         size_mm=SYNTHETIC_SIZE_MM,
         device=generator.device,
+        any_tissue=True,  # held-out scans may be of another phase
     )
     for seed in seeds:
         image, new_label = synthesize(hu, label, seed=seed)

@@ -1,0 +1,229 @@
+"""How the voxels of a call lie in the patient: what the caller says, and what came with the data.
+
+``spacing=`` and ``affine=`` are the caller's. Other affines come along with image, label and organ
+map. Where they contradict each other the call is refused; where nobody knows the size of a voxel,
+the transform warns once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tumorsynth.affines import (
+    MAX_SHIFT_VOXELS,
+    directions_agree,
+    is_identity,
+    largest_shift,
+    sizes_agree,
+    to_array,
+    voxel_sizes,
+)
+from tumorsynth.arguments import any_bool
+from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
+from tumorsynth.pipeline.validation import plain
+
+SHARE_A_GRID = "resample one onto the other, or, where voxel lies on voxel, give both one affine"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What came along with an image, a label or an organ map.
+
+    Args:
+        name: what the user calls it.
+        affine: 4x4, or (B, 4, 4) for a batch; None without one.
+        resampled: whether the data were brought from another voxel size to this one, for all
+            samples. An identity then means 1 mm; otherwise it may stand for an affine that was
+            lost.
+    """
+
+    name: Any
+    affine: Any = None
+    resampled: bool = False
+
+    @classmethod
+    def of(cls, name: Any, x: Any) -> Carried:
+        """Return what a tensor carries: nothing, unless it is a MetaTensor."""
+        affine = getattr(x, "affine", None)
+        if affine is None:
+            return cls(name)
+        # the affine of the file, which no transform changes
+        original = (getattr(x, "meta", None) or {}).get("original_affine")
+        return cls(name, affine, original is not None and not _any_identity(original))
+
+
+def find_frames(
+    shape: Sequence[int],
+    batch: int,
+    carried: Sequence[Carried],
+    *,
+    spacing: Any = None,
+    affine: Any = None,
+    override_affine: bool = False,
+) -> tuple[list[Frame], str | None]:
+    """Return how the axes of each sample lie in the patient.
+
+    Args:
+        shape: voxels of a sample.
+        batch: number of samples.
+        carried: what came with image, label and organ map.
+        spacing: the caller's.
+        affine: the caller's.
+        override_affine: whether the caller's wins over other affines that came along.
+
+    Returns:
+        The frames, and why the size of a voxel is unknown, or None if it is known.
+
+    Raises:
+        ValueError: for a spacing or an affine that cannot be, for two that contradict each other,
+            and for parts that lie on different grids.
+    """
+    if spacing is not None and affine is not None:
+        raise ValueError("spacing and affine must not both be given; the affine holds the spacing")
+    with_affine = [part for part in carried if part.affine is not None]
+    if spacing is None and affine is None:
+        if override_affine:
+            raise ValueError(
+                "override_affine=True must come with what overrides the affine, got neither "
+                "spacing= nor affine=; pass one of them, or leave override_affine out"
+            )
+        return _frames_carried(shape, batch, carried, with_affine)
+    frames = _frames_given(batch, spacing, affine)
+    if not override_affine:
+        for part in with_affine:
+            _check_agrees(frames, part, "spacing" if affine is None else "affine")
+        known = [part for part in with_affine if not _any_identity(part.affine)]
+        check_grid(known, shape, f"{SHARE_A_GRID}, or pass override_affine=True")
+    return frames, None
+
+
+def _frames_carried(
+    shape: Sequence[int], batch: int, carried: Sequence[Carried], with_affine: Sequence[Carried]
+) -> tuple[list[Frame], str | None]:
+    """Return the frames of the first affine that came along, 1 mm without one."""
+    if not with_affine:
+        names = " and ".join(repr(part.name) for part in carried[:2])
+        return [frame_from_spacing(1.0)] * batch, f"{names} have no affine"
+    first = with_affine[0]
+    frames = _frames_given(batch, None, first.affine)
+    check_grid(with_affine, shape)
+    if first.resampled or not _any_identity(first.affine):
+        return frames, None
+    return frames, f"the affine of {first.name!r} is the identity"
+
+
+def unknown_size(reason: str) -> str:
+    """Return the warning that the size of a voxel is unknown, and why."""
+    return (
+        f"the size of a voxel must be known, but {reason} and no spacing was given, so that voxels "
+        "are taken as 1 mm; pass spacing=(dx, dy, dz), spacing=(1, 1, 1) where they are 1 mm. "
+        "A cache, EnsureTyped or a crop of plain arrays loses the affine; MONAI's "
+        "PersistentDataset keeps it with track_meta=True, weights_only=False"
+    )
+
+
+def _frames_given(batch: int, spacing: Any, affine: Any) -> list[Frame]:
+    """Return the frames of a spacing or of an affine, one for all samples or one for each."""
+    if affine is not None:
+        parts = _per_sample(affine, 2, batch, "affine must be 4x4 or (B, 4, 4)")
+        return [frame_from_affine(part) for part in parts]
+    parts = _per_sample(spacing, 1, batch, "spacing must be (dx, dy, dz) in mm or (B, 3)")
+    return [frame_from_spacing(part) for part in parts]
+
+
+def _check_agrees(frames: Sequence[Frame], part: Carried, name: str) -> None:
+    """Raise ValueError if what the caller gave contradicts an affine that came along.
+
+    Args:
+        frames: of the caller's spacing or affine.
+        part: what came along. An identity, or what is no affine at all, contradicts nothing.
+        name: "spacing" or "affine".
+    """
+    for frame, matrix in zip(frames, _per_frame(part.affine, len(frames)), strict=False):
+        sizes = voxel_sizes(matrix)
+        if is_identity(matrix) or not (np.isfinite(sizes).all() and (sizes > 0).all()):
+            continue
+        given = None if frame.affine is None else np.asarray(frame.affine)
+        given_sizes = np.asarray(frame.spacing) if given is None else voxel_sizes(given)
+        if not sizes_agree(given_sizes, sizes):
+            says, against = (" x ".join(f"{v:.4g}" for v in s) for s in (given_sizes, sizes))
+            what = f"voxels of {says} mm and that affine of {against} mm"
+        elif given is not None and not directions_agree(given, matrix):
+            says, against = (m[:3, :3].round(3).tolist() for m in (given, matrix))
+            what = f"axes {says} and that affine {against}"
+        else:
+            continue
+        raise ValueError(
+            f"{name} must agree with the affine of {part.name!r}, but {name}= says {what}; leave "
+            f"{name} out to take that affine, or pass override_affine=True too where {name} is "
+            "right"
+        )
+
+
+def check_grid(carried: Sequence[Carried], shape: Sequence[int], fix: str = SHARE_A_GRID) -> None:
+    """Raise ValueError unless all affines that came along describe one grid.
+
+    Args:
+        carried: of image, label and organ map; those without an affine are left out.
+        shape: voxels of a sample.
+        fix: what the message advises.
+    """
+    given = [(part.name, to_array(part.affine)) for part in carried if part.affine is not None]
+    for name, affine in given[1:]:
+        first_name, first = given[0]
+        if first.ndim == affine.ndim and len(first) != len(affine):
+            continue  # batches of different sizes, which another check refuses
+        count = max(len(x) if x.ndim == 3 else 1 for x in (first, affine))
+        pairs = zip(_per_frame(first, count), _per_frame(affine, count), strict=True)
+        shift = max(largest_shift(one, other, shape[-3:]) for one, other in pairs)
+        if shift > MAX_SHIFT_VOXELS:
+            raise ValueError(
+                f"{first_name!r} and {name!r} must share one grid, but their affines put the "
+                f"same voxel up to {shift:.3g} voxels apart; {fix}"
+            )
+
+
+def _per_frame(affine: Any, count: int) -> list[np.ndarray]:
+    """Return one 4x4 affine for each sample; none for what is no affine."""
+    matrices = to_array(affine)
+    if matrices.shape == (4, 4):
+        return [matrices] * count
+    return list(matrices) if matrices.ndim == 3 and matrices.shape[1:] == (4, 4) else []
+
+
+def _any_identity(affine: Any) -> bool:
+    """Return whether an affine, or one of a batch, has the identity as its linear part."""
+    return any(is_identity(matrix) for matrix in _per_frame(affine, 1))
+
+
+def check_spacing(spacing: Any) -> None:
+    """Raise ValueError unless this is an adapter's ``spacing``: None, mm per voxel, or (B, 3)."""
+    if spacing is not None:
+        batch = len(spacing) if hasattr(spacing, "__len__") and np.ndim(spacing) else 1
+        _frames_given(batch, spacing, None)
+
+
+def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
+    """Return one value per sample, given a value of ``ndim`` axes for all or one more for each."""
+    try:
+        if value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value):
+            raise TypeError("complex numbers")
+        if any_bool(value):
+            raise TypeError("True and False")
+        tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+        tensor = plain(tensor)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{rule}, got {value!r}") from error
+    if tensor.ndim == 0 and ndim == 1:
+        return [float(tensor)] * batch
+    if tensor.ndim == ndim:
+        return [tensor.numpy()] * batch
+    if tensor.ndim == ndim + 1 and len(tensor) == batch:
+        return list(tensor.numpy())
+    raise ValueError(f"{rule} with B = {batch}, got shape {tuple(tensor.shape)}")
