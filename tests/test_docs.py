@@ -213,6 +213,52 @@ def test_the_report_page_names_every_skip_code():
     assert all(f"| `{code.value}` |" in page for code in SkipCode)
 
 
+def fields_of(heading: str) -> set[str]:
+    """Return the fields that the report page lists under a heading; every cell is filled."""
+    page = (DOCS / "report.md").read_text()
+    section = page.partition(f"# {heading}\n")[2].split("\n#")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    assert rows and all(len(row) == 4 and all(cell.strip() for cell in row) for row in rows)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+
+
+def test_the_report_page_lists_the_fields_that_reports_have(phantom, tmp_path):
+    pytest.importorskip("nibabel")
+    from tumorsynth.commands.main import main
+    from tumorsynth.scans import nifti
+
+    calls = ({"gate": True}, {"gate": ts.Gate(visibility=(1e6, 1e7))}, {"organ_labels": 99}, {})
+    found, tumors = {"loader"}, set()  # that one is Lightning's, tested there
+    for settings in calls:
+        fixed = {"organ_labels": 1, "tumor_label": 20, "count": 1, "size_mm": 12}
+        synth = ts.SynthesizeTumor("hu2023", **{**fixed, **settings})
+        synth(phantom.image, phantom.label, spacing=phantom.spacing, seed=0)
+        found |= {name for entry in synth.report for name in entry}
+        tumors |= {name for one in synth.params for tumor in one["tumors"] for name in tumor}
+    assert fields_of("Report: one entry a tumour") == found
+    assert fields_of("Params of a tumour") == tumors
+    for name, array in (("ct", phantom.image), ("label", phantom.label)):
+        values = array[0].round().short().numpy()
+        volume = nifti.new_volume(name, values, phantom.affine)
+        nifti.write_volume(tmp_path / f"a_{name}.nii.gz", volume, values)
+    pair = [str(tmp_path / f"a_{name}.nii.gz") for name in ("ct", "label")]
+    words = "--generator hu2023 --organ-label 1 --tumor-label 20 --count 1".split()
+    assert main(["synthesize", *pair, "-o", str(tmp_path / "out"), *words]) == 0
+    report = json.loads((tmp_path / "out" / "a_report.json").read_text())
+    assert fields_of("The file of the command line") == report.keys()
+
+
+def test_why_the_reports_centre_and_feather_are_not_the_params(phantom):
+    synth = ts.SynthesizeTumor("hu2023", organ_labels=1, tumor_label=20, count=3, size_mm=(8, 30))
+    for seed in range(4):
+        _, label = synth(phantom.image, phantom.label, spacing=phantom.spacing, seed=seed)
+        made = [entry for entry in synth.report if entry["applied"]]
+        for entry, params in zip(made, synth.params[0]["tumors"], strict=True):
+            assert label[(0, *entry["centre_voxel"])] == 20
+            assert entry["sigma_mm"] >= params["sigma_mm"]
+            assert entry["requested_diameter_mm"] == params["drawn_mm"]
+
+
 def test_figures_have_a_source():
     """Times and speeds are quoted from committed JSON alone, so the pages name none."""
     for page in PAGES:

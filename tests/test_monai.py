@@ -30,6 +30,8 @@ from monai_samples import LPS, SETTINGS, equal, same, sample, transform, tumor, 
 
 import tumorsynth as ts
 from tumorsynth.monai import (
+    BatchSynthesizeTumord,
+    PrepareBatchTumorSynth,
     RandSynthesizeTumor,
     RandSynthesizeTumorD,
     RandSynthesizeTumord,
@@ -526,3 +528,32 @@ def test_a_flipped_array_with_an_axis_of_one_voxel():
     image, label = np.full((1, 1, 16, 16), 100, np.float32), np.ones((1, 1, 16, 16), np.uint8)
     flipped = RandSynthesizeTumor(**SETTINGS)(image[:, ::-1], label[:, ::-1])
     assert [x.shape for x in flipped] == [image.shape] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"spacing": "x"}, ValueError, "spacing must be .* got 'x'"),
+        ({"spacing": (1, 2)}, ValueError, "spacing must be three numbers"),
+        ({"spacing": (1, 0, 1)}, ValueError, "spacing must be three numbers"),
+        ({"spacing": {"x": 1}}, ValueError, "spacing must be"),
+        ({"spacing": True}, ValueError, "spacing must be"),
+        ({"when": 3}, TypeError, "when must be a function, got 3"),
+        ({"allow_missing_keys": "no"}, ValueError, "allow_missing_keys must be True or False"),
+        ({"healthy_only": "no"}, ValueError, "healthy_only must be True or False"),
+        ({"label_key": {}}, ValueError, "label_key must be one key"),
+        ({"label_key": ["a"]}, ValueError, "label_key must be one key"),
+        ({"organ_key": ("a", "b")}, ValueError, "organ_key must be one key"),
+    ],
+)
+@pytest.mark.parametrize("kind", [RandSynthesizeTumord, BatchSynthesizeTumord])
+def test_malformed_arguments_are_refused_at_construction(kind, arguments, error, words):
+    with pytest.raises(error, match=words):
+        kind("image", **arguments)
+
+
+def test_spacings_that_work_are_taken_at_construction():
+    for spacing in (None, 1, 2.5, (1, 1, 3), np.ones(3), torch.ones(4, 3), [[1, 1, 2]]):
+        BatchSynthesizeTumord("image", spacing=spacing)
+    with pytest.raises(TypeError, match="prepare_batch must be a function, got 'x'"):
+        PrepareBatchTumorSynth(prepare_batch="x")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tumorsynth.arguments import keywords_of
+from tumorsynth.arguments import check_flag, keywords_of
 from tumorsynth.pipeline.call import Synthesis
-from tumorsynth.pipeline.frames import Carried
+from tumorsynth.pipeline.frames import Carried, check_spacing
 from tumorsynth.pipeline.place_batch import PlacedSample, skip_sample
 from tumorsynth.pipeline.requests import skip_records
 from tumorsynth.pipeline.validation import (
@@ -29,6 +29,7 @@ from tumorsynth.placement.arguments import check_organ_labels
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.types import Skip, SkipCode
 from tumorsynth.synthesizer import SynthesizeTumor
+from tumorsynth.tracing import untraced
 
 # the core's arguments with their defaults, without p, for which every framework has its own word
 SETTINGS: dict[str, Any] = {
@@ -76,14 +77,15 @@ class Adapter:
         override_affine: bool = False,
         **settings: Any,
     ) -> None:
+        self.separate_organ = check_flag("separate_organ", separate_organ)
+        self.healthy_only = check_flag("healthy_only", healthy_only)
+        self.override_affine = check_flag("override_affine", override_affine)
+        check_spacing(spacing)
+        self.spacing = spacing
         own = {"healthy_only": healthy_only, "override_affine": override_affine}
         self.given = {**settings, **{name: value for name, value in own.items() if value}}
         if spacing is not None:
             self.given["spacing"] = spacing
-        self.spacing = spacing
-        self.override_affine = bool(override_affine)
-        self.separate_organ = separate_organ
-        self.healthy_only = bool(healthy_only)
         self.tumor_label: int = settings.get("tumor_label", SETTINGS["tumor_label"])
         if separate_organ:
             _check_separate_organ(settings)
@@ -110,6 +112,7 @@ class Adapter:
         """One dict per tumour, or per reason for none, of the last call."""
         return self.synth.report
 
+    @untraced
     def __call__(
         self,
         image: Tensor,

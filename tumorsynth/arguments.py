@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any, TypeVar
 
 Class = TypeVar("Class", bound=type)
+Function = TypeVar("Function", bound=Callable[..., Any])
 _OPEN = {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}  # *arguments and **keywords
 
 
@@ -46,6 +47,36 @@ def check_probability(name: str, p: Any) -> float:
     return float(p)
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Return a bool, also for 0 and 1.
+
+    Args:
+        name: of the argument, for the message.
+        value: the argument.
+
+    Raises:
+        ValueError: for anything else: the text "no" would count as true.
+    """
+    if not is_bool(value) and not (isinstance(value, int) and value in (0, 1)):
+        raise ValueError(f"{name} must be True or False, got {value!r}; pass {name}=True")
+    return bool(value)
+
+
+def check_callable(name: str, value: Any) -> Any:
+    """Return a function, or None for none.
+
+    Args:
+        name: of the argument, for the message.
+        value: the argument.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r}; pass one, or leave {name} out")
+    return value
+
+
 def keywords_of(*sources: type, without: Iterable[str] = ()) -> Callable[[Class], Class]:
     """Decorate a class whose constructor passes ``**keywords`` on to other constructors.
 
@@ -70,12 +101,7 @@ def keywords_of(*sources: type, without: Iterable[str] = ()) -> Callable[[Class]
 
         @functools.wraps(constructor)
         def init(self: Any, *arguments: Any, **keywords: Any) -> None:
-            unknown = sorted(keywords.keys() - set(accepted))
-            if unknown:
-                raise TypeError(
-                    f"unknown keyword argument {', '.join(unknown)} of {type(self).__name__}; "
-                    f"{_suggestion(unknown, accepted)}it takes {', '.join(sorted(accepted))}"
-                )
+            _check_keywords(type(self).__name__, keywords, accepted)
             constructor(self, *arguments, **keywords)
 
         init.__signature__ = signature  # type: ignore[attr-defined]
@@ -84,6 +110,29 @@ def keywords_of(*sources: type, without: Iterable[str] = ()) -> Callable[[Class]
         return cls
 
     return decorate
+
+
+def known_keywords(function: Function) -> Function:
+    """Decorate a function, so that an unknown keyword is a TypeError that suggests a known one."""
+    accepted = [*inspect.signature(function).parameters.keys() - {"self", "cls"}]
+    owner = function.__qualname__.removesuffix(".forward").removesuffix(".__call__")
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        _check_keywords(owner, keywords, accepted)
+        return function(*arguments, **keywords)
+
+    return call  # type: ignore[return-value]
+
+
+def _check_keywords(owner: str, keywords: dict[str, Any], accepted: list[str]) -> None:
+    """Raise TypeError for a keyword that a class or function does not accept."""
+    unknown = sorted(keywords.keys() - set(accepted))
+    if unknown:
+        raise TypeError(
+            f"unknown keyword argument {', '.join(unknown)} of {owner}; "
+            f"{suggestion(unknown, accepted)}it takes {', '.join(sorted(accepted)) or 'none'}"
+        )
 
 
 def _merge(own: inspect.Signature, sources: Iterable[type], without: set[str]) -> inspect.Signature:
@@ -129,7 +178,8 @@ def _entries(doc: str) -> dict[str, str]:
     return {name: lines for lines, name in entries}
 
 
-def _suggestion(unknown: Iterable[str], known: Iterable[str]) -> str:
+def suggestion(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Return "did you mean ...? " with the known names close to unknown ones, or nothing."""
     found: list[str] = []
     for name in unknown:
         close = difflib.get_close_matches(name, known) or difflib.get_close_matches(

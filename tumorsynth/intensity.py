@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from tumorsynth.arguments import is_bool
+from tumorsynth.arguments import is_bool, keywords_of
 
 # HU that are 0 and 1 for the published generators and those for abdominal organs (paper E.2);
 # other generators have their own ``window``
@@ -36,6 +36,7 @@ class Intensity(Protocol):
         """Return an image in HU, in its own dtype."""
 
 
+@keywords_of()
 @dataclass(frozen=True)
 class HU:
     """The image is in Hounsfield units.
@@ -59,6 +60,7 @@ class HU:
         return image
 
 
+@keywords_of()
 @dataclass(frozen=True)
 class Scaled:
     """HU in [a_min, a_max] mapped linearly to [b_min, b_max], as MONAI's ScaleIntensityRange does.
@@ -107,6 +109,7 @@ class Scaled:
         return (image - self.b_min) * self.hu_per_unit + self.a_min
 
 
+@keywords_of()
 @dataclass(frozen=True)
 class ZScore:
     """(HU clipped to [low, high] - mean) / std, as nnU-Net's CTNormalization does.

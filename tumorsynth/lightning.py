@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Hashable, MutableMapping, MutableSequence
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -27,7 +27,17 @@ except ImportError:
         ) from error
 
 from tumorsynth.adapter import MAX_SEED, Adapter
-from tumorsynth.arguments import check_probability, keywords_of
+from tumorsynth.arguments import check_probability, is_bool, keywords_of
+from tumorsynth.batch_entries import (
+    Path,
+    can_replace,
+    entries_of,
+    find_path,
+    replace_entry,
+    value_at,
+)
+from tumorsynth.batch_parts import NAMES, find_parts, is_list, missing_entry
+from tumorsynth.pipeline.frames import check_spacing
 from tumorsynth.random_streams import per_sample_seeds
 
 __all__ = ["TumorSynthCallback"]
@@ -37,18 +47,26 @@ __all__ = ["TumorSynthCallback"]
 class TumorSynthCallback(Callback):
     """Adds synthetic tumours to each training batch, on the device that it is on.
 
-    The callback replaces entries of the batch and changes no tensor. It refuses a tuple, whose
-    entries cannot be replaced. ``callback.report`` describes the last batch.
+    The callback replaces entries of the batch and changes no tensor. It refuses a batch that is a
+    tuple, whose entries cannot be replaced. ``callback.report`` describes the last batch.
+
+    A batch may be nested: a dictionary or list of the batches of several loaders, or of the images
+    of TorchIO's ``SubjectsLoader``. Without ``loader``, every part of it that has an image and a
+    label gets tumours; the entries of the report then say under "loader" which part it was.
 
     Args:
-        image: where the CT (B, 1, X, Y, Z) is in the batch: a key of a dictionary, or a position
-            in a list. The default is "image", or 0.
+        image: where the CT (B, 1, X, Y, Z) is in the batch: a key of a dictionary, a position in a
+            list, a field of a dataclass, or a path of these: "image.data", ("labeled", 0). The
+            default is "image", or 0.
         label: likewise where the label is. The default is "label", or 1.
         organ: likewise where a separate organ map is, of which ``organ_labels`` are then values.
+        loader: the name or position of the loader whose batches get tumours, where the trainer has
+            several; ``image`` and ``label`` are then places in its batches.
         p: probability that a sample gets tumours.
         spacing: mm per voxel along X, Y, Z, for all samples; or where in the batch it is, (B, 3).
-            The default is a MetaTensor's affine. Without one, or where it is the identity, which
-            may stand for an affine that was lost, voxels count as 1 mm and the callback warns once.
+            The default is the affine of a MetaTensor or of TorchIO's image. Without one, or where
+            it is the identity, which may stand for an affine that was lost, voxels count as 1 mm
+            and the callback warns once.
         seed: decides every draw, together with the epoch, the batch's index and the rank. The
             default is drawn from torch's global generator when training starts
             (``L.seed_everything`` reproduces it). The checkpoint keeps it, so that a resumed run
@@ -71,6 +89,7 @@ class TumorSynthCallback(Callback):
         label: Hashable | None = None,
         *,
         organ: Hashable | None = None,
+        loader: Hashable | None = None,
         p: float = 1.0,
         spacing: Any = None,
         seed: int | None = None,
@@ -81,7 +100,12 @@ class TumorSynthCallback(Callback):
             (seed,) = per_sample_seeds(seed, 1)
         self.adapter = Adapter(organ is not None, **settings)
         self.adapter.synth.p = check_probability("p", p)
-        self.image, self.label, self.organ = image, label, organ
+        for name, place in (("image", image), ("label", label), ("organ", organ)):
+            _check_place(name, place)
+        _check_place("loader", loader)
+        self.image, self.label, self.organ, self.loader = image, label, organ, loader
+        if not isinstance(spacing, str):
+            check_spacing(spacing)
         self.spacing = spacing
         self.seed = self._own_seed = seed
 
@@ -105,25 +129,40 @@ class TumorSynthCallback(Callback):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Replace the batch's image and label."""
-        image_key, label_key = self._find_keys(batch)
-        image = self._entry(batch, image_key, "image")
-        label = self._entry(batch, label_key, "label")
-        organ = None if self.organ is None else self._entry(batch, self.organ, "organ")
+        """Replace the batch's image and label, in each of its parts that has them."""
         step = (self.seed or 0, trainer.current_epoch, batch_idx, trainer.global_rank)
-        batch[image_key], batch[label_key] = self.adapter(
-            image,
-            label,
-            organ,
-            names=(image_key, label_key, self.organ),
-            spacing=self._find_spacing(batch),
-            seed=_sample_seeds(step, len(image)),
-        )
+        report: list[dict[str, Any]] = []
+        if not entries_of(batch):
+            raise _not_replaceable(batch)
+        where = {name: getattr(self, name) for name in NAMES}
+        for path, entries, _ in find_parts(batch, where, self.loader):
+            places = [path + entry.path for entry in entries.values()]
+            if not all(can_replace(batch, place) for place in places[:2]):
+                raise _not_replaceable(batch)
+            before = [entry.with_affine() for entry in entries.values()]
+            part = ".".join(map(str, path))
+            after = self.adapter(
+                before[0],
+                before[1],
+                before[2] if len(before) > 2 else None,
+                names=[
+                    place[0] if len(place) == 1 else ".".join(map(str, place)) for place in places
+                ],
+                spacing=self._find_spacing(batch, path),
+                seed=_sample_seeds(step, len(before[0]), part),
+            )
+            for place, old, new in zip(places, before, after, strict=False):
+                if new is not old:
+                    replace_entry(batch, place, new, in_place=True)
+            report += [{"loader": part, **entry} if part else entry for entry in self.report]
+        self.adapter.synth.report = report
 
     @property
     def state_key(self) -> str:
         """Identify this callback among several in a checkpoint, by all of its arguments."""
-        places = (self.image, self.label, self.organ, self.spacing, self._own_seed)
+        places: tuple[Any, ...] = (self.image, self.label, self.organ, self.spacing, self._own_seed)
+        if self.loader is not None:  # without one the key is that of earlier versions
+            places += (self.loader,)
         key = f"{type(self).__qualname__}{places}: {self!r}"
         return re.sub(r" at 0x[0-9a-f]+", "", key)  # addresses change with the process
 
@@ -137,42 +176,39 @@ class TumorSynthCallback(Callback):
 
     # -- the batch ---------------------------------------------------------------------------------
 
-    def _find_keys(self, batch: Any) -> tuple[Any, Any]:
-        """Return where image and label are in the batch."""
-        if isinstance(batch, MutableMapping):
-            default: tuple[Any, Any] = ("image", "label")
-        elif isinstance(batch, MutableSequence):
-            default = (0, 1)
-        else:
-            raise TypeError(
-                "a batch must be a dictionary or a list, whose entries can be replaced, got "
-                f"{type(batch).__name__}; let collate_fn or the dataset return one of these, or "
-                "call ts.SynthesizeTumor in training_step"
-            )
-        image = default[0] if self.image is None else self.image
-        label = default[1] if self.label is None else self.label
-        return image, label
+    def _find_spacing(self, batch: Any, path: Path) -> Any:
+        """Return the spacing, which may be an entry of the part at a path, or of the batch."""
+        if not isinstance(self.spacing, str | int):
+            return self.spacing
+        for part in (value_at(batch, path), batch):
+            if isinstance(self.spacing, int) and not is_list(part):
+                return self.spacing
+            found = find_path(part, self.spacing)
+            if found is not None:
+                return value_at(part, found)
+        raise missing_entry(batch, self.spacing, "spacing")
 
-    def _entry(self, batch: Any, key: Any, argument: str) -> Any:
-        """Return an entry of the batch whose place is this argument of the constructor."""
-        try:
-            return batch[key]
-        except (KeyError, IndexError, TypeError) as error:
-            held = list(batch) if isinstance(batch, MutableMapping) else f"{len(batch)} entries"
-            raise ValueError(
-                f"the batch has no {key!r}, it has {held}; say where it is with {argument}=... "
-                "of TumorSynthCallback"
-            ) from error
 
-    def _find_spacing(self, batch: Any) -> Any:
-        in_batch = isinstance(self.spacing, str) or (
-            isinstance(self.spacing, int) and isinstance(batch, MutableSequence)
+def _not_replaceable(batch: Any) -> TypeError:
+    return TypeError(
+        "a batch must be a dictionary or a list, whose entries can be replaced, got "
+        f"{type(batch).__name__}; let collate_fn or the dataset return one of these, or call "
+        "ts.SynthesizeTumor in training_step"
+    )
+
+
+def _check_place(argument: str, place: Any) -> None:
+    """Raise ValueError unless a place may be a key, a position or a path."""
+    if place == () or is_bool(place) or not isinstance(place, Hashable):
+        raise ValueError(
+            f"{argument} must be a key, a position or a path in the batch, got {place!r}; pass for "
+            f"example {argument}='{argument}'"
         )
-        return self._entry(batch, self.spacing, "spacing") if in_batch else self.spacing
 
 
-def _sample_seeds(step: tuple[int, ...], batch_size: int) -> list[int]:
-    """Return one seed per sample, different for each step and each order of its numbers."""
-    digest = hashlib.sha256(repr(tuple(int(number) for number in step)).encode()).digest()
+def _sample_seeds(step: tuple[int, ...], batch_size: int, part: str = "") -> list[int]:
+    """Return one seed per sample, different for each step, order of its numbers, and part."""
+    text = repr(tuple(int(number) for number in step)) + part
+    digest = hashlib.sha256(text.encode()).digest()
     rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randint(MAX_SEED, (batch_size,), generator=rng, device="cpu").tolist()

@@ -34,7 +34,15 @@ except ImportError as error:
     raise ImportError('tumorsynth.monai needs MONAI: pip install "tumorsynth[monai]"') from error
 
 from tumorsynth.adapter import MAX_SEED, Adapter
-from tumorsynth.arguments import check_probability, keywords_of
+from tumorsynth.arguments import (
+    check_callable,
+    check_flag,
+    check_probability,
+    keywords_of,
+    known_keywords,
+)
+from tumorsynth.batch_entries import describe, find_entry, map_tensors, replace_entry
+from tumorsynth.tracing import untraced
 
 __all__ = [
     "BatchSynthesizeTumorD",
@@ -135,6 +143,8 @@ class RandSynthesizeTumor(RandomizableTransform):
             own = [*self.R.randint(2**32, size=4, dtype=np.uint32), worker.seed % 2**32]
             self.set_random_state(state=np.random.RandomState(own))
 
+    @untraced
+    @known_keywords
     def __call__(self, img: Any, label: Any, organ: Any = None) -> tuple[Any, Any]:
         """Return a new (img, label); the arguments themselves where nothing changes.
 
@@ -170,7 +180,8 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
     """`RandSynthesizeTumor` for a dictionary.
 
     Args:
-        keys: the key of the CT (1, X, Y, Z), one.
+        keys: the key of the CT (1, X, Y, Z), one. Keys of a nested dictionary have dots:
+            "image.data".
         label_key: the key of the label that gets the tumour.
         organ_key: the key of a separate organ map, of which ``organ_labels`` are then values. By
             default the label marks the organ.
@@ -202,7 +213,7 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         when: Callable[[Mapping[Hashable, Any]], Any] | None = None,
         **settings: Any,
     ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
+        MapTransform.__init__(self, keys, check_flag("allow_missing_keys", allow_missing_keys))
         if len(self.keys) != 1:
             raise ValueError(
                 f"keys must be the key of one image, got {self.keys}; "
@@ -210,7 +221,7 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
             )
         super().__init__(prob, separate_organ=organ_key is not None, **settings)
         for name, key in (("label_key", label_key), ("organ_key", organ_key)):
-            if isinstance(key, list | tuple | set) or key == self.keys[0]:
+            if not isinstance(key, Hashable) or isinstance(key, tuple) or key == self.keys[0]:
                 raise ValueError(f"{name} must be one key, another than the image's, got {key!r}")
         if organ_key is not None and organ_key == label_key:
             raise ValueError(
@@ -219,7 +230,7 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
             )
         self.label_key = label_key
         self.organ_key = organ_key
-        self.when = when
+        self.when = check_callable("when", when)
 
     def __repr__(self) -> str:
         return _format_call(
@@ -231,6 +242,7 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
             self.adapter.described(),
         )
 
+    @untraced
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:  # type: ignore[override]
         """Return a new dictionary, with new image and label where they change.
 
@@ -247,19 +259,26 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         """Put new image and label into a dictionary."""
         names = [self.keys[0], self.label_key]
         names += [] if self.organ_key is None else [self.organ_key]
-        missing = [key for key in names if key not in out]
+        entries = [find_entry(out, key) for key in names]
+        missing = [key for key, entry in zip(names, entries, strict=True) if entry is None]
         if missing and not self.allow_missing_keys:
             raise KeyError(
-                f"{type(self).__name__} misses {missing} in the data, which has {list(out)}; "
-                "name the keys it has, or pass allow_missing_keys=True"
+                f"{type(self).__name__} misses {missing} in the data, which has {describe(out)}; "
+                "name the keys it has, with dots where it is nested ('image.data'), or pass "
+                "allow_missing_keys=True"
             )
+        found = [entry for entry in entries if entry is not None]
         if not missing:
-            image, label = out[self.keys[0]], out[self.label_key]
-            organ = None if self.organ_key is None else out[self.organ_key]
-            excluded = None if self.when is None else self._excluded(self.when(out), image)
-            out[self.keys[0]], out[self.label_key] = self._apply(
-                image, label, organ, names=names, excluded=excluded, seed=seed
+            before = [entry.with_affine() for entry in found]
+            excluded = None if self.when is None else self._excluded(self.when(out), before[0])
+            organ = before[2] if len(before) > 2 else None
+            after = self._apply(
+                before[0], before[1], organ, names=names, excluded=excluded, seed=seed
             )
+            for entry, old, new in zip(found, before, after, strict=False):
+                if new is not old:
+                    first, *rest = entry.path
+                    out[first] = replace_entry(out[first], tuple(rest), new)
 
     def _excluded(self, answer: Any, image: Any) -> list[bool]:
         """Return which samples the answer of ``when`` excludes."""
@@ -291,10 +310,12 @@ class BatchSynthesizeTumord(RandSynthesizeTumord):
         super().__init__(keys, *args, **kwargs)
         self.adapter.synth.p = float(self.prob)
 
+    @untraced
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:  # type: ignore[override]
         """Return a new dictionary, with new image and label where samples change."""
         out = _copy_entries(data)
-        image = out.get(self.keys[0])
+        entry = find_entry(out, self.keys[0])
+        image = None if entry is None else entry.value
         batch = len(image) if isinstance(image, torch.Tensor | np.ndarray) else 1
         self._leave_shared_stream()
         self._update(out, self._draw_seeds(batch))
@@ -334,7 +355,7 @@ class PrepareBatchTumorSynth(PrepareBatch):
         **kwargs: Any,
     ) -> None:
         self.synthesize = BatchSynthesizeTumord(keys, label_key, *args, **kwargs)
-        self.prepare_batch = prepare_batch
+        self.prepare_batch = check_callable("prepare_batch", prepare_batch)
 
     @property
     def report(self) -> list[dict[str, Any]]:
@@ -348,6 +369,7 @@ class PrepareBatchTumorSynth(PrepareBatch):
         self.synthesize.set_random_state(seed, state)
         return self
 
+    @untraced
     def __call__(
         self,
         batchdata: dict[Any, Any],
@@ -356,16 +378,19 @@ class PrepareBatchTumorSynth(PrepareBatch):
         **kwargs: Any,
     ) -> Any:
         """Return the engine's input: the batch on the device, with tumours."""
-        moved = {
-            key: value.to(device=device, non_blocking=non_blocking, **kwargs)
-            if isinstance(value, torch.Tensor)
-            else value
-            for key, value in batchdata.items()
-        }
-        batch = self.synthesize(moved)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device=device, non_blocking=non_blocking, **kwargs)
+
+        batch = self.synthesize(map_tensors(batchdata, move))
         if self.prepare_batch is not None:
             return self.prepare_batch(batch, device, non_blocking, **kwargs)
-        return batch[self.synthesize.keys[0]], batch[self.synthesize.label_key]
+        places = (self.synthesize.keys[0], self.synthesize.label_key)
+        entries = [find_entry(batch, place) for place in places]
+        # with allow_missing_keys an entry may be absent, as for a dictionary's own error
+        return tuple(
+            batch[p] if e is None else e.value for p, e in zip(places, entries, strict=True)
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.synthesize!r})"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tumorsynth.appearance.contrast_priors import ContrastPrior
 from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.mass_effect import MassEffect
-from tumorsynth.arguments import check_probability, keywords_of
+from tumorsynth.arguments import check_probability, keywords_of, known_keywords
 from tumorsynth.devices import parse_device, plain_defaults
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
@@ -33,6 +33,7 @@ from tumorsynth.pipeline.validation import check_input, check_params, check_whol
 from tumorsynth.placement.types import Skip
 from tumorsynth.random_streams import per_sample_seeds
 from tumorsynth.threads import one_thread
+from tumorsynth.tracing import untraced
 
 
 @keywords_of()
@@ -127,6 +128,8 @@ class SynthesizeTumor(nn.Module):
         self.painter = Painter(self.handle)
         self.unknown_size = Once()  # the warning
 
+    @untraced
+    @known_keywords
     @torch.no_grad()
     def forward(
         self,
@@ -177,6 +180,8 @@ class SynthesizeTumor(nn.Module):
         )
         return image, label
 
+    @untraced
+    @known_keywords
     @torch.no_grad()
     @plain_defaults()
     @one_thread()
@@ -216,7 +221,7 @@ class SynthesizeTumor(nn.Module):
             override_affine=override_affine,
         )
         if params is not None:
-            check_params(params, len(frames))
+            check_params(params, len(frames), seed)
         elif settings.p == 0:  # draw nothing and load no generator
             placed = [PlacedSample(not_selected(settings, None), []) for _ in frames]
             return Synthesis.of(image, label, skip_records(placed), placed)

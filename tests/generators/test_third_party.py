@@ -286,3 +286,67 @@ def test_a_result_of_another_dtype_is_refused(dtype):
     image, label = scan()
     with pytest.raises(TypeError, match=r"dtype torch.float32, got .*\.to\(crop\.dtype\)"):
         synth(Other())(image, label, spacing=SPACING, seed=0)
+
+
+BAD = {
+    "NaN": lambda x: x * torch.nan,
+    "one NaN": lambda x: x.index_fill(3, torch.tensor([20]), torch.nan),
+    "infinite": lambda x: x + torch.inf,
+    "HU": lambda x: x * 400,
+    "beyond the window": lambda x: torch.full_like(x, 2.0),
+    "far below": lambda x: torch.full_like(x, -8.0),
+}
+
+
+@pytest.mark.parametrize("distort", BAD.values(), ids=BAD)
+@pytest.mark.parametrize(
+    "settings", [{}, {"blend": "difftumor"}, {"gate": True}, {"mass_effect": 0.5}]
+)
+def test_implausible_values_are_skipped_and_name_the_generator(distort, settings):
+    if settings.get("blend") and distort is BAD["HU"]:
+        distort = lambda x: x * 400 - 160  # noqa: E731
+    if settings.get("blend") and distort is BAD["beyond the window"]:
+        distort = lambda x: torch.full_like(x, 3.0)  # noqa: E731
+    image, label = scan()
+    transform = synth(Misshapen(distort), **settings)
+    with pytest.warns(UserWarning, match="skipped: the generator 'darker' gave NaN") as caught:
+        for _ in range(2):
+            made = transform(image, label, spacing=SPACING, seed=3)
+    assert sum("tumours are skipped" in str(w.message) for w in caught) == 1
+    (record,) = transform.report
+    assert not record["applied"] and "the generator 'darker' gave" in record["reason"]
+    assert record["code"] == "implausible"
+    assert made[0].equal(image) and made[1].equal(label)
+    again = transform(image, label, spacing=SPACING, params=transform.params)
+    assert again[0].equal(image) and again[1].equal(label)
+
+
+@pytest.mark.parametrize("blend", ["change", "difftumor"])
+@pytest.mark.parametrize("contrast_hu", [None, 600, -600])
+def test_strong_changes_are_no_fault(blend, contrast_hu):
+    """As a calcified metastasis, or gas."""
+    if contrast_hu is None:
+        generator = Misshapen(lambda x: torch.full_like(x, 0.9))
+    else:
+        generator = Darker()
+    image, label = scan()
+    transform = synth(generator, blend=blend, contrast_hu=contrast_hu)
+    transform(image, label, spacing=SPACING, seed=3)
+    assert transform.report[0]["applied"], transform.report
+
+
+def test_a_batch_mate_of_an_implausible_tumour_is_made():
+    class Sometimes(Darker):
+        def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+            change = super().change(crop, tumor_mask, seed, contrast_hu, near)
+            for sample, one in enumerate(seed):
+                change[sample] = change[sample] if one % 2 else torch.nan
+            return change
+
+    image, label = scan()
+    transform = synth(Sometimes(), count=6, size_mm=(6, 8))
+    with pytest.warns(UserWarning, match="'darker' gave NaN"):
+        _, made = transform(image, label, spacing=SPACING, seed=0)
+    applied = [record["applied"] for record in transform.report]
+    assert True in applied and False in applied
+    assert int((made == 2).sum()) == sum(r.get("label_voxels", 0) for r in transform.report)

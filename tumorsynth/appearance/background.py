@@ -28,6 +28,7 @@ from tumorsynth.placement.types import TumorParams
 from tumorsynth.random_streams import substream
 from tumorsynth.subvoxels import ONE, average_subvoxels, refine_frame, repeat_voxels
 
+MIN_LUNG_HU = -1050.0  # no tissue is below; other scales than HU may be
 EXTENSION_MM = 3.0  # generators soften a tumour's edge up to this far inside
 MAX_FAT_HU = -20.0  # an organ's voxels below this are fat that its label covers
 MIN_SOFT_TISSUE_HU = 30.0  # level of an organ that is not fat itself
@@ -88,11 +89,13 @@ class TissueAround:
         if self.share_outside_window <= MAX_SHARE_OUTSIDE_WINDOW:
             return None
         low, high = window
+        fix = "look at intensity= and organ_labels: no soft tissue of a CT has these HU"
+        if MIN_LUNG_HU <= self.level_hu <= min(low, MAX_LUNG_HU):
+            fix = 'pass generator="lung" (-1000 to 400 HU) if it is a lung, or look at intensity='
         return (
             f"most of the organ around a tumour must lie within {low:g} to {high:g} HU, which the "
             f"generator sees, but {self.share_outside_window:.0%} of it does not (median "
-            f'{self.level_hu:.0f} HU); pass generator="lung" (-1000 to 400 HU) if it is a lung, '
-            "or look at intensity="
+            f"{self.level_hu:.0f} HU); {fix}"
         )
 
 

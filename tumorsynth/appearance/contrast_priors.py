@@ -17,6 +17,7 @@ from torch import Tensor
 from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.appearance.contrast import CONTRAST_SCALE_RANGE, FLUID_HU, core, grown
 from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS
+from tumorsynth.arguments import keywords_of
 from tumorsynth.devices import onto
 from tumorsynth.geometry import bounding_box
 from tumorsynth.random_streams import substream
@@ -47,6 +48,7 @@ class SampledContrast(NamedTuple):
     structure_hu: tuple[float, float]
 
 
+@keywords_of()
 @dataclass(frozen=True)
 class ContrastPrior:
     """A distribution of contrasts, for ``contrast_hu=``; all HU are relative to what is around.

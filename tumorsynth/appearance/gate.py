@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.blend import filter_on
-from tumorsynth.arguments import any_bool, is_bool
+from tumorsynth.arguments import any_bool, is_bool, keywords_of
 from tumorsynth.geometry import Frame, Rows3
 from tumorsynth.placement.rasterize import flatness
 
@@ -26,6 +26,7 @@ SOLID_TISSUE_HU = (20.0, 220.0)  # in such organs a tumour is neither fat, fluid
 MAD_TO_SD = 1.4826  # standard deviation over median absolute deviation, of normal noise
 
 
+@keywords_of()
 @dataclass(frozen=True)
 class Gate:
     """Limits (low, high) on the scores of a tumour; None for no limit.

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.appearance.local_noise import separate_noise
-from tumorsynth.arguments import is_bool
+from tumorsynth.arguments import is_bool, keywords_of
 from tumorsynth.devices import onto
 from tumorsynth.geometry import Box, Rows3
 from tumorsynth.intensity import BONE_HU, Intensity
@@ -50,6 +50,7 @@ SIGNAL_RATIO = 4.0  # for `separate_noise`
 MIN_SHIFT_VOXELS = 0.01  # smaller displacements leave a voxel as it is
 
 
+@keywords_of()
 @dataclass(frozen=True)
 class MassEffect:
     """How much of a tumour's volume pushes tissue aside; the rest replaces tissue.

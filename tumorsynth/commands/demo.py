@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,9 @@ from tumorsynth.commands.shared import (
 from tumorsynth.scans import nifti
 from tumorsynth.scans.outputs import find_unfinished, output_paths
 from tumorsynth.scans.scan import synthesize_scan
+
+SPACING_MM = (1.2, 1.2, 2.0)
+HEALTHY = "healthy"  # folder of the scan without tumours
 
 
 def demo(
@@ -39,7 +43,8 @@ def demo(
     """Synthesise tumours in a phantom; no data needed.
 
     Makes an abdominal CT with tumours in its liver, writes the same files as `synthesize` and
-    prints their paths. Replaces the results of an earlier demo in OUT.
+    prints their paths; OUT/healthy gets the CT and the label map without tumours, from which
+    `replay` makes them again. Replaces the results of an earlier demo in OUT.
     """
     from tumorsynth.phantom import LABELS, make_phantom
 
@@ -55,13 +60,23 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar(1) as progress:
         progress.begin("phantom", "generating")
-        phantom = make_phantom(spacing=(1.0, 1.0, 1.5), seed=seed)
+        phantom = make_phantom(spacing=SPACING_MM, seed=seed)
         stored = phantom.image[0].round().short().numpy()
         image = nifti.new_volume("phantom_ct.nii.gz", stored, phantom.affine)
         mask = nifti.new_volume("phantom_label.nii.gz", phantom.label[0].numpy(), phantom.affine)
+        healthy = output_paths(out / HEALTHY, "phantom")
+        healthy["ct"].parent.mkdir(exist_ok=True)
+        for key, volume in (("ct", image), ("label", mask)):
+            nifti.write_volume(healthy[key], volume, volume.stored)
+        # as `replay` reads them: a file rounds its affine
+        image, mask = nifti.read_pair(healthy["ct"], healthy["label"])
         made = synthesize_scan(synth, image, mask, out, "phantom", seed, progress.step)
         print(summary("phantom", made["tumors"]))
         progress.end()
     print(f"generator: {synth.handle.get(device).name}")
-    for path in output_paths(out, "phantom").values():
+    paths = output_paths(out, "phantom")
+    for path in paths.values():
         print(path)
+    print(f"tumours have the value {synth.tumor_label} in {paths['label'].name}")
+    words = [paths["report"], healthy["ct"], healthy["label"], "-o", out / "replay"]
+    print(f"the same again: tumorsynth replay {shlex.join(map(str, words))}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tumorsynth.arguments import keywords_of, known_keywords
 from tumorsynth.devices import full_float32, onto
 from tumorsynth.generators.compiled import MAX_SHAPES, Compiled
 from tumorsynth.generators.conditioning import (
@@ -38,6 +39,7 @@ from tumorsynth.models.slabs import Near
 from tumorsynth.random_streams import per_sample_seeds
 
 
+@keywords_of()
 class Generator:
     """A trained diffusion generator.
 
@@ -132,6 +134,7 @@ class Generator:
         return self
 
     @torch.no_grad()
+    @known_keywords
     def inpaint(
         self,
         crop: Tensor,
@@ -180,6 +183,7 @@ class Generator:
         return (painted + inputs.target.correction(painted)).clamp(0, 1)
 
     @torch.no_grad()
+    @known_keywords
     def change(
         self,
         crop: Tensor,
@@ -253,6 +257,7 @@ class Generator:
         """
         return self._condition(crop, tumor_mask, contrast_hu)[1]
 
+    @known_keywords
     def sample(self, cond: Tensor, noise: Tensor | torch.Generator) -> Tensor:
         """Sample the latent of a crop with a tumour.
 
@@ -315,6 +320,7 @@ class Generator:
             out = network(*inputs) if compiled is None else compiled(network, *inputs)
         return out.float()
 
+    @known_keywords
     def compile(
         self, max_shapes: int = MAX_SHAPES, backend: str | Callable[..., Any] = "inductor"
     ) -> Generator:
@@ -332,6 +338,7 @@ class Generator:
 
     # -- files -------------------------------------------------------------------------------------
 
+    @known_keywords
     def save(self, folder: str | Path) -> Path:
         """Write model.safetensors, card.json and CARD.md into ``folder``; return it."""
         from tumorsynth.generators.folder import save_generator
@@ -339,6 +346,7 @@ class Generator:
         return save_generator(self, Path(folder))
 
     @classmethod
+    @known_keywords
     def from_difftumor(cls, autoencoder: str | Path, denoiser: str | Path) -> Generator:
         """Build a generator from published DiffTumor checkpoints.
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.tissue import CARD_KEY, SOFT_TISSUE
-from tumorsynth.arguments import any_bool
+from tumorsynth.arguments import any_bool, keywords_of, known_keywords
 from tumorsynth.devices import onto
 from tumorsynth.generators import filters
 from tumorsynth.geometry import bounding_box
@@ -99,6 +99,7 @@ class HandcraftedConfig:
             )
 
 
+@keywords_of()
 class HandcraftedGenerator:
     """Paints tumours by the rules of Hu et al. 2023, with the interface of `TumorGenerator`.
 
@@ -137,6 +138,7 @@ class HandcraftedGenerator:
         self.device = torch.device(device)
         return self
 
+    @known_keywords
     def inpaint(
         self,
         crop: Tensor,
@@ -165,6 +167,7 @@ class HandcraftedGenerator:
         """
         return crop + self._run(crop, tumor_mask, seed, contrast_hu, with_edge=True)
 
+    @known_keywords
     def change(
         self,
         crop: Tensor,

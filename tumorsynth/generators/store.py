@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tumorsynth.arguments import is_bool
+from tumorsynth.arguments import is_bool, known_keywords
 from tumorsynth.devices import check_device
 from tumorsynth.generators.folder import CARD, MODEL, READABLE, read_card, read_folder
 from tumorsynth.generators.handcrafted import HandcraftedGenerator
@@ -51,6 +51,7 @@ def default_generator() -> str:
     return "liver-early" if "liver-early" in bundled_names() else HANDCRAFTED
 
 
+@known_keywords
 def load_generator(
     name_or_path: str | os.PathLike[str], device: torch.device | str | None = None
 ) -> TumorGenerator:

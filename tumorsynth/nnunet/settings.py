@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from tumorsynth.adapter import SETTINGS
-from tumorsynth.arguments import check_probability
+from tumorsynth.arguments import check_probability, suggestion
 
 ENTRY, VARIABLE = "tumorsynth", "TUMORSYNTH_NNUNET"
 _TUMOR_NAME = re.compile(r"tumou?r|lesion|cancer|carcinoma|metasta|nodule|neoplas", re.IGNORECASE)
@@ -52,11 +52,13 @@ def read_settings(dataset_json: dict[str, Any], ignore_label: int | None = None)
         {'organ_labels': (1,), 'tumor_label': 2, 'p': 0.5, 'trainer': {}}
     """
     settings = {**dataset_json.get(ENTRY, {}), **_read_environment()}
-    unknown = sorted(settings.keys() - {*_CORE, *_OWN})
+    known = [*_OWN, *_CORE]
+    unknown = sorted(settings.keys() - set(known))
     if unknown:
         raise TypeError(
-            f"unknown tumorsynth setting {', '.join(unknown)}; there are {', '.join(_OWN)}, "
-            f"{', '.join(_CORE)}"
+            f"unknown tumorsynth setting {', '.join(unknown)}; "
+            f"{suggestion(unknown, known)}there are "
+            f"{', '.join(known)}"
         )
     labels = {name: value for name, value in dataset_json["labels"].items() if name != "ignore"}
     tumor_label = _find_tumor(settings.get("tumor_label"), labels)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tumorsynth.arguments import any_bool, is_bool
+from tumorsynth.arguments import any_bool, is_bool, keywords_of, known_keywords
 from tumorsynth.devices import plain_defaults
 from tumorsynth.phantom.anatomy import Patient
 from tumorsynth.phantom.landmarks import LABELS
@@ -36,6 +36,7 @@ NOISE_HU = 15.0  # standard deviation at the body's centre; two thirds of it far
 SLAB_VOXELS = 2**19  # painted at a time
 
 
+@keywords_of()
 @dataclass(frozen=True)
 class Phantom:
     """A healthy abdomen.
@@ -53,6 +54,7 @@ class Phantom:
     affine: np.ndarray
 
 
+@known_keywords
 @plain_defaults()
 @one_thread()
 def make_phantom(

@@ -71,7 +71,7 @@ def finish(
     gate = call.settings.gate
     candidate = blend_candidate(call.settings, call.generator, request, generated, sample)
     if not candidate.visible:
-        return _skip(request, SkipCode.NO_VISIBLE_CHANGE, skip_reasons.NO_VISIBLE_CHANGE)
+        return _skip(request, *_why_no_change(call, generated))
     if gate is None:
         return write(call, request, candidate, sample)
     if params is None:
@@ -100,14 +100,30 @@ def _write_if_accepted(
         ((request, generated),) = call.painter.paint(settings, generator, [request])
         candidate = blend_candidate(settings, generator, request, generated, sample)
         scores = _scores(settings, gate, request, candidate, sample)
-        visible = candidate.visible
-        objection = gate.objection(scores) if visible else skip_reasons.NO_VISIBLE_CHANGE
+        if candidate.visible:
+            objection = gate.objection(scores)
+        else:
+            _, objection = _why_no_change(call, generated)
     params.tumors[request.id.params_index] = request.tumor.params
     if objection is None:
         return write(call, request, candidate, sample, scores)
     reason = skip_reasons.gate(objection)
     params.rejected.append((request.id.params_index, reason))
     return _skip(request, SkipCode.GATE, reason, scores)
+
+
+def _why_no_change(call: Call, generated: Tensor) -> tuple[SkipCode, str]:
+    """Return why a painted tumour changes nothing; warn, once a transform, if it is implausible.
+
+    Args:
+        call: settings and generator.
+        generated: what the generator made, NaN where no tissue could have its values.
+    """
+    if bool(generated.isfinite().any()):
+        return SkipCode.NO_VISIBLE_CHANGE, skip_reasons.NO_VISIBLE_CHANGE
+    reason = skip_reasons.implausible(call.generator.name, call.generator.window)
+    call.painter.warn_of_implausible(reason)
+    return SkipCode.IMPLAUSIBLE, reason
 
 
 def blend_candidate(

@@ -202,6 +202,13 @@ def _any_identity(affine: Any) -> bool:
     return any(is_identity(matrix) for matrix in _per_frame(affine, 1))
 
 
+def check_spacing(spacing: Any) -> None:
+    """Raise ValueError unless this is an adapter's ``spacing``: None, mm per voxel, or (B, 3)."""
+    if spacing is not None:
+        batch = len(spacing) if hasattr(spacing, "__len__") and np.ndim(spacing) else 1
+        _frames_given(batch, spacing, None)
+
+
 def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
     """Return one value per sample, given a value of ``ndim`` axes for all or one more for each."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,10 @@ from tumorsynth.pipeline.settings import Settings
 from tumorsynth.threads import own_threads, waits_busily
 
 ONE_THREAD_WORK = 1.5e12  # parameters times voxels, up to which networks run on one thread
+# How far a generator's values may be beyond its window, in widths of the window and in multiples of
+# a requested contrast. No tissue is further away.
+MAX_BEYOND_WINDOW = 0.5
+MAX_OVER_CONTRAST = 3.0
 GPU_BATCH = 8  # crops in one pass of the networks; halved where memory does not suffice
 
 
@@ -34,6 +39,7 @@ class Painter:
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
         self.batch_limit = GPU_BATCH  # lowered for good where a GPU's memory is too small
+        self._warned = False  # about implausible values
 
     def paint(
         self, settings: Settings, generator: TumorGenerator, requests: Sequence[PaintRequest]
@@ -59,6 +65,12 @@ class Painter:
                 waiting = waiting[len(batch) :]
                 for request, one in zip(batch, generated, strict=True):
                     yield request, one if blend != "change" else _matched(request, one, generator)
+
+    def warn_of_implausible(self, reason: str) -> None:
+        """Warn, once a transform, that tumours are skipped since the generator is at fault."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"tumours are skipped: {reason}", stacklevel=2)
 
     def _batch_size(self, device: torch.device) -> int:
         return 1 if device.type == "cpu" else self.batch_limit
@@ -96,7 +108,8 @@ class Painter:
             return None
         _check_result(f"{generator.name}.{method}()", generated, crops)
         low, high = generator.window
-        generated = generated[:, 0].to(batch[0].crop.device) * (high - low)
+        generated = generated[:, 0] * _width_or_nan(generated, batch, generator.window, blend)
+        generated = generated.to(batch[0].crop.device)
         return generated if blend == "change" else generated + low
 
     def _halve_batch(self, tried: int) -> None:
@@ -136,6 +149,32 @@ def _check_result(source: str, generated: object, crops: Tensor) -> None:
             f"{source} must return its crop's dtype {crops.dtype}, got {generated.dtype}; convert "
             "the result with .to(crop.dtype)"
         )
+
+
+def _width_or_nan(
+    generated: Tensor, batch: Sequence[PaintRequest], window: tuple[float, float], blend: str
+) -> Tensor:
+    """Return the window's width in HU for each crop (B, 1, 1, 1), NaN for implausible values.
+
+    A crop times NaN changes no voxel, and `finish` looks for the reason then: no GPU is waited for
+    here.
+
+    Args:
+        generated: (B, 1, side, side, side), what the generator made.
+        batch: its requests.
+        window: of the generator.
+        blend: "change" for a change, from -1 to 1 within the window, else tissue, from 0 to 1.
+    """
+    width = window[1] - window[0]
+    widths = []
+    for crop, request in zip(generated[:, 0], batch, strict=True):
+        contrast_hu = abs(request.tumor.params.contrast_hu or 0.0)
+        beyond = MAX_BEYOND_WINDOW + MAX_OVER_CONTRAST * contrast_hu / width
+        least, most = crop[request.needed.slices].aminmax()
+        lowest = (-1 if blend == "change" else 0) - beyond
+        plausible = (least >= lowest) & (most <= 1 + beyond)  # False for NaN
+        widths.append(torch.where(plausible, width, math.nan))
+    return torch.stack(widths).to(generated)[:, None, None, None]
 
 
 def _threads(generator: TumorGenerator, crops: Tensor) -> AbstractContextManager[None]:

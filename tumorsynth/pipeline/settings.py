@@ -13,7 +13,7 @@ from tumorsynth.appearance.contrast import check_contrast
 from tumorsynth.appearance.contrast_priors import ContrastPrior, get_contrast_prior
 from tumorsynth.appearance.gate import Gate, check_gate
 from tumorsynth.appearance.mass_effect import MassEffect, check_mass_effect
-from tumorsynth.arguments import check_probability
+from tumorsynth.arguments import check_flag, check_probability
 from tumorsynth.devices import parse_device
 from tumorsynth.intensity import Intensity
 from tumorsynth.pipeline.validation import check_tumor_label
@@ -156,7 +156,7 @@ def check_settings(
             sigma_mm=sigma,
             contrast_hu=None if isinstance(contrast, ContrastPrior) else contrast,
             gap_mm=gap,
-            merge=bool(merge),
+            merge=check_flag("merge", merge),
             outlines=outlines,
             bulge=check_bulge(bulge, size_mm),
         ),

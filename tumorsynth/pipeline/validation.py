@@ -151,13 +151,19 @@ def is_record(record: Any) -> bool:
     return isinstance(record, dict) and {"applied", "tumors"} <= record.keys()
 
 
-def check_params(params: Any, batch: int) -> None:
+def check_params(params: Any, batch: int, seed: Any = None) -> None:
     """Raise ValueError unless this is ``synth.params`` of an earlier call.
 
     Args:
         params: to be checked.
         batch: number of samples, each of which has an entry.
+        seed: the call's, which must be None: params hold the seeds of what they repeat.
     """
+    if seed is not None:
+        raise ValueError(
+            f"seed must not be given together with params, which repeat an earlier call with its "
+            f"own seeds, got seed={seed!r}; leave one of them out"
+        )
     is_sequence = isinstance(params, Sequence) and not isinstance(params, str)
     wrong = [record for record in params if not is_record(record)] if is_sequence else []
     if not is_sequence or len(params) != batch or wrong:

@@ -71,3 +71,16 @@ def no_room_again(diameter_mm: float) -> str:
 def gate(objection: str) -> str:
     """Return the reason of a tumour that the gate rejected."""
     return f"the gate: {objection}"
+
+
+def implausible(generator: str, window: tuple[float, float]) -> str:
+    """Return the reason where a generator made what no tissue has.
+
+    Args:
+        generator: its name.
+        window: HU that 0 and 1 in its crops stand for.
+    """
+    return (
+        f"the generator {generator!r} gave NaN, infinite or impossible values: look at its weights "
+        f"and code; 0 and 1 in its crops are {window[0]:g} and {window[1]:g} HU"
+    )

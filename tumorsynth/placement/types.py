@@ -211,6 +211,7 @@ class SkipCode(str, Enum):
     TISSUE = "tissue"  # the generator is not for the tissue around the tumour
     OUTSIDE_WINDOW = "outside_window"  # the generator's HU window misses the organ
     GATE = "gate"  # the gate rejected every attempt
+    IMPLAUSIBLE = "implausible"  # the generator gave NaN, or values that no tissue has
     NO_VISIBLE_CHANGE = "no_visible_change"  # the tumour would change too few of its voxels
 
 

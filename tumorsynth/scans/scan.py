@@ -62,7 +62,7 @@ def synthesize_scan(
         torch.from_numpy(before)[None],
         torch.from_numpy(old)[None],
         affine=image.affine,
-        seed=seed,
+        seed=seed if params is None else None,
         params=params,
     )
     after, new = changed_image[0].numpy(), changed_label[0].numpy()

@@ -27,6 +27,7 @@ from tumorsynth.torchio.shared import (
     is_left_out,
     random_repr,
 )
+from tumorsynth.tracing import untraced
 
 FILES_REMEMBERED = 4096
 
@@ -55,6 +56,11 @@ class _Synthesis(Transform):
             self.settings.get("generator", SETTINGS["generator"]), self.adapter
         )
         self.image, self.label, self.organ = image, label, organ
+
+    @untraced
+    def __call__(self, data: Any) -> Any:
+        """Return the transformed subject."""
+        return super().__call__(data)
 
     @property
     def report(self) -> list[dict[str, Any]]:

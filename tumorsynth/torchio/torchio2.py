@@ -27,6 +27,7 @@ from tumorsynth.torchio.shared import (
     is_left_out,
     random_repr,
 )
+from tumorsynth.tracing import untraced
 
 
 @keywords_of(Adapter, Transform, without=["separate_organ"])
@@ -51,6 +52,11 @@ class _Synthesis(Transform):
         )
         self.settings = settings
         self.image, self.label, self.organ = image, label, organ
+
+    @untraced
+    def forward(self, data: Any) -> Any:
+        """Return the transformed subject, or the batch."""
+        return super().forward(data)
 
     @property
     def report(self) -> list[dict[str, Any]]:
