@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +32,8 @@ class OrganRegion:
         forbidden: bool, shaped like ``label``: voxels no tumour may take; None for none.
         part: where ``label`` lies in the sample.
         sample_shape: voxels of the whole sample.
+        tumor_box: tight box around earlier tumours in the sample; None if there are none, or if
+            they do not matter.
     """
 
     label: Tensor
@@ -40,6 +42,7 @@ class OrganRegion:
     forbidden: Tensor | None
     part: Box
     sample_shape: tuple[int, int, int]
+    tumor_box: Box | None = None
 
     @classmethod
     def of_label(
@@ -76,7 +79,7 @@ class OrganRegion:
             code += 2 * self.forbidden.to(torch.uint8)
         code = code.cpu()
         forbidden = None if self.forbidden is None else code > 1
-        return OrganRegion(code & 1, (1,), self.organ_box, forbidden, self.part, self.sample_shape)
+        return replace(self, label=code & 1, organ_labels=(1,), forbidden=forbidden)
 
 
 def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
