@@ -26,10 +26,11 @@ from tumorsynth.pipeline.finish import paint_and_finish
 from tumorsynth.pipeline.frames import Carried, find_frames, unknown_size
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.place_batch import PlacedSample, not_selected, place_samples
-from tumorsynth.pipeline.records import TumorRecord, split_batch
+from tumorsynth.pipeline.records import Sample, TumorRecord, split_batch
 from tumorsynth.pipeline.requests import request_tumors, skip_records
 from tumorsynth.pipeline.settings import check_settings
-from tumorsynth.pipeline.validation import check_input, check_params, check_whole
+from tumorsynth.pipeline.taken_label import TakenLabelCheck
+from tumorsynth.pipeline.validation import as_whole, check_input, check_params
 from tumorsynth.placement.types import Skip
 from tumorsynth.random_streams import per_sample_seeds
 from tumorsynth.threads import one_thread
@@ -49,7 +50,8 @@ class SynthesizeTumor(nn.Module):
             `tumorsynth.TumorGenerator`. A name loads once per process and device, on first
             use.
         organ_labels: label values in which a tumour may sit, one int or several.
-        tumor_label: the value that a tumour's voxels get.
+        tumor_label: the value that a tumour's voxels get. Choose one that the label does not hold,
+            or that of real tumours in it: a warning, once, says if it is another organ's.
         p: probability that a sample gets tumours.
         count: tumours per sample, at most 100: a number, (lo, hi) inclusive, or None to draw it
             from the cases behind the size prior.
@@ -127,6 +129,7 @@ class SynthesizeTumor(nn.Module):
         self.params: list[dict[str, Any]] = []
         self.painter = Painter(self.handle)
         self.unknown_size = Once()  # the warning
+        self.taken_label = TakenLabelCheck(self.tumor_label, self.organ_labels)
 
     @untraced
     @known_keywords
@@ -145,7 +148,7 @@ class SynthesizeTumor(nn.Module):
         """Return a new (image, label) with tumours; the inputs stay as they are.
 
         If no sample gets a tumour, the inputs themselves come back, uncopied. The call sets
-        ``report`` and ``params``.
+        ``report`` and ``params``. Label values within 0.01 of a whole number are rounded.
 
         Args:
             image: (B, 1, X, Y, Z) or (1, X, Y, Z), floating point, in the scale of ``intensity``.
@@ -209,7 +212,7 @@ class SynthesizeTumor(nn.Module):
         """
         settings, exclude = self.settings, exclude or {}
         check_input(image, label, settings.tumor_label)
-        check_whole("label", label)
+        label = as_whole("label", label)
         if carried is None:
             carried = [Carried.of("image", image), Carried.of("label", label)]
         frames, doubt = find_frames(
@@ -234,6 +237,8 @@ class SynthesizeTumor(nn.Module):
         # a caller's autocast would resample and feather in half precision
         with torch.autocast(image.device.type, enabled=False):
             placed = place_samples(settings, samples, seeds, params, exclude, call.tissue)
+            if self.taken_label.is_open and params is None:
+                self._judge_tumor_label(samples, placed)
             requests = request_tumors(call, samples, placed)
             records = requests.records
             if not requests:
@@ -245,6 +250,14 @@ class SynthesizeTumor(nn.Module):
         if not any(isinstance(record, TumorRecord) for record in records):
             return Synthesis.of(image, label, records, placed)
         return Synthesis.of(new_image, new_label, records, placed)
+
+    def _judge_tumor_label(self, samples: Sequence[Sample], placed: Sequence[PlacedSample]) -> None:
+        """Warn once if samples that get tumours hold an organ of the tumours' value."""
+        for sample, one in zip(samples, placed, strict=True):
+            searched = one.tumor_box is not None or (self.settings.merge and bool(one.results))
+            if searched and self.taken_label.is_open:
+                spacing = sample.frame.spacing
+                self.taken_label.judge(sample.label, one.tumor_box, spacing=spacing)
 
     @property
     def options(self) -> dict[str, Any]:

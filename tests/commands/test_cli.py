@@ -284,7 +284,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path, capsys):
     cut = write(folder, "cut", ct, label)
     cut[0].write_bytes(cut[0].read_bytes()[:-3000])
     text.write_text("not a scan")
-    slices.write_bytes(b"")
+    slices.write_bytes(bytes(128) + b"DICM" + bytes(400))
     missing = folder / "missing_ct.nii.gz"
     for words, says in [
         ((missing, pair[1]), ["no such file", "missing_ct.nii.gz"]),
@@ -300,12 +300,16 @@ def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path, capsys):
         ),
         (shifted, ["shifted_ct.nii.gz", "HU + 1024", "--intensity=-1024,3071,0,4095"]),
         ((pair[1], pair[0]), ["case_ct.nii.gz holds -10", "the label map, not the CT"]),
-        ((slices, pair[1]), ["got 1.dcm", "dcm2niix"]),
+        ((slices, pair[1]), ["1.dcm is not a NIfTI file but a DICOM file", "dcm2niix"]),
         (("", pair[1]), ["an argument is empty"]),
         (series, ["series_ct.nii.gz must be one 3-D image", "64x56x36x2"]),
         ((pair[0],), ["needs its label file"]),
         ((*pair, "--tumor-label", 300), ["tumour label", "uint8 (0 to 255)", "300"]),
         ((*pair, "--tumor-label", 1), ["1"]),
+        (
+            (*pair, "--tumor-label", 3),  # the other organ
+            ["--tumor-label 3 must be free", "case_label.nii.gz holds", "--tumor-label 8"],
+        ),
         ((*pair, "--count", "many"), ["--count must be N or LOW-HIGH", "'many'"]),
         ((*pair, "--count", "3-1"), ["count"]),
         ((*pair, "--size-mm", 20, 8), ["size_mm"]),

@@ -336,10 +336,10 @@ def test_all_problems_of_all_files_are_said_at_once(cases, tmp_path):
         ("offset", "subtract 1024"),
         ("shape", r"its image's shape (48, 48, 48), got (46, 48, 48)"),
         ("moved", "elsewhere in space"),
-        ("halves", "integers from 0 to 255"),
+        ("halves", "must hold whole numbers, but halves_seg.nii.gz holds 0.5"),
         ("organs", "whole numbers from 0 to 3 are a label map, not HU"),
-        ("four", "one 3-D volume"),
-        ("broken", "cannot be read"),
+        ("four", "one 3-D image, got shape 48x48x48x2"),
+        ("broken", "broken.nii.gz is not a NIfTI file"),
         ("missing", "no such file"),
     ):
         (line,) = [

@@ -48,6 +48,7 @@ from tumorsynth.scans.run_settings import explain_mismatch, run_settings
 if TYPE_CHECKING:
     from tumorsynth.synthesizer import SynthesizeTumor
 
+DEFAULT_TUMOR_LABEL = 2
 NOT_SELECTED = "not_selected"  # the skip code of what p, count or the caller left out
 
 
@@ -64,7 +65,22 @@ def synthesize(
         list[int],
         typer.Option(help="Label value of the organ. Repeat the option for several values."),
     ] = [1],  # noqa: B006 (typer copies it)
-    tumor_label: Annotated[int, typer.Option(help="Label value for the tumours.")] = 2,
+    tumor_label: Annotated[
+        int | None,
+        typer.Option(
+            help="Label value for the tumours, free in the label maps. [default: 2]",
+            show_default=False,
+        ),
+    ] = None,
+    add_to_label: Annotated[
+        bool,
+        typer.Option(
+            "--add-to-label",
+            help="Add the tumours to those that the label maps hold (LiTS: 1 liver, 2 tumour). "
+            "Without it, a map is refused that holds the default --tumor-label, or another organ "
+            "of the value that you give.",
+        ),
+    ] = False,
     generator: GeneratorName = None,
     count: Count = None,
     size_mm: SizeMm = None,
@@ -196,7 +212,7 @@ def synthesize(
     synth = build_synthesizer(
         generator=generator,
         organ_labels=tuple(organ_label),
-        tumor_label=tumor_label,
+        tumor_label=DEFAULT_TUMOR_LABEL if tumor_label is None else tumor_label,
         count=parse_count(count or "1-3") if count or size_prior is None else None,
         size_mm=size_prior or size_mm or (8.0, 20.0),
         p=p,
@@ -217,15 +233,15 @@ def synthesize(
         unfinished = [0]
     if len(unfinished) < len(pairs):
         print(f"{len(pairs) - len(unfinished)} of {len(pairs)} scans are finished already")
-    tasks = [Task(pairs[k], seed + k, reading) for k in unfinished]
+    if_taken = "add" if add_to_label else "refuse" if tumor_label is None else "judge"
+    tasks = [Task(pairs[k], seed + k, reading, if_taken, not several) for k in unfinished]
     debug = context.find_root().params["debug"]
     processes = workers or len(devices)
     with progress_bar(len(tasks)) as progress:
         outcomes: Iterator[Outcome]
         if len(tasks) < 2 or debug or (engine == "processes" and processes == 1):
-            outcomes = _run_here(
-                synth, tasks, out, progress, catch=len(pairs) > 1 and not debug, several=several
-            )
+            catch = len(pairs) > 1 and not debug
+            outcomes = _run_here(synth, tasks, out, progress, catch=catch)
         elif engine == "ray":
             from tumorsynth.scans.ray import run_on_ray
 
@@ -275,7 +291,6 @@ def _run_here(
     progress: Steps,
     *,
     catch: bool,
-    several: bool,
 ) -> Iterator[Outcome]:
     """Process scans in this process. catch: turn errors into outcomes."""
     for task in tasks:
@@ -283,7 +298,7 @@ def _run_here(
         if catch:
             yield try_scan(synth, task, out, progress.step)
         else:
-            records = process_scan(synth, task, out, progress.step, organ_required=not several)
+            records = process_scan(synth, task, out, progress.step)
             yield Outcome(task.pair.name, records)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth.arguments import is_bool
+from tumorsynth.label_values import ROUNDING, describe_fraction
 from tumorsynth.placement.arguments import MAX_COUNT
 from tumorsynth.placement.organ import holds
 from tumorsynth.placement.types import SkipCode, TumorParams
@@ -99,17 +100,33 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         )
 
 
-def check_whole(name: str, label: Tensor) -> None:
-    """Raise ValueError for a map with fractions: interpolation has put them on every edge."""
+def as_whole(name: str, label: Tensor) -> Tensor:
+    """Return a label map of whole numbers: the map itself, or a rounded copy of its type.
+
+    Values within ROUNDING of a whole number are rounded: they were quantised in a file.
+
+    Raises:
+        ValueError: for a map with other fractions, which interpolation has put on every edge.
+    """
     if not label.is_floating_point():
-        return
+        return label
+    is_whole = True
     for part in plain(label).split(16, dim=-3):  # parts that fit into a cache take half the time
-        fractions = part != part.round()
-        if bool(fractions.any()):
-            raise ValueError(
-                f"{name} must hold whole numbers, got {float(part[fractions][0]):.4g}; "
-                "resample labels with mode='nearest'"
-            )
+        whole = part.round()
+        if bool((part != whole).any()):
+            is_whole = False
+            wrong = ~((part - whole).abs() <= ROUNDING)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"{name} must hold whole numbers, got "
+                    f"{describe_fraction(float(part[wrong][0]))}; resample labels with "
+                    "mode='nearest'"
+                )
+    if is_whole:
+        return label
+    rounded = label.clone()
+    plain(rounded).round_().add_(0)  # -0.0 becomes 0.0
+    return rounded
 
 
 def _to_tensor(name: str, value: object) -> str:

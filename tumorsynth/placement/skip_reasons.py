@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-HAS_TUMOR = "left alone (holds a tumour already)"
 EXCLUDED = "left alone (as asked)"
 NO_FREE_VOXEL = "no room: other tumours or forbidden voxels fill the organ"
 AIR = (
@@ -22,6 +21,11 @@ NO_VISIBLE_CHANGE = "the generator leaves this tissue as it is"
 def not_selected(p: float) -> str:
     """Return the reason of a sample that the probability p left out."""
     return f"left alone (p = {p:g})"
+
+
+def has_tumor(voxels: int, tumor_label: int) -> str:
+    """Return the reason of a sample that ``healthy_only`` skips."""
+    return f"left alone (holds a tumour already: {voxels} voxels of {tumor_label} = tumor_label)"
 
 
 def no_organ(organ_labels: Sequence[int]) -> str:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tumorsynth.scans import nifti
-from tumorsynth.scans.nifti import Volume
 from tumorsynth.scans.outputs import output_paths, unfinished_marker
 from tumorsynth.scans.run_settings import run_settings, to_json_types, voxels_sha256
+from tumorsynth.scans.volume import Volume
 
 if TYPE_CHECKING:
     from tumorsynth.synthesizer import SynthesizeTumor
@@ -55,7 +55,8 @@ def synthesize_scan(
 
     from tumorsynth.scans.preview import save_preview
 
-    before, old = image.values(), label.integers()
+    whole_label = label.as_label()
+    before, old = image.values(), whole_label.integers()
     _check_intensity(image.name, before, synth)
     step()
     changed_image, changed_label = synth(
@@ -71,7 +72,7 @@ def synthesize_scan(
     differs = (after != before) & ~(np.isnan(after) & np.isnan(before))
     relabelled = new != old
     new_ct = image.with_changes(differs, after[differs])
-    new_label = label.with_changes(relabelled, new[relabelled])
+    new_label = whole_label.with_changes(relabelled, new[relabelled])
     report = {
         **run_settings(synth, ct=image.name, label=label.name, seed=seed, geometry=geometry),
         "voxels_sha256": {
@@ -89,7 +90,7 @@ def synthesize_scan(
     marker.touch()
     paths["report"].unlink(missing_ok=True)
     nifti.write_volume(paths["ct"], image, new_ct)
-    nifti.write_volume(paths["label"], label, new_label)
+    nifti.write_volume(paths["label"], whole_label, new_label)
     step()
     tumor = relabelled & (new == synth.tumor_label)
     hu = [synth.intensity.to_hu(torch.from_numpy(v)).numpy() for v in (before, after)]
@@ -110,6 +111,50 @@ def check_organ(label: Volume, organ_labels: tuple[int, ...]) -> None:
             f"--organ-label {' '.join(map(str, organ_labels))} must be in the label map, but "
             f"{label.name} holds {listed}; give the value that the organ has there"
         )
+
+
+def check_taken_label(
+    label: Volume, organ_labels: tuple[int, ...], tumor_label: int, if_taken: str
+) -> str | None:
+    """Check whether a label map holds the tumours' value already: real tumours, or an organ.
+
+    Args:
+        label: the label map.
+        organ_labels: values of the organ.
+        tumor_label: the tumours' value.
+        if_taken: "refuse" such a map; "judge": refuse it where the voxels are clearly not the
+            organ's tumours; or "add" the tumours to them.
+
+    Returns:
+        A note for the user where the map is not refused, or None.
+
+    Raises:
+        ValueError: if the map is refused.
+    """
+    if if_taken == "add":
+        return None
+    import torch
+
+    from tumorsynth.pipeline.taken_label import free_value, measure
+
+    values = torch.from_numpy(label.integers())
+    count = int((values == tumor_label).sum())
+    if not count:
+        return None
+    found = measure(values, tumor_label, organ_labels)
+    spacing = np.linalg.norm(label.affine[:3, :3], axis=0)
+    is_organ = found is not None and found.looks_like_an_organ(spacing.tolist(), clearly=True)
+    free = f"--tumor-label {free_value(values)}"
+    if if_taken == "judge" and not is_organ:
+        return (
+            f"{label.name} holds {count} voxels of --tumor-label {tumor_label} already, and the "
+            f"tumours are added to them; if they are an organ, give a free value such as {free}"
+        )
+    raise ValueError(
+        f"--tumor-label {tumor_label} must be free in the label map, but {label.name} holds "
+        f"{count} voxels of it; give a free value, for example {free}, or, if these are tumours, "
+        "--add-to-label"
+    )
 
 
 def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> None:
