@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.background import EXTENSION_MM, BackgroundFill
-from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS, feather_mm
+from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS, ScanNoise, feather_mm
 from tumorsynth.geometry import Box, CropGrid, Floats3, Frame
 from tumorsynth.pipeline.validation import plain
 from tumorsynth.placement.types import LocalMask, SkipCode, TumorParams
@@ -71,7 +71,9 @@ class PaintRequest:
         crop: (side, side, side) in [0, 1], the generator's view of the healthy tissue.
         crop_mask: bool, same shape: the tumour as the generator sees it.
         crop_outline: bool, same shape: the tumour as it will be labelled.
-        grain_mm: width of the scan's noise grain along the tensor's axes.
+        noise: of the healthy scan around the tumour's place.
+        grain_mm: width of the noise's grain along the tensor's axes to which the tumour is matched;
+            0 with blend="difftumor", which matches nothing.
         region: the part of the sample that the feather reaches.
         inside: bool, the tumour in that region.
         outside_share: share of the tumour beyond the organ.
@@ -84,6 +86,7 @@ class PaintRequest:
     crop: Tensor
     crop_mask: Tensor
     crop_outline: Tensor
+    noise: ScanNoise
     grain_mm: Floats3
     region: Box
     inside: Tensor
@@ -117,13 +120,18 @@ class Candidate:
         after: the region's image with the tumour.
         peak_weight: largest blend weight in the tumour.
         hu_change: mean change in the tumour, in HU.
-        visible: whether at least half of the tumour's voxels change.
+        contrast_hu: mean of the tumour minus the level of the organ around; None where too little
+            organ is around.
+        visibility: of the tumour over the scan's noise; None where that cannot be measured.
+        has_change: whether at least half of the tumour's voxels change.
     """
 
     after: Tensor
     peak_weight: float
     hu_change: float
-    visible: bool
+    contrast_hu: float | None
+    visibility: float | None
+    has_change: bool
 
 
 @dataclass(frozen=True)
@@ -174,6 +182,8 @@ class TumorRecord:
         sigma_mm: widest feather along an axis.
         grain_mm: width of the scan's noise grain along the tensor's axes.
         contrast_hu: requested contrast; None left it to the generator.
+        visibility: contrast over the scan's noise for the tumour's size (`appearance.visibility`);
+            None where it cannot be measured.
         displaced_mm: largest displacement of the tissue around it.
         outside_share: share of the tumour beyond the organ.
         generator: name of the generator.
@@ -194,6 +204,7 @@ class TumorRecord:
     sigma_mm: float
     grain_mm: list[float]
     contrast_hu: float | None
+    visibility: float | None
     displaced_mm: float = 0.0
     outside_share: float
     generator: str
@@ -211,6 +222,20 @@ class TumorRecord:
 Record = SkipRecord | TumorRecord
 
 
+class Rejection(NamedTuple):
+    """A placed tumour that was not made, and is not made by a replay either.
+
+    Args:
+        number: its place among the tumours in the sample's params.
+        reason: why, for people.
+        code: the same for programs.
+    """
+
+    number: int
+    reason: str
+    code: SkipCode
+
+
 @dataclass
 class SampleParams:
     """What is random about one sample; `to_dict` is an entry of ``synth.params``.
@@ -220,14 +245,14 @@ class SampleParams:
         code: why the sample was skipped; None if it was not.
         reason: the same for people.
         tumors: params of its tumours.
-        rejected: number and reason of each tumour that the gate rejected.
+        rejected: the tumours that were placed and then rejected.
     """
 
     seed: int | None
     code: SkipCode | None = None
     reason: str = ""
     tumors: list[TumorParams] = field(default_factory=list)
-    rejected: list[tuple[int, str]] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``params``."""
@@ -239,7 +264,10 @@ class SampleParams:
         if self.code is not None:
             entry |= {"code": self.code.value, "reason": self.reason}
         if self.rejected:
-            entry["rejected"] = [list(pair) for pair in self.rejected]
+            entry["rejected"] = [
+                [one.number, one.reason, *([] if one.code is SkipCode.GATE else [one.code.value])]
+                for one in self.rejected
+            ]
         return entry
 
     @classmethod
@@ -251,5 +279,8 @@ class SampleParams:
             code,
             "" if code is None else entry.get("reason", "left alone"),
             [TumorParams.from_dict(values) for values in entry["tumors"]],
-            [(int(number), reason) for number, reason in entry.get("rejected", ())],
+            [
+                Rejection(int(number), reason, SkipCode(*code or [SkipCode.GATE]))
+                for number, reason, *code in entry.get("rejected", ())
+            ],
         )

@@ -13,7 +13,13 @@ from tumorsynth.appearance.background import EXTENSION_MM, fill_background, meas
 from tumorsynth.appearance.blend import feather_reach
 from tumorsynth.appearance.contrast import similar_level_around
 from tumorsynth.appearance.contrast_priors import ContrastPrior
-from tumorsynth.appearance.noise import feather_mm, grain_region, measure_grain, softening_mm
+from tumorsynth.appearance.noise import (
+    ScanNoise,
+    feather_mm,
+    grain_region,
+    measure_noise,
+    softening_mm,
+)
 from tumorsynth.devices import onto
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.geometry import Box, CropGrid, Floats3, plan_crop
@@ -131,7 +137,7 @@ def request_or_skip(
 def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: Requests) -> None:
     """Add what is to be done for the tumours of one sample."""
     requests.records.extend(skip_records([placed], first=sample.number))
-    rejected = dict(placed.params.rejected)
+    rejected = {one.number: one for one in placed.params.rejected}
     tumors = [result for result in placed.results if isinstance(result, LocalMask)]
     has_mass_effect = any(tumor.params.displaced > 0 for tumor in tumors)
     displacing: list[DisplacingTumor] = []
@@ -142,8 +148,8 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
             params_index += 1
             if id.params_index in rejected:
                 # skipped only here: it took room from the later ones while they were placed
-                reason = rejected[id.params_index]
-                requests.records.append(SkipRecord(id.sample, report_index, SkipCode.GATE, reason))
+                one = rejected[id.params_index]
+                requests.records.append(SkipRecord(id.sample, report_index, one.code, one.reason))
                 continue
             if has_mass_effect:
                 later = [] if call.settings.merge else tumors[params_index:]
@@ -170,9 +176,8 @@ def request_painting(
         ValueError: if the image around the tumour cannot be in the scale of ``intensity``.
     """
     spacing, to_hu = sample.frame.spacing, settings.intensity.to_hu
-    grain_mm = (0.0, 0.0, 0.0)
-    if settings.blend == "change":
-        grain_mm = _grain_around(settings, sample, tumor)
+    noise = _noise_around(settings, sample, tumor)
+    grain_mm = noise.grain_mm if settings.blend == "change" else (0.0, 0.0, 0.0)
     grid, region = _plan(settings, generator, sample, tumor, grain_mm)
     hu = to_hu(sample.image[grid.source.slices].float())
     if isinstance(settings.intensity, HU):
@@ -208,6 +213,7 @@ def request_painting(
         crop=grid.cut((hu - low) / (high - low)),
         crop_mask=shown,
         crop_outline=outline,
+        noise=noise,
         grain_mm=grain_mm,
         region=region,
         inside=inside,
@@ -259,12 +265,12 @@ def with_contrast(
     return replace(request, tumor=replace(request.tumor, params=params))
 
 
-def _grain_around(settings: Settings, sample: Sample, tumor: LocalMask) -> Floats3:
-    """Return the width of the scan's noise grain around a tumour, along the tensor's axes."""
+def _noise_around(settings: Settings, sample: Sample, tumor: LocalMask) -> ScanNoise:
+    """Return the noise of the healthy scan around a tumour's place."""
     region = grain_region(tumor.box, sample.frame.spacing, sample.image.shape).slices
     hu = settings.intensity.to_hu(sample.image[region].float())
     organ = is_organ(sample.label[region], settings.organ_labels)
-    return measure_grain(hu, organ, sample.frame.spacing)
+    return measure_noise(hu, organ, sample.frame.spacing)
 
 
 def _mask_on_grid(

@@ -57,3 +57,18 @@ def no_room_again(diameter_mm: float) -> str:
 def gate(objection: str) -> str:
     """Return the reason of a tumour that the gate rejected."""
     return f"the gate: {objection}"
+
+
+def faint(visibility: float, limit: float, diameter_mm: float, noise_hu: float) -> str:
+    """Return the reason of a tumour that the scan's noise would hide.
+
+    Args:
+        visibility: of the tumour.
+        limit: the lowest visibility that suffices.
+        diameter_mm: of the tumour.
+        noise_hu: standard deviation of the organ around.
+    """
+    return (
+        f"noise of {noise_hu:.0f} HU would hide a tumour of {diameter_mm:.1f} mm: visibility "
+        f"{visibility:.1f}, less than {limit:g}; raise size_mm, or set contrast_hu"
+    )

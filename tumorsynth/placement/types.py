@@ -179,6 +179,7 @@ class SkipCode(str, Enum):
     NOT_FINITE = "not_finite"  # the image is NaN or infinite in most of the organ
     OUTSIDE_WINDOW = "outside_window"  # the generator's HU window misses the organ
     GATE = "gate"  # the gate rejected every attempt
+    FAINT = "faint"  # the scan's noise would hide a tumour of any contrast that is likely
     NO_VISIBLE_CHANGE = "no_visible_change"  # the tumour would change too few of its voxels
 
 
