@@ -91,7 +91,7 @@ def finish(
     if gate is not None:
         return _write_if_accepted(call, gate, request, candidate, sample, params)
     params.tumors[request.id.params_index] = request.tumor.params
-    if settings.contrast_hu is None and is_faint(candidate.visibility):
+    if settings.keeps_visible and is_faint(candidate.visibility):
         assert candidate.visibility is not None and request.noise.sd_hu is not None
         reason = skip_reasons.faint(
             candidate.visibility, VISIBLE_FROM, request.tumor.diameter_mm, request.noise.sd_hu
@@ -106,14 +106,14 @@ def _keep_visible(
 ) -> tuple[PaintRequest, Candidate]:
     """Paint a tumour again, with more contrast, where the generator's own is lost in the noise.
 
-    A contrast that the user asks for stays as it is.
+    A contrast that the user asks for stays as it is, and so does the published blend.
 
     Returns:
         The last attempt. It is still faint where visibility needs a contrast that tumours in such
         tissue do not have.
     """
     settings, noise, tumor = call.settings, request.noise, request.tumor
-    if settings.contrast_hu is not None or not is_faint(candidate.visibility):
+    if not (settings.keeps_visible and is_faint(candidate.visibility)):
         return request, candidate
     spacing = request.grid.frame.spacing
     wanted = contrast_for(RAISED_VISIBILITY, tumor.diameter_mm, noise, spacing)
@@ -129,7 +129,8 @@ def _keep_visible(
     asked = wanted / EDGE_SHARE
     for _ in range(MAX_REPAINTS):
         asked = min(asked, most)
-        params = replace(tumor.params, contrast_hu=sign * asked)
+        # rounded, so that the last bits of a measurement do not matter
+        params = replace(tumor.params, contrast_hu=sign * round(asked, 1))
         request = replace(request, tumor=replace(tumor, params=params))
         ((request, generated),) = call.painter.paint(settings, call.generator, [request])
         candidate = blend_candidate(settings, call.generator, request, generated, sample)
