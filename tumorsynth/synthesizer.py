@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tumorsynth.appearance.contrast_priors import ContrastPrior
 from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.mass_effect import MassEffect
+from tumorsynth.appearance.visibility import faint_warning, is_faint
 from tumorsynth.arguments import check_probability, keywords_of
 from tumorsynth.devices import parse_device, plain_defaults
 from tumorsynth.generators.protocol import TumorGenerator
@@ -24,7 +26,7 @@ from tumorsynth.pipeline.displace import displace_and_paint
 from tumorsynth.pipeline.finish import paint_and_finish
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.place_batch import PlacedSample, not_selected, place_samples
-from tumorsynth.pipeline.records import TumorRecord, split_batch
+from tumorsynth.pipeline.records import Record, TumorRecord, split_batch
 from tumorsynth.pipeline.requests import request_tumors, skip_records
 from tumorsynth.pipeline.settings import check_settings
 from tumorsynth.pipeline.validation import check_batch, check_params
@@ -119,6 +121,7 @@ class SynthesizeTumor(nn.Module):
         self.report: list[dict[str, Any]] = []
         self.params: list[dict[str, Any]] = []
         self.painter = Painter(self.handle)
+        self._warned_of_faint = False
 
     @torch.no_grad()
     def forward(
@@ -203,9 +206,21 @@ class SynthesizeTumor(nn.Module):
             samples = split_batch(new_image, new_label, frames)
             records += paint_and_finish(call, requests.paint, samples, placed)
             records += displace_and_paint(call, requests.displace, samples, placed)
+        if params is None and settings.gate is None:  # else the user decides
+            self._warn_of_faint(records)
         if not any(isinstance(record, TumorRecord) for record in records):
             return Synthesis.of(image, label, records, placed)
         return Synthesis.of(new_image, new_label, records, placed)
+
+    def _warn_of_faint(self, records: Iterable[Record]) -> None:
+        """Warn of a tumour that is hardly visible, once a transform."""
+        for record in records:
+            if self._warned_of_faint:
+                return
+            if isinstance(record, TumorRecord) and is_faint(record.visibility):
+                self._warned_of_faint = True
+                assert record.visibility is not None
+                warnings.warn(faint_warning(record.visibility, record.diameter_mm), stacklevel=2)
 
     @property
     def options(self) -> dict[str, Any]:

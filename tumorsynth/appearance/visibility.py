@@ -23,6 +23,20 @@ from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA, ScanNoise, measur
 VISIBLE_FROM = 5.0  # the Rose criterion; 9 in 10 annotated tumours are above
 
 
+class FaintTumorWarning(UserWarning):
+    """A synthetic tumour is hardly visible over the noise of its scan."""
+
+
+def faint_warning(visibility: float, diameter_mm: float) -> FaintTumorWarning:
+    """Return the warning about a tumour that is hardly visible."""
+    return FaintTumorWarning(
+        f"a synthetic tumour of {diameter_mm:.1f} mm is hardly visible over the scan's noise: its "
+        f"visibility must be {VISIBLE_FROM:g} or more, got {visibility:.1f}; set a stronger "
+        "contrast_hu or a larger size_mm, or gate=True to skip such tumours (this warning comes "
+        "once; the report has the visibility of every tumour)"
+    )
+
+
 def visibility(
     contrast_hu: float, diameter_mm: float, noise: ScanNoise, spacing: Sequence[float]
 ) -> float | None:
