@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import math
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,14 +97,12 @@ def _option(synth: SynthesizeTumor, name: str) -> Any:
         return hashlib.sha256(outlines).hexdigest() if synth.options["shapes"] else None
     value = synth.options[name]
     if isinstance(value, Gate):  # JSON has no infinity; None is no limit
-        pairs = {limit: getattr(value, limit) for limit in LIMITS}
-        return {
-            **{f.name: getattr(value, f.name) for f in fields(value)},
-            **{
-                limit: pair and [v if math.isfinite(v) else None for v in pair]
-                for limit, pair in pairs.items()
-            },
+        limits = {limit: getattr(value, limit) for limit in LIMITS}
+        finite = {
+            limit: pair and [v if math.isfinite(v) else None for v in pair]
+            for limit, pair in limits.items()
         }
+        return {**vars(value), **finite}
     return value
 
 
