@@ -65,7 +65,7 @@ def own_contrast():
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1.0, 1.7])
-@pytest.mark.parametrize("spacing", [ISO, (0.8, 0.8, 5.0)])
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 8.0), (0.8, 0.8, 5.0)])
 def test_visibility_is_the_contrast_over_the_noise_of_the_mean_of_a_section(sigma, spacing):
     """By the noise of many discs' means; sigma: of the scan's filter, in voxels of its plane."""
     rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def test_noise_is_the_standard_deviation_of_the_organ_without_vessels():
     for values in (hu, hu.round(), (hu / 4).round() * 4, torch.where(vessel, hu + 150, hu)):
         noise = measure_noise(values, organ == 1, ISO)
         assert noise.sd_hu == pytest.approx(9.0, rel=0.06)
-        assert noise.level_hu == pytest.approx(50.0, abs=1.0)
+        assert noise.level_hu == pytest.approx(50.0, abs=2.1)  # half a step of 4
     hu[organ == 1][::7] = math.nan
     assert measure_noise(hu, organ == 1, ISO).sd_hu == pytest.approx(9.0, rel=0.06)
 
@@ -177,7 +177,9 @@ def test_without_noise_nothing_is_said_and_nothing_is_skipped():
     assert [(r["applied"], r["visibility"]) for r in transform.report] == [(True, None)] * 3
 
 
-@pytest.mark.parametrize("scale", [ts.Scaled(-175, 250, 0, 1), ts.ZScore(50.0, 100.0, -3.0, 3.0)])
+@pytest.mark.parametrize(
+    "scale", [ts.Scaled(-175, 250, 0, 1), ts.ZScore(50.0, 100.0, -175.0, 250.0)]
+)
 def test_visibility_is_the_same_in_any_scale(scale):
     image, label = scan(level=110.0, noise=8.0)
     plain, scaled = synth(contrast_hu=-40.0), synth(contrast_hu=-40.0, intensity=scale)
@@ -185,7 +187,7 @@ def test_visibility_is_the_same_in_any_scale(scale):
     if isinstance(scale, ts.Scaled):
         call(scaled, (image.clamp(-175, 250) + 175) / 425, label)
     else:
-        call(scaled, ((image - 50.0) / 100.0).clamp(-3.0, 3.0), label)
+        call(scaled, (image.clamp(-175, 250) - 50.0) / 100.0, label)
     for one, other in zip(plain.report, scaled.report, strict=True):
         assert one["visibility"] == pytest.approx(other["visibility"], rel=0.02)
 
@@ -240,7 +242,7 @@ def test_a_tumour_that_noise_would_hide_is_skipped_with_a_reason_and_replays():
     assert new_image is image and new_label is label
     for record in transform.report:
         assert not record["applied"] and record["code"] == "faint"
-        assert "noise of 7" in record["reason"] and "set contrast_hu" in record["reason"]
+        assert record["reason"].startswith("noise of ") and "set contrast_hu" in record["reason"]
     again = synth()
     call(again, image, label, params=json.loads(json.dumps(transform.params)))
     assert again.report == transform.report and again.params == transform.params
@@ -253,7 +255,9 @@ def test_raised_and_skipped_tumours_replay_bit_by_bit(changes, monkeypatch):
         image, label = scan(noise=16.0, seed=seed)
         transform = synth(count=4, **changes)
         made = call(transform, image, label, seed=seed)
-        codes |= {r.get("code", "raised" if r["contrast_hu"] else "own") for r in transform.report}
+        codes |= {
+            r.get("code", "raised" if r.get("contrast_hu") else "own") for r in transform.report
+        }
         params = json.loads(json.dumps(transform.params))
         again = synth(count=4)
         assert all(map(torch.equal, made, call(again, image, label, params=params)))

@@ -6,7 +6,7 @@ The Rose model (A. Rose, J. Opt. Soc. Am. 38, 196, 1948; A. E. Burgess, J. Opt. 
     visibility = |contrast| / noise x sqrt(area / area of one independent noise sample)
 
 and is told from the noise with certainty from 5 on (the Rose criterion). The area is that of the
-tumour's section in the plane of the finest grain, in which people look. Filters and interpolation
+tumour's section in the orthogonal plane of the finest grain, which shows it best. Filters and interpolation
 correlate neighbouring voxels, so that an independent sample is wider than a voxel: the noise of a
 Gaussian filter of standard deviation s is correlated over 2 sqrt(pi) s along an axis.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA, ScanNoise, measure_noise
 
-VISIBLE_FROM = 5.0  # the Rose criterion; 9 in 10 annotated tumours are above
+VISIBLE_FROM = 5.0  # the Rose criterion; 29 of 30 annotated tumours are above
 
 
 class FaintTumorWarning(UserWarning):
