@@ -6,9 +6,10 @@ The Rose model (A. Rose, J. Opt. Soc. Am. 38, 196, 1948; A. E. Burgess, J. Opt. 
     visibility = |contrast| / noise x sqrt(area / area of one independent noise sample)
 
 and is told from the noise with certainty from 5 on (the Rose criterion). The area is that of the
-tumour's section in the orthogonal plane of the finest grain, which shows it best. Filters and interpolation
-correlate neighbouring voxels, so that an independent sample is wider than a voxel: the noise of a
-Gaussian filter of standard deviation s is correlated over 2 sqrt(pi) s along an axis.
+tumour's section in the orthogonal plane of the finest grain, which shows it best. Filters and
+interpolation correlate neighbouring voxels, so that an independent sample is wider than a voxel:
+the noise of a Gaussian filter of standard deviation s is correlated over 2 sqrt(pi) s along an
+axis.
 """
 
 from __future__ import annotations
