@@ -60,7 +60,8 @@ class SynthesizeTumor(nn.Module):
         contrast_hu: HU between a tumour and the tissue around it, negative for darker: a number,
             (lo, hi) drawn per tumour, or a prior of an organ and a phase ("liver-portal",
             "kidney-arterial", "pancreas-unenhanced", ...) with rims and necrotic cores. None
-            leaves the contrast to the generator.
+            leaves the contrast to the generator; where the scan's noise would hide the tumour,
+            the contrast is raised, or the tumour skipped. A contrast of yours stays.
         sigma_mm: feather of the edge, a number or (lo, hi) drawn per tumour. None means
             (0.5, 1.5), and (0, 4) with blend="difftumor", as published. With blend="change" the
             feather is never sharper than the scan.
