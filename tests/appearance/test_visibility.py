@@ -69,8 +69,8 @@ def own_contrast():
 def test_visibility_is_the_contrast_over_the_noise_of_the_mean_of_a_section(sigma, spacing):
     """By the noise of many discs' means; sigma: of the scan's filter, in voxels of its plane."""
     rng = np.random.default_rng(0)
-    radius = 5.0
-    side = round(40 / spacing[0])
+    radius = 9.0
+    side = round(48 / spacing[0])
     x, y = np.meshgrid(*[(np.arange(side) - side // 2) * spacing[0]] * 2, indexing="ij")
     disc = np.hypot(x, y) <= radius
     planes = ndimage.gaussian_filter(rng.normal(0, 10, (60, side, side)), (0, sigma, sigma))
@@ -79,7 +79,7 @@ def test_visibility_is_the_contrast_over_the_noise_of_the_mean_of_a_section(sigm
     volume = torch.from_numpy(np.moveaxis(planes, 0, 2)).float()
     noise = measure_noise(volume, torch.ones_like(volume, dtype=torch.bool), spacing)
     expected = contrast_for(1.0, 2 * radius, noise, spacing)
-    # grain is wider than the noise that it is measured by, so that this is a careful estimate
+    # near its border a disc averages more than the formula knows: a careful estimate
     assert 0.75 < of_means / expected < 1.3
     assert visibility(-20.0, 2 * radius, noise, spacing) == pytest.approx(20.0 / expected)
 
@@ -245,7 +245,8 @@ def test_a_tumour_that_noise_would_hide_is_skipped_with_a_reason_and_replays():
         assert record["reason"].startswith("noise of ") and "set contrast_hu" in record["reason"]
     again = synth()
     call(again, image, label, params=json.loads(json.dumps(transform.params)))
-    assert again.report == transform.report and again.params == transform.params
+    assert again.report == transform.report
+    assert json.dumps(again.params) == json.dumps(transform.params)
 
 
 @pytest.mark.parametrize("changes", [{}, {"mass_effect": 0.4}, {"gate": True}])
@@ -262,7 +263,7 @@ def test_raised_and_skipped_tumours_replay_bit_by_bit(changes, monkeypatch):
         again = synth(count=4)
         assert all(map(torch.equal, made, call(again, image, label, params=params)))
         assert [r["applied"] for r in again.report] == [r["applied"] for r in transform.report]
-        assert again.params == transform.params
+        assert json.dumps(again.params) == json.dumps(transform.params)
         with monkeypatch.context() as patch:  # as on a GPU, where crops go together
             patch.setattr(Painter, "_batch_size", lambda self, device: self.batch_limit)
             together = call(again, image, label, params=params)
