@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tumorsynth.appearance.contrast_priors import ContrastPrior
 from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.mass_effect import MassEffect
+from tumorsynth.appearance.visibility import FaintTumorWarning, faint_warning, is_faint
 from tumorsynth.arguments import check_probability, keywords_of, known_keywords
 from tumorsynth.devices import parse_device, plain_defaults
 from tumorsynth.generators.protocol import TumorGenerator
@@ -26,7 +27,7 @@ from tumorsynth.pipeline.finish import paint_and_finish
 from tumorsynth.pipeline.frames import Carried, find_frames, unknown_size
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.place_batch import PlacedSample, not_selected, place_samples
-from tumorsynth.pipeline.records import Sample, TumorRecord, split_batch
+from tumorsynth.pipeline.records import Record, Sample, TumorRecord, split_batch
 from tumorsynth.pipeline.requests import request_tumors, skip_records
 from tumorsynth.pipeline.settings import check_settings
 from tumorsynth.pipeline.taken_label import TakenLabelCheck
@@ -63,7 +64,8 @@ class SynthesizeTumor(nn.Module):
         contrast_hu: HU between a tumour and the tissue around it, negative for darker: a number,
             (lo, hi) drawn per tumour, or a prior of an organ and a phase ("liver-portal",
             "kidney-arterial", "pancreas-unenhanced", ...) with rims and necrotic cores. None
-            leaves the contrast to the generator.
+            leaves the contrast to the generator; where the scan's noise would hide the tumour,
+            the contrast is raised, or the tumour skipped. A contrast of yours stays.
         sigma_mm: feather of the edge, a number or (lo, hi) drawn per tumour. None means
             (0.5, 1.5), and (0, 4) with blend="difftumor", as published. With blend="change" the
             feather is never sharper than the scan.
@@ -130,6 +132,7 @@ class SynthesizeTumor(nn.Module):
         self.painter = Painter(self.handle)
         self.unknown_size = Once()  # the warning
         self.taken_label = TakenLabelCheck(self.tumor_label, self.organ_labels)
+        self.faint_tumor = Once()  # likewise
 
     @untraced
     @known_keywords
@@ -247,6 +250,8 @@ class SynthesizeTumor(nn.Module):
             samples = split_batch(new_image, new_label, frames)
             records += paint_and_finish(call, requests.paint, samples, placed)
             records += displace_and_paint(call, requests.displace, samples, placed)
+        if params is None and settings.gate is None:  # else the user decides
+            self._warn_of_faint(records)
         if not any(isinstance(record, TumorRecord) for record in records):
             return Synthesis.of(image, label, records, placed)
         return Synthesis.of(new_image, new_label, records, placed)
@@ -258,6 +263,14 @@ class SynthesizeTumor(nn.Module):
             if searched and self.taken_label.is_open:
                 spacing = sample.frame.spacing
                 self.taken_label.judge(sample.label, one.tumor_box, spacing=spacing)
+
+    def _warn_of_faint(self, records: Iterable[Record]) -> None:
+        """Warn of a tumour that is hardly visible, once a transform."""
+        for record in records:
+            if isinstance(record, TumorRecord) and is_faint(record.visibility):
+                assert record.visibility is not None
+                words = faint_warning(record.visibility, record.diameter_mm)
+                self.faint_tumor.give(words, FaintTumorWarning)
 
     @property
     def options(self) -> dict[str, Any]:

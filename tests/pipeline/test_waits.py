@@ -22,7 +22,7 @@ SAMPLE, TUMOUR = 5, 6  # waits that a sample costs, and each of its tumours
 
 def scan(kind: str = "ball", dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
-    image = 110 + 12 * torch.randn(1, *SHAPE, generator=rng)
+    image = 110 + 0.5 * torch.randn(1, *SHAPE, generator=rng)
     x, y, z = torch.meshgrid(*[torch.arange(n) / n - 0.5 for n in SHAPE], indexing="ij")
     label = (x.square() + y.square() + z.square() < 0.22)[None].to(dtype)
     if kind == "corner":  # cut by three of the volume's faces

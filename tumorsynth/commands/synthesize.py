@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tumorsynth.commands.progress import Steps, number, progress_bar, summary
+from tumorsynth.commands.progress import (
+    Steps,
+    faint_note,
+    faint_tumors,
+    number,
+    progress_bar,
+    summary,
+)
 from tumorsynth.commands.shared import (
     Count,
+    Gated,
+    GateLimits,
     GeneratorName,
     Geometry,
     Out,
@@ -24,8 +33,10 @@ from tumorsynth.commands.shared import (
     fail,
     parse_bulge,
     parse_count,
+    parse_gate,
     parse_intensity,
     parse_mass_effect,
+    say,
 )
 from tumorsynth.scans.collection import (
     Clock,
@@ -138,6 +149,8 @@ def synthesize(
             "grows with sizes above 20 mm."
         ),
     ] = "0",
+    gate: Gated = False,
+    gate_limits: GateLimits = None,
     intensity: Annotated[
         str,
         typer.Option(
@@ -221,6 +234,7 @@ def synthesize(
         bulge=parse_bulge(bulge),
         mass_effect=parse_mass_effect(mass_effect),
         any_tissue=any_tissue,
+        gate=parse_gate(gate, gate_limits),
         intensity=scale,
         device=devices[0],
         threads=threads,
@@ -307,9 +321,13 @@ def _report(
 ) -> None:
     """Print each outcome and the totals; exits with 1 if scans failed or none got a tumour."""
     failed, fatal, all_lack_tumors = 0, None, True
+    faint: list[dict[str, Any]] = []
+    tumors = 0
     clock = Clock(len(tasks))
     for outcome in outcomes:
         all_lack_tumors &= lacks_tumors(outcome.records)
+        tumors += sum(record.get("applied", True) for record in outcome.records)
+        faint += faint_tumors(outcome.records)
         progress.end()
         pace = clock.tick()
         if outcome.error is None:
@@ -322,6 +340,8 @@ def _report(
                 fatal = outcome.fatal
                 break
     print(f"wrote {number(clock.done - failed, 'scan')} to {out}")
+    if faint:
+        say(faint_note(faint, tumors))
     if fatal:
         words = f"stopped, {number(clock.total - clock.done, 'scan')} not tried"
         raise typer.Exit(fail(f"{words}; {fatal}, and give the same command to resume", 1))

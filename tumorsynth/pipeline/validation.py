@@ -213,13 +213,17 @@ def _check_record(record: dict[str, Any]) -> None:
         TumorParams.from_dict(values)
     try:
         valid = all(
-            0 <= int(number) < len(tumors) and isinstance(reason, str) and reason
-            for number, reason in rejected
+            0 <= int(number) < len(tumors)
+            and isinstance(reason, str)
+            and reason
+            and code in ([], [SkipCode.GATE], [SkipCode.FAINT])
+            for number, reason, *code in rejected
         )
     except (TypeError, ValueError, OverflowError):
         valid = False
     if not valid:
         raise ValueError(
-            f"a record's rejected must be pairs of a tumour's number and a reason, got "
+            f"a record's rejected must be pairs of a tumour's number and a reason, perhaps with a "
+            f"code, got "
             f"{rejected!r}; pass synth.params of an earlier call"
         )

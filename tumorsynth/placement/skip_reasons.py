@@ -88,3 +88,18 @@ def implausible(generator: str, window: tuple[float, float]) -> str:
         f"the generator {generator!r} gave NaN, infinite or impossible values: look at its weights "
         f"and code; 0 and 1 in its crops are {window[0]:g} and {window[1]:g} HU"
     )
+
+
+def faint(visibility: float, limit: float, diameter_mm: float, noise_hu: float) -> str:
+    """Return the reason of a tumour that the scan's noise would hide.
+
+    Args:
+        visibility: of the tumour.
+        limit: the lowest visibility that suffices.
+        diameter_mm: of the tumour.
+        noise_hu: standard deviation of the organ around.
+    """
+    return (
+        f"noise of {noise_hu:.0f} HU would hide a tumour of {diameter_mm:.1f} mm: visibility "
+        f"{visibility:.1f}, less than {limit:g}; raise size_mm, or set contrast_hu"
+    )

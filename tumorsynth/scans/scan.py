@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,19 +54,23 @@ def synthesize_scan(
     """
     import torch
 
+    from tumorsynth.appearance.visibility import FaintTumorWarning
     from tumorsynth.scans.preview import save_preview
 
     whole_label = label.as_label()
     before, old = image.values(), whole_label.integers()
     _check_intensity(image.name, before, synth)
     step()
-    changed_image, changed_label = synth(
-        torch.from_numpy(before)[None],
-        torch.from_numpy(old)[None],
-        affine=image.affine,
-        seed=seed if params is None else None,
-        params=params,
-    )
+    with warnings.catch_warnings():
+        # the command's summary counts such tumours over all scans
+        warnings.simplefilter("ignore", FaintTumorWarning)
+        changed_image, changed_label = synth(
+            torch.from_numpy(before)[None],
+            torch.from_numpy(old)[None],
+            affine=image.affine,
+            seed=seed if params is None else None,
+            params=params,
+        )
     after, new = changed_image[0].numpy(), changed_label[0].numpy()
     records = [dict(record) for record in synth.report]
     step()
