@@ -21,7 +21,7 @@ from torch import Tensor
 from tumorsynth.intensity import HU, Intensity
 
 MAX_SAMPLED = 2**14  # voxels of an image that are looked at, evenly spaced
-MIN_VALUES = 256  # voxels besides padding; fewer cannot tell
+MIN_VALUES = 1000  # voxels besides padding; fewer cannot tell
 PADDING_SHARE = 0.005  # of voxels with exactly the lowest value, or 0: from here on, padding
 RARE = 0.003  # share of voxels that metal, motion and noise take
 CT_RANGE_HU = (-1100.0, 3200.0)
@@ -364,7 +364,8 @@ def _is_clipped_and_flipped(whole: Shares) -> bool:
     if not 100 <= top <= 1100 or at_top < 0.05 or at_lowest > 0.3 * at_top:
         return False
     below = whole.share(0.8 * top, top) - at_top
-    return below < 0.1 * at_top and whole.share(-250, -10) > 0.35 * (1 - at_top)
+    tissue = whole.share(-250, -10) - at_lowest
+    return below < 0.1 * at_top and tissue > 0.5 * (1 - at_top)
 
 
 def _is_wide_window(inner: Shares) -> bool:
@@ -372,6 +373,7 @@ def _is_wide_window(inner: Shares) -> bool:
     (highest,) = inner.quantiles(1 - RARE)
     if inner.share(highest, highest) > RARE:  # HU clipped at 0 and there
         return False
+    near_air = inner.share(0, 6) > 0.01 and inner.share(20, 51) > 0.01  # no single fluid
     for high in BYTE_WINDOW_ENDS_HU:
         hu = inner.mapped((high + 1000) / 255, -1000)
         air, tissue = hu.share(-1000, -600), hu.share(0, 150)
@@ -380,13 +382,18 @@ def _is_wide_window(inner: Shares) -> bool:
             continue
         if fat > 0.03 and hu.share(-50, -10) / 40 < 0.6 * min(fat / 60, tissue / 150):
             return True
+        between = hu.share(-550, -200) / 350
+        rare = between < 0.5 * min(air / 400, hu.share(-150, 250) / 400)
+        if near_air and tissue > 0.2 and rare and hu.above(400) < 0.2 * tissue:
+            return True
     return False
 
 
 def _is_positive(whole: Shares, inner: Shares) -> bool:
     """Whether positive values reach from a dark background to where few tissues lie in HU."""
-    dark, bright = whole.share(0, 30), inner.above(300)
-    return dark > 0.05 and bright > 0.25 and inner.share(30, 300) > 0.1
+    if inner.share(0, 15) > 0.05:  # noise of the background, which is above 0 in MR alone
+        return inner.above(300) > 0.25 and inner.share(15, 300) > 0.1
+    return whole.share(0, 0) > 0.05 and inner.above(600) > 0.15 and inner.share(15, 300) > 0.1
 
 
 def _check_scale(values: NDArray[np.float32], intensity: Intensity) -> None:

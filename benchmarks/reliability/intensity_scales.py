@@ -5,7 +5,7 @@
 FOLDER holds CTs in HU (NAME_ct.nii.gz). Random crops of each scan, and the whole scan, go through
 `find_fault` as they are and as people prepare CT (clipped, padded, noisy, denoised, with metal):
 none may be refused. Then the same crops go through it in each wrong scale: which share is refused?
-A quarter of them go through once more with three voxels of 3000 and of 30000: does the answer stay?
+A quarter of them go through once more with one voxel of 30000: does the answer stay?
 A crop of the background alone, one value, can tell nothing and is not counted.
 """
 
@@ -93,8 +93,8 @@ def answer(values: np.ndarray) -> str | None:
     return None if fault is None else fault.kind
 
 
-def with_bright_voxels(values: np.ndarray) -> np.ndarray:
-    return np.concatenate([values[6:], np.repeat([3000.0, 30000.0], 3)])
+def with_bright_voxel(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([values[1:], [30000.0]])
 
 
 def crop(hu: torch.Tensor, size: tuple[int, int, int] | None, rng: np.random.Generator) -> Any:
@@ -129,7 +129,7 @@ def measure(hu: torch.Tensor, crops: int, counts: dict[str, dict[str, Counter[st
                 found["refused"][kind] += said is not None
                 found["named"][kind] += said == right
                 if k % 4 == 0:
-                    bright = answer(with_bright_voxels(change(values)))
+                    bright = answer(with_bright_voxel(change(values)))
                     found["bright"]["crops"] += 1
                     found["bright"]["other answer"] += (bright is None) != (said is None)
 
@@ -149,7 +149,7 @@ def summary(counts: dict[str, dict[str, Counter[str]]]) -> dict[str, Any]:
             "false alarms": {kind: found["false alarms"][kind] for kind in [*GOOD, "denoised"]},
             "share refused": shares("refused"),
             "share named right": shares("named"),
-            "bright voxels": dict(found["bright"]),
+            "a bright voxel": dict(found["bright"]),
         }
     return result
 
