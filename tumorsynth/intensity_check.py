@@ -373,6 +373,8 @@ def _is_wide_window(inner: Shares) -> bool:
     (highest,) = inner.quantiles(1 - RARE)
     if inner.share(highest, highest) > RARE:  # HU clipped at 0 and there
         return False
+    if inner.share(0, 400 * 255 / (BYTE_WINDOW_ENDS_HU[0] + 1000)) < 0.05:  # no air in any
+        return False
     near_air = inner.share(0, 6) > 0.01 and inner.share(20, 51) > 0.01  # no single fluid
     for high in BYTE_WINDOW_ENDS_HU:
         hu = inner.mapped((high + 1000) / 255, -1000)
