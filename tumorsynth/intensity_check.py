@@ -261,7 +261,7 @@ def _faults(sample: Sample) -> Iterator[Fault]:
         yield DIVIDED[10]
     if inner.share(860, 980) > 0.005 and _is_ct(sample.mapped(1, -1024)):  # fat, too
         yield SHIFTED
-    if _is_ct(sample.mapped(-1)):
+    if whole.share(600, 1040) > 0.1 and _is_ct(sample.mapped(-1)):  # more than bone
         yield FLIPPED
     if whole.share(64000, 65536) > PADDING_SHARE:
         yield WRAPPED
@@ -365,13 +365,15 @@ def _is_clipped_and_flipped(whole: Shares) -> bool:
         return False
     below = whole.share(0.8 * top, top) - at_top
     tissue = whole.share(-250, -10) - at_lowest
-    return below < 0.1 * at_top and tissue > 0.5 * (1 - at_top)
+    return below < 0.1 * at_top and tissue > max(0.5, 0.8 - at_top) * (1 - at_top)
 
 
 def _is_wide_window(inner: Shares) -> bool:
     """Whether values from 0 to 255 show lung and tissue in a wide window."""
     (highest,) = inner.quantiles(1 - RARE)
     if inner.share(highest, highest) > RARE:  # HU clipped at 0 and there
+        return False
+    if inner.share(0, 400 * 255 / (BYTE_WINDOW_ENDS_HU[0] + 1000)) < 0.05:  # no air in any
         return False
     near_air = inner.share(0, 6) > 0.01 and inner.share(20, 51) > 0.01  # no single fluid
     for high in BYTE_WINDOW_ENDS_HU:
