@@ -86,6 +86,19 @@ def test_soft_tissue_is_a_fatty_liver_to_an_arterial_kidney(level, suits):
     assert reason is None or (f"{level} HU" in reason and "any_tissue=True" in reason)
 
 
+def test_values_that_all_lie_within_need_no_averages():
+    for seed in range(20):
+        hu = 110 + 30 * noise(seed=seed)
+        hu[3, 4, 5] = torch.nan
+        for shift in (-80, -30, 0, 40, 110):
+            if SOFT_TISSUE.holds_all(hu + shift):
+                tissue = measure_averages(hu + shift, (1.0, 1.0, 1.0))
+                assert tissue is not None and SOFT_TISSUE.objection(tissue, "liver-early") is None
+    assert SOFT_TISSUE.holds_all(torch.tensor([[[torch.nan, 0.0, 250.0]]]))
+    for end in (-31.0, 251.0, torch.inf, -torch.inf):
+        assert not SOFT_TISSUE.holds_all(torch.tensor([[[torch.nan, 0.0, end]]]))
+
+
 def test_compact_air_is_told_from_the_noise_of_a_lung():
     inside = torch.zeros(24, 24, 24, dtype=torch.bool)
     inside[6:18, 6:18, 6:18] = True

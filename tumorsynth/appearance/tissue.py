@@ -101,6 +101,12 @@ class TissueRange:
         offset, unit = _to_hu(intensity, 0.0), intensity.hu_per_unit
         return (low - offset) / unit, (high - offset) / unit
 
+    def holds_all(self, hu: Tensor) -> bool:
+        """Whether all values but NaN lie within ``level_hu``, so that `objection` has none."""
+        low, high = self.level_hu
+        darkest, brightest = hu.nan_to_num(low, math.inf, -math.inf).aminmax()
+        return bool(darkest >= low) and bool(brightest <= high)
+
     def objection(self, tissue: Tissue, generator: str) -> str | None:
         """Return why a generator is not for a tissue, or None.
 

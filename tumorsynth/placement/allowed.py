@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tumorsynth.geometry import Box, Floats3, Frame, Rows3
-from tumorsynth.placement.organ import OrganRegion, as_array, carries, is_outside
+from tumorsynth.placement.organ import OrganRegion, as_array, carries
 from tumorsynth.placement.types import Bools, Floats, GrowthRegion, Indices, LocalMask
 from tumorsynth.subvoxels import ONE
 
@@ -60,8 +60,9 @@ class AllowedVoxels:
         self._label, self._labels = as_array(region.label, region.organ_labels)
         self._flat_label = _FlatView(self._label)
         self._forbidden = None if region.forbidden is None else region.forbidden.numpy()
-        self._image, self._image_range = region.image, region.image_range
-        self._flat_image = None if region.image is None else _FlatView(region.image.numpy())
+        self._image_range = region.image_range
+        self._image = None if region.image is None else region.image.numpy()
+        self._flat_image = None if self._image is None else _FlatView(self._image)
         self._taken: list[_Taken] = []
         self._blocked: Bools | None = None  # shaped like the region's label
         self._blocked_by = 0  # how many of ``_taken`` are in ``_blocked``
@@ -95,9 +96,7 @@ class AllowedVoxels:
         allowed = self._organ_at(local)
         unsuited = None
         if self._flat_image is not None:
-            values = self._flat_image.take(local.index)
-            low, high = self._image_range
-            unsuited = allowed & ((values < low) | (values > high))
+            unsuited = allowed & self._is_outside(self._flat_image.take(local.index))
         if growth is not None:
             allowed |= growth.likely_at(torch.from_numpy(index)).numpy()
         unobstructed = local.inside
@@ -121,7 +120,7 @@ class AllowedVoxels:
         here, there = _common_slices(box, self.part)
         allowed[here] = carries(self._label[there], self._labels)
         if self._image is not None:
-            allowed[here] &= ~is_outside(self._image[there], self._image_range).numpy()
+            allowed[here] &= ~self._is_outside(self._image[there])
         if growth is not None:
             allowed |= growth.mask_in(box).numpy()
         if self._forbidden is not None:
@@ -142,6 +141,12 @@ class AllowedVoxels:
         organ = carries(self._flat_label.take(local.index), self._labels)
         organ &= local.inside
         return organ
+
+    def _is_outside(self, values: NDArray[Any]) -> Bools:
+        low, high = self._image_range
+        outside: Bools = values < low
+        outside |= values > high
+        return outside
 
     def _blocked_voxels(self) -> Bools | None:
         """Forbidden and taken voxels in one array, so that a lookup costs the same for many
