@@ -207,7 +207,8 @@ def test_healthy_only(kind):
     synthesis = transform(healthy_only=True).set_random_state(0)
     out = synthesis(ill)
     assert out["image"] is ill["image"] and out["label"] is ill["label"]
-    assert synthesis.report[0]["reason"] == "left alone (holds a tumour already)"
+    reason = "left alone (holds a tumour already: 64 voxels of 2 = tumor_label)"
+    assert synthesis.report[0]["reason"] == reason
     state = synthesis.R.get_state()[1].copy()
     out = synthesis(healthy)
     assert tumor(out).any()

@@ -286,7 +286,8 @@ def test_a_predicate_and_healthy_only_on_a_batch(answers):
     assert changed == [True, False, False]
     assert torch.equal(out["label"][1:], given["label"][1:])
     reasons = [record.get("reason", "") for record in synthesis.report]
-    assert reasons == ["", "left alone (as asked)", "left alone (holds a tumour already)"]
+    has_tumor = "left alone (holds a tumour already: 64 voxels of 2 = tumor_label)"
+    assert reasons == ["", "left alone (as asked)", has_tumor]
     # the changed sample equals that of a batch in which all change
     plain = BatchSynthesizeTumord("image", **SETTINGS).set_random_state(0)(batch)
     assert torch.equal(plain["image"][0], out["image"][0])

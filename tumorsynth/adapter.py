@@ -18,10 +18,11 @@ from tumorsynth.pipeline.call import Synthesis
 from tumorsynth.pipeline.frames import Carried, check_spacing
 from tumorsynth.pipeline.place_batch import PlacedSample, skip_sample
 from tumorsynth.pipeline.requests import skip_records
+from tumorsynth.pipeline.taken_label import TakenLabelCheck
 from tumorsynth.pipeline.validation import (
+    as_whole,
     check_input,
     check_tumor_label,
-    check_whole,
     plain,
 )
 from tumorsynth.placement import skip_reasons
@@ -94,6 +95,10 @@ class Adapter:
             # a free value of the map that is made for the core
             settings = {**settings, "organ_labels": organs, "tumor_label": max(organs) + 1}
         self.synth = SynthesizeTumor(**settings)
+        self.taken_label = self.synth.taken_label
+        if separate_organ:
+            self.taken_label = TakenLabelCheck(self.tumor_label, self.synth.organ_labels)
+            self.synth.taken_label.close()
 
     def __repr__(self) -> str:
         return f"Adapter({self.described()})"
@@ -153,7 +158,11 @@ class Adapter:
         work_image = image.float() if _holds_integers(image) else image
         if organ is not None or self.healthy_only or _is_wide(label):
             check_input(work_image, label, self.tumor_label)
-        skips = self._skips(image, label, excluded)
+            label = as_whole("label", label)
+        if organ is not None:
+            _check_organ_map(label, organ)
+            organ = as_whole("the organ map", organ)
+        skips = self._skips(image, label, organ, excluded)
         if skips and len(skips) == _batch_size(image):  # check nothing else and load no generator
             placed = [PlacedSample(skip_sample(skips[b]), []) for b in sorted(skips)]
             self._keep(Synthesis.of(image, label, skip_records(placed), placed))
@@ -175,7 +184,7 @@ class Adapter:
 
         self._keep(synthesis)
         if synthesis.image is work_image:  # no sample got a tumour
-            return image, label
+            return image, synthesis.label if work_label is label else label
         new_image, new_label = synthesis.image, synthesis.label
         if work_image is not image:
             changed = plain(new_image) != plain(work_image)
@@ -193,15 +202,24 @@ class Adapter:
         self.synth.report, self.synth.params = synthesis.report, synthesis.params
 
     def _skips(
-        self, image: Tensor, label: Tensor, excluded: Sequence[bool] | None
+        self,
+        image: Tensor,
+        label: Tensor,
+        organ: Tensor | None,
+        excluded: Sequence[bool] | None,
     ) -> dict[int, Skip]:
         """Return why samples, by their number in the batch, are to be skipped."""
         skips: dict[int, Skip] = {}
         if self.healthy_only:
             labels = plain(label) if label.ndim == 5 else plain(label)[None]
-            have_tumor = (labels == self.tumor_label).flatten(1).any(1).tolist()
-            skip = Skip(SkipCode.HAS_TUMOR, skip_reasons.HAS_TUMOR)
-            skips = {b: skip for b, has_tumor in enumerate(have_tumor) if has_tumor}
+            voxels = (labels == self.tumor_label).flatten(1).sum(1).tolist()
+            skips = {
+                b: Skip(SkipCode.HAS_TUMOR, skip_reasons.has_tumor(count, self.tumor_label))
+                for b, count in enumerate(voxels)
+                if count
+            }
+            if skips:
+                self._judge_tumor_label(label, organ)
         if excluded is not None:
             if len(excluded) != _batch_size(image):
                 raise ValueError(
@@ -228,24 +246,40 @@ class Adapter:
 
     def _organ_and_tumor(self, label: Tensor, organ: Tensor) -> Tensor:
         """Return one map for the core: the map's organs and the label's tumours."""
-        if not isinstance(organ, Tensor) or organ.shape != label.shape:
-            found = tuple(organ.shape) if isinstance(organ, Tensor) else type(organ).__name__
-            raise ValueError(
-                f"the organ map must have the label's shape {tuple(label.shape)}, got {found}; "
-                "resample it onto the label's grid"
-            )
-        if organ.device != label.device:
-            raise ValueError(
-                f"organ map and label must be on one device, got {organ.device} and {label.device}"
-            )
-        check_whole("label", label)
-        check_whole("the organ map", organ)
         label, organ = plain(label), plain(organ)
         both = torch.zeros(organ.shape, dtype=torch.int64, device=organ.device)
         for value in self.synth.organ_labels:
             both[is_organ(organ, (value,))] = value
-        both[label == self.tumor_label] = self.synth.tumor_label
+        tumor = label == self.tumor_label
+        both[tumor] = self.synth.tumor_label
+        if self.taken_label.is_open and bool(tumor.any()):
+            self._judge_tumor_label(label, organ)
         return both
+
+    def _judge_tumor_label(self, label: Tensor, organ: Tensor | None) -> None:
+        """Warn once if the label holds an organ of the tumours' value."""
+        label = plain(label).to(torch.int64) if _is_wide(label) else plain(label)
+        organs = None if organ is None else is_organ(plain(organ), self.synth.organ_labels)
+        for b in range(_batch_size(label)):
+            if self.taken_label.is_open:
+                where = (b, 0) if label.ndim == 5 else (0,)
+                self.taken_label.judge(
+                    label[where], organ=None if organs is None else organs[where]
+                )
+
+
+def _check_organ_map(label: Tensor, organ: Tensor) -> None:
+    """Raise ValueError unless a separate organ map goes with the label."""
+    if not isinstance(organ, Tensor) or organ.shape != label.shape:
+        found = tuple(organ.shape) if isinstance(organ, Tensor) else type(organ).__name__
+        raise ValueError(
+            f"the organ map must have the label's shape {tuple(label.shape)}, got {found}; "
+            "resample it onto the label's grid"
+        )
+    if organ.device != label.device:
+        raise ValueError(
+            f"organ map and label must be on one device, got {organ.device} and {label.device}"
+        )
 
 
 def _check_separate_organ(settings: dict[str, Any]) -> None:

@@ -38,12 +38,12 @@ class Once:
         self._page[0] = True
         return first
 
-    def give(self, message: str) -> None:
+    def give(self, message: str, category: type[Warning] = UserWarning) -> None:
         """Warn, unless that was done before."""
         if not self.first():
             return
         # without a registry: Python's own would show equal words of two transforms only once
-        warnings.warn_explicit(message, UserWarning, *_caller())
+        warnings.warn_explicit(message, category, *_caller())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Once, (self.given,)

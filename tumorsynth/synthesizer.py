@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tumorsynth.appearance.contrast_priors import ContrastPrior
 from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.mass_effect import MassEffect
+from tumorsynth.appearance.visibility import FaintTumorWarning, faint_warning, is_faint
 from tumorsynth.arguments import check_probability, keywords_of, known_keywords
 from tumorsynth.devices import parse_device, plain_defaults
 from tumorsynth.generators.protocol import TumorGenerator
@@ -26,10 +27,11 @@ from tumorsynth.pipeline.finish import paint_and_finish
 from tumorsynth.pipeline.frames import Carried, find_frames, unknown_size
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.place_batch import PlacedSample, not_selected, place_samples
-from tumorsynth.pipeline.records import TumorRecord, split_batch
+from tumorsynth.pipeline.records import Record, Sample, TumorRecord, split_batch
 from tumorsynth.pipeline.requests import request_tumors, skip_records
 from tumorsynth.pipeline.settings import check_settings
-from tumorsynth.pipeline.validation import check_input, check_params, check_whole
+from tumorsynth.pipeline.taken_label import TakenLabelCheck
+from tumorsynth.pipeline.validation import as_whole, check_input, check_params
 from tumorsynth.placement.types import Skip
 from tumorsynth.random_streams import per_sample_seeds
 from tumorsynth.threads import one_thread
@@ -49,7 +51,8 @@ class SynthesizeTumor(nn.Module):
             `tumorsynth.TumorGenerator`. A name loads once per process and device, on first
             use.
         organ_labels: label values in which a tumour may sit, one int or several.
-        tumor_label: the value that a tumour's voxels get.
+        tumor_label: the value that a tumour's voxels get. Choose one that the label does not hold,
+            or that of real tumours in it: a warning, once, says if it is another organ's.
         p: probability that a sample gets tumours.
         count: tumours per sample, at most 100: a number, (lo, hi) inclusive, or None to draw it
             from the cases behind the size prior.
@@ -61,7 +64,8 @@ class SynthesizeTumor(nn.Module):
         contrast_hu: HU between a tumour and the tissue around it, negative for darker: a number,
             (lo, hi) drawn per tumour, or a prior of an organ and a phase ("liver-portal",
             "kidney-arterial", "pancreas-unenhanced", ...) with rims and necrotic cores. None
-            leaves the contrast to the generator.
+            leaves the contrast to the generator; where the scan's noise would hide the tumour,
+            the contrast is raised, or the tumour skipped. A contrast of yours stays.
         sigma_mm: feather of the edge, a number or (lo, hi) drawn per tumour. None means
             (0.5, 1.5), and (0, 4) with blend="difftumor", as published. With blend="change" the
             feather is never sharper than the scan.
@@ -127,6 +131,8 @@ class SynthesizeTumor(nn.Module):
         self.params: list[dict[str, Any]] = []
         self.painter = Painter(self.handle)
         self.unknown_size = Once()  # the warning
+        self.taken_label = TakenLabelCheck(self.tumor_label, self.organ_labels)
+        self.faint_tumor = Once()  # likewise
 
     @untraced
     @known_keywords
@@ -145,7 +151,7 @@ class SynthesizeTumor(nn.Module):
         """Return a new (image, label) with tumours; the inputs stay as they are.
 
         If no sample gets a tumour, the inputs themselves come back, uncopied. The call sets
-        ``report`` and ``params``.
+        ``report`` and ``params``. Label values within 0.01 of a whole number are rounded.
 
         Args:
             image: (B, 1, X, Y, Z) or (1, X, Y, Z), floating point, in the scale of ``intensity``.
@@ -209,7 +215,7 @@ class SynthesizeTumor(nn.Module):
         """
         settings, exclude = self.settings, exclude or {}
         check_input(image, label, settings.tumor_label)
-        check_whole("label", label)
+        label = as_whole("label", label)
         if carried is None:
             carried = [Carried.of("image", image), Carried.of("label", label)]
         frames, doubt = find_frames(
@@ -234,6 +240,8 @@ class SynthesizeTumor(nn.Module):
         # a caller's autocast would resample and feather in half precision
         with torch.autocast(image.device.type, enabled=False):
             placed = place_samples(settings, samples, seeds, params, exclude, call.tissue)
+            if self.taken_label.is_open and params is None:
+                self._judge_tumor_label(samples, placed)
             requests = request_tumors(call, samples, placed)
             records = requests.records
             if not requests:
@@ -242,9 +250,27 @@ class SynthesizeTumor(nn.Module):
             samples = split_batch(new_image, new_label, frames)
             records += paint_and_finish(call, requests.paint, samples, placed)
             records += displace_and_paint(call, requests.displace, samples, placed)
+        if params is None and settings.gate is None:  # else the user decides
+            self._warn_of_faint(records)
         if not any(isinstance(record, TumorRecord) for record in records):
             return Synthesis.of(image, label, records, placed)
         return Synthesis.of(new_image, new_label, records, placed)
+
+    def _judge_tumor_label(self, samples: Sequence[Sample], placed: Sequence[PlacedSample]) -> None:
+        """Warn once if samples that get tumours hold an organ of the tumours' value."""
+        for sample, one in zip(samples, placed, strict=True):
+            searched = one.tumor_box is not None or (self.settings.merge and bool(one.results))
+            if searched and self.taken_label.is_open:
+                spacing = sample.frame.spacing
+                self.taken_label.judge(sample.label, one.tumor_box, spacing=spacing)
+
+    def _warn_of_faint(self, records: Iterable[Record]) -> None:
+        """Warn of a tumour that is hardly visible, once a transform."""
+        for record in records:
+            if isinstance(record, TumorRecord) and is_faint(record.visibility):
+                assert record.visibility is not None
+                words = faint_warning(record.visibility, record.diameter_mm)
+                self.faint_tumor.give(words, FaintTumorWarning)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from tumorsynth.models import codebook
 from tumorsynth.models.codebook import Codebook
 
 SAMPLE, TUMOUR = (
-    4,
-    7,
+    5,
+    6,
 )  # waits that a sample costs, and each of its tumours: tests/pipeline/test_waits.py
 
 

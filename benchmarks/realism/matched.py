@@ -35,6 +35,7 @@ from benchmarks.common import spread, write
 from benchmarks.realism.lesions import NOISE_SIGMA_MM, Lesion, _core, edge, noise_length
 from benchmarks.realism.tumor_quality import real_lesions, synthetic_lesions
 from tumorsynth.appearance.contrast_priors import ContrastPrior, add_structure
+from tumorsynth.appearance.noise import ScanNoise
 from tumorsynth.generators.handcrafted import HandcraftedConfig, HandcraftedGenerator
 from tumorsynth.pipeline import paint as _painting
 from tumorsynth.pipeline import requests as _requests
@@ -68,7 +69,7 @@ def unmatched() -> Iterator[None]:
     """As it was before changes were matched to the scan."""
     with (
         mock.patch.object(_painting, "match_to_scan", lambda crop, change, *_: change),
-        mock.patch.object(_requests, "measure_grain", lambda *_: (0.0, 0.0, 0.0)),
+        mock.patch.object(_requests, "measure_noise", lambda *_: ScanNoise((0.0,) * 3, None, None)),
     ):
         yield
 
@@ -178,7 +179,7 @@ def cost(name: str, calls: int = 9) -> dict[str, Any]:
     image, label = 110 + 12 * noise, torch.ones(noise.shape, dtype=torch.uint8)
     prior = ContrastPrior(rim_share=1.0, core_share=1.0, core_from_mm=10.0)
     with (
-        mock.patch.object(_requests, "measure_grain", timed("grain", _requests.measure_grain)),
+        mock.patch.object(_requests, "measure_noise", timed("grain", _requests.measure_noise)),
         mock.patch.object(_painting, "match_to_scan", timed("match", _painting.match_to_scan)),
         mock.patch.object(_painting, "add_structure", timed("rim and core", add_structure)),
     ):

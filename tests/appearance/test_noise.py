@@ -15,7 +15,7 @@ from tumorsynth.appearance.noise import (
     GRAIN_PER_NOISE_SIGMA,
     grain_region,
     match_to_scan,
-    measure_grain,
+    measure_noise,
     softening_mm,
 )
 from tumorsynth.geometry import Box
@@ -51,24 +51,24 @@ def edge_width(change, mask):
 
 @pytest.mark.parametrize("sigmas", [(0.6, 0.6, 0.6), (0.5, 1.0, 1.3)])
 def test_grain_is_the_filters_width_along_each_axis(sigmas):
-    grain_mm = measure_grain(noisy(sigmas), ball(18), ISO)
+    grain_mm = measure_noise(noisy(sigmas), ball(18), ISO).grain_mm
     for width, sigma in zip(grain_mm, sigmas, strict=True):
         assert width == pytest.approx(GRAIN_PER_NOISE_SIGMA * sigma, rel=0.12, abs=0.15)
 
 
 def test_grain_is_in_mm_and_at_least_a_voxels_width():
-    white = measure_grain(noisy(), ball(18), (0.6, 0.6, 5.0))
+    white = measure_noise(noisy(), ball(18), (0.6, 0.6, 5.0)).grain_mm
     assert white[0] < 0.5 and white[2] == pytest.approx(0.29 * 5, abs=0.6)
-    assert measure_grain(noisy((0.8, 0.8, 0.0)), ball(18), (0.6, 0.6, 5.0))[0] == pytest.approx(
-        GRAIN_PER_NOISE_SIGMA * 0.8 * 0.6, rel=0.12
-    )
+    assert measure_noise(noisy((0.8, 0.8, 0.0)), ball(18), (0.6, 0.6, 5.0)).grain_mm[
+        0
+    ] == pytest.approx(GRAIN_PER_NOISE_SIGMA * 0.8 * 0.6, rel=0.12)
 
 
 def test_vessels_and_slopes_do_not_make_a_scan_smooth():
     hu = noisy((0.6, 0.6, 0.6))
     hu[::9, :, 10:13] += 60.0
     hu += torch.linspace(-8, 8, 40)
-    assert measure_grain(hu, ball(18), ISO)[0] == pytest.approx(
+    assert measure_noise(hu, ball(18), ISO).grain_mm[0] == pytest.approx(
         GRAIN_PER_NOISE_SIGMA * 0.6, rel=0.25
     )
 
@@ -80,7 +80,7 @@ def test_grain_that_cannot_be_measured_softens_nothing():
         (torch.full((20, 20, 20), math.nan), ball(9, 20)),
         (torch.randn(1, 60, 60), torch.ones(1, 60, 60, dtype=torch.bool)),  # one slice
     ):
-        assert all(0.28 < g < 0.5 for g in measure_grain(hu, organ, ISO))
+        assert all(0.28 < g < 0.5 for g in measure_noise(hu, organ, ISO).grain_mm)
 
 
 def test_grain_is_measured_around_the_tumours_middle_inside_the_sample():

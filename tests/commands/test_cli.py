@@ -284,7 +284,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path, capsys):
     cut = write(folder, "cut", ct, label)
     cut[0].write_bytes(cut[0].read_bytes()[:-3000])
     text.write_text("not a scan")
-    slices.write_bytes(b"")
+    slices.write_bytes(bytes(128) + b"DICM" + bytes(400))
     missing = folder / "missing_ct.nii.gz"
     for words, says in [
         ((missing, pair[1]), ["no such file", "missing_ct.nii.gz"]),
@@ -294,15 +294,22 @@ def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path, capsys):
         ((pair[0], shorter[1]), ["shape 64x56x36 against 63x56x36"]),
         ((pair[0], moved[1]), ["case_ct.nii.gz and moved_label.nii.gz", "origin"]),
         (half, ["whole numbers", "half_label.nii.gz holds 0.5"]),
-        (unit, ["must be in HU", "from 0 to 1", "--intensity"]),
-        (shifted, ["shifted_ct.nii.gz", "1024 was added; subtract it"]),
+        (
+            unit,
+            ["must be in HU", "unit_ct.nii.gz", "lie in [0, 1]", "--intensity=HU_LOW,HU_HIGH,0,1"],
+        ),
+        (shifted, ["shifted_ct.nii.gz", "HU + 1024", "--intensity=-1024,3071,0,4095"]),
         ((pair[1], pair[0]), ["case_ct.nii.gz holds -10", "the label map, not the CT"]),
-        ((slices, pair[1]), ["got 1.dcm", "dcm2niix"]),
+        ((slices, pair[1]), ["1.dcm is not a NIfTI file but a DICOM file", "dcm2niix"]),
         (("", pair[1]), ["an argument is empty"]),
         (series, ["series_ct.nii.gz must be one 3-D image", "64x56x36x2"]),
         ((pair[0],), ["needs its label file"]),
         ((*pair, "--tumor-label", 300), ["tumour label", "uint8 (0 to 255)", "300"]),
         ((*pair, "--tumor-label", 1), ["1"]),
+        (
+            (*pair, "--tumor-label", 3),  # the other organ
+            ["--tumor-label 3 must be free", "case_label.nii.gz holds", "--tumor-label 8"],
+        ),
         ((*pair, "--count", "many"), ["--count must be N or LOW-HIGH", "'many'"]),
         ((*pair, "--count", "3-1"), ["count"]),
         ((*pair, "--size-mm", 20, 8), ["size_mm"]),
@@ -541,3 +548,81 @@ def test_scans_with_nan(tmp_path, capsys):
     for name, image in (("around", around), ("half", half)):
         new = np.asarray(nib.load(tmp_path / f"{name}-out" / "x_ct.nii.gz").dataobj)
         assert (np.isfinite(new) == np.isfinite(image)).all()
+
+
+# -- visibility and the gate -----------------------------------------------------------------------
+
+
+def faint_scan(folder, name="case"):
+    """An organ of 50 HU under noise of 12 HU in thick voxels."""
+    ct, label = scan()
+    ct = ct.astype(np.float32)
+    ct[label == 1] -= 60
+    return write(folder, name, np.rint(ct).astype(np.int16), label)
+
+
+def test_a_summary_counts_the_tumours_that_are_hardly_visible(tmp_path, capsys):
+    for name in ("a", "b"):
+        faint_scan(tmp_path / "in", name)
+    words = ("--contrast-hu", -3, -2, "--count", 2, "-o", tmp_path / "out")
+    assert synthesize(tmp_path / "in", *words) == 0
+    out, err = capsys.readouterr()
+    assert out.count(", 2 hardly visible") == 2
+    assert "4 of 4 tumours are hardly visible" in err and "visibility must be 5 or more" in err
+    assert "--gate" in err and "FaintTumorWarning" not in err
+    report = json.loads((tmp_path / "out" / "a_report.json").read_text())
+    assert all(0 <= record["visibility"] < 5 for record in report["tumors"])
+    # visible ones bring no word
+    words = ("--contrast-hu", -60, -50, "--size-mm", 12, 16, "-o", tmp_path / "more")
+    assert synthesize(tmp_path / "in", *words) == 0
+    out, err = capsys.readouterr()
+    assert "hardly" not in out + err
+
+
+def test_default_tumours_are_visible_in_the_report(tmp_path, capsys):
+    paths = faint_scan(tmp_path / "in")
+    assert synthesize(*paths, "--count", 3, "-o", tmp_path / "out") == 0
+    assert "hardly" not in "".join(capsys.readouterr())
+    report = json.loads((tmp_path / "out" / "case_report.json").read_text())
+    assert all(r["visibility"] >= 5 for r in report["tumors"] if r["applied"])
+    words = (*paths, "-o", tmp_path / "again")
+    assert run("replay", tmp_path / "out" / "case_report.json", *words) == 0
+
+
+def strict(path):
+    """JSON as other programs read it: without NaN and Infinity."""
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))
+
+
+def test_the_gate_skips_tumours_and_resumes_and_replays(tmp_path, capsys):
+    paths = faint_scan(tmp_path / "in")
+    out = tmp_path / "out"
+    words = ("--contrast-hu", -3, -2, "--gate")
+    assert synthesize(tmp_path / "in", *words, "-o", out) == 1
+    assert "the gate: visibility" in capsys.readouterr().out
+    report = strict(out / "case_report.json")
+    assert {r["code"] for r in report["tumors"]} == {"gate"}
+    assert report["options"]["gate"]["visibility"] == [5.0, None]
+    assert synthesize(tmp_path / "in", *words, "-o", out) == 0  # finished already
+    assert "made with" in refused(
+        capsys, "synthesize", tmp_path / "in", "--generator", "hu2023", "--contrast-hu", -3, -2,
+        "-o", out,
+    )  # fmt: skip
+    limits = ("--gate-limits", "visibility=none, noise_ratio=0.1:9,tries=2")
+    assert synthesize(*paths, *words, *limits, "-o", tmp_path / "open") == 0
+    gate = strict(tmp_path / "open" / "case_report.json")["options"]["gate"]
+    assert gate["visibility"] is None and gate["tries"] == 2 and gate["noise_ratio"] == [0.1, 9.0]
+    words = (*paths, "-o", tmp_path / "again")
+    assert run("replay", tmp_path / "open" / "case_report.json", *words) == 0
+
+
+@pytest.mark.parametrize(
+    "limits", ["", "visible=5:", "visibility=5", "visibility=a:b", "tries=many", "visibility=1:2:3"]
+)
+def test_gate_limits_that_are_none_are_refused(pair, tmp_path, capsys, limits):
+    err = refused(capsys, "synthesize", *pair, "-o", tmp_path / "out", "--gate-limits", limits)
+    assert f"got {limits!r}" in err and "give for example visibility=8:" in err
+    err = refused(
+        capsys, "synthesize", *pair, "-o", tmp_path / "out", "--gate-limits", "visibility=9:2"
+    )
+    assert "low <= high" in err

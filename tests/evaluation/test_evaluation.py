@@ -158,6 +158,8 @@ def test_tensors_and_arrays_alike():
 
     label, guess = blocks(cube((3, 3, 3), 3)), blocks(cube((4, 3, 3), 3))
     assert scores(torch.tensor(guess), torch.tensor(label), MM) == scores(guess, label, MM)
+    quantised = [m * np.float32(0.99998) for m in (guess, label)]
+    assert scores(*quantised, MM) == scores(guess, label, MM)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,8 @@ def test_tensors_and_arrays_alike():
         ({"spacing": (1, 1, 0)}, "three positive numbers of mm"),
         ({"prediction": np.ones((1, 24, 24, 24), int)}, r"prediction must be .*\(X, Y, Z\)"),
         ({"least_iou": 2}, r"least_iou must lie in \[0, 1\]"),
+        ({"prediction": blocks() * 0.98}, "prediction must hold whole numbers, got 0.98; give a"),
+        ({"label": blocks() * np.nan}, "label must hold whole numbers, got nan"),
     ],
 )
 def test_what_cannot_be_scored(changes, message):

@@ -166,7 +166,19 @@ def test_other_values_than_params_are_named(params, found):
         check_params(params, 1)
 
 
-@pytest.mark.parametrize("rejected", [[[0.0, 0.0]], [[0, ""]], [[0, None]], [[7, "faint"]], [0], 3])
+@pytest.mark.parametrize(
+    "rejected",
+    [
+        [[0, "dim", "no_room"]],
+        [[0, "dim", "faint", 1]],
+        [[0.0, 0.0]],
+        [[0, ""]],
+        [[0, None]],
+        [[7, "faint"]],
+        [0],
+        3,
+    ],
+)
 def test_rejected_tumours_are_pairs_of_a_number_and_a_reason(rejected):
     image, label = torch.full((1, 20, 20, 20), 100.0), torch.ones(1, 20, 20, 20, dtype=torch.uint8)
     synth = ts.SynthesizeTumor("hu2023", count=1, size_mm=5)

@@ -17,12 +17,12 @@ from tumorsynth.placement.organ import organ_box
 from tumorsynth.synthesizer import SynthesizeTumor
 
 SHAPE = (60, 52, 44)
-SAMPLE, TUMOUR = 4, 7  # waits that a sample costs, and each of its tumours
+SAMPLE, TUMOUR = 5, 6  # waits that a sample costs, and each of its tumours
 
 
 def scan(kind: str = "ball", dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
-    image = 110 + 12 * torch.randn(1, *SHAPE, generator=rng)
+    image = 110 + 0.5 * torch.randn(1, *SHAPE, generator=rng)
     x, y, z = torch.meshgrid(*[torch.arange(n) / n - 0.5 for n in SHAPE], indexing="ij")
     label = (x.square() + y.square() + z.square() < 0.22)[None].to(dtype)
     if kind == "corner":  # cut by three of the volume's faces

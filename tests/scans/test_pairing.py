@@ -53,7 +53,6 @@ def test_pairs_that_cannot_be_found_say_why(tmp_path):
         (folder / "a.nii.gz", tmp_path / "no.nii.gz", "no such file or folder"),
         (folder / "a.nii.gz", None, "needs its label file"),
         (folder / "a.nii.gz", folder, "needs its label file"),
-        (folder / "scan.dcm", folder / "a.nii.gz", "must be a .nii"),
         (folder, folder / "a.nii.gz", "must be one too"),
         (folder, None, "both 'a'"),
         (empty, None, "holds no NAME_ct.nii.gz"),

@@ -241,7 +241,8 @@ def test_healthy_only():
     chain = transform(healthy_only=True)
     torch.manual_seed(0)
     left = chain(ill)
-    assert equal(left, ill) and chain.report[0]["reason"] == "left alone (holds a tumour already)"
+    reason = "left alone (holds a tumour already: 64 voxels of 2 = tumor_label)"
+    assert equal(left, ill) and chain.report[0]["reason"] == reason
     assert equal(left.get_composed_history()(ill), ill)
     out = chain(given)
     assert tumor(out).any() and equal(out.get_composed_history()(given), out)

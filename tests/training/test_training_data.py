@@ -252,19 +252,21 @@ def test_every_place_draws_from_a_window_that_moves_on():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda hu: (hu + 175) / 425, "values from .* to .* are scaled, not HU"),
-        (lambda hu: hu + 1024, "1024 added; subtract 1024"),
-        (lambda hu: -hu, "their sign changed; multiply them by -1"),
-        (lambda hu: (-hu).clip(-1024, 600), "their sign changed; multiply them by -1"),
-        (lambda hu: (hu - hu.mean()) / hu.std(), "values from -.* are scaled, not HU"),
-        (lambda hu: (hu - hu.min()) / 150, "values from 0 to .* are scaled, not HU"),
+        (lambda hu: (hu + 175) / 425, "lie in .0, 1., so the CT is scaled; give the CT in HU"),
+        (lambda hu: hu + 1024, r"HU \+ 1024 .*; subtract 1024"),
+        (lambda hu: -hu, "their sign changed, .*; multiply them by -1"),
+        (lambda hu: (-hu).clip(-1024, 600), "their sign changed, .*; multiply them by -1"),
+        (lambda hu: (hu - hu.mean()) / hu.std(), "look like z-scores .*; give the CT in HU"),
+        (lambda hu: (hu - hu.min()) / 150, "look like z-scores or scaled otherwise"),
+        (lambda hu: hu / 10, "HU divided by 10, .*; multiply them by 10"),
+        (lambda hu: hu / 100, "HU divided by 100, .*; multiply them by 100"),
         (
             lambda hu: (hu + 1000) / 1250 * 255,
             "hold no air and no fat, so are not HU",
         ),
         (
             lambda hu: ((hu + 1000) / 1250 * 255).round(),
-            "numbers from 0 to 255 are a label map, not HU",
+            "numbers from 0 to 2.. are a label map, not HU",
         ),
         (lambda hu: hu * 0 + 60, "every voxel is 60"),
         (lambda hu: hu * np.nan, "NaN"),
@@ -278,7 +280,7 @@ def test_values_that_are_no_hu(change, said):
     hu = np.full((20, 20, 20), -1000.0)
     hu[3:17, 3:17] = np.random.default_rng(0).normal(60, 60, (14, 14, 20)).clip(-175, 250)
     assert hu_problem(torch.from_numpy(hu)) is None
-    wrong = change(hu) if "scaled" not in said else change(hu.clip(-175, 250))
+    wrong = change(hu) if "lie in" not in said else change(hu.clip(-175, 250))
     import re
 
     assert re.search(said, hu_problem(torch.from_numpy(wrong)))
@@ -330,14 +332,14 @@ def test_all_problems_of_all_files_are_said_at_once(cases, tmp_path):
     said = str(caught.value)
     assert said.startswith("9 problems")
     for name, words in (
-        ("scaled", "scaled, not HU"),
-        ("offset", "1024 added"),
+        ("scaled", "so the CT is scaled; give the CT in HU"),
+        ("offset", "subtract 1024"),
         ("shape", r"its image's shape (48, 48, 48), got (46, 48, 48)"),
         ("moved", "elsewhere in space"),
-        ("halves", "integers from 0 to 255"),
+        ("halves", "must hold whole numbers, but halves_seg.nii.gz holds 0.5"),
         ("organs", "whole numbers from 0 to 3 are a label map, not HU"),
-        ("four", "one 3-D volume"),
-        ("broken", "cannot be read"),
+        ("four", "one 3-D image, got shape 48x48x48x2"),
+        ("broken", "broken.nii.gz is not a NIfTI file"),
         ("missing", "no such file"),
     ):
         (line,) = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.blend import filter_on
+from tumorsynth.appearance.visibility import VISIBLE_FROM, measure_visibility
 from tumorsynth.arguments import any_bool, is_bool, keywords_of
 from tumorsynth.geometry import Frame, Rows3
 from tumorsynth.placement.rasterize import flatness
@@ -40,7 +41,8 @@ class Gate:
         off_hu: that contrast minus the requested one, if any. Also catches the wrong sign.
         level_hu: mean of the core, where the organ around is solid tissue (20 to 220 HU). Catches
             fat, fluid and calcium.
-        visibility: absolute contrast over the standard deviation of the organ around.
+        visibility: contrast over the noise of the organ around, for the tumour's size
+            (`tumorsynth.appearance.visibility`). From 5 on people tell a tumour from noise.
         noise_ratio: voxel-to-voxel noise in the core over that of the organ around.
         edge_mm: width of the edge at the outline, from 10 to 90 %. Edges of 2 mm and sharper read
             2, a missing edge 99; wide edges of small tumours read up to a third too narrow.
@@ -55,14 +57,14 @@ class Gate:
         TypeError: for a scorer that cannot be called.
 
     Examples:
-        >>> synth = ts.SynthesizeTumor(gate=ts.Gate(visibility=(1.0, 5.0), tries=5))
+        >>> synth = ts.SynthesizeTumor(gate=ts.Gate(visibility=(8.0, math.inf), tries=5))
     """
 
     tries: int = 3
     contrast_hu: tuple[float, float] | None = None
     off_hu: tuple[float, float] | None = (-15.0, 15.0)
     level_hu: tuple[float, float] | None = (10.0, 300.0)
-    visibility: tuple[float, float] | None = (0.4, math.inf)
+    visibility: tuple[float, float] | None = (VISIBLE_FROM, math.inf)
     noise_ratio: tuple[float, float] | None = (0.4, 1.7)
     edge_mm: tuple[float, float] | None = None
     flatness: tuple[float, float] | None = (0.2, 1.0)
@@ -158,7 +160,7 @@ def check_gate(gate: bool | Gate | None) -> Gate | None:
     if not isinstance(gate, Gate):
         raise TypeError(
             f"gate must be True, False or a tumorsynth.Gate, got {gate!r}; pass for example "
-            "tumorsynth.Gate(visibility=(1.0, 5.0))"
+            "tumorsynth.Gate(tries=5)"
         )
     return gate
 
@@ -200,8 +202,7 @@ def measure(
     scores["contrast_hu"] = contrast
     if SOLID_TISSUE_HU[0] < organ_level < SOLID_TISSUE_HU[1]:
         scores["level_hu"] = level
-    if organ_sd > 0:
-        scores["visibility"] = abs(contrast) / organ_sd
+    scores["visibility"] = measure_visibility(hu, tumor_mask, around, spacing)
     core_noise, organ_noise = _noise_sd(hu, core, spacing), _noise_sd(hu, around, spacing)
     if core_noise is not None and organ_noise:
         scores["noise_ratio"] = core_noise / organ_noise

@@ -23,8 +23,10 @@ GRAIN_PER_NOISE_SIGMA = 1.4
 MIN_GRAIN_VOXELS = 0.29  # standard deviation of a box one voxel wide: no scan is sharper
 MAX_GRAIN_MM = 2.5  # a gradient without noise looks like endless grain
 GRAIN_RADIUS_MM, MAX_GRAIN_RADIUS_VOXELS = 14.0, 24  # of the region in which grain is measured
+MIN_NOISE_VOXELS = 30  # of organ, to measure its level and the standard deviation of its noise
 MIN_PAIRS = 300  # of neighbouring organ voxels, to measure grain
 MAX_NOISE_SDS = 3.0  # from the organ's median; beyond are vessels
+NOISE_VARIANCE_KEPT = 0.9733  # share of normal noise's variance that remains within these limits
 
 GENERATOR_GRAIN_MM = 0.7  # sharpness of generators' changes, that of thin slices
 MIN_SOFTENING_MM = 0.2  # smaller differences in sharpness count as none
@@ -37,6 +39,21 @@ MATCH_MARGIN_VOXELS = 6  # around a tumour, within which its change is matched
 MIN_CORE_CHANGE_HU = 1.0  # a smaller change of the core is not restored
 CORE_GAIN_RANGE = (0.5, 2.0)  # of the factor that restores the core's change
 MAD_TO_SD = 1.4826  # standard deviation over median absolute deviation, of normal noise
+
+
+class ScanNoise(NamedTuple):
+    """The noise of a scan around one place.
+
+    Args:
+        grain_mm: width of its grain along each axis, at least 0.29 voxels and at most 2.5 mm; the
+            least where there is too little organ or no noise.
+        level_hu: median of the organ; None where there is too little of it.
+        sd_hu: standard deviation of the organ without its vessels; None likewise.
+    """
+
+    grain_mm: Floats3
+    level_hu: float | None
+    sd_hu: float | None
 
 
 def grain_region(tumor: Box, spacing: Sequence[float], sample_shape: Sequence[int]) -> Box:
@@ -52,30 +69,28 @@ def grain_region(tumor: Box, spacing: Sequence[float], sample_shape: Sequence[in
     return Box.at(middle, (1, 1, 1)).grown(radius).within(Box.whole(sample_shape))
 
 
-def measure_grain(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> Floats3:
-    """Measure a scan's grain along each axis.
+def measure_noise(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> ScanNoise:
+    """Measure a scan's noise, with one host-device synchronisation.
 
     Args:
         hu: (X, Y, Z).
         organ: bool, same shape: the tissue to measure in.
         spacing: mm per voxel.
-
-    Returns:
-        Three numbers in mm, at least 0.29 voxels and at most 2.5 mm; the least where there is too
-        little organ or no noise.
     """
     smallest = [MIN_GRAIN_VOXELS * s for s in spacing]
-    differences, organ_voxels = _squared_differences(hu, organ)
-    if organ_voxels < MIN_PAIRS:
-        return smallest[0], smallest[1], smallest[2]
+    found = _organ_statistics(hu, organ)
+    enough = found.voxels >= MIN_NOISE_VOXELS
+    level, sd = (found.median, found.sd) if enough else (None, None)
+    if found.voxels < MIN_PAIRS:
+        return ScanNoise((smallest[0], smallest[1], smallest[2]), level, sd)
     grain = []
     for axis, s in enumerate(spacing):
-        one, two, four = differences[axis]
+        one, two, four = found.squared_differences[axis]
         sigma = GRAIN_PER_NOISE_SIGMA * s * _filter_sigma(two / one, 2) if one > 0 else 0.0
         if sigma > s and four > 0:  # interpolation between slices correlates voxels further apart
             sigma = GRAIN_PER_NOISE_SIGMA * s * _filter_sigma(four / one, 4)
         grain.append(min(max(sigma, smallest[axis]), max(MAX_GRAIN_MM, smallest[axis])))
-    return grain[0], grain[1], grain[2]
+    return ScanNoise((grain[0], grain[1], grain[2]), level, sd)
 
 
 def grain_of_subvoxels(
@@ -209,25 +224,38 @@ def _evening(hu: Tensor, change: Tensor, mask: Tensor, where: tuple[Tensor, ...]
     return weight * (healthy - painted)
 
 
-def _squared_differences(hu: Tensor, organ: Tensor) -> tuple[list[list[float]], float]:
-    """Mean squared differences of organ voxels 1, 2 and 4 apart along each axis; organ voxels.
+class _OrganStatistics(NamedTuple):
+    """Figures of the organ's voxels within `MAX_NOISE_SDS` of their median.
 
-    A mean is 0 where there are too few pairs.
+    squared_differences: their means over voxels 1, 2 and 4 apart along each axis, 0 where there are
+    too few pairs. voxels: how many the organ has.
     """
+
+    squared_differences: list[list[float]]
+    voxels: float
+    median: float
+    sd: float
+
+
+def _organ_statistics(hu: Tensor, organ: Tensor) -> _OrganStatistics:
     hu = hu.float()
     organ = organ & hu.isfinite()
     median, organ_voxels = _median(hu, organ), organ.sum()
     sd = MAD_TO_SD * _median((hu - median).abs(), organ)
     fits = organ & ((hu - median).abs() <= MAX_NOISE_SDS * sd)
     hu = torch.where(fits, hu - median, 0.0)
+    # not the median absolute deviation: of whole HU it has whole steps
+    variance = hu.square().sum() / fits.sum() / NOISE_VARIANCE_KEPT
     sums = [_difference_sum(hu, fits, axis, step) for axis in range(3) for step in (1, 2, 4)]
-    stacked = torch.stack([number.to(hu.dtype) for number in (*sum(sums, ()), organ_voxels)])
-    *numbers, count = stacked.tolist()  # one host-device synchronisation
+    figures = (*sum(sums, ()), organ_voxels, median, variance)
+    stacked = torch.stack([number.to(hu.dtype) for number in figures])
+    *numbers, count, level, squared = stacked.tolist()  # one host-device synchronisation
     means = [
         total / pairs if pairs >= MIN_PAIRS else 0.0
         for total, pairs in zip(numbers[::2], numbers[1::2], strict=True)
     ]
-    return [means[0:3], means[3:6], means[6:9]], count
+    differences = [means[0:3], means[3:6], means[6:9]]
+    return _OrganStatistics(differences, count, level, math.sqrt(squared))
 
 
 def _median(values: Tensor, where: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ import typer
 from tumorsynth.commands.progress import progress_bar, summary
 from tumorsynth.commands.shared import (
     Device,
+    Gated,
     GeneratorName,
     Out,
     Seed,
     build_synthesizer,
     parse_count,
+    parse_gate,
 )
 from tumorsynth.scans import nifti
 from tumorsynth.scans.outputs import find_unfinished, output_paths
@@ -37,6 +39,7 @@ def demo(
             show_default=False,
         ),
     ] = None,
+    gate: Gated = False,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
@@ -54,6 +57,7 @@ def demo(
         tumor_label=max(LABELS.values()) + 1,
         count=parse_count(count),
         size_mm=size_mm or (12.0, 20.0),
+        gate=parse_gate(gate, None),
         device=device,
     )
     find_unfinished([], out, overwrite=True)

@@ -71,12 +71,12 @@ def evaluate(
 ) -> None:
     """Score predicted label maps against the real ones.
 
-    Pairs .nii[.gz] by name (without a trailing _label) and prints means over cases with 95 %
-    intervals: Dice, surface Dice, HD95, and per tumour the detections and false positives. Both
-    maps must lie on one grid. A case that fails is reported and skipped, and the exit code is 1.
-    docs/evaluation.md defines every score.
+    Pairs .nii[.gz] by name (without a trailing _label; NAME_ct beside NAME_label is a CT and left
+    out) and prints means over cases with 95 % intervals: Dice, surface Dice, HD95, and per tumour
+    the detections and false positives. Both maps must lie on one grid. A case that fails is
+    reported and skipped, and the exit code is 1. docs/evaluation.md defines every score.
     """
-    from tumorsynth.evaluation.folders import find_comparisons, score
+    from tumorsynth.evaluation.folders import find_comparisons, label_values, score
     from tumorsynth.evaluation.metrics import check_settings, summary
 
     check_settings(early_mm=early_mm, tolerance_mm=tolerance_mm, least_iou=least_iou)
@@ -86,10 +86,20 @@ def evaluate(
     pairs, waiting = find_comparisons(predictions, labels)
     settings = {"early_mm": early_mm, "tolerance_mm": tolerance_mm, "least_iou": least_iou}
     options = {"tumor_label": tumor_label, "organ_labels": list(organ_label), **settings}
-    cases, failed = _for_each(pairs, lambda pair: score(pair, reading, **options))
+    cases, failed = _for_each(
+        pairs, lambda pair: score(pair, reading, **options), catch=predictions.is_dir()
+    )
     if waiting:
         say(f"note: {len(waiting)} of the labels have no prediction ({waiting[0]}, ...)")
     scores = summary(list(cases.values()), bootstrap, seed)
+    if cases and not scores["cases_with_tumor"]:
+        label = next(pair.label for pair in pairs if pair.name in cases)
+        held = ", ".join(map(str, label_values(label, reading)))
+        say(
+            f"note: no label holds {tumor_label} = --tumor-label, so that only specificity and "
+            f"false positives are scored ({label.name} holds {held}); if the scans have tumours, "
+            "give their value"
+        )
     if cases:
         if each:
             Console().print(_case_table(cases))
@@ -192,9 +202,9 @@ def healthy(
 
 
 def _for_each(
-    items: Sequence[Any], work: Callable[[Any], T]
+    items: Sequence[Any], work: Callable[[Any], T], *, catch: bool = True
 ) -> tuple[dict[str, T], dict[str, str]]:
-    """Results by name, and why other items failed; prints the failures."""
+    """Results by name, and why other items failed; prints the failures. catch: continue then."""
     done: dict[str, T] = {}
     failed: dict[str, str] = {}
     for item in _progress(items):
@@ -203,6 +213,8 @@ def _for_each(
         except ModuleNotFoundError:  # every case would fail
             raise
         except Exception as error:
+            if not catch:
+                raise
             failed[item.name] = describe_error(error)
             say(f"{item.name}: {failed[item.name]}")
     return done, failed

@@ -25,8 +25,35 @@ def summary(name: str, records: list[dict[str, Any]]) -> str:
     sizes = ", ".join(f"{r['diameter_mm']:.1f} mm" for r in placed[:10])
     sizes += ", ..." if len(placed) > 10 else ""
     words = f"{printable(name)}: {number(len(placed), 'tumour')}" + (f" ({sizes})" if sizes else "")
+    if faint := faint_tumors(records):
+        words += f", {len(faint)} hardly visible"
     reasons = [str(r.get("reason")) for r in records if not r.get("applied", True)]
     return "; ".join([words, *dict.fromkeys(reasons)])
+
+
+def faint_tumors(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tumours that are hardly visible; those of earlier versions, without a figure, are not."""
+    from tumorsynth.appearance.visibility import is_faint  # imports torch
+
+    return [r for r in records if r.get("applied", True) and is_faint(r.get("visibility"))]
+
+
+def faint_note(faint: list[dict[str, Any]], tumors: int) -> str:
+    """Say how many tumours of a run are hardly visible, and what to do.
+
+    Args:
+        faint: the records of those tumours, at least one.
+        tumors: how many the run made.
+    """
+    from tumorsynth.appearance.visibility import VISIBLE_FROM
+
+    lowest, highest = (f(r["visibility"] for r in faint) for f in (min, max))
+    values = f"{lowest:.1f}" if len(faint) == 1 else f"{lowest:.1f} to {highest:.1f}"
+    return (
+        f"{len(faint)} of {number(tumors, 'tumour')} {'is' if len(faint) == 1 else 'are'} hardly "
+        f"visible over the scan's noise (visibility must be {VISIBLE_FROM:g} or more, got "
+        f"{values}); give a stronger --contrast-hu or a larger --size-mm, or skip them with --gate"
+    )
 
 
 class Steps:

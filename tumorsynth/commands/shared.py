@@ -11,6 +11,7 @@ import typer
 from tumorsynth.scans import nifti
 
 if TYPE_CHECKING:
+    from tumorsynth.appearance.gate import Gate
     from tumorsynth.intensity import HU, Scaled
     from tumorsynth.synthesizer import SynthesizeTumor
 
@@ -42,6 +43,23 @@ SizeMm = Annotated[
 Seed = Annotated[int, typer.Option(help="The same seed gives the same tumours.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Gated = Annotated[
+    bool,
+    typer.Option(
+        "--gate",
+        help="Score each tumour (visible, solid, as noisy as the scan, no disc), make a bad one "
+        "again, and skip it after three attempts.",
+    ),
+]
+GateLimits = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=LOW:HIGH,...",
+        help="The gate with limits of your own, for example visibility=8:,contrast_hu=-60:-15 or "
+        "noise_ratio=none; tries=5 makes five attempts. docs/realism.md lists the scores.",
+        show_default=False,
+    ),
+]
 Threads = Annotated[
     int,
     typer.Option(
@@ -145,6 +163,32 @@ def parse_bulge(text: str) -> bool | tuple[float, float]:
             f"--bulge must be prior, no, a share from 0 to 0.9, or LOW-HIGH, got {text!r}; give "
             "for example 0.3 or 0-0.5"
         ) from None
+
+
+def parse_gate(on: bool, limits: str | None) -> Gate | None:
+    """Return the gate of --gate and --gate-limits; None if neither is given."""
+    from tumorsynth.appearance.gate import LIMITS, Gate
+
+    settings: dict[str, Any] = {}
+    try:
+        for part in [] if limits is None else limits.split(","):
+            name, _, value = (word.strip() for word in part.partition("="))
+            if name == "tries":
+                settings[name] = int(value)
+            elif name not in LIMITS:
+                raise ValueError(name)
+            elif value == "none":
+                settings[name] = None
+            else:
+                low, high = value.split(":")
+                settings[name] = (float(low or "-inf"), float(high or "inf"))
+    except ValueError:
+        raise ValueError(
+            f"--gate-limits must be NAME=LOW:HIGH or NAME=none, with commas between them and NAME "
+            f"one of {', '.join(LIMITS)}, or tries=N, got {limits!r}; give for example "
+            "visibility=8:,contrast_hu=-60:-15"
+        ) from None
+    return Gate(**settings) if on or settings else None
 
 
 def parse_count(text: str) -> tuple[int, int]:

@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tumorsynth.commands.progress import Steps, number, progress_bar, summary
+from tumorsynth.commands.progress import (
+    Steps,
+    faint_note,
+    faint_tumors,
+    number,
+    progress_bar,
+    summary,
+)
 from tumorsynth.commands.shared import (
     Count,
+    Gated,
+    GateLimits,
     GeneratorName,
     Geometry,
     Out,
@@ -24,8 +33,10 @@ from tumorsynth.commands.shared import (
     fail,
     parse_bulge,
     parse_count,
+    parse_gate,
     parse_intensity,
     parse_mass_effect,
+    say,
 )
 from tumorsynth.scans.collection import (
     Clock,
@@ -48,6 +59,7 @@ from tumorsynth.scans.run_settings import explain_mismatch, run_settings
 if TYPE_CHECKING:
     from tumorsynth.synthesizer import SynthesizeTumor
 
+DEFAULT_TUMOR_LABEL = 2
 NOT_SELECTED = "not_selected"  # the skip code of what p, count or the caller left out
 
 
@@ -64,7 +76,22 @@ def synthesize(
         list[int],
         typer.Option(help="Label value of the organ. Repeat the option for several values."),
     ] = [1],  # noqa: B006 (typer copies it)
-    tumor_label: Annotated[int, typer.Option(help="Label value for the tumours.")] = 2,
+    tumor_label: Annotated[
+        int | None,
+        typer.Option(
+            help="Label value for the tumours, free in the label maps. [default: 2]",
+            show_default=False,
+        ),
+    ] = None,
+    add_to_label: Annotated[
+        bool,
+        typer.Option(
+            "--add-to-label",
+            help="Add the tumours to those that the label maps hold (LiTS: 1 liver, 2 tumour). "
+            "Without it, a map is refused that holds the default --tumor-label, or another organ "
+            "of the value that you give.",
+        ),
+    ] = False,
     generator: GeneratorName = None,
     count: Count = None,
     size_mm: SizeMm = None,
@@ -122,6 +149,8 @@ def synthesize(
             "grows with sizes above 20 mm."
         ),
     ] = "0",
+    gate: Gated = False,
+    gate_limits: GateLimits = None,
     intensity: Annotated[
         str,
         typer.Option(
@@ -196,7 +225,7 @@ def synthesize(
     synth = build_synthesizer(
         generator=generator,
         organ_labels=tuple(organ_label),
-        tumor_label=tumor_label,
+        tumor_label=DEFAULT_TUMOR_LABEL if tumor_label is None else tumor_label,
         count=parse_count(count or "1-3") if count or size_prior is None else None,
         size_mm=size_prior or size_mm or (8.0, 20.0),
         p=p,
@@ -205,6 +234,7 @@ def synthesize(
         bulge=parse_bulge(bulge),
         mass_effect=parse_mass_effect(mass_effect),
         any_tissue=any_tissue,
+        gate=parse_gate(gate, gate_limits),
         intensity=scale,
         device=devices[0],
         threads=threads,
@@ -217,15 +247,15 @@ def synthesize(
         unfinished = [0]
     if len(unfinished) < len(pairs):
         print(f"{len(pairs) - len(unfinished)} of {len(pairs)} scans are finished already")
-    tasks = [Task(pairs[k], seed + k, reading) for k in unfinished]
+    if_taken = "add" if add_to_label else "refuse" if tumor_label is None else "judge"
+    tasks = [Task(pairs[k], seed + k, reading, if_taken, not several) for k in unfinished]
     debug = context.find_root().params["debug"]
     processes = workers or len(devices)
     with progress_bar(len(tasks)) as progress:
         outcomes: Iterator[Outcome]
         if len(tasks) < 2 or debug or (engine == "processes" and processes == 1):
-            outcomes = _run_here(
-                synth, tasks, out, progress, catch=len(pairs) > 1 and not debug, several=several
-            )
+            catch = len(pairs) > 1 and not debug
+            outcomes = _run_here(synth, tasks, out, progress, catch=catch)
         elif engine == "ray":
             from tumorsynth.scans.ray import run_on_ray
 
@@ -275,7 +305,6 @@ def _run_here(
     progress: Steps,
     *,
     catch: bool,
-    several: bool,
 ) -> Iterator[Outcome]:
     """Process scans in this process. catch: turn errors into outcomes."""
     for task in tasks:
@@ -283,7 +312,7 @@ def _run_here(
         if catch:
             yield try_scan(synth, task, out, progress.step)
         else:
-            records = process_scan(synth, task, out, progress.step, organ_required=not several)
+            records = process_scan(synth, task, out, progress.step)
             yield Outcome(task.pair.name, records)
 
 
@@ -292,9 +321,13 @@ def _report(
 ) -> None:
     """Print each outcome and the totals; exits with 1 if scans failed or none got a tumour."""
     failed, fatal, all_lack_tumors = 0, None, True
+    faint: list[dict[str, Any]] = []
+    tumors = 0
     clock = Clock(len(tasks))
     for outcome in outcomes:
         all_lack_tumors &= lacks_tumors(outcome.records)
+        tumors += sum(record.get("applied", True) for record in outcome.records)
+        faint += faint_tumors(outcome.records)
         progress.end()
         pace = clock.tick()
         if outcome.error is None:
@@ -307,6 +340,8 @@ def _report(
                 fatal = outcome.fatal
                 break
     print(f"wrote {number(clock.done - failed, 'scan')} to {out}")
+    if faint:
+        say(faint_note(faint, tumors))
     if fatal:
         words = f"stopped, {number(clock.total - clock.done, 'scan')} not tried"
         raise typer.Exit(fail(f"{words}; {fatal}, and give the same command to resume", 1))

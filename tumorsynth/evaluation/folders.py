@@ -15,8 +15,9 @@ import numpy as np
 
 from tumorsynth.geometry import shear_of
 from tumorsynth.scans import nifti
+from tumorsynth.scans.file_kinds import check_is_there, describe_folder
 from tumorsynth.scans.nifti import Reading
-from tumorsynth.scans.pairing import find_files
+from tumorsynth.scans.pairing import find_files, has_ending, name_of
 
 if TYPE_CHECKING:
     from tumorsynth.evaluation.metrics import CaseScores
@@ -37,7 +38,8 @@ def find_comparisons(predictions: Path, labels: Path) -> tuple[list[Comparison],
     Args:
         predictions: a folder of .nii[.gz] files, or one file.
         labels: a folder with files of the same names, or one file. Names are compared without
-            .nii[.gz] and without a final _label.
+            .nii[.gz] and without a final _label. NAME_ct beside NAME_label or NAME, as
+            `tumorsynth synthesize` writes them, is a CT and left out.
 
     Returns:
         The pairs sorted by name, and the names of labels without a prediction, which is no error: a
@@ -48,10 +50,9 @@ def find_comparisons(predictions: Path, labels: Path) -> tuple[list[Comparison],
         ValueError: for a folder and a file, an empty folder, or a prediction without a label.
     """
     for path in (predictions, labels):
-        if not path.exists():
-            raise FileNotFoundError(f"no such file or folder: {path}")
+        check_is_there(path)
     if not predictions.is_dir() and not labels.is_dir():
-        name = predictions.name.removesuffix(".gz").removesuffix(".nii")
+        name = name_of(predictions) or predictions.name
         return [Comparison(name, predictions, labels)], []
     if not (predictions.is_dir() and labels.is_dir()):
         raise ValueError(
@@ -99,6 +100,11 @@ def score(
     spacing = np.linalg.norm(label.affine[:3, :3], axis=0)
     shear = shear_of(label.affine)
     return scores(predicted.integers(), label.integers(), spacing.tolist(), shear=shear, **options)
+
+
+def label_values(path: Path, reading: Reading) -> list[int]:
+    """Return the values that a label map holds, in order."""
+    return np.unique(nifti.read_volume(path, reading).integers()).tolist()
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,18 @@ def decathlon(scans: Sequence[Scan], beside: Path) -> dict[str, Any]:
 
 
 def _files_by_name(folder: Path) -> dict[str, Path]:
+    """List the label maps of a folder by name; NAME_ct beside NAME_label or NAME is their CT."""
     files = find_files(folder, "_label")
+    names = {name.casefold() for name in files}
+    cts = [
+        name
+        for name, path in files.items()
+        if has_ending(path, "_ct") and name[: -len("_ct")].casefold() in names
+    ]
+    for name in cts:
+        del files[name]
     if not files:
+        if what := describe_folder(folder):
+            raise ValueError(f"label maps must be NIfTI files, but {folder} is a folder{what}")
         raise ValueError(f"the folder {folder} holds no .nii.gz or .nii; give another folder")
     return files

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tumorsynth.geometry import Frame, Rows3
+from tumorsynth.label_values import round_labels
 
 try:
     import torch
@@ -261,7 +262,14 @@ def _label_map(values: Any, name: str) -> np.ndarray:
         raise ValueError(
             f"{name} must be a map of labels (X, Y, Z), got shape {array.shape}, {array.dtype}"
         )
-    return array
+    if array.dtype.kind != "f":
+        return array
+    try:
+        return round_labels(array)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must hold whole numbers, got {error}; give a label map, not probabilities"
+        ) from None
 
 
 def _crop_to_content(*maps: np.ndarray) -> tuple[np.ndarray, ...]:

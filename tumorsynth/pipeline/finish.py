@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tumorsynth.appearance.blend import feather
+from tumorsynth.appearance.contrast import FLUID_HU
 from tumorsynth.appearance.gate import GATE_MARGIN_MM, Gate
 from tumorsynth.appearance.noise import softening_mm
+from tumorsynth.appearance.visibility import (
+    VISIBLE_FROM,
+    contrast_for,
+    is_faint,
+    visibility,
+)
 from tumorsynth.devices import onto
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.geometry import Box
+from tumorsynth.intensity import Intensity
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import (
     Candidate,
     PaintRequest,
     Record,
+    Rejection,
     Sample,
     SampleParams,
     SkipRecord,
@@ -35,6 +45,10 @@ from tumorsynth.placement.types import SkipCode
 from tumorsynth.subvoxels import ONE, average_subvoxels, repeat_voxels
 
 MIN_CHANGED_SHARE = 0.5  # of a tumour's voxels
+RAISED_VISIBILITY = 1.15 * VISIBLE_FROM  # of a tumour whose contrast is raised
+MAX_RAISED_CONTRAST_HU = 60.0  # the strongest contrast of annotated early tumours
+EDGE_SHARE = 0.75  # mean contrast of a small tumour over that of its core, about
+MAX_REPAINTS = 3  # to raise a contrast
 
 
 def paint_and_finish(
@@ -68,16 +82,65 @@ def finish(
         params: the sample's params, in which the gate's decisions are recorded; None on a replay,
             whose params hold them already.
     """
-    gate = call.settings.gate
-    candidate = blend_candidate(call.settings, call.generator, request, generated, sample)
-    if not candidate.visible:
+    settings, gate = call.settings, call.settings.gate
+    candidate = blend_candidate(settings, call.generator, request, generated, sample)
+    if not candidate.has_change:
         return _skip(request, *_why_no_change(call, generated))
-    if gate is None:
-        return write(call, request, candidate, sample)
     if params is None:
-        scores = _scores(call.settings, gate, request, candidate, sample)
+        scores = None if gate is None else _scores(settings, gate, request, candidate, sample)
         return write(call, request, candidate, sample, scores)
-    return _write_if_accepted(call, gate, request, candidate, sample, params)
+    request, candidate = _keep_visible(call, request, candidate, sample)
+    if gate is not None:
+        return _write_if_accepted(call, gate, request, candidate, sample, params)
+    params.tumors[request.id.params_index] = request.tumor.params
+    if settings.keeps_visible and is_faint(candidate.visibility):
+        assert candidate.visibility is not None and request.noise.sd_hu is not None
+        reason = skip_reasons.faint(
+            candidate.visibility, VISIBLE_FROM, request.tumor.diameter_mm, request.noise.sd_hu
+        )
+        params.rejected.append(Rejection(request.id.params_index, reason, SkipCode.FAINT))
+        return _skip(request, SkipCode.FAINT, reason)
+    return write(call, request, candidate, sample)
+
+
+def _keep_visible(
+    call: Call, request: PaintRequest, candidate: Candidate, sample: Sample
+) -> tuple[PaintRequest, Candidate]:
+    """Paint a tumour again, with more contrast, where the generator's own is lost in the noise.
+
+    A contrast that the user asks for stays as it is, and so does the published blend.
+
+    Returns:
+        The last attempt. It is still faint where visibility needs a contrast that tumours in such
+        tissue do not have.
+    """
+    settings, noise, tumor = call.settings, request.noise, request.tumor
+    if not (settings.keeps_visible and is_faint(candidate.visibility)):
+        return request, candidate
+    spacing = request.grid.frame.spacing
+    wanted = contrast_for(RAISED_VISIBILITY, tumor.diameter_mm, noise, spacing)
+    assert wanted is not None and noise.level_hu is not None
+    # where other tissue was covered, the change says nothing about the generator's
+    change = candidate.hu_change if request.fill is None else candidate.contrast_hu
+    sign = 1.0 if change is not None and change > 0 else -1.0
+    most = MAX_RAISED_CONTRAST_HU
+    if sign < 0:
+        most = min(most, max(noise.level_hu - FLUID_HU, 0.0))
+    if wanted * VISIBLE_FROM / RAISED_VISIBILITY > most:
+        return request, candidate
+    asked = wanted / EDGE_SHARE
+    for _ in range(MAX_REPAINTS):
+        asked = min(asked, most)
+        # rounded, so that the last bits of a measurement do not matter
+        params = replace(tumor.params, contrast_hu=sign * round(asked, 1))
+        request = replace(request, tumor=replace(tumor, params=params))
+        ((request, generated),) = call.painter.paint(settings, call.generator, [request])
+        candidate = blend_candidate(settings, call.generator, request, generated, sample)
+        if not is_faint(candidate.visibility) or asked == most:
+            break
+        assert candidate.visibility is not None
+        asked *= min(max(RAISED_VISIBILITY / max(candidate.visibility, 0.1), 1.15), 2.0)
+    return request, candidate
 
 
 def _write_if_accepted(
@@ -99,8 +162,9 @@ def _write_if_accepted(
         request = with_contrast(settings, generator, request, seed)
         ((request, generated),) = call.painter.paint(settings, generator, [request])
         candidate = blend_candidate(settings, generator, request, generated, sample)
+        request, candidate = _keep_visible(call, request, candidate, sample)
         scores = _scores(settings, gate, request, candidate, sample)
-        if candidate.visible:
+        if candidate.has_change:
             objection = gate.objection(scores)
         else:
             _, objection = _why_no_change(call, generated)
@@ -108,7 +172,7 @@ def _write_if_accepted(
     if objection is None:
         return write(call, request, candidate, sample, scores)
     reason = skip_reasons.gate(objection)
-    params.rejected.append((request.id.params_index, reason))
+    params.rejected.append(Rejection(request.id.params_index, reason, SkipCode.GATE))
     return _skip(request, SkipCode.GATE, reason, scores)
 
 
@@ -135,7 +199,7 @@ def blend_candidate(
 ) -> Candidate:
     """Blend a painted tumour into its region and measure it; the sample stays as it is."""
     blend = _blend(settings, generator, request, generated, sample)
-    return _measure(blend, request, settings.intensity.hu_per_unit)
+    return _measure(blend, request, settings.intensity)
 
 
 class _Blend(NamedTuple):
@@ -208,7 +272,7 @@ def _blend(
     return _Blend(before, healthy, after, weight, fine_change, change)
 
 
-def _measure(blend: _Blend, request: PaintRequest, hu_per_unit: float) -> Candidate:
+def _measure(blend: _Blend, request: PaintRequest, intensity: Intensity) -> Candidate:
     """Measure a blended tumour, with one host-device synchronisation."""
     before, after, inside = blend.before, blend.after, request.inside
     tumor, region = request.tumor, request.region
@@ -220,15 +284,26 @@ def _measure(blend: _Blend, request: PaintRequest, hu_per_unit: float) -> Candid
         onto(i + s - r, before.device)
         for i, s, r in zip(tumor.mask.nonzero().unbind(1), tumor.start, region.start, strict=True)
     )
-    hu_change = (after.float() - before.float())[voxels].mean() * hu_per_unit
+    inside_before, inside_after = before.float()[voxels], after.float()[voxels]
+    change = (inside_after - inside_before).mean() * intensity.hu_per_unit
+    level = intensity.to_hu(inside_after).mean()
     shown_hu = blend.change_hu[voxels].mean()
     true_hu = shown_hu
     if tumor.factors != ONE:
         true_hu = (blend.fine_change_hu * request.fine_inside).sum() / tumor.fine_voxels
-    figures = [number.to(peak) for number in (changed, peak, hu_change, true_hu, shown_hu)]
-    changed_voxels, peak_weight, mean_hu, true_hu, shown_hu = torch.stack(figures).tolist()
-    visible = changed_voxels >= MIN_CHANGED_SHARE * tumor.voxels
-    return Candidate(after, peak_weight, mean_hu, true_hu, shown_hu, visible)
+    figures = [number.to(peak) for number in (changed, peak, change, level, true_hu, shown_hu)]
+    changed_voxels, peak_weight, mean_change, mean_hu, true_hu, shown_hu = torch.stack(
+        figures
+    ).tolist()
+    contrast = seen = None
+    if request.noise.level_hu is not None and math.isfinite(mean_hu):
+        contrast = mean_hu - request.noise.level_hu
+        shown = abs(contrast)
+        if request.fill is None:  # what was darker before, as the organ's border, is no tumour
+            shown = min(shown, abs(mean_change))
+        seen = visibility(shown, tumor.diameter_mm, request.noise, request.grid.frame.spacing)
+    has_change = changed_voxels >= MIN_CHANGED_SHARE * tumor.voxels
+    return Candidate(after, peak_weight, mean_change, true_hu, shown_hu, contrast, seen, has_change)
 
 
 def write(
@@ -271,6 +346,7 @@ def write(
         sigma_mm=max(request.feather_mm),
         grain_mm=list(request.grain_mm),
         contrast_hu=tumor.params.contrast_hu,
+        visibility=candidate.visibility,
         outside_share=request.outside_share,
         generator=call.generator.name,
         seed=tumor.params.seed,
@@ -304,7 +380,8 @@ def _scores(
     requested_hu = request.tumor.params.contrast_hu
     if requested_hu is not None:  # of which voxels that the tumour fills in part show a share
         requested_hu *= request.tumor.mean_share
-    return gate.scores(hu, inside, organ, frame.spacing, requested_hu, frame.shear)
+    scores = gate.scores(hu, inside, organ, frame.spacing, requested_hu, frame.shear)
+    return {**scores, "visibility": candidate.visibility}
 
 
 def _resampling_loss(

@@ -53,8 +53,8 @@ class Painter:
         if not requests:
             return
         device, blend = settings.device or requests[0].crop.device, settings.blend
-        for side in sorted({request.grid.side for request in requests}):
-            waiting = [request for request in requests if request.grid.side == side]
+        for kind in sorted({_batch_kind(request) for request in requests}):
+            waiting = [request for request in requests if _batch_kind(request) == kind]
             while waiting:
                 batch = waiting[: self._batch_size(device)]
                 run = partial(self._run_generator, batch, generator, blend)
@@ -89,7 +89,6 @@ class Painter:
         run = getattr(generator, method)
         params = [request.tumor.params for request in batch]
         needed = Box.hull([request.needed for request in batch])
-        # with_contrast draws a contrast for all tumours of a call, or for none
         contrasts = [one.contrast_hu for one in params if one.contrast_hu is not None]
         try:
             crops = onto(torch.stack([request.crop for request in batch])[:, None], device)
@@ -188,6 +187,11 @@ def _threads(generator: TumorGenerator, crops: Tensor) -> AbstractContextManager
         return nullcontext()
     small = parameters is not None and parameters * crops.numel() <= ONE_THREAD_WORK
     return nullcontext() if small and waits_busily() else own_threads()
+
+
+def _batch_kind(request: PaintRequest) -> tuple[int, bool]:
+    """What the crops of a batch share: their side, and whether a contrast is requested."""
+    return request.grid.side, request.tumor.params.contrast_hu is not None
 
 
 def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -> Tensor:

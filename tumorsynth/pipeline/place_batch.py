@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tumorsynth.devices import or_on_cpu
 from tumorsynth.geometry import Box
+from tumorsynth.intensity_check import check_intensity
 from tumorsynth.pipeline.records import Sample, SampleParams
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.pipeline.tissue_check import TissueCheck
@@ -33,11 +34,13 @@ class PlacedSample:
         params: what is random about the sample.
         results: one entry for each tumour asked for, in order.
         replayed: the entry of ``params`` that this repeats; None for a new sample.
+        tumor_box: around the voxels that had the value of ``tumor_label`` before, if they matter.
     """
 
     params: SampleParams
     results: list[LocalMask | Skip]
     replayed: Mapping[str, Any] | None = None
+    tumor_box: Box | None = None
 
     @property
     def drawn(self) -> SampleParams | None:
@@ -66,6 +69,9 @@ def place_samples(
         replayed: params of an earlier call, to place the same tumours.
         exclude: why samples of these numbers get no tumour.
         tissue: where the generator may paint; None for anywhere.
+
+    Raises:
+        ValueError: if an image that is to get tumours cannot be in the scale of ``intensity``.
     """
     placed = []
     for sample in samples:
@@ -106,6 +112,7 @@ def place_sample(
     if box is None:
         reason = skip_reasons.no_organ(settings.organ_labels)
         return PlacedSample(SampleParams(seed, SkipCode.NO_ORGAN, reason), [])
+    check_intensity(sample.image, settings.intensity)  # first: tissue is judged in HU
     placement = settings.placement
     region = organ_region(settings, sample, tissue, box)
     growth = None if placement.bulge is None else growth_region(settings, sample)
@@ -121,7 +128,8 @@ def place_sample(
             results = _explained(results, sample, tissue, box)
     results = [r if isinstance(r, Skip) else _with_displacement(settings, r) for r in results]
     tumors = [result.params for result in results if isinstance(result, LocalMask)]
-    return PlacedSample(SampleParams(seed, tumors=tumors), results)
+    params = SampleParams(seed, tumors=tumors)
+    return PlacedSample(params, results, tumor_box=region.tumor_box)
 
 
 def skip_sample(skip: Skip) -> SampleParams:
@@ -156,6 +164,7 @@ def replay_sample(
     if not params.tumors:
         return PlacedSample(params, results, recorded)
     sample = sample.to(device)
+    check_intensity(sample.image, settings.intensity)
     placement = settings.placement
     region = organ_region(settings, sample, tissue)
     growth = None
@@ -206,7 +215,7 @@ def organ_region(
     gap_mm, merge = settings.placement.gap_mm, settings.placement.merge
     box = box or organ_box(label, settings.organ_labels)
     whole = Box.whole(label.shape)
-    present = None if merge else organ_box(label, settings.tumor_label)
+    tumor_box = present = None if merge else organ_box(label, settings.tumor_label)
     finite = bool(image.sum(dtype=torch.float32).isfinite())
     parts = []
     if box is not None:  # tumours take voxels beyond the organ
@@ -225,7 +234,13 @@ def organ_region(
         near = dilate(label[present.slices] == settings.tumor_label, gap_mm, spacing)
         forbidden[present.relative_to(part).slices] |= near
     region = OrganRegion(
-        label[part.slices], settings.organ_labels, box, forbidden, part, whole.shape
+        label[part.slices],
+        settings.organ_labels,
+        box,
+        forbidden,
+        part,
+        whole.shape,
+        tumor_box=tumor_box,
     )
     if tissue is not None:
         values = image[part.slices]

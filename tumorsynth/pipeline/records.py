@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.background import EXTENSION_MM, BackgroundFill
-from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS, feather_mm, grain_of_subvoxels
+from tumorsynth.appearance.noise import (
+    MATCH_MARGIN_VOXELS,
+    ScanNoise,
+    feather_mm,
+    grain_of_subvoxels,
+)
 from tumorsynth.crop_grid import CropGrid
 from tumorsynth.geometry import Box, Floats3, Frame
 from tumorsynth.pipeline.validation import plain
@@ -73,7 +78,9 @@ class PaintRequest:
         crop: (side, side, side) in [0, 1], the generator's view of the healthy tissue.
         crop_mask: bool, same shape: the tumour as the generator sees it.
         crop_outline: bool, same shape: the tumour as it will be labelled.
-        grain_mm: width of the scan's noise grain along the tensor's axes.
+        noise: of the healthy scan around the tumour's place.
+        grain_mm: width of the noise's grain along the tensor's axes to which the tumour is matched;
+            0 with blend="difftumor", which matches nothing.
         region: the part of the sample that the feather reaches.
         inside: bool, the labelled voxels in that region.
         fine_inside: bool, the tumour on the region's subvoxels; ``inside`` where voxels are fine.
@@ -89,6 +96,7 @@ class PaintRequest:
     crop: Tensor
     crop_mask: Tensor
     crop_outline: Tensor
+    noise: ScanNoise
     grain_mm: Floats3
     region: Box
     inside: Tensor
@@ -143,7 +151,10 @@ class Candidate:
         hu_change: mean change in the labelled voxels, in HU.
         true_contrast_hu: mean of what the generator changed in the tumour itself.
         visible_contrast_hu: the same after averaging over voxels, in the labelled ones.
-        visible: whether at least half of the tumour's voxels change.
+        contrast_hu: mean of the tumour minus the level of the organ around; None where too little
+            organ is around.
+        visibility: of the tumour over the scan's noise; None where that cannot be measured.
+        has_change: whether at least half of the tumour's voxels change.
     """
 
     after: Tensor
@@ -151,7 +162,9 @@ class Candidate:
     hu_change: float
     true_contrast_hu: float
     visible_contrast_hu: float
-    visible: bool
+    contrast_hu: float | None
+    visibility: float | None
+    has_change: bool
 
 
 @dataclass(frozen=True)
@@ -208,6 +221,8 @@ class TumorRecord:
         sigma_mm: widest feather along an axis.
         grain_mm: width of the scan's noise grain along the tensor's axes.
         contrast_hu: requested contrast; None left it to the generator.
+        visibility: contrast over the scan's noise for the tumour's size (`appearance.visibility`);
+            None where it cannot be measured.
         displaced_mm: largest displacement of the tissue around it.
         outside_share: share of the tumour beyond the organ.
         generator: name of the generator.
@@ -232,6 +247,7 @@ class TumorRecord:
     sigma_mm: float
     grain_mm: list[float]
     contrast_hu: float | None
+    visibility: float | None
     displaced_mm: float = 0.0
     outside_share: float
     generator: str
@@ -249,6 +265,20 @@ class TumorRecord:
 Record = SkipRecord | TumorRecord
 
 
+class Rejection(NamedTuple):
+    """A placed tumour that was not made, and is not made by a replay either.
+
+    Args:
+        number: its place among the tumours in the sample's params.
+        reason: why, for people.
+        code: the same for programs.
+    """
+
+    number: int
+    reason: str
+    code: SkipCode
+
+
 @dataclass
 class SampleParams:
     """What is random about one sample; `to_dict` is an entry of ``synth.params``.
@@ -258,14 +288,14 @@ class SampleParams:
         code: why the sample was skipped; None if it was not.
         reason: the same for people.
         tumors: params of its tumours.
-        rejected: number and reason of each tumour that the gate rejected.
+        rejected: the tumours that were placed and then rejected.
     """
 
     seed: int | None
     code: SkipCode | None = None
     reason: str = ""
     tumors: list[TumorParams] = field(default_factory=list)
-    rejected: list[tuple[int, str]] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``params``."""
@@ -277,7 +307,10 @@ class SampleParams:
         if self.code is not None:
             entry |= {"code": self.code.value, "reason": self.reason}
         if self.rejected:
-            entry["rejected"] = [list(pair) for pair in self.rejected]
+            entry["rejected"] = [
+                [one.number, one.reason, *([] if one.code is SkipCode.GATE else [one.code.value])]
+                for one in self.rejected
+            ]
         return entry
 
     @classmethod
@@ -289,5 +322,8 @@ class SampleParams:
             code,
             "" if code is None else entry.get("reason", "left alone"),
             [TumorParams.from_dict(values) for values in entry["tumors"]],
-            [(int(number), reason) for number, reason in entry.get("rejected", ())],
+            [
+                Rejection(int(number), reason, SkipCode(*code or [SkipCode.GATE]))
+                for number, reason, *code in entry.get("rejected", ())
+            ],
         )

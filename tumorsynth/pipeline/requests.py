@@ -14,17 +14,17 @@ from tumorsynth.appearance.blend import feather_reach
 from tumorsynth.appearance.contrast import similar_level_around
 from tumorsynth.appearance.contrast_priors import ContrastPrior
 from tumorsynth.appearance.noise import (
+    ScanNoise,
     feather_mm,
     grain_of_subvoxels,
     grain_region,
-    measure_grain,
+    measure_noise,
     softening_mm,
 )
 from tumorsynth.crop_grid import CropGrid, plan_crop
 from tumorsynth.devices import onto
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.geometry import Box, Floats3
-from tumorsynth.intensity import HU
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import (
@@ -37,7 +37,6 @@ from tumorsynth.pipeline.records import (
 )
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.pipeline.tissue_check import TissueCheck
-from tumorsynth.pipeline.validation import check_hu, check_scale
 from tumorsynth.placement.organ import is_organ, is_outside
 from tumorsynth.placement.sample_tumor import sample_contrast_hu
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
@@ -140,7 +139,7 @@ def request_or_skip(
 def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: Requests) -> None:
     """Add what is to be done for the tumours of one sample."""
     requests.records.extend(skip_records([placed], first=sample.number))
-    rejected = dict(placed.params.rejected)
+    rejected = {one.number: one for one in placed.params.rejected}
     tumors = [result for result in placed.results if isinstance(result, LocalMask)]
     has_mass_effect = any(tumor.params.displaced > 0 for tumor in tumors)
     displacing: list[DisplacingTumor] = []
@@ -151,8 +150,8 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
             params_index += 1
             if id.params_index in rejected:
                 # skipped only here: it took room from the later ones while they were placed
-                reason = rejected[id.params_index]
-                requests.records.append(SkipRecord(id.sample, report_index, SkipCode.GATE, reason))
+                one = rejected[id.params_index]
+                requests.records.append(SkipRecord(id.sample, report_index, one.code, one.reason))
                 continue
             if has_mass_effect:
                 later = [] if call.settings.merge else tumors[params_index:]
@@ -179,21 +178,13 @@ def request_painting(
 
     Returns:
         The request, or a Skip where the generator cannot paint in this tissue.
-
-    Raises:
-        ValueError: if the image around the tumour cannot be in the scale of ``intensity``.
     """
     to_hu = settings.intensity.to_hu
-    grain_mm = (0.0, 0.0, 0.0)
-    if settings.blend == "change":
-        grain_mm = _grain_around(settings, sample, tumor)
+    noise = _noise_around(settings, sample, tumor)
+    grain_mm = noise.grain_mm if settings.blend == "change" else (0.0, 0.0, 0.0)
     grid, region = _plan(settings, generator, sample, tumor, grain_mm)
     fine_grid, fine_region = grid.refined(tumor.factors), refine_box(region, tumor.factors)
     hu = to_hu(sample.image[grid.source.slices].float())
-    if isinstance(settings.intensity, HU):
-        check_hu(hu)
-    else:
-        check_scale(hu, settings.intensity)
     inside = fine_inside = _in_region(tumor.mask, tumor.box, region, sample.image.device)
     if tumor.factors != ONE:
         fine_inside = _in_region(tumor.fine_mask, tumor.fine_box, fine_region, sample.image.device)
@@ -234,6 +225,7 @@ def request_painting(
         crop=grid.cut((hu - low) / (high - low)),
         crop_mask=shown,
         crop_outline=outline,
+        noise=noise,
         grain_mm=grain_mm,
         region=region,
         inside=inside,
@@ -291,12 +283,12 @@ def with_contrast(
     return replace(request, tumor=replace(request.tumor, params=params))
 
 
-def _grain_around(settings: Settings, sample: Sample, tumor: LocalMask) -> Floats3:
-    """Return the width of the scan's noise grain around a tumour, along the tensor's axes."""
+def _noise_around(settings: Settings, sample: Sample, tumor: LocalMask) -> ScanNoise:
+    """Return the noise of the healthy scan around a tumour's place."""
     region = grain_region(tumor.box, sample.frame.spacing, sample.image.shape).slices
     hu = settings.intensity.to_hu(sample.image[region].float())
     organ = is_organ(sample.label[region], settings.organ_labels)
-    return measure_grain(hu, organ, sample.frame.spacing)
+    return measure_noise(hu, organ, sample.frame.spacing)
 
 
 def _in_region(mask: Tensor, box: Box, region: Box, device: torch.device) -> Tensor:

@@ -65,6 +65,14 @@ class Settings:
     device: torch.device | None
 
     @property
+    def keeps_visible(self) -> bool:
+        """Whether a contrast that the scan's noise would hide is raised, or the tumour skipped.
+
+        Not where the user chose the contrast, nor with the published blend.
+        """
+        return self.contrast_hu is None and self.blend == "change"
+
+    @property
     def count(self) -> Any:
         """The argument ``count``."""
         return self.placement.count

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from tumorsynth.arguments import is_bool
+from tumorsynth.label_values import ROUNDING, describe_fraction
 from tumorsynth.placement.arguments import MAX_COUNT
 from tumorsynth.placement.organ import holds
 from tumorsynth.placement.types import SkipCode, TumorParams
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of an image
-MAX_UNSCALED = 3.0  # |HU| of a whole region: larger ones occur in 3 cm of any patient
-MAX_MEDIAN_HU = 5000.0  # |HU| of half of a region: smaller ones occur in 3 cm of any patient
 
 
 def plain(x: Tensor) -> Tensor:
@@ -101,17 +100,33 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         )
 
 
-def check_whole(name: str, label: Tensor) -> None:
-    """Raise ValueError for a map with fractions: interpolation has put them on every edge."""
+def as_whole(name: str, label: Tensor) -> Tensor:
+    """Return a label map of whole numbers: the map itself, or a rounded copy of its type.
+
+    Values within ROUNDING of a whole number are rounded: they were quantised in a file.
+
+    Raises:
+        ValueError: for a map with other fractions, which interpolation has put on every edge.
+    """
     if not label.is_floating_point():
-        return
+        return label
+    is_whole = True
     for part in plain(label).split(16, dim=-3):  # parts that fit into a cache take half the time
-        fractions = part != part.round()
-        if bool(fractions.any()):
-            raise ValueError(
-                f"{name} must hold whole numbers, got {float(part[fractions][0]):.4g}; "
-                "resample labels with mode='nearest'"
-            )
+        whole = part.round()
+        if bool((part != whole).any()):
+            is_whole = False
+            wrong = ~((part - whole).abs() <= ROUNDING)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"{name} must hold whole numbers, got "
+                    f"{describe_fraction(float(part[wrong][0]))}; resample labels with "
+                    "mode='nearest'"
+                )
+    if is_whole:
+        return label
+    rounded = label.clone()
+    plain(rounded).round_().add_(0)  # -0.0 becomes 0.0
+    return rounded
 
 
 def _to_tensor(name: str, value: object) -> str:
@@ -146,28 +161,6 @@ def _to_shape(shape: tuple[int, ...]) -> str:
     if len(shape) == 5:
         return "pass the CT's channel alone, image[:, :1]"
     return "reshape it"
-
-
-def check_hu(hu: Tensor) -> None:
-    """Raise ValueError if the HU around a tumour look like an image that was scaled already."""
-    highest = float(hu.nan_to_num(nan=0.0).abs().max())
-    if 0 < highest <= MAX_UNSCALED:
-        raise ValueError(
-            "image must be in Hounsfield units with intensity=HU(), but around a tumour no value "
-            f"is beyond +-{highest:.3g}; say how it was scaled with intensity=ts.Scaled(a_min, "
-            "a_max, b_min, b_max) or ts.ZScore(mean, std, low, high)"
-        )
-
-
-def check_scale(hu: Tensor, intensity: Any) -> None:
-    """Raise ValueError if the HU around a tumour show that ``intensity`` is not its scale."""
-    median = float(hu.nan_to_num(nan=0.0).abs().median())
-    if median > MAX_MEDIAN_HU:
-        raise ValueError(
-            f"image must be in the scale of intensity={intensity!r}, but around a tumour half of "
-            f"its values would be beyond +-{median:.3g} HU; pass intensity=HU() for Hounsfield "
-            "units, or the numbers that the image was scaled with"
-        )
 
 
 def is_record(record: Any) -> bool:
@@ -220,13 +213,17 @@ def _check_record(record: dict[str, Any]) -> None:
         TumorParams.from_dict(values)
     try:
         valid = all(
-            0 <= int(number) < len(tumors) and isinstance(reason, str) and reason
-            for number, reason in rejected
+            0 <= int(number) < len(tumors)
+            and isinstance(reason, str)
+            and reason
+            and code in ([], [SkipCode.GATE], [SkipCode.FAINT])
+            for number, reason, *code in rejected
         )
     except (TypeError, ValueError, OverflowError):
         valid = False
     if not valid:
         raise ValueError(
-            f"a record's rejected must be pairs of a tumour's number and a reason, got "
+            f"a record's rejected must be pairs of a tumour's number and a reason, perhaps with a "
+            f"code, got "
             f"{rejected!r}; pass synth.params of an earlier call"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +34,8 @@ class OrganRegion:
         sample_shape: voxels of the whole sample.
         image: shaped like ``label``; None if the organ's values do not matter.
         image_range: lowest and highest value of ``image`` at which the organ may hold a tumour.
+        tumor_box: tight box around earlier tumours in the sample; None if there are none, or if
+            they do not matter.
     """
 
     label: Tensor
@@ -44,6 +46,7 @@ class OrganRegion:
     sample_shape: tuple[int, int, int]
     image: Tensor | None = None
     image_range: tuple[float, float] = (-math.inf, math.inf)
+    tumor_box: Box | None = None
 
     @classmethod
     def of_label(
@@ -84,7 +87,7 @@ class OrganRegion:
             code += 2 * forbidden.to(torch.uint8)
         code = code.cpu()
         forbidden = None if forbidden is None else code > 1
-        return OrganRegion(code & 1, (1,), self.organ_box, forbidden, self.part, self.sample_shape)
+        return replace(self, label=code & 1, organ_labels=(1,), forbidden=forbidden, image=None)
 
 
 def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-HAS_TUMOR = "left alone (holds a tumour already)"
 EXCLUDED = "left alone (as asked)"
 NO_FREE_VOXEL = "no room: other tumours or forbidden voxels fill the organ"
 AIR = (
@@ -22,6 +21,11 @@ NO_VISIBLE_CHANGE = "the generator leaves this tissue as it is"
 def not_selected(p: float) -> str:
     """Return the reason of a sample that the probability p left out."""
     return f"left alone (p = {p:g})"
+
+
+def has_tumor(voxels: int, tumor_label: int) -> str:
+    """Return the reason of a sample that ``healthy_only`` skips."""
+    return f"left alone (holds a tumour already: {voxels} voxels of {tumor_label} = tumor_label)"
 
 
 def no_organ(organ_labels: Sequence[int]) -> str:
@@ -83,4 +87,19 @@ def implausible(generator: str, window: tuple[float, float]) -> str:
     return (
         f"the generator {generator!r} gave NaN, infinite or impossible values: look at its weights "
         f"and code; 0 and 1 in its crops are {window[0]:g} and {window[1]:g} HU"
+    )
+
+
+def faint(visibility: float, limit: float, diameter_mm: float, noise_hu: float) -> str:
+    """Return the reason of a tumour that the scan's noise would hide.
+
+    Args:
+        visibility: of the tumour.
+        limit: the lowest visibility that suffices.
+        diameter_mm: of the tumour.
+        noise_hu: standard deviation of the organ around.
+    """
+    return (
+        f"noise of {noise_hu:.0f} HU would hide a tumour of {diameter_mm:.1f} mm: visibility "
+        f"{visibility:.1f}, less than {limit:g}; raise size_mm, or set contrast_hu"
     )

@@ -212,6 +212,7 @@ class SkipCode(str, Enum):
     OUTSIDE_WINDOW = "outside_window"  # the generator's HU window misses the organ
     GATE = "gate"  # the gate rejected every attempt
     IMPLAUSIBLE = "implausible"  # the generator gave NaN, or values that no tissue has
+    FAINT = "faint"  # the scan's noise would hide a tumour of any contrast that is likely
     NO_VISIBLE_CHANGE = "no_visible_change"  # the tumour would change too few of its voxels
 
 

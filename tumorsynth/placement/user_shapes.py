@@ -177,7 +177,9 @@ def _masks_in_folder(folder: Path) -> list[Any]:
             "single files pass a list of them"
         )
     files = sorted(
-        p for p in folder.iterdir() if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "."
+        p
+        for p in folder.iterdir()
+        if p.name.lower().endswith((".nii", ".nii.gz")) and p.name[0] != "."
     )
     if not files:
         raise ValueError(

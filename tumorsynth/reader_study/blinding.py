@@ -19,7 +19,8 @@ import numpy as np
 
 from tumorsynth.geometry import Frame, shear_of
 from tumorsynth.scans import nifti
-from tumorsynth.scans.pairing import find_pairs
+from tumorsynth.scans.file_kinds import describe_folder
+from tumorsynth.scans.pairing import find_files, find_pairs, has_ending
 
 HU_RANGE = (-1024, 3071)  # 12 bits, as scanners store them; all cases are clipped to it
 MIN_LESION_ML = 0.02  # about 3.4 mm; smaller components of a label are stray voxels
@@ -121,23 +122,16 @@ def find_scans(folder: Path, truth: str, labels: Path | None = None) -> list[Sca
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--{truth} must be a folder of CTs, but there is no {folder}")
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.endswith((".nii", ".nii.gz")) and not path.name.startswith(".")
-    )
-    if not files:
+    cts = find_files(folder, "")
+    if not cts:
+        what = describe_folder(folder)
+        if what:
+            raise ValueError(f"--{truth} must be a folder of CTs, but {folder} is a folder{what}")
         raise ValueError(f"--{truth}: the folder {folder} holds no .nii or .nii.gz; give the CTs")
-    if labels is None and not any(
-        path.name.endswith(("_ct.nii", "_ct.nii.gz", "_label.nii", "_label.nii.gz"))
-        for path in files
-    ):
+    files = list(cts.values())
+    if labels is None and not any(has_ending(p, end) for p in files for end in ("_ct", "_label")):
         return [Scan(truth, path, None) for path in files]
-    pairs = [
-        pair
-        for pair in find_pairs(folder, labels)
-        if not pair.ct.name.endswith(("_label.nii", "_label.nii.gz"))
-    ]
+    pairs = [pair for pair in find_pairs(folder, labels) if not has_ending(pair.ct, "_label")]
     without = [pair for pair in pairs if not pair.label.is_file()]
     if without and (labels is not None or len(without) < len(pairs)):
         raise ValueError(

@@ -28,12 +28,12 @@ from tumorsynth.scans import nifti
 from tumorsynth.scans.errors import describe_error, is_fatal
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.pairing import Pair
-from tumorsynth.scans.scan import check_organ, synthesize_scan
+from tumorsynth.scans.scan import check_organ, check_taken_label, synthesize_scan
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-    from tumorsynth.scans.nifti import Volume
+    from tumorsynth.scans.volume import Volume
     from tumorsynth.synthesizer import SynthesizeTumor
 
 # above this share of NaN or infinite voxels in the organ, the run prints a note
@@ -42,11 +42,21 @@ MAX_SHARE_NOT_FINITE = 0.01
 
 @dataclass(frozen=True)
 class Task:
-    """One scan, the seed that decides its tumours, and how to read the files."""
+    """One scan, and how to process it.
+
+    Attributes:
+        pair: its files.
+        seed: decides its tumours.
+        reading: how to read the files.
+        if_taken: what to do if the label map holds the tumours' value (see `check_taken_label`).
+        organ_required: whether a label map without the organ is an error.
+    """
 
     pair: Pair
     seed: int
     reading: Reading = Reading()
+    if_taken: str = "refuse"
+    organ_required: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,26 +83,29 @@ def process_scan(
     task: Task,
     out: Path,
     step: Callable[[], None] = lambda: None,
-    *,
-    organ_required: bool = False,
 ) -> list[dict[str, Any]]:
     """Read, synthesise and write one scan.
 
     Args:
         synth: the transform.
-        task: the scan and its seed.
+        task: the scan.
         out: an existing folder.
         step: called after each of reading, synthesising, writing and drawing.
-        organ_required: raise a ValueError and write nothing if the label map lacks the organ.
 
     Returns:
         The tumours of the report, one record each.
+
+    Raises:
+        ValueError: for files that cannot be used; nothing is written.
     """
     image, label = nifti.read_pair(task.pair.ct, task.pair.label, task.reading)
     label.check_label_fits(synth.tumor_label)
-    if organ_required:
+    if task.organ_required:
         check_organ(label, synth.organ_labels)
-    for note in _notes(synth, image, label, task.reading):
+    taken = check_taken_label(label, synth.organ_labels, synth.tumor_label, task.if_taken)
+    synth.taken_label.close()  # as checked here
+    notes = _notes(synth, image, label, task.reading)
+    for note in (*([taken] if taken else []), *notes):
         print(f"tumorsynth: {task.pair.name}: {note}", file=sys.stderr)
     report = synthesize_scan(
         synth, image, label, out, task.pair.name, task.seed, step, geometry=task.reading.geometry
@@ -108,15 +121,8 @@ def _notes(synth: SynthesizeTumor, image: Volume, label: Volume, reading: Readin
             "that know neither; where voxels have another size, so will the tumours: repair the "
             "header, or add --geometry pixdim if it is right"
         )
-    values = label.values()
-    if count := int((values == synth.tumor_label).sum()):
-        # the patient's own tumours, or an organ of this number
-        yield (
-            f"label {synth.tumor_label} is in the map already ({count} voxels); --tumor-label N "
-            "gives the synthetic tumours another"
-        )
     if image.stored.dtype.kind == "f":
-        in_organ = image.stored[np.isin(values, synth.organ_labels)]
+        in_organ = image.stored[np.isin(label.integers(), synth.organ_labels)]
         not_finite = np.count_nonzero(~np.isfinite(in_organ))
         if not_finite > MAX_SHARE_NOT_FINITE * in_organ.size:
             yield (

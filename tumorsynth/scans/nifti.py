@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import errno
 import gzip
-import io
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, voxel_sizes
 from tumorsynth.nifti_header import check_geometry, read_affine
+from tumorsynth.scans.file_kinds import check_is_file
+from tumorsynth.scans.opening import open_nifti
+from tumorsynth.scans.volume import Volume
 
 SIZE_ROUNDING, AXIS_ROUNDING = 1e-4, 1e-3  # relative; decide only which words a message uses
 
@@ -43,101 +44,6 @@ class Reading:
         check_geometry(self.geometry)
 
 
-@dataclass(frozen=True)
-class Volume:
-    """One NIfTI image: the numbers as stored, and what is needed to write them back.
-
-    Attributes:
-        name: of the file, for messages.
-        stored: (X, Y, Z), any real dtype, in the file's own orientation.
-        slope: value = stored * slope + inter.
-        inter: see ``slope``.
-        affine: (4, 4) float64, voxel to mm (RAS).
-        header: nibabel header, including the dtype and the shape on disk.
-    """
-
-    name: str
-    stored: np.ndarray
-    slope: float
-    inter: float
-    affine: np.ndarray
-    header: Any
-
-    def values(self) -> np.ndarray:
-        """The values, (X, Y, Z) float32: HU for a CT."""
-        if (self.slope, self.inter) == (1.0, 0.0):
-            return self.stored.astype(np.float32)
-        return (self.stored * self.slope + self.inter).astype(np.float32)
-
-    def integers(self) -> np.ndarray:
-        """The values of a label map, (X, Y, Z) int32.
-
-        Raises:
-            ValueError: if a value is not whole, is below -1 (nnU-Net's value for voxels beyond the
-                scan) or does not fit.
-        """
-        if self.stored.dtype.kind in "iu" and (self.slope, self.inter) == (1.0, 0.0):
-            whole = self.stored
-        else:
-            # scaling may leave a whole number one rounding error off
-            exact = self.stored.astype(np.float64) * self.slope + self.inter
-            whole = np.rint(exact)
-            wrong = ~np.isfinite(exact) | ~np.isclose(exact, whole, rtol=1e-6, atol=1e-5)
-            if wrong.any():
-                raise ValueError(
-                    f"a label must hold whole numbers, but {self.name} holds "
-                    f"{exact[wrong][0]:g}; give a label map, not an image or a probability map"
-                )
-        low, high = int(whole.min()), int(whole.max())
-        if low < np.iinfo(np.int32).min or high > np.iinfo(np.int32).max:
-            raise ValueError(
-                f"a label must fit 32-bit integers, but {self.name} holds values from {low} to "
-                f"{high}; renumber its labels"
-            )
-        if low < -1:
-            raise ValueError(
-                f"a label must hold whole numbers from 0 up, but {self.name} holds {low}; give the "
-                "label map, not the CT"
-            )
-        return whole.astype(np.int32)
-
-    def store(self, value: np.ndarray) -> np.ndarray:
-        """Convert values to this file's stored numbers: unscaled, rounded to nearest, clipped."""
-        raw = (np.asarray(value, np.float64) - self.inter) / self.slope
-        dtype = self.stored.dtype
-        if dtype.kind in "iu":
-            info = np.iinfo(dtype)
-            raw = np.clip(np.rint(raw), info.min, info.max)
-        return raw.astype(dtype)
-
-    def with_changes(self, changed: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Copy the stored numbers and put values into the changed voxels.
-
-        Args:
-            changed: (X, Y, Z) bool.
-            values: (N,), N = changed.sum(), in C order.
-        """
-        out = self.stored.copy()
-        out[changed] = self.store(values)
-        return out
-
-    def check_label_fits(self, value: int) -> None:
-        """Raise ValueError if this label file cannot store ``value``."""
-        back = float(self.store(np.asarray(value))) * self.slope + self.inter
-        if abs(back - value) > 1e-5 * max(1, abs(value)):
-            dtype = self.stored.dtype
-            limits = ""
-            if dtype.kind in "iu":
-                info = np.iinfo(dtype)
-                ends = sorted(self.slope * end + self.inter for end in (info.min, info.max))
-                limits = f" ({ends[0]:g} to {ends[1]:g})"
-            raise ValueError(
-                f"the tumour label must fit the label file, but {self.name} holds {dtype}"
-                f"{limits} and the tumour label is {value}; choose a value that fits or convert "
-                "the label file"
-            )
-
-
 def require_nibabel() -> Any:
     """Import nibabel; if it is missing, the error says how to install it."""
     try:
@@ -149,35 +55,25 @@ def require_nibabel() -> Any:
     return nibabel
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        if not zipped:
-            yield file
-            return
-        with gzip.GzipFile(fileobj=file) as unzipped:
-            yield cast(BinaryIO, unzipped)
-
-
 class _Truncated(Exception):
     """The header declares more voxels than the file can hold."""
 
 
-def _check_declared_size(path: Path, header: Any, *, zipped: bool) -> None:
-    """Raise _Truncated before allocating: deflate expands a byte to at most 1032."""
+def _check_declared_size(header: Any, max_bytes: int) -> None:
+    """Raise _Truncated before allocating."""
     try:
         size = header.get_data_dtype().itemsize
     except KeyError:  # an unknown dtype, which nibabel reports
         return
-    declared = math.prod(map(int, header.get_data_shape())) * size
-    if declared > path.stat().st_size * (1032 if zipped else 1):
+    if math.prod(map(int, header.get_data_shape())) * size > max_bytes:
         raise _Truncated
 
 
 def read_volume(path: Path, reading: Reading = Reading()) -> Volume:  # noqa: B008 (frozen)
-    """Read a .nii or .nii.gz completely, including the checksum at its end.
+    """Read a NIfTI file completely, including the checksum at the end of a gzip.
+
+    What counts is the content, not the name: plain or gzipped, once or twice, one file or a pair of
+    .hdr and .img, with any extension.
 
     Args:
         path: the file.
@@ -190,27 +86,33 @@ def read_volume(path: Path, reading: Reading = Reading()) -> Volume:  # noqa: B0
     """
     nibabel = require_nibabel()
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    if not path.is_file():
-        raise ValueError(f"a scan must be a NIfTI file, but {path} is a folder; give a file in it")
+    check_is_file(path)
     name = path.name
     try:
         # nibabel repairs small faults of a header, and logs them on stderr
-        with _opened(path) as file, nibabel.imageglobals.LoggingOutputSuppressor():
-            size = file.read(4)
-            kinds = {348: nibabel.Nifti1Image, 540: nibabel.Nifti2Image}
-            little, big = int.from_bytes(size, "little"), int.from_bytes(size, "big")
-            kind = kinds.get(little) or kinds.get(big)
-            if kind is not None:
-                file.seek(0)
+        with open_nifti(path) as opened, nibabel.imageglobals.LoggingOutputSuppressor():
+            file = opened.file
+            kind = nibabel.Nifti1Image if opened.version == 1 else nibabel.Nifti2Image
+            try:
                 scale = kind.header_class.from_fileobj(file, check=False)
-                _check_declared_size(path, scale, zipped=not isinstance(file, io.BufferedReader))
+                _check_declared_size(scale, opened.max_bytes)
                 file.seek(0)
                 image = kind.from_stream(file)
                 stored = np.asarray(image.dataobj.get_unscaled())
-                while file.read(1 << 20):  # gzip checks its sum only at the end
-                    pass
+            except (
+                nibabel.filebasedimages.ImageFileError,
+                nibabel.spatialimages.HeaderDataError,
+                nibabel.wrapstruct.WrapStructError,
+                ValueError,  # from numpy, for impossible sizes
+                OverflowError,
+                MemoryError,
+            ) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"{name} is not a readable NIfTI file: {reason}; export it again"
+                ) from error
+            while file.read(1 << 20):  # gzip checks its sum only at the end
+                pass
     except _Truncated:
         raise ValueError(f"{name} is cut short or damaged; copy it again") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -219,20 +121,6 @@ def read_volume(path: Path, reading: Reading = Reading()) -> Volume:  # noqa: B0
         if error.errno not in (None, errno.EINVAL):  # the disk's own errors, not a bad offset
             raise
         raise ValueError(f"{name} is cut short or damaged; copy it again") from error
-    except (
-        nibabel.filebasedimages.ImageFileError,
-        nibabel.spatialimages.HeaderDataError,
-        nibabel.wrapstruct.WrapStructError,
-        ValueError,  # from numpy, for impossible sizes
-        OverflowError,
-        MemoryError,
-    ) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{name} is not a readable NIfTI file: {reason}; export it again"
-        ) from error
-    if kind is None:
-        raise ValueError(f"{name} is not a NIfTI file; give a .nii or .nii.gz")
     # nibabel drops the stored scale; keep it, to write the same one
     for field in ("scl_slope", "scl_inter"):
         image.header[field] = scale[field]
@@ -259,6 +147,14 @@ def read_volume(path: Path, reading: Reading = Reading()) -> Volume:  # noqa: B0
     affine = read_affine(name, raw, reading.geometry)
     proxy = image.dataobj
     return Volume(name, stored, float(proxy.slope), float(proxy.inter), affine, image.header)
+
+
+def read_header(path: Path) -> Any:
+    """Read the header of a NIfTI file alone, as nibabel's object."""
+    nibabel = require_nibabel()
+    with open_nifti(path) as opened:
+        kind = nibabel.Nifti1Header if opened.version == 1 else nibabel.Nifti2Header
+        return kind.from_fileobj(opened.file, check=False)
 
 
 def read_pair(

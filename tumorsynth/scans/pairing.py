@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from tumorsynth.scans.file_kinds import check_is_there, describe_folder
+
+# The names of volumes, first the formats that are preferred where two files have one name. The last
+# are of other formats, listed so that whoever reads them says what they are.
+FORMATS = [
+    re.compile(pattern, re.I)
+    for pattern in (
+        r"\.nii(\.gz)*$",
+        r"\.hdr(\.gz)*$",
+        r"\.img(\.gz)*$",
+        r"\.(nrrd|nhdr|mha|mhd|mgh|mgz)$",
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -35,8 +50,8 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
         ValueError: if the two do not go together, or hold no CT.
     """
     for path in (ct, label):
-        if path is not None and not path.exists():
-            raise FileNotFoundError(f"no such file or folder: {path}")
+        if path is not None:
+            check_is_there(path)
     if not ct.is_dir():
         return [_pair_of_files(ct, label)]
     if label is not None and not label.is_dir():
@@ -49,6 +64,8 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
     cts = find_files(ct, "_ct", ending_required=one_folder)
     labels = find_files(label or ct, "_label", ending_required=one_folder)
     if not cts:
+        if what := describe_folder(ct):
+            raise ValueError(f"the CTs must be NIfTI files, but {ct} is a folder{what}")
         raise ValueError(
             f"the folder {ct} holds no NAME_ct.nii.gz; name the files NAME_ct.nii.gz and "
             "NAME_label.nii.gz, or give the folder of the CTs and then that of the label maps"
@@ -63,22 +80,20 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
 
 
 def _pair_of_files(ct: Path, label: Path | None) -> Pair:
-    name = _name_of(ct, "_ct")
-    if name is None:
-        raise ValueError(
-            f"a CT must be a .nii or .nii.gz file, got {ct.name}; convert it first (DICOM with "
-            "dcm2niix, for example)"
-        )
     if label is None or label.is_dir():
         got = "none" if label is None else f"the folder {label}"
         raise ValueError(
             f"CT {ct.name} needs its label file as second argument, got {got}; give its label map"
         )
-    return Pair(name, ct, label)
+    return Pair(name_of(ct, "_ct") or ct.stem or ct.name, ct, label)
 
 
 def find_files(folder: Path, ending: str, *, ending_required: bool = False) -> dict[str, Path]:
-    """List the NIfTI files of a folder by name, without .nii[.gz] and without ``ending``.
+    """List the scans of a folder by name, without .nii[.gz] and without ``ending``.
+
+    Upper and lower case of .nii.gz and of the ending do not matter. A pair of .hdr and .img is
+    listed by its .hdr. Where a name has no NIfTI file, a volume of another format (.nrrd, .mha,
+    ...) is listed, so that whoever reads it says what it is.
 
     Args:
         folder: where to look; subfolders and hidden files are ignored.
@@ -89,27 +104,44 @@ def find_files(folder: Path, ending: str, *, ending_required: bool = False) -> d
         ValueError: if two files have the same name.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        name = _name_of(path, ending)
+    for path in sorted(folder.iterdir(), key=lambda path: (_format(path), path)):
+        name = name_of(path, ending)
         # a dangling link is a scan that cannot be read: list it, so that it is reported
         is_file = path.is_file() or path.is_symlink()
         if name is None or path.name.startswith(".") or not is_file:
             continue
-        if ending_required and f"{ending}.nii" not in path.name:
+        if ending_required and not has_ending(path, ending):
             continue
-        if name in found:
+        if name not in found:
+            found[name] = path
+        elif _format(path) == 0:
             raise ValueError(
                 f"each scan needs its own name, but {found[name].name} and {path.name} in {folder} "
                 f"are both {name!r}; rename or move one"
             )
-        found[name] = path
     return found
 
 
-def _name_of(path: Path, ending: str) -> str | None:
-    """The file name without .nii[.gz] and without ``ending``; None if it is no NIfTI name."""
-    for suffix in (".nii.gz", ".nii"):
-        if path.name.endswith(suffix) and len(path.name) > len(suffix):
-            stem = path.name.removesuffix(suffix)
-            return stem.removesuffix(ending) or stem
-    return None
+def name_of(path: Path, ending: str = "") -> str | None:
+    """Return a scan's name without .nii[.gz] and without ``ending``; None if it names no volume."""
+    stem = _stem(path)
+    if ending and has_ending(path, ending):
+        return stem[: -len(ending)] or stem
+    return stem or None
+
+
+def has_ending(path: Path, ending: str) -> bool:
+    """Return whether a file is a volume whose name has this ending, in upper or lower case."""
+    return _stem(path).lower().endswith(ending)
+
+
+def _stem(path: Path) -> str:
+    """Return the name without the suffix of a format; "" if it has none of them."""
+    format_ = _format(path)
+    return FORMATS[format_].sub("", path.name) if format_ < len(FORMATS) else ""
+
+
+def _format(path: Path) -> int:
+    """Return the number of the path's format in FORMATS; their number if it has none of them."""
+    matches = (k for k, suffix in enumerate(FORMATS) if suffix.search(path.name))
+    return next(matches, len(FORMATS))

@@ -186,6 +186,8 @@ def _caption(index: int, record: Mapping[str, Any]) -> str:
         words.append(f"{record['diameter_mm']:.1f} mm")
     if record.get("hu_change") is not None:
         words.append(f"{record['hu_change']:+.0f} HU")
+    if record.get("visibility") is not None:
+        words.append(f"visibility {record['visibility']:.1f}")
     words.append("voxel " + ", ".join(str(int(round(c))) for c in record["centre_voxel"]))
     return "   ".join(words)
 

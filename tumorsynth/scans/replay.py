@@ -12,7 +12,7 @@ from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.run_settings import option_names, voxels_sha256
 
 if TYPE_CHECKING:
-    from tumorsynth.scans.nifti import Volume
+    from tumorsynth.scans.volume import Volume
 
 MAX_THREADS = 1024
 # These options decide what is sampled. A replay takes that from the report's params.

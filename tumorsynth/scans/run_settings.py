@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,8 @@ def _options(synth: SynthesizeTumor) -> dict[str, Any]:
 
 
 def _option(synth: SynthesizeTumor, name: str) -> Any:
+    from tumorsynth.appearance.gate import LIMITS, Gate
+
     if name == "intensity":
         scale = synth.intensity
         fields: dict[str, Any] = asdict(scale) if is_dataclass(scale) else {}
@@ -96,7 +99,15 @@ def _option(synth: SynthesizeTumor, name: str) -> Any:
     if name == "shapes":  # too long to record
         outlines = json.dumps(synth.options["shapes"]).encode()
         return hashlib.sha256(outlines).hexdigest() if synth.options["shapes"] else None
-    return synth.options[name]
+    value = synth.options[name]
+    if isinstance(value, Gate):  # JSON has no infinity; None is no limit
+        limits = {limit: getattr(value, limit) for limit in LIMITS}
+        finite = {
+            limit: pair and [v if math.isfinite(v) else None for v in pair]
+            for limit, pair in limits.items()
+        }
+        return {**vars(value), **finite}
+    return value
 
 
 def explain_mismatch(report: Path, settings: dict[str, Any]) -> str | None:

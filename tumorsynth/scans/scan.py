@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tumorsynth.scans import nifti
-from tumorsynth.scans.nifti import Volume
 from tumorsynth.scans.outputs import output_paths, unfinished_marker
 from tumorsynth.scans.run_settings import run_settings, to_json_types, voxels_sha256
+from tumorsynth.scans.volume import Volume
 
 if TYPE_CHECKING:
     from tumorsynth.synthesizer import SynthesizeTumor
-
-# Where 1024 was added to the HU, soft tissue lies here. In a correct CT, dense bone fills less than
-# this share of the voxels.
-SHIFTED_TISSUE_HU = (900, 1300)
-MAX_SHARE_SHIFTED = 0.1
 
 
 def synthesize_scan(
@@ -58,25 +54,30 @@ def synthesize_scan(
     """
     import torch
 
+    from tumorsynth.appearance.visibility import FaintTumorWarning
     from tumorsynth.scans.preview import save_preview
 
-    before, old = image.values(), label.integers()
+    whole_label = label.as_label()
+    before, old = image.values(), whole_label.integers()
     _check_intensity(image.name, before, synth)
     step()
-    changed_image, changed_label = synth(
-        torch.from_numpy(before)[None],
-        torch.from_numpy(old)[None],
-        affine=image.affine,
-        seed=seed if params is None else None,
-        params=params,
-    )
+    with warnings.catch_warnings():
+        # the command's summary counts such tumours over all scans
+        warnings.simplefilter("ignore", FaintTumorWarning)
+        changed_image, changed_label = synth(
+            torch.from_numpy(before)[None],
+            torch.from_numpy(old)[None],
+            affine=image.affine,
+            seed=seed if params is None else None,
+            params=params,
+        )
     after, new = changed_image[0].numpy(), changed_label[0].numpy()
     records = [dict(record) for record in synth.report]
     step()
     differs = (after != before) & ~(np.isnan(after) & np.isnan(before))
     relabelled = new != old
     new_ct = image.with_changes(differs, after[differs])
-    new_label = label.with_changes(relabelled, new[relabelled])
+    new_label = whole_label.with_changes(relabelled, new[relabelled])
     report = {
         **run_settings(synth, ct=image.name, label=label.name, seed=seed, geometry=geometry),
         "voxels_sha256": {
@@ -94,7 +95,7 @@ def synthesize_scan(
     marker.touch()
     paths["report"].unlink(missing_ok=True)
     nifti.write_volume(paths["ct"], image, new_ct)
-    nifti.write_volume(paths["label"], label, new_label)
+    nifti.write_volume(paths["label"], whole_label, new_label)
     step()
     tumor = relabelled & (new == synth.tumor_label)
     hu = [synth.intensity.to_hu(torch.from_numpy(v)).numpy() for v in (before, after)]
@@ -117,10 +118,57 @@ def check_organ(label: Volume, organ_labels: tuple[int, ...]) -> None:
         )
 
 
+def check_taken_label(
+    label: Volume, organ_labels: tuple[int, ...], tumor_label: int, if_taken: str
+) -> str | None:
+    """Check whether a label map holds the tumours' value already: real tumours, or an organ.
+
+    Args:
+        label: the label map.
+        organ_labels: values of the organ.
+        tumor_label: the tumours' value.
+        if_taken: "refuse" such a map; "judge": refuse it where the voxels are clearly not the
+            organ's tumours; or "add" the tumours to them.
+
+    Returns:
+        A note for the user where the map is not refused, or None.
+
+    Raises:
+        ValueError: if the map is refused.
+    """
+    if if_taken == "add":
+        return None
+    import torch
+
+    from tumorsynth.pipeline.taken_label import free_value, measure
+
+    values = torch.from_numpy(label.integers())
+    count = int((values == tumor_label).sum())
+    if not count:
+        return None
+    found = measure(values, tumor_label, organ_labels)
+    spacing = np.linalg.norm(label.affine[:3, :3], axis=0)
+    is_organ = found is not None and found.looks_like_an_organ(spacing.tolist(), clearly=True)
+    free = f"--tumor-label {free_value(values)}"
+    if if_taken == "judge" and not is_organ:
+        return (
+            f"{label.name} holds {count} voxels of --tumor-label {tumor_label} already, and the "
+            f"tumours are added to them; if they are an organ, give a free value such as {free}"
+        )
+    raise ValueError(
+        f"--tumor-label {tumor_label} must be free in the label map, but {label.name} holds "
+        f"{count} voxels of it; give a free value, for example {free}, or, if these are tumours, "
+        "--add-to-label"
+    )
+
+
 def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> None:
-    """Raise ValueError in the clear cases: no finite value; or, for HU, a range of [0, 1] or
-    [-1, 1], or HU + 1024."""
+    """Raise ValueError if a scan holds no finite value, or one value, or clearly no HU where the
+    transform expects HU."""
+    import torch
+
     from tumorsynth.intensity import HU
+    from tumorsynth.intensity_check import describe, find_fault, sample_voxels
 
     finite = values[np.isfinite(values)]
     if not finite.size:
@@ -128,18 +176,14 @@ def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> N
             f"a CT must hold finite numbers, but every voxel of {name} is NaN or infinite; "
             "export it again"
         )
-    if not isinstance(synth.intensity, HU):
-        return
-    low, high = float(finite.min()), float(finite.max())
-    if high - low <= 2:
+    if float(finite.min()) == float(finite.max()):
         raise ValueError(
-            f"a CT must be in HU, but {name} holds values from {low:g} to {high:g}; give the CT "
-            "in HU, or say how it was scaled, for example --intensity -175,250,0,1"
+            f"a CT must show tissue, but every voxel of {name} is {finite[0]:g}; export it again"
         )
-    from_hu, to_hu = SHIFTED_TISSUE_HU
-    shifted = float(((finite > from_hu) & (finite < to_hu)).mean())
-    if shifted > MAX_SHARE_SHIFTED:
+    sampled = sample_voxels(torch.from_numpy(values))
+    fault = find_fault(sampled) if isinstance(synth.intensity, HU) else None
+    if fault is not None:
         raise ValueError(
-            f"a CT must be in HU, but in {name} {shifted:.0%} of the voxels lie from {from_hu} to "
-            f"{to_hu}, as soft tissue does where 1024 was added; subtract it"
+            f"a CT must be in HU, but the values of {name}, {describe(sampled)}, {fault.found}; "
+            + (f"give {fault.option}" if fault.option else fault.conversion)
         )

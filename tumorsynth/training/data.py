@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.intensity import HU_HIGH, HU_LOW
+from tumorsynth.intensity_check import describe, find_fault, sample_voxels
 from tumorsynth.scans.nifti import write_atomic
 
 PACKED_HU = (-1024, 600)  # HU range of a pack: at least the window of any generator
@@ -153,40 +154,40 @@ def raise_problems(problems: list[str]) -> None:
 
 
 def hu_problem(hu: Tensor) -> str | None:
-    """Return why values cannot be HU, or None."""
+    """Return why the values of a scan (X, Y, Z) cannot be HU, or None."""
     values = hu.flatten()[:: max(1, hu.numel() // MAX_CHECKED_VOXELS)].float()
     if not bool(torch.isfinite(values).all()):
         return "the image holds NaN or infinite values"
-
-    def share(mask: Tensor) -> float:
-        return float(mask.float().mean())
-
     low, high = float(values.min()), float(values.max())
     if low == high:
         return f"every voxel is {low:g}; give the CT in HU"
-    whole = low == 0 and high <= 255 and not bool((values % 1).any())
-    if whole and share(values == 0) > 0.2 and len(values.unique()) < 128:
-        return f"whole numbers from 0 to {high:g} are a label map, not HU; give the CT"
-    if high - low < MIN_HU_SPAN:
-        return f"values from {low:g} to {high:g} are scaled, not HU; give the CT in HU"
-    # A body has neither more bone than air together with more fat than other soft tissue (air that
-    # is clipped at about -200 HU counts as fat), nor a tenth of its voxels above 590 HU.
-    fat, soft = share((values > -250) & (values < -1)), share((values > -1) & (values < 250))
-    air, bone = share(values <= -250), share(values >= 250)
-    bright = share(values > 590) > 0.1 and fat > 0.1 and air < 0.1
-    if bright or (low < -250 and fat > soft and bone > air):
-        return "the values look like HU with their sign changed; multiply them by -1"
-    # nor a tenth of its voxels at 900 to 1300 HU
-    if share((values > 900) & (values < 1300)) > 0.1:
-        return "the values look like HU with 1024 added; subtract 1024"
-    if low == 0:  # air and fat lie below
-        return f"values from 0 to {high:g} hold no air and no fat, so are not HU; give the CT in HU"
-    if share((values > HU_LOW) & (values < HU_HIGH)) < 0.01:
+    # few voxels do not decide: metal, a marker
+    darkest, brightest = np.quantile(values.numpy(), [0.001, 0.999], method="nearest").tolist()
+    if darkest == 0 and brightest <= 255 and _is_label_map(values):
+        return f"whole numbers from 0 to {brightest:g} are a label map, not HU; give the CT"
+    sampled = sample_voxels(hu)
+    if (fault := find_fault(sampled)) is not None:
+        return f"the values, {describe(sampled)}, {fault.found}; {fault.conversion}"
+    if brightest - darkest < MIN_HU_SPAN:
+        return f"values from {darkest:g} to {brightest:g} are scaled, not HU; give the CT in HU"
+    if darkest == 0:  # air and fat lie below
+        return (
+            f"values from 0 to {brightest:g} hold no air and no fat, so are not HU; give the CT in "
+            "HU"
+        )
+    if float(((values > HU_LOW) & (values < HU_HIGH)).float().mean()) < 0.01:
         return (
             f"less than 1 % of voxels lie between {HU_LOW:g} and {HU_HIGH:g} HU (values from "
             f"{low:g} to {high:g}); give the CT in HU"
         )
     return None
+
+
+def _is_label_map(values: Tensor) -> bool:
+    """Whether values from 0 to 255 are whole, many of them 0, and few different ones."""
+    if bool((values % 1).any()) or float((values == 0).float().mean()) <= 0.2:
+        return False
+    return len(values.unique()) < 128
 
 
 def check_cases(cases: list[Case], patch_size: int) -> list[str]:

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, to_array
-from tumorsynth.nifti_header import is_default, read_affine
-from tumorsynth.scans.nifti import Reading, require_nibabel
+from tumorsynth.nifti_header import is_default
+from tumorsynth.scans import nifti
+from tumorsynth.scans.file_kinds import describe_folder
+from tumorsynth.scans.nifti import Reading
+from tumorsynth.scans.pairing import find_files, find_pairs, has_ending, name_of
 from tumorsynth.training.data import (
     PACKED_HU,
     Case,
@@ -86,7 +90,7 @@ def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
         return _in_folders(data, labels)
     if not data.is_file():
         raise FileNotFoundError(f"no such file: {data}; pass a dataset.json, a pack or a folder")
-    if data.name.endswith((".nii", ".nii.gz")):
+    if name_of(data):
         raise ValueError(f"{data} is one scan; pass its folder, or list it in a dataset.json")
     try:
         listed = json.loads(data.read_bytes())
@@ -137,7 +141,7 @@ def _source(dataset: Path, entry: Any, held_out: bool) -> Source:
 
 def _in_folders(images: Path, labels: Path | None) -> list[Source]:
     if labels is not None and labels.resolve() == images.resolve():
-        if not any("_label.nii" in p.name for p in images.iterdir()):
+        if not any(has_ending(path, "_label") for path in images.iterdir()):
             raise ValueError(
                 f"label maps in the CTs' own folder must be named NAME_label.nii.gz beside "
                 f"NAME_ct.nii.gz, but {images} holds none; rename them, or keep them in a folder "
@@ -145,13 +149,13 @@ def _in_folders(images: Path, labels: Path | None) -> list[Source]:
             )
         labels = None
     if labels is None:
-        files = sorted(p for p in images.iterdir() if p.name.endswith((".nii", ".nii.gz")))
+        files = find_files(images, "")
         if not files:
+            if what := describe_folder(images):
+                raise ValueError(f"the CTs must be NIfTI files, but {images} is a folder{what}")
             raise ValueError(f"{images} holds no .nii or .nii.gz files; pass the folder of the CTs")
-        if not any("_label.nii" in p.name for p in files):
-            return [Source(_stem(p), p, None) for p in files]
-    from tumorsynth.scans.pairing import find_pairs
-
+        if not any(has_ending(path, "_label") for path in files.values()):
+            return [Source(name, path, None) for name, path in files.items()]
     return [Source(c.name, c.ct, c.label) for c in find_pairs(images, labels)]
 
 
@@ -196,7 +200,7 @@ def read_cases(
 def _warn_of_default_headers(sources: list[Source]) -> None:
     """Warn of CTs whose header says 1 mm only because the library that wrote it knew no size."""
     files = [source.image for source in sources]
-    named = [path.name for path in files if (h := _nifti_header(path)) and is_default(h)]
+    named = [path.name for path in files if is_default(nifti.read_header(path))]
     if named:
         more = f" and {len(named) - 1} more" if len(named) > 1 else ""
         warnings.warn(
@@ -207,20 +211,13 @@ def _warn_of_default_headers(sources: list[Source]) -> None:
         )
 
 
-def _nifti_header(path: Path) -> Any:
-    """Return the header of a NIfTI file, None for another format."""
-    nibabel = require_nibabel()
-    header = nibabel.load(path).header
-    return header if isinstance(header, nibabel.Nifti1Header) else None
-
-
 def read_case(source: Source) -> Case:
     """Read one case and crop it to the body.
 
     Raises:
         ValueError: with the problems of the case, without its name.
     """
-    return _read(source, Reading(), *_transforms())
+    return _read(source, Reading(), _resampling())
 
 
 def _reader(reading: Reading) -> Any:
@@ -228,51 +225,48 @@ def _reader(reading: Reading) -> Any:
 
     An exception would end the reading of all other cases.
     """
-    load, grid = _transforms()
+    grid = _resampling()
     from monai.transforms import Transform
 
     class Read(Transform):
         def __call__(self, source: Source) -> Case | str:
             try:
-                return _read(source, reading, load, grid)
+                return _read(source, reading, grid)
             except (ValueError, OSError) as error:
                 return f"{source.name}: {error}"
 
     return Read()
 
 
-def _read(source: Source, reading: Reading, load: Any, grid: Any) -> Case:
-    paths = {"image": source.image, **({"label": source.label} if source.label else {})}
-    for path in paths.values():
-        if not path.is_file():
-            raise ValueError(f"no such file: {path}")
-    try:
-        raw = load({key: str(path) for key, path in paths.items()})
-    except Exception as error:  # MONAI's readers raise errors of many types
-        cause = error.__cause__ or error
-        raise ValueError(f"cannot be read ({' '.join(str(cause).split())[:200]})") from error
-    for key, path in paths.items():
-        _take_affine(raw[key], path, reading)
-    image = raw["image"]
-    problems = [hu_problem(image.as_tensor())]
-    if image.ndim != 4 or image.shape[0] != 1:
-        problems = [f"a CT must be one 3-D volume, got the shape {tuple(image.shape)}"]
-    else:
-        problems.append(_size_problem(image))
-    if "label" in raw:
-        problems.append(_label_problem(image, raw["label"], reading))
+def _read(source: Source, reading: Reading, grid: Any) -> Case:
+    image = _load(source.image, reading)
+    label = None if source.label is None else _load(source.label, reading, is_label=True)
+    problems = [hu_problem(image.as_tensor()[0]), _size_problem(image)]
+    if label is not None:
+        problems.append(_label_problem(image, label, reading))
     if any(problems):
         raise ValueError("; ".join(problem for problem in problems if problem))
-    if "label" in raw:  # exactly the image's grid, although the headers may differ in rounding
-        raw["label"].affine = image.affine
-    resampled = grid(raw)
+    scan = {"image": image}
+    if label is not None:  # exactly the image's grid, although the headers may differ in rounding
+        label.affine = image.affine
+        scan["label"] = label
+    resampled = grid(scan)
     hu = resampled["image"].as_tensor()[0]
     box = body_box(hu)
-    label = None
-    if "label" in resampled:
-        label = resampled["label"].as_tensor()[0][box].round().byte().clone()
+    packed = None
+    if label is not None:
+        packed = resampled["label"].as_tensor()[0][box].round().byte().clone()
     hu = hu[box].round().clamp(*PACKED_HU).short().clone()
-    return Case(source.name, hu, label, source.held_out)
+    return Case(source.name, hu, packed, source.held_out)
+
+
+def _load(path: Path, reading: Reading, *, is_label: bool = False) -> Any:
+    """Read a file as a MetaTensor (1, X, Y, Z) of float32."""
+    from monai.data import MetaTensor
+
+    volume = nifti.read_volume(path, reading)
+    values = volume.integers().astype(np.float32) if is_label else volume.values()
+    return MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(volume.affine))
 
 
 def _size_problem(image: Any) -> str | None:
@@ -292,13 +286,6 @@ def _size_problem(image: Any) -> str | None:
     )
 
 
-def _take_affine(volume: Any, path: Path, reading: Reading) -> None:
-    """Give a loaded volume the affine that all commands read: MONAI prefers another source."""
-    header = _nifti_header(path)
-    if header is not None and volume.ndim == 4:
-        volume.affine = read_affine(path.name, header, reading.geometry)
-
-
 def _label_problem(image: Any, label: Any, reading: Reading) -> str | None:
     if label.shape != image.shape:
         return (
@@ -313,38 +300,23 @@ def _label_problem(image: Any, label: Any, reading: Reading) -> str | None:
                 "the label lies elsewhere in space than the image (the affines differ, by up to "
                 f"{shift:.2g} voxels); resample it, or add --same-grid if voxel lies on voxel"
             )
-    values = label.as_tensor()
-    if bool((values != values.round()).any()) or not 0 <= float(values.min()) <= 255:
-        return "label values must be integers from 0 to 255"
-    if float(values.max()) > 255:
-        return f"label values must be integers from 0 to 255, got {float(values.max()):.0f}"
+    low, high = (int(end) for end in label.as_tensor().aminmax())
+    if low < 0 or high > 255:
+        return f"label values must be integers from 0 to 255, got {low if low < 0 else high}"
     return None
 
 
-def _transforms() -> tuple[Any, Any]:
-    """MONAI's transforms that load the files and resample to the grid, label optional."""
+def _resampling() -> Any:
+    """MONAI's transforms that resample to the grid, label optional."""
     try:
-        from monai.transforms import (
-            Compose,
-            EnsureChannelFirstd,
-            LoadImaged,
-            Orientationd,
-            Spacingd,
-        )
+        from monai.transforms import Compose, Orientationd, Spacingd
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"reading scans for training needs {error.name}: "
             'pip install "tumorsynth[train]"; a pack (.npz) needs torch only'
         ) from error
-    keys = ["image", "label"]
-    missing = {"allow_missing_keys": True}
-    load = Compose(
-        [
-            LoadImaged(keys, reader="NibabelReader", dtype=np.float32, **missing),
-            EnsureChannelFirstd(keys, channel_dim="no_channel", **missing),
-        ]
-    )
-    grid = Compose(
+    keys, missing = ["image", "label"], {"allow_missing_keys": True}
+    return Compose(
         [
             Orientationd(keys, axcodes="RAS", labels=None, **missing),
             Spacingd(
@@ -356,7 +328,6 @@ def _transforms() -> tuple[Any, Any]:
             ),
         ]
     )
-    return load, grid
 
 
 def body_box(hu: Tensor) -> tuple[slice, slice, slice]:
@@ -372,4 +343,4 @@ def body_box(hu: Tensor) -> tuple[slice, slice, slice]:
 
 
 def _stem(path: str | Path) -> str:
-    return Path(path).name.split(".nii")[0]
+    return name_of(Path(path)) or Path(path).name

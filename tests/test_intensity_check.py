@@ -1,0 +1,372 @@
+"""Images that are not in HU are refused by name; whatever can be HU passes, everywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tumorsynth as ts
+from tumorsynth.adapter import Adapter
+from tumorsynth.commands.main import main
+from tumorsynth.intensity_check import MAX_SAMPLED, find_fault, sample_voxels
+
+SETTINGS = {"generator": "hu2023", "organ_labels": 1, "tumor_label": 20, "count": 1, "size_mm": 15}
+SHAPE = (48, 48, 48)
+SPACING = (3.0, 3.0, 4.0)
+
+
+def windowed(hu, low, high, to_low, to_high):
+    return (hu.clip(low, high) - low) / (high - low) * (to_high - to_low) + to_low
+
+
+WRONG = {
+    "HU/10": lambda hu: hu / 10,
+    "HU/100": lambda hu: hu / 100,
+    "HU/1000": lambda hu: hu / 1000,
+    "0-255": lambda hu: windowed(hu, -160, 240, 0, 255).floor(),
+    "0-255 ": lambda hu: windowed(hu, -175, 250, 0, 255),
+    "0-255  ": lambda hu: windowed(hu, -1000, 1000, 0, 255).floor(),
+    "[0, 1]": lambda hu: windowed(hu, -175, 250, 0, 1),
+    "[-1, 1]": lambda hu: windowed(hu, -175, 250, -1, 1),
+    "z-scores": lambda hu: (hu - hu.mean()) / hu.std(),
+    "z-scores ": lambda hu: (hu.clip(-160, 240) - 100) / 40,
+    "HU+1024": lambda hu: hu + 1024,
+    "HU+1024 ": lambda hu: hu.clip(-1000) + 1000,
+    "HU+32768": lambda hu: hu + 32768,
+    "unsigned": lambda hu: torch.where(hu < -0.5, hu.round() + 65536, hu.round()),
+    "sign": lambda hu: -hu,
+    "sign ": lambda hu: -hu.clip(-1000, 1000),
+    "no CT": lambda hu: torch.where(hu < -900, 10.0, (hu.clip(-150, 300) + 150) * 2),
+}
+SHOWN_IN_ORGAN = {  # what a crop of the organ and some fat shows; the others are in doubt there
+    kind for kind in WRONG if kind.strip() in ("[0, 1]", "[-1, 1]", "z-scores", "HU+32768")
+}
+
+
+@pytest.fixture(scope="module")
+def ct():
+    return ts.make_phantom(spacing=SPACING, seed=0)
+
+
+def kind_of(image) -> str | None:
+    fault = find_fault(sample_voxels(torch.as_tensor(image, dtype=torch.float32)))
+    return None if fault is None else fault.kind
+
+
+def around_organ(ct, half: int) -> tuple[Tensor, Tensor]:
+    """Image and label, (1, X, Y, Z), of the middle of the liver and what is near."""
+    middle = (ct.label[0] == 1).nonzero().float().mean(0).round().long().tolist()
+    part = (slice(None), *(slice(max(0, m - half), m + half) for m in middle))
+    return ct.image[part], ct.label[part]
+
+
+def with_bright_voxel(image: Tensor, value: float = 3000.0) -> Tensor:
+    """One bright voxel in the middle of each of the 8 octants, which the sample may hold or not."""
+    image = image.clone()
+    x, y, z = ([n // 4, 3 * n // 4] for n in image.shape[-3:])
+    for a, b, c in np.array(np.meshgrid(x, y, z)).reshape(3, -1).T.tolist():
+        image[..., a, b, c] = value
+    return image
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("part", ["whole", "48", "32"])
+def test_wrong_scales_are_named_in_the_whole_image_and_in_crops(ct, kind, part):
+    hu = ct.image if part == "whole" else around_organ(ct, int(part) // 2)[0]
+    image = WRONG[kind](hu)
+    found = kind_of(image[0])
+    assert found in ({kind.strip()} if part == "whole" else {kind.strip(), None, "no tissue"})
+    if kind in SHOWN_IN_ORGAN or part == "48" and kind not in ("no CT",):
+        assert found is not None
+    assert kind_of(with_bright_voxel(image)[0]) == found
+    flat = sample_voxels(image[0])
+    assert len(flat) <= MAX_SAMPLED
+
+
+def ball(inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    grid = np.meshgrid(*(np.arange(n) - n / 2 for n in SHAPE), indexing="ij")
+    return np.where(sum(g**2 for g in grid) < 18**2, inside, outside)
+
+
+def normal(mean: float, sd: float) -> np.ndarray:
+    return np.random.default_rng(0).normal(mean, sd, SHAPE)
+
+
+CAN_BE_HU = {
+    "liver": normal(110, 12),
+    "liver, denoised": normal(110, 1),
+    "fatty liver": normal(5, 12),
+    "air": normal(-1000, 15),
+    "air, denoised": normal(-1000, 0.5),
+    "lung": normal(-850, 60),
+    "fat": normal(-100, 10),
+    "bone": np.abs(normal(400, 250)),
+    "vessel": normal(350, 20),
+    "water": normal(0, 10),
+    "water, denoised": normal(0, 1.5),
+    "water, denoised, whole numbers": normal(0, 1).round(),
+    "water phantom": ball(normal(0, 8), normal(-1000, 8)),
+    "water phantom, denoised": ball(normal(0, 0.5), np.full(SHAPE, -1000.0)),
+    "water phantom, cropped to its wall": ball(normal(0, 4), normal(120, 4)),
+    "low dose": normal(50, 120),
+    "bile in liver, denoised": ball(normal(15, 3), normal(110, 4)),
+    "brain": ball(normal(37, 4), normal(28, 4)),
+    "metal": ball(normal(3071, 1), normal(50, 200)),
+    "contrast in the bladder": ball(normal(1200, 40), normal(40, 10)),
+    "all 0": np.zeros(SHAPE),
+    "all -1024": np.full(SHAPE, -1024.0),
+    "two values": ball(np.full(SHAPE, 110.0), np.full(SHAPE, 40.0)),
+    "NaN": np.full(SHAPE, np.nan),
+    **{f"liver in {padding}": ball(normal(110, 15), np.full(SHAPE, padding)) for padding in
+       (0.0, -1000.0, -1024.0, -2000.0, -3024.0)},
+}  # fmt: skip
+
+
+ONE_TISSUE_IN_A_CROP = {"metal", "contrast in the bladder"}  # that no crop of an organ shows
+
+
+@pytest.mark.parametrize("name", CAN_BE_HU)
+@pytest.mark.parametrize("shape", [SHAPE, (16, 48, 48), (32, 32, 32), (8, 8, 8)])
+def test_what_can_be_hu_passes(name, shape):
+    if name in ONE_TISSUE_IN_A_CROP and shape != SHAPE:
+        pytest.skip("nothing but metal or contrast is left")
+    x, y, z = ((n - s) // 2 for n, s in zip(SHAPE, shape, strict=True))
+    part = CAN_BE_HU[name][x : x + shape[0], y : y + shape[1], z : z + shape[2]]
+    assert kind_of(part) is None
+    assert kind_of(with_bright_voxel(torch.as_tensor(part), 3071.0)) is None
+
+
+def prepared(hu: Tensor) -> dict[str, Tensor]:
+    """The same HU as people prepare them."""
+    padded = torch.nn.functional.pad
+    return {
+        "HU": hu,
+        **{f"clipped to {a}..{b}": hu.clip(a, b) for a, b in
+           ((-175, 250), (-200, 300), (-160, 240), (-100, 240), (-1000, 1000), (-1024, 600))},
+        **{f"padded with {value}": padded(hu, (0, 9, 5, 0, 8, 8), value=value) for value in
+           (0.0, -1000.0, -1024.0, -2000.0, -3024.0)},
+        "noise": hu + torch.from_numpy(np.random.default_rng(0).normal(0, 60, hu.shape)).float(),
+        "denoised": torch.nn.functional.avg_pool3d(hu[None], 3, stride=1)[0],
+        "int16": hu.round().short().float(),
+        "bfloat16": hu.bfloat16().float(),
+    }  # fmt: skip
+
+
+def test_no_crop_of_the_phantom_raises_an_alarm(ct):
+    rng = np.random.default_rng(0)
+    sides = [(16, 40, 40), (32, 32, 32), (40, 40, 40)]
+    for k in range(60):
+        size = rng.permutation(sides[k % 3]).tolist()
+        sizes = [min(a, b) for a, b in zip(size, ct.image.shape[1:], strict=True)]
+        at = [
+            int(rng.integers(0, n - s + 1)) for n, s in zip(ct.image.shape[1:], sizes, strict=True)
+        ]
+        part = ct.image[(slice(None), *(slice(a, a + s) for a, s in zip(at, sizes, strict=True)))]
+        for name, image in prepared(part).items():
+            assert kind_of(image[0]) is None, (name, at, sizes)
+
+
+def test_no_crop_of_a_real_scan_raises_an_alarm(shared):
+    nib = pytest.importorskip("nibabel")
+    scan = np.asanyarray(nib.load(shared / "data/ct/totalseg_aorta_crop_ct.nii.gz").dataobj)
+    rng = np.random.default_rng(0)
+    for k in range(40):
+        sizes = rng.permutation([(16, 64, 64), (32, 32, 32), (64, 64, 64)][k % 3]).tolist()
+        at = [int(rng.integers(0, n - s + 1)) for n, s in zip(scan.shape, sizes, strict=True)]
+        part = scan[tuple(slice(a, a + s) for a, s in zip(at, sizes, strict=True))]
+        for name, image in prepared(torch.from_numpy(part.astype(np.float32))[None]).items():
+            assert kind_of(image[0]) is None, (name, at, sizes)
+
+
+# -- the core -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_the_core_refuses_and_says_what_to_pass(ct, kind):
+    image = WRONG[kind](ct.image)
+    synth = ts.SynthesizeTumor(**SETTINGS)
+    with pytest.raises(ValueError, match="must be in Hounsfield units") as error:
+        synth(with_bright_voxel(image), ct.label, spacing=SPACING, seed=0)
+    assert "lung" not in str(error.value)
+    fix = re.search(r"pass intensity=(ts\.Scaled\(-?[\d., -]+\))$", str(error.value))
+    if kind.strip() in ("HU/10", "HU/100", "HU/1000", "HU+1024", "HU+32768"):
+        scaled = ts.SynthesizeTumor(**SETTINGS, intensity=eval(fix[1], {"ts": ts}))
+        after, label = scaled(image, ct.label, spacing=SPACING, seed=0)
+        expected, its_label = synth(ct.image, ct.label, spacing=SPACING, seed=0)
+        assert torch.equal(label, its_label) and scaled.report[0]["applied"]
+        if kind[-1] != " ":
+            change = scaled.intensity.to_hu(after) - scaled.intensity.to_hu(image)
+            assert (change - (expected - ct.image)).abs().max() < 0.5
+
+
+def test_the_answer_does_not_depend_on_where_the_tumours_come_to_lie(ct):
+    image = with_bright_voxel(WRONG["0-255"](ct.image))
+    for seed in range(5):
+        with pytest.raises(ValueError, match="windowed to 0 to 255"):
+            ts.SynthesizeTumor(**SETTINGS)(image, ct.label, spacing=SPACING, seed=seed)
+
+
+def test_one_sample_of_a_batch_is_enough(ct):
+    images = torch.stack([ct.image, ct.image / 10])
+    labels = torch.stack([ct.label] * 2)
+    with pytest.raises(ValueError, match="divided by 10"):
+        ts.SynthesizeTumor(**SETTINGS)(images, labels, spacing=SPACING, seed=0)
+
+
+def test_an_image_without_a_tumour_to_paint_is_not_looked_at(ct):
+    for settings in ({"p": 0.0}, {"organ_labels": 99}):
+        synth = ts.SynthesizeTumor(**{**SETTINGS, **settings})
+        assert synth(ct.image / 10, ct.label, spacing=SPACING, seed=0)[0] is not None
+
+
+@pytest.mark.parametrize("crop", [None, 24, 12])
+@pytest.mark.parametrize(
+    "intensity",
+    [ts.Scaled(-175, 250, 0, 1), ts.Scaled(-1000, 1000, -1, 1), ts.ZScore(100, 40, -160, 240),
+     ts.ZScore(100, 40), ts.Scaled(-4000, 4000, -400, 400)],
+    ids=str,
+)  # fmt: skip
+def test_hu_under_another_scale_are_refused(ct, intensity, crop):
+    image, label = (ct.image, ct.label) if crop is None else around_organ(ct, crop)
+    if crop is not None and intensity == ts.Scaled(-4000, 4000, -400, 400):
+        pytest.skip("a liver of 1000 HU in doubt")
+    synth = ts.SynthesizeTumor(**SETTINGS, intensity=intensity)
+    for one in (image, with_bright_voxel(image, 0.5)):
+        with pytest.raises(ValueError, match=r"must be in the scale of intensity=.*HU\(\)"):
+            synth(one, label, spacing=SPACING, seed=0)
+    scaled = (image - intensity.to_hu(torch.zeros(()))) / intensity.hu_per_unit
+    if intensity.limits is not None:
+        scaled = scaled.clip(*intensity.limits)
+    for one in (scaled, with_bright_voxel(scaled, 3000.0)):
+        synth(one, label, spacing=SPACING, seed=0)
+
+
+def test_the_identity_as_a_scale_is_the_way_out(ct):
+    """For images that are HU and look like none."""
+    same = ts.SynthesizeTumor(**SETTINGS, intensity=ts.Scaled(-4000, 4000, -4000, 4000))
+    same(ct.image, ct.label, spacing=SPACING, seed=0)
+    same(-ct.image, ct.label, spacing=SPACING, seed=0)
+
+
+# -- the adapters ---------------------------------------------------------------------------------
+
+
+INTEGER = {"0-255": torch.uint8, "HU+1024": torch.int16, "sign": torch.int16, "HU/10": torch.int16}
+
+
+def stored(ct, kind: str) -> Tensor:
+    """The image in a wrong scale, as a reader of integers gives it."""
+    image = WRONG[kind](ct.image).round()
+    return image.clamp(0).to(torch.uint8) if kind == "0-255" else image.to(INTEGER[kind])
+
+
+@pytest.mark.parametrize("kind", INTEGER)
+def test_integers_through_the_adapter(ct, kind):
+    adapter = Adapter(**SETTINGS)
+    with pytest.raises(ValueError, match="must be in Hounsfield units"):
+        adapter(stored(ct, kind), ct.label, spacing=SPACING, seed=0)
+
+
+@pytest.mark.skipif(not hasattr(torch, "uint16"), reason="needs torch 2.3")
+def test_uint16_through_the_adapter(ct):
+    unsigned = torch.from_numpy(ct.image.round().numpy().astype(np.int16).view(np.uint16).copy())
+    with pytest.raises(ValueError, match="signed numbers read as unsigned ones"):
+        Adapter(**SETTINGS)(unsigned, ct.label, spacing=SPACING, seed=0)
+    offset = torch.from_numpy((ct.image + 1024).clamp(0).round().numpy().astype(np.uint16))
+    with pytest.raises(ValueError, match=r"HU \+ 1024"):
+        Adapter(**SETTINGS)(offset, ct.label, spacing=SPACING, seed=0)
+
+
+@pytest.mark.parametrize("kind", INTEGER)
+def test_monai(ct, kind):
+    pytest.importorskip("monai")
+    from tumorsynth.monai import BatchSynthesizeTumord, RandSynthesizeTumord
+
+    data = {"image": stored(ct, kind), "label": ct.label}
+    keys = {"keys": "image", "label_key": "label", "spacing": SPACING}
+    with pytest.raises((ValueError, RuntimeError), match="must be in Hounsfield units"):
+        RandSynthesizeTumord(**keys, prob=1.0, **SETTINGS)(data)
+    batch = {"image": stored(ct, kind)[None], "label": ct.label[None]}
+    with pytest.raises((ValueError, RuntimeError), match="must be in Hounsfield units"):
+        BatchSynthesizeTumord(**keys, **SETTINGS)(batch)
+
+
+@pytest.mark.parametrize("kind", INTEGER)
+def test_torchio(ct, kind):
+    tio = pytest.importorskip("torchio")
+    from tumorsynth.torchio import RandomSynthesizeTumor
+
+    subject = tio.Subject(
+        image=tio.ScalarImage(tensor=stored(ct, kind), affine=ct.affine),
+        label=tio.LabelMap(tensor=ct.label, affine=ct.affine),
+    )
+    with pytest.raises(ValueError, match="must be in Hounsfield units"):
+        RandomSynthesizeTumor(**SETTINGS)(subject)
+
+
+@pytest.mark.parametrize("kind", ["0-255", "HU/10"])
+def test_lightning(ct, kind):
+    pytest.importorskip("lightning")
+    from test_lightning import as_dicts, fit
+
+    from tumorsynth.lightning import TumorSynthCallback
+
+    data = as_dicts([(WRONG[kind](ct.image), ct.label.long())])
+    with pytest.raises(ValueError, match="must be in Hounsfield units"):
+        fit(data, TumorSynthCallback(**SETTINGS, spacing=SPACING))
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def write_pair(folder: Path, image: Tensor, ct) -> tuple[Path, Path]:
+    nib = pytest.importorskip("nibabel")
+    paths = folder / "a_ct.nii.gz", folder / "a_label.nii.gz"
+    for path, voxels in zip(paths, (image, ct.label), strict=True):
+        nib.save(nib.Nifti1Image(voxels[0].numpy(), ct.affine), path)
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["HU/10", "HU/100", "0-255", "z-scores", "sign", "no CT"])
+def test_the_command_line_names_file_and_option(ct, kind, tmp_path, capsys):
+    image = with_bright_voxel(WRONG[kind](ct.image), 250.0 if kind == "0-255" else 3000.0)
+    image = image.to(torch.uint8) if kind == "0-255" else image
+    words = [*map(str, write_pair(tmp_path, image, ct)), "--generator", "hu2023", "-o"]
+    words += [str(tmp_path / "out"), "--tumor-label", "20", "--count", "1"]
+    assert main(["synthesize", *words]) == 2
+    said = capsys.readouterr().err
+    assert "a CT must be in HU" in said and "a_ct.nii.gz" in said and "lung" not in said
+    option = re.search(r"give (--intensity=-4000,4000,\S+)\n", said)
+    if kind in ("HU/10", "HU/100"):
+        assert main(["synthesize", *words, option[1]]) == 0
+    else:
+        assert option is None
+        assert ("--intensity" in said) == (kind in ("0-255", "z-scores"))
+
+
+@pytest.mark.parametrize("kind", ["HU/10", "HU/100", "0-255", "z-scores", "sign", "HU+1024"])
+def test_training_names_the_conversion(ct, kind, tmp_path, capsys):
+    pytest.importorskip("monai")
+    image = with_bright_voxel(WRONG[kind](ct.image), 250.0 if kind == "0-255" else 3000.0)
+    image_path, label_path = write_pair(tmp_path, image, ct)
+    dataset = tmp_path / "dataset.json"
+    dataset.write_text(
+        json.dumps({"training": [{"image": image_path.name, "label": label_path.name}]})
+    )
+    assert main(["train", "pack", str(dataset), "-o", str(tmp_path / "p.npz")]) == 2
+    said = capsys.readouterr().err
+    assert find_fault(sample_voxels(image[0])).conversion in said
+
+
+@pytest.mark.parametrize("value", [0.0, -1024.0])
+def test_a_whole_scan_of_one_value_is_refused(ct, value, tmp_path, capsys):
+    paths = map(str, write_pair(tmp_path, torch.full_like(ct.image, value), ct))
+    assert main(["synthesize", *paths, "--generator", "hu2023", "-o", str(tmp_path / "o"),
+                 "--tumor-label", "20"]) == 2  # fmt: skip
+    assert f"every voxel of a_ct.nii.gz is {value:g}" in capsys.readouterr().err
