@@ -243,7 +243,9 @@ def test_the_report_page_lists_the_fields_that_reports_have(phantom, tmp_path):
         nifti.write_volume(tmp_path / f"a_{name}.nii.gz", volume, values)
     pair = [str(tmp_path / f"a_{name}.nii.gz") for name in ("ct", "label")]
     words = "--generator hu2023 --organ-label 1 --tumor-label 20 --count 1".split()
-    assert main(["synthesize", *pair, "-o", str(tmp_path / "out"), *words, "--geometry", "sform"]) == 0
+    assert (
+        main(["synthesize", *pair, "-o", str(tmp_path / "out"), *words, "--geometry", "sform"]) == 0
+    )
     report = json.loads((tmp_path / "out" / "a_report.json").read_text())
     assert fields_of("The file of the command line") == report.keys()
 
