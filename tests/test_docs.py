@@ -254,8 +254,10 @@ def test_why_the_reports_centre_and_feather_are_not_the_params(phantom):
     synth = ts.SynthesizeTumor("hu2023", organ_labels=1, tumor_label=20, count=3, size_mm=(8, 30))
     for seed in range(4):
         _, label = synth(phantom.image, phantom.label, spacing=phantom.spacing, seed=seed)
-        made = [entry for entry in synth.report if entry["applied"]]
-        for entry, params in zip(made, synth.params[0]["tumors"], strict=True):
+        for entry in synth.report:
+            if not entry["applied"]:
+                continue
+            params = next(p for p in synth.params[0]["tumors"] if p["seed"] == entry["seed"])
             assert label[(0, *entry["centre_voxel"])] == 20
             assert entry["sigma_mm"] >= params["sigma_mm"]
             assert entry["requested_diameter_mm"] == params["drawn_mm"]

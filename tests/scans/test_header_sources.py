@@ -168,7 +168,7 @@ def test_sizes_that_no_ct_has_are_named_with_the_file(pair, size, unit, capsys, 
     with pytest.raises(ValueError, match=f"a_ct.nii must have voxels of 0.01 to 25.*{unit}"):
         read_volume(ct)
     assert run("synthesize", ct, label, "-o", tmp_path / "out", "--generator", "hu2023") == 2
-    assert run("evaluate", label, label) == 1
+    assert run("evaluate", label, label) == 2
     err = capsys.readouterr().err
     assert "a_ct.nii must have voxels of" in err and "a_label.nii must have voxels of" in err
 
@@ -218,7 +218,7 @@ def test_a_folder_run_with_another_geometry_is_not_resumed(pair, tmp_path, capsy
 
 def test_evaluate_and_healthy_take_the_source_that_was_chosen(pair, capsys, tmp_path):
     _, label = pair(header(pixdim=(1, 1, 1)))
-    assert run("evaluate", label, label, "--tumor-label", 1, "--organ-label", 2) == 1
+    assert run("evaluate", label, label, "--tumor-label", 1, "--organ-label", 2) == 2
     assert "a_label.nii must say one voxel size" in capsys.readouterr().err
     volumes = []
     for geometry in ("sform", "pixdim"):
