@@ -21,7 +21,13 @@ from tumorsynth.batch_entries import (
     value_at,
 )
 
-SETTINGS = {"generator": "hu2023", "organ_labels": 1, "tumor_label": 20, "count": 1}
+SETTINGS = {
+    "generator": "hu2023",
+    "organ_labels": 1,
+    "tumor_label": 20,
+    "count": 1,
+    "contrast_hu": -60,
+}
 SPACING = (2.0, 2.0, 2.0)
 Pair = namedtuple("Pair", "image label")
 

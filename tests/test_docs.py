@@ -251,7 +251,8 @@ def test_the_report_page_lists_the_fields_that_reports_have(phantom, tmp_path):
 
 
 def test_why_the_reports_centre_and_feather_are_not_the_params(phantom):
-    synth = ts.SynthesizeTumor("hu2023", organ_labels=1, tumor_label=20, count=3, size_mm=(8, 30))
+    settings = {"count": 3, "size_mm": (8, 30), "contrast_hu": -60}
+    synth = ts.SynthesizeTumor("hu2023", organ_labels=1, tumor_label=20, **settings)
     for seed in range(4):
         _, label = synth(phantom.image, phantom.label, spacing=phantom.spacing, seed=seed)
         for entry in synth.report:

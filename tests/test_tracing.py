@@ -14,7 +14,13 @@ import tumorsynth as ts
 from tumorsynth.adapter import Adapter
 from tumorsynth.tracing import untraced
 
-SETTINGS = {"generator": "hu2023", "organ_labels": 1, "tumor_label": 20, "count": 1}
+SETTINGS = {
+    "generator": "hu2023",
+    "organ_labels": 1,
+    "tumor_label": 20,
+    "count": 1,
+    "contrast_hu": -60,
+}
 BACKENDS = ["eager", "aot_eager"]
 
 
