@@ -243,13 +243,16 @@ def test_the_report_page_lists_the_fields_that_reports_have(phantom, tmp_path):
         nifti.write_volume(tmp_path / f"a_{name}.nii.gz", volume, values)
     pair = [str(tmp_path / f"a_{name}.nii.gz") for name in ("ct", "label")]
     words = "--generator hu2023 --organ-label 1 --tumor-label 20 --count 1".split()
-    assert main(["synthesize", *pair, "-o", str(tmp_path / "out"), *words]) == 0
+    assert (
+        main(["synthesize", *pair, "-o", str(tmp_path / "out"), *words, "--geometry", "sform"]) == 0
+    )
     report = json.loads((tmp_path / "out" / "a_report.json").read_text())
     assert fields_of("The file of the command line") == report.keys()
 
 
 def test_why_the_reports_centre_and_feather_are_not_the_params(phantom):
-    synth = ts.SynthesizeTumor("hu2023", organ_labels=1, tumor_label=20, count=3, size_mm=(8, 30))
+    settings = {"count": 3, "size_mm": (8, 30), "contrast_hu": -60}
+    synth = ts.SynthesizeTumor("hu2023", organ_labels=1, tumor_label=20, **settings)
     for seed in range(4):
         _, label = synth(phantom.image, phantom.label, spacing=phantom.spacing, seed=seed)
         for entry in synth.report:

@@ -8,12 +8,19 @@ import warnings
 
 import pytest
 import torch
+from torchio_subjects import make_subject
 
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
 from tumorsynth.tracing import untraced
 
-SETTINGS = {"generator": "hu2023", "organ_labels": 1, "tumor_label": 20, "count": 1}
+SETTINGS = {
+    "generator": "hu2023",
+    "organ_labels": 1,
+    "tumor_label": 20,
+    "count": 1,
+    "contrast_hu": -60,
+}
 BACKENDS = ["eager", "aot_eager"]
 
 
@@ -238,13 +245,10 @@ def test_a_compiled_lightning_module(scan, inside):
 
 
 def test_torchio_transforms_compile(scan):
-    tio = pytest.importorskip("torchio")
+    pytest.importorskip("torchio")
     from tumorsynth.torchio import RandomSynthesizeTumor
 
-    subject = tio.Subject(
-        image=tio.ScalarImage(tensor=scan.image, affine=scan.affine),
-        label=tio.LabelMap(tensor=scan.label, affine=scan.affine),
-    )
+    subject = make_subject(scan)
     transform = RandomSynthesizeTumor(**SETTINGS)
     made = []
     for call in (transform, torch.compile(lambda x: transform(x), backend="eager")):
