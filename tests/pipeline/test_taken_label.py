@@ -46,7 +46,7 @@ def lits(ct, centre=None, radius=3):
     return label
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.uint16])
 @pytest.mark.parametrize("organ", ["pancreas", "left_kidney", "spleen", "stomach", "spine"])
 def test_an_organ_of_the_value_is_said_once_by_value_and_count(ct, organ, dtype):
     value = LABELS[organ]

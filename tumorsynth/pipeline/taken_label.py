@@ -155,7 +155,7 @@ def measure(
     if touching == 0 and not _has_organ(label, organ_labels, organ):
         return None
     coarse = (slice(None, None, 2),) * 3  # an eighth of the time
-    label = label[coarse]
+    label = label[coarse].to(torch.int64)  # torch compares no wide unsigned integers
     known = is_organ(label, (*organ_labels, tumor_label)) if organ is None else organ[coarse]
     is_other = (label > 0) & (label != tumor_label) & ~known
     highest = label.where(is_other, torch.zeros_like(label)).max()
@@ -174,8 +174,9 @@ def free_value(label: Any) -> int:
         label: a tensor or an array of whole numbers.
     """
     values = torch.as_tensor(label)
-    above = int(values.max()) + 1
+    array = values.cpu().numpy()  # torch finds no highest of wide unsigned integers
+    above = int(array.max()) + 1
     if above > 0 and holds(values.dtype, above):
         return above
-    held = set(np.unique(values.cpu().numpy()).tolist())
+    held = set(np.unique(array).tolist())
     return next(value for value in range(1, len(held) + 2) if value not in held)
