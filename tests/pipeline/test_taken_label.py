@@ -54,7 +54,7 @@ def test_an_organ_of_the_value_is_said_once_by_value_and_count(ct, organ, dtype)
     synth = make(tumor_label=value)
     (words,) = said(lambda: [synth(ct.image, label, SPACING, seed=k) for k in range(3)])
     assert f"label holds {int((label == value).sum())} voxels of {value} = tumor_label" in words
-    assert f"pass tumor_label={int(label.max()) + 1}," in words
+    assert f"pass tumor_label={int(ct.label.max()) + 1}," in words
 
 
 @pytest.mark.parametrize("radius", [1.5, 3, 5])
