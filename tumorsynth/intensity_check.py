@@ -24,6 +24,7 @@ MAX_SAMPLED = 2**14  # voxels of an image that are looked at, evenly spaced
 MIN_VALUES = 1000  # voxels besides padding; fewer cannot tell
 PADDING_SHARE = 0.005  # of voxels with exactly the lowest value, or 0: from here on, padding
 RARE = 0.003  # share of voxels that metal, motion and noise take
+WRAPPED_NOISE = 2.0**16 - 50  # 16-bit numbers from here on are negative noise
 CT_RANGE_HU = (-1100.0, 3200.0)
 MAX_MEDIAN_HU = 1500.0  # |HU| of half of a crop: no organ reaches it
 # upper ends of windows from -1000 HU on: each 5 % wider than the one before
@@ -239,6 +240,8 @@ def find_fault(values: NDArray[np.float32]) -> Fault | None:
     """
     if len(values) < MIN_VALUES:
         return None
+    if values[-1] > WRAPPED_NOISE:  # of air at 0, in unsigned numbers
+        values = np.sort(np.where(values > WRAPPED_NOISE, values - 2**16, values))
     whole = Shares(values)
     sample = Sample(whole, whole.without_padding())
     if _is_label_map(whole):
@@ -261,7 +264,7 @@ def _faults(sample: Sample) -> Iterator[Fault]:
         yield DIVIDED[10]
     if inner.share(860, 980) > 0.005 and _is_ct(sample.mapped(1, -1024)):  # fat, too
         yield SHIFTED
-    if whole.share(600, 1040) > 0.1 and _is_ct(sample.mapped(-1)):  # more than bone
+    if whole.share(600, 1040) > 0.07 and _is_ct(sample.mapped(-1)):  # more than bone
         yield FLIPPED
     if whole.share(64000, 65536) > PADDING_SHARE:
         yield WRAPPED
