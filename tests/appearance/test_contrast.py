@@ -11,12 +11,14 @@ from tiny import tiny_crop, tiny_generator
 import tumorsynth as ts
 from tumorsynth.appearance.contrast import (
     FLUID_HU,
+    MAX_LEVEL_BIAS_HU,
     MIN_DARKER_HU,
     ContrastConfig,
     check_contrast,
     contrast_of,
     core,
     grown,
+    healthy_level_around,
     level_around,
     sample_contrast,
     shift_to_contrast,
@@ -299,3 +301,24 @@ def test_the_three_measures_of_contrast_agree_in_an_even_organ():
         tumor_statistics(hu, tumor, organ)[0],
     ]
     assert contrasts == pytest.approx([-40.0] * 3, abs=1.5)
+
+
+@pytest.mark.parametrize("level", [-20.0, 0.0, 15.0, 30.0, 45.0, 110.0])
+@pytest.mark.parametrize("noise_hu", [8.0, 30.0, 60.0])
+def test_the_level_of_a_fatty_or_noisy_organ_is_its_own(level, noise_hu):
+    rng = torch.Generator().manual_seed(0)
+    hu = level + noise_hu * torch.randn(1, 1, 48, 48, 48, generator=rng)
+    mask = torch.zeros(hu.shape, dtype=torch.bool)
+    mask[..., 18:28, 18:28, 18:28] = True
+    found = float(healthy_level_around(hu, mask, (20.0, 220.0)))
+    assert found == pytest.approx(level, abs=MAX_LEVEL_BIAS_HU + 2)
+
+
+def test_the_level_of_an_enhanced_organ_beside_fat_is_as_before():
+    rng = torch.Generator().manual_seed(0)
+    hu = 110 + 12 * torch.randn(1, 1, 48, 48, 48, generator=rng)
+    hu[..., 30:] = -100
+    mask = torch.zeros(hu.shape, dtype=torch.bool)
+    mask[..., 18:28, 18:28, 18:28] = True
+    tissue = (20.0, 220.0)
+    assert torch.equal(healthy_level_around(hu, mask, tissue), level_around(hu, mask, tissue))
