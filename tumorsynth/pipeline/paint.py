@@ -19,6 +19,7 @@ from tumorsynth.generators.store import Handle
 from tumorsynth.geometry import Box
 from tumorsynth.pipeline.records import PaintRequest
 from tumorsynth.pipeline.settings import Settings
+from tumorsynth.placement.types import TumorParams
 from tumorsynth.threads import own_threads, waits_busily
 
 ONE_THREAD_WORK = 1.5e12  # parameters times voxels, up to which networks run on one thread
@@ -107,7 +108,9 @@ class Painter:
             return None
         _check_result(f"{generator.name}.{method}()", generated, crops)
         low, high = generator.window
-        generated = generated[:, 0] * _width_or_nan(generated, batch, generator.window, blend)
+        generated = generated[:, 0] * _width_or_nan(
+            generated, params, needed, generator.window, blend
+        )
         generated = generated.to(batch[0].crop.device)
         return generated if blend == "change" else generated + low
 
@@ -151,7 +154,11 @@ def _check_result(source: str, generated: object, crops: Tensor) -> None:
 
 
 def _width_or_nan(
-    generated: Tensor, batch: Sequence[PaintRequest], window: tuple[float, float], blend: str
+    generated: Tensor,
+    params: Sequence[TumorParams],
+    needed: Box,
+    window: tuple[float, float],
+    blend: str,
 ) -> Tensor:
     """Return the window's width in HU for each crop (B, 1, 1, 1), NaN for implausible values.
 
@@ -160,19 +167,20 @@ def _width_or_nan(
 
     Args:
         generated: (B, 1, side, side, side), what the generator made.
-        batch: its requests.
+        params: of the B tumours.
+        needed: the part of the crops that is read.
         window: of the generator.
         blend: "change" for a change, from -1 to 1 within the window, else tissue, from 0 to 1.
     """
     width = window[1] - window[0]
     widths = []
-    for crop, request in zip(generated[:, 0], batch, strict=True):
-        contrast_hu = abs(request.tumor.params.contrast_hu or 0.0)
-        beyond = MAX_BEYOND_WINDOW + MAX_OVER_CONTRAST * contrast_hu / width
-        least, most = crop[request.needed.slices].aminmax()
-        lowest = (-1 if blend == "change" else 0) - beyond
-        plausible = (least >= lowest) & (most <= 1 + beyond)  # False for NaN
-        widths.append(torch.where(plausible, width, math.nan))
+    for crop, one in zip(generated[:, 0], params, strict=True):
+        values, largest = crop[needed.slices], 1.0
+        if blend != "change":
+            values, largest = values - 0.5, 0.5
+        largest += MAX_BEYOND_WINDOW + MAX_OVER_CONTRAST * abs(one.contrast_hu or 0.0) / width
+        # False for NaN
+        widths.append(torch.where(values.abs().amax() <= largest, width, math.nan))
     return torch.stack(widths).to(generated)[:, None, None, None]
 
 
