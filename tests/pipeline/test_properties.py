@@ -387,7 +387,7 @@ def untouched_beyond_the_feather(transform, frames, image, new_image, label, new
         if not sigmas:
             assert not bool(changed.any())
             continue
-        m = feather_reach(max(sigmas), frame.spacing, transform.settings.blend)
+        m = feather_reach(max(sigmas), frame.plane_distance, transform.settings.blend)
         # of coarse voxels the next ones may hold less than half a voxel of tumour, unlabelled
         sizes = [r["true_diameter_mm"] for r in transform.report if r["applied"]]
         m = [

@@ -46,7 +46,7 @@ from tumorsynth.subvoxels import ONE, average_subvoxels, repeat_voxels
 
 MIN_CHANGED_SHARE = 0.5  # of a tumour's voxels
 RAISED_VISIBILITY = 1.15 * VISIBLE_FROM  # of a tumour whose contrast is raised
-MAX_RAISED_CONTRAST_HU = 60.0  # the strongest contrast of annotated early tumours
+MAX_RAISED_CONTRAST_HU = 75.0  # of a core; annotated early tumours reach 63, cysts 100
 EDGE_SHARE = 0.75  # mean contrast of a small tumour over that of its core, about
 MAX_REPAINTS = 3  # to raise a contrast
 
