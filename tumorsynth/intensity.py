@@ -143,8 +143,9 @@ class ZScore:
         low = -math.inf if self.low is None else self.low
         high = math.inf if self.high is None else self.high
         real: Any = Real
-        # "not low < high" refuses NaN, too
-        if not all(isinstance(end, real) and not is_bool(end) for end in ends) or not low < high:
+        numbers = all(isinstance(end, real) and not is_bool(end) for end in ends)
+        # "not low < high" refuses NaN, too; a whole number may be larger than any float
+        if not numbers or not low < high or any(1e300 < abs(end) != math.inf for end in ends):
             raise ValueError(
                 f"ZScore needs low < high in HU, got low={self.low}, high={self.high}; "
                 "pass the values the image was clipped to, or None where it was not"

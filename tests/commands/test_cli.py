@@ -617,7 +617,8 @@ def test_the_gate_skips_tumours_and_resumes_and_replays(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "limits", [" ", "visible=5:", "visibility=5", "visibility=a:b", "tries=many", "visibility=1:2:3"]
+    "limits",
+    [" ", "visible=5:", "visibility=5", "visibility=a:b", "tries=many", "visibility=1:2:3"],
 )
 def test_gate_limits_that_are_none_are_refused(pair, tmp_path, capsys, limits):
     err = refused(capsys, "synthesize", *pair, "-o", tmp_path / "out", "--gate-limits", limits)
