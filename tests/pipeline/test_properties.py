@@ -457,6 +457,14 @@ def test_params_tampered_with(data):
     sound_or_refused(make, IMAGE, LABEL, [1], 2)
 
 
+@pytest.mark.parametrize("name", ["bulge", "displaced", "structure_hu", "seed"])
+def test_params_without_a_number_are_refused(name):
+    params = copy.deepcopy(GOOD)
+    params[0]["tumors"][0][name] = None
+    with pytest.raises(ValueError, match=f"a tumour's {name} must be .*got None"):
+        REPLAYED(IMAGE, LABEL, params=params)
+
+
 # -- the adapters ----------------------------------------------------------------------------------
 
 

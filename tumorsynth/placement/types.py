@@ -78,9 +78,9 @@ class TumorParams:
                 "pass synth.params of an earlier call of this version"
             )
         for name, bounds in PARAM_BOUNDS.items():
-            value = values.get(name)
-            optional = name not in REQUIRED_PARAMS
-            if not (value is None and optional) and not bounds.allow(value):
+            value = values.get(name, OPTIONAL_PARAMS.get(name))
+            absent = value is None and OPTIONAL_PARAMS.get(name, MISSING) is None
+            if not absent and not bounds.allow(value):
                 raise ValueError(
                     f"a tumour's {name} must be {bounds.length} number(s) from {bounds.low:g} to "
                     f"{bounds.high:g}, got {value!r}; pass synth.params of an earlier call"
@@ -119,6 +119,7 @@ class ParamBounds(NamedTuple):
 
 PARAM_NAMES = tuple(f.name for f in fields(TumorParams))
 REQUIRED_PARAMS = tuple(f.name for f in fields(TumorParams) if f.default is MISSING)
+OPTIONAL_PARAMS = {f.name: f.default for f in fields(TumorParams) if f.default is not MISSING}
 PARAM_BOUNDS: dict[str, ParamBounds] = {
     "centre": ParamBounds(3, 0, 2**31),
     "diameter_mm": ParamBounds(1, 0.001, 1000.0),
