@@ -11,6 +11,7 @@ from tiny import tiny_generator
 import tumorsynth as ts
 from tumorsynth.appearance.blend import feather_reach
 from tumorsynth.phantom import LABELS
+from tumorsynth.subvoxels import subvoxel_factors
 
 ORGANS = {
     "pancreas": LABELS["pancreas"],
@@ -61,6 +62,9 @@ def test_patches_of_the_phantom_away_from_tumours(phantom, organ, generator, ble
     assert made
     tumors = ((label != phantom.label)[0]).numpy()
     far = feather_reach(max(r["sigma_mm"] for r in made), SPACING, blend)
+    # of coarse voxels the next ones may hold less than half a voxel of tumour, unlabelled
+    coarse = subvoxel_factors(SPACING, min(r["true_diameter_mm"] for r in made))
+    far = [f + (k > 1) for f, k in zip(far, coarse, strict=True)]
     away = ~ndimage.maximum_filter(tumors, [2 * f + 1 for f in far])
     # bit for bit, which no classifier gets around
     kept = torch.from_numpy(away)
@@ -77,7 +81,7 @@ def test_patches_of_the_phantom_away_from_tumours(phantom, organ, generator, ble
         for shift in [np.array(shift) * SIDE - (14, 14, 10)]
     ]  # all within the crops that went through the generator
     before, after = features(phantom.image, away, corners), features(image, away, corners)
-    assert len(after) > 60
+    assert len(after) > 24
     assert told_apart(before, after) == 0.5
     if generator != "hu2023" and blend == "change":
         # what the same classifier finds where a whole decoded crop is written back

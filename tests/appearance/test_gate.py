@@ -224,6 +224,7 @@ def call(gate, seed=3, generator="hu2023", count=4, **more):
     hu, organ = scan(64)
     synth = ts.SynthesizeTumor(generator, 1, 2, count=count, size_mm=(7, 12), gate=gate)
     image, label = hu[None], organ[None].to(torch.int16)
+    seed = None if "params" in more else seed
     result = synth(image, label, spacing=ISO, seed=seed, **more)
     json.dumps(synth.report, allow_nan=False)
     return synth, result

@@ -365,7 +365,7 @@ def test_full_gpu_memory_halves_the_batch_with_one_warning(monkeypatch):
     monkeypatch.setattr(Painter, "_batch_size", lambda self, device: self.batch_limit)
     generator, batches = tiny_generator(), []
     image, label = patch()
-    make = dict(count=7, size_mm=5.0, gap_mm=1.0)
+    make = dict(count=7, size_mm=5.0, gap_mm=1.0, contrast_hu=-60.0)  # painted once each
     expected = SynthesizeTumor(generator, **make)(image, label, spacing=1.0, seed=3)
     inner = generator.change
 

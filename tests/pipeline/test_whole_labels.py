@@ -53,7 +53,7 @@ def test_healthy_only_sees_a_quantised_tumour(ct):
 
 
 def test_a_separate_organ_map_may_be_quantised(ct):
-    adapter = Adapter(True, generator="hu2023", organ_labels=1, tumor_label=2, count=1)
+    adapter = Adapter(True, generator="hu2023", organ_labels=1, count=1, contrast_hu=-60)
     label, organ = quantised(ct.label * 0), quantised(ct.label)
     _, new = adapter(ct.image, label, organ, spacing=SPACING, seed=0)
     _, expected = adapter(ct.image, ct.label * 0, ct.label, spacing=SPACING, seed=0)
@@ -66,6 +66,7 @@ def test_monai_arrays_and_metatensors(ct, dtype):
     from tumorsynth.monai import RandSynthesizeTumord
 
     settings = {"generator": "hu2023", "organ_labels": 1, "tumor_label": 20, "spacing": SPACING}
+    settings["contrast_hu"] = -60.0  # which no noise skips
     label = quantised(ct.label, torch.float64).numpy().astype(dtype)
     transform = RandSynthesizeTumord("image", "label", **settings).set_random_state(0)
     out = transform({"image": ct.image.numpy(), "label": label})
