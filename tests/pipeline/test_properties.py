@@ -388,11 +388,11 @@ def untouched_beyond_the_feather(transform, frames, image, new_image, label, new
             assert not bool(changed.any())
             continue
         m = feather_reach(max(sigmas), frame.plane_distance, transform.settings.blend)
-        # of coarse voxels the next ones may hold less than half a voxel of tumour, unlabelled
         sizes = [r["true_diameter_mm"] for r in transform.report if r["applied"]]
-        m = [
-            n + (k > 1) for n, k in zip(m, subvoxel_factors(frame.spacing, min(sizes)), strict=True)
-        ]
+        if max(subvoxel_factors(frame.spacing, min(sizes))) > 1:
+            # of coarse voxels a tumour may fill less than half as far as it reaches, unlabelled
+            rim = [math.ceil(max(sizes) / 2 / s) for s in frame.plane_distance]
+            m = [n + k for n, k in zip(m, rim, strict=True)]
         box = [
             slice(max(0, int(i.min()) - k), int(i.max()) + k + 1)
             for i, k in zip(relabelled.nonzero().T, m, strict=True)
