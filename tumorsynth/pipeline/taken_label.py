@@ -136,6 +136,7 @@ def measure(
     Returns:
         None if the label lacks the value or the organ, or is nothing but the value.
     """
+    label = label.detach()
     box = box or organ_box(label, tumor_label)
     if box is None:
         return None
