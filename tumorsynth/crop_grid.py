@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tumorsynth.devices import onto
 from tumorsynth.geometry import Box, Floats3, Frame, Ints3, ints3
-from tumorsynth.subvoxels import refine_frame
+from tumorsynth.subvoxels import ONE, refine_frame
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CropGrid:
 
     def refined(self, factors: Ints3) -> CropGrid:
         """Return the same crop's place on the grid of the sample's subvoxels."""
-        if factors == (1, 1, 1):
+        if factors == ONE:
             return self
         fine = refine_frame(self.frame, factors)
         x, y, z = (

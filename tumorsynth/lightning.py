@@ -100,9 +100,9 @@ class TumorSynthCallback(Callback):
             (seed,) = per_sample_seeds(seed, 1)
         self.adapter = Adapter(organ is not None, **settings)
         self.adapter.synth.p = check_probability("p", p)
-        for name, place in (("image", image), ("label", label), ("organ", organ)):
+        places = {"image": image, "label": label, "organ": organ, "loader": loader}
+        for name, place in places.items():
             _check_place(name, place)
-        _check_place("loader", loader)
         self.image, self.label, self.organ, self.loader = image, label, organ, loader
         if not isinstance(spacing, str):
             check_spacing(spacing)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA, ScanNoise, measure_noise
+from tumorsynth.placement.rasterize import equivalent_diameter
 
 VISIBLE_FROM = 5.0  # the Rose criterion; 29 of 30 annotated tumours are above
 
@@ -89,4 +90,4 @@ def measure_visibility(
     if noise.level_hu is None or volume == 0:
         return None
     contrast = float(hu[tumor_mask].mean()) - noise.level_hu
-    return visibility(contrast, (6 * volume / math.pi) ** (1 / 3), noise, spacing)
+    return visibility(contrast, equivalent_diameter(volume), noise, spacing)

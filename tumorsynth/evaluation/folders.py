@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tumorsynth.affines import voxel_sizes
 from tumorsynth.geometry import shear_of
 from tumorsynth.scans import nifti
 from tumorsynth.scans.file_kinds import check_is_there, describe_folder
@@ -97,7 +98,7 @@ def score(
     label = nifti.read_volume(pair.label, reading)
     predicted = nifti.read_volume(pair.prediction, reading)
     nifti.check_same_grid(label, predicted, "label and prediction", reading)
-    spacing = np.linalg.norm(label.affine[:3, :3], axis=0)
+    spacing = voxel_sizes(label.affine)
     shear = shear_of(label.affine)
     return scores(predicted.integers(), label.integers(), spacing.tolist(), shear=shear, **options)
 

@@ -94,7 +94,11 @@ class Interpolated:
             for i, axis in enumerate(axes)
         )
         self._to_x, self._planes = to_x, to_y @ (values @ to_z.T)
-        self._highest = self._planes.flatten(1).amax(1).tolist()
+
+    @cached_property
+    def _highest(self) -> list[float]:
+        """The highest value of each plane."""
+        return self._planes.flatten(1).amax(1).tolist()
 
     def exceeds(self, value: float, rows: slice) -> bool:
         """Return whether any of the planes that these rows lie between is higher somewhere."""

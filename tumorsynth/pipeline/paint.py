@@ -17,6 +17,7 @@ from tumorsynth.devices import onto, or_on_cpu
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
 from tumorsynth.geometry import Box
+from tumorsynth.once import Once
 from tumorsynth.pipeline.records import PaintRequest
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.placement.types import TumorParams
@@ -40,7 +41,7 @@ class Painter:
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
         self.batch_limit = GPU_BATCH  # lowered for good where a GPU's memory is too small
-        self._warned = False  # about implausible values
+        self._implausible = Once()  # the warning
 
     def paint(
         self, settings: Settings, generator: TumorGenerator, requests: Sequence[PaintRequest]
@@ -69,9 +70,7 @@ class Painter:
 
     def warn_of_implausible(self, reason: str) -> None:
         """Warn, once a transform, that tumours are skipped since the generator is at fault."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"tumours are skipped: {reason}", stacklevel=2)
+        self._implausible.give(f"tumours are skipped: {reason}")
 
     def _batch_size(self, device: torch.device) -> int:
         return 1 if device.type == "cpu" else self.batch_limit

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tumorsynth.geometry import Box, Floats3, Frame, Rows3
-from tumorsynth.placement.organ import OrganRegion, as_array, carries
+from tumorsynth.placement.organ import OrganRegion, as_array, carries, is_outside
 from tumorsynth.placement.types import Bools, Floats, GrowthRegion, Indices, LocalMask
 from tumorsynth.subvoxels import ONE
 
@@ -96,7 +96,7 @@ class AllowedVoxels:
         allowed = self._organ_at(local)
         unsuited = None
         if self._flat_image is not None:
-            unsuited = allowed & self._is_outside(self._flat_image.take(local.index))
+            unsuited = allowed & is_outside(self._flat_image.take(local.index), self._image_range)
         if growth is not None:
             allowed |= growth.likely_at(torch.from_numpy(index)).numpy()
         unobstructed = local.inside
@@ -120,7 +120,7 @@ class AllowedVoxels:
         here, there = _common_slices(box, self.part)
         allowed[here] = carries(self._label[there], self._labels)
         if self._image is not None:
-            allowed[here] &= ~self._is_outside(self._image[there])
+            allowed[here] &= ~is_outside(self._image[there], self._image_range)
         if growth is not None:
             allowed |= growth.mask_in(box).numpy()
         if self._forbidden is not None:
@@ -141,12 +141,6 @@ class AllowedVoxels:
         organ = carries(self._flat_label.take(local.index), self._labels)
         organ &= local.inside
         return organ
-
-    def _is_outside(self, values: NDArray[Any]) -> Bools:
-        low, high = self._image_range
-        outside: Bools = values < low
-        outside |= values > high
-        return outside
 
     def _blocked_voxels(self) -> Bools | None:
         """Forbidden and taken voxels in one array, so that a lookup costs the same for many

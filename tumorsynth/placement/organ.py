@@ -172,8 +172,8 @@ def is_organ(label: Tensor, labels: Sequence[int]) -> Tensor:
     return torch.zeros_like(label, dtype=torch.bool) if organ is None else organ
 
 
-def is_outside(values: Tensor, limits: tuple[float, float]) -> Tensor:
-    """Return where values are below or above two limits: bool; False for NaN."""
+def is_outside(values: Any, limits: tuple[float, float]) -> Any:
+    """Return where a tensor's or an array's values are below or above two limits; not for NaN."""
     return (values < limits[0]) | (values > limits[1])
 
 

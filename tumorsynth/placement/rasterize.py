@@ -18,7 +18,13 @@ from tumorsynth.placement.allowed import AllowedVoxels
 from tumorsynth.placement.components import flood, lowest_connected
 from tumorsynth.placement.shape import MAX_LEVEL, Shape
 from tumorsynth.placement.types import Bools, Floats, GrowthRegion, LocalMask, TumorParams
-from tumorsynth.subvoxels import ONE, average_subvoxels, refine_box, subvoxel_factors
+from tumorsynth.subvoxels import (
+    ONE,
+    average_subvoxels,
+    refine_box,
+    repeat_voxels,
+    subvoxel_factors,
+)
 
 MIN_SHAPED_VOXELS = 8  # tumours of fewer voxels have no shape to keep
 # Tumours from this many voxels on keep close to their shape, and must not be slivers
@@ -50,7 +56,7 @@ def rasterize(
     n = voxel_count(params.diameter_mm, subvoxel_mm3)
     box = _box_around(params.centre, shape, allowed)
     grid = _LevelGrid(shape, _grid_mm(box, params.centre, shape, allowed.spacing, factors))
-    free = _repeat(allowed.mask_in(box, growth), factors)
+    free = repeat_voxels(torch.from_numpy(allowed.mask_in(box, growth)), factors).numpy()
     likely = _lowest_likely(grid, free, n)
     if likely is None:
         mask = _lowest(grid, free, n, voxel_count(params.diameter_mm, allowed.voxel_mm3))
@@ -172,14 +178,6 @@ def _grid_mm(
             box.start, box.stop, centre, shape.offset.numpy(), spacing, factors, strict=True
         )
     ]
-
-
-def _repeat(mask: Bools, factors: Ints3) -> Bools:
-    """Give each subvoxel its voxel's value."""
-    for axis, factor in enumerate(factors):
-        if factor > 1:
-            mask = mask.repeat(factor, axis)
-    return mask
 
 
 def voxel_count(diameter_mm: float, voxel_mm3: float) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tumorsynth.affines import voxel_sizes
 from tumorsynth.geometry import Frame, shear_of
 from tumorsynth.scans import nifti
 from tumorsynth.scans.file_kinds import describe_folder
@@ -177,7 +178,7 @@ def blind(
         volume, label = nifti.read_pair(scan.ct, scan.label, reading)
     to_ras = orientations.io_orientation(volume.affine)
     values = orientations.apply_orientation(volume.values(), to_ras)
-    edges = np.linalg.norm(volume.affine[:3, :3], axis=0)[to_ras[:, 0].argsort()]
+    edges = voxel_sizes(volume.affine)[to_ras[:, 0].argsort()]
     x, y, z = (round(float(e), 3) for e in edges)  # headers differ in the last digits of float32
     values = np.nan_to_num(values, nan=HU_RANGE[0], posinf=HU_RANGE[1], neginf=HU_RANGE[0])
     hu = np.rint(np.clip(values, *HU_RANGE)).astype(np.int16)

@@ -48,7 +48,9 @@ def open_nifti(path: Path) -> Iterator[OpenedNifti]:
             raise ValueError(describe_kind(head, path))
         file.seek(0)
         if _magic(head, version) in PAIR:
-            image_path = _image_of(header_path)
+            image_path = _other_half(
+                header_path, "hdr", "img", "is the header of a pair and needs its voxels"
+            )
             image, max_bytes = stack.enter_context(_unzipped(image_path))
             file = _joined(file.read(), image.read(), version)
             max_bytes += HEAD_BYTES
@@ -106,34 +108,30 @@ def _header_of(path: Path) -> Path:
         head = file.read(HEAD_BYTES)
     if (version := _version(head)) and _magic(head, version) in SINGLE:
         return path
-    header = _sibling(path, "img", "hdr")
-    if header is None:
-        raise ValueError(
-            f"{path.name} is one half of a pair and needs its header, but there is no "
-            f"{_renamed(path, 'img', 'hdr')} beside it; copy both"
-        )
-    return header
+    return _other_half(path, "img", "hdr", "is one half of a pair and needs its header")
 
 
 def _is_named(path: Path, suffix: str) -> bool:
     return re.search(rf"\.{suffix}(\.gz)*$", path.name, re.I) is not None
 
 
-def _image_of(header: Path) -> Path:
-    image = _sibling(header, "hdr", "img")
-    if image is None:
-        raise ValueError(
-            f"{header.name} is the header of a pair and needs its voxels, but there is no "
-            f"{_renamed(header, 'hdr', 'img')} beside it; copy both"
-        )
-    return image
+def _other_half(path: Path, old: str, new: str, needs: str) -> Path:
+    """Return the other file of a pair: the same name in any case, gzipped or not.
 
-
-def _sibling(path: Path, old: str, new: str) -> Path | None:
-    """Return the other file of a pair: the same name in any case, gzipped or not."""
+    Args:
+        path: of the one file.
+        old: its suffix.
+        new: suffix of the other.
+        needs: what the message says of the one file if the other is missing.
+    """
     stem = re.sub(rf"\.{old}(\.gz)*$", "", path.name, flags=re.I)
     names = re.compile(rf"{re.escape(stem)}\.{new}(\.gz)*", re.I)
-    return next((p for p in sorted(path.parent.iterdir()) if names.fullmatch(p.name)), None)
+    found = next((p for p in sorted(path.parent.iterdir()) if names.fullmatch(p.name)), None)
+    if found is None:
+        raise ValueError(
+            f"{path.name} {needs}, but there is no {_renamed(path, old, new)} beside it; copy both"
+        )
+    return found
 
 
 def _renamed(path: Path, old: str, new: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tumorsynth.affines import voxel_sizes
 from tumorsynth.scans import nifti
 from tumorsynth.scans.outputs import output_paths, unfinished_marker
 from tumorsynth.scans.run_settings import run_settings, to_json_types, voxels_sha256
@@ -147,7 +148,7 @@ def check_taken_label(
     if not count:
         return None
     found = measure(values, tumor_label, organ_labels)
-    spacing = np.linalg.norm(label.affine[:3, :3], axis=0)
+    spacing = voxel_sizes(label.affine)
     is_organ = found is not None and found.looks_like_an_organ(spacing.tolist(), clearly=True)
     free = f"--tumor-label {free_value(values)}"
     if if_taken == "judge" and not is_organ:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, to_array
+from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, to_array, voxel_sizes
 from tumorsynth.nifti_header import is_default
 from tumorsynth.scans import nifti
 from tumorsynth.scans.file_kinds import describe_folder
@@ -271,7 +271,7 @@ def _load(path: Path, reading: Reading, *, is_label: bool = False) -> Any:
 
 def _size_problem(image: Any) -> str | None:
     """Why a CT cannot be resampled to 1 mm: with a wrong header it would exhaust the memory."""
-    spacing = np.linalg.norm(np.asarray(image.affine, dtype=float)[:3, :3], axis=0)
+    spacing = voxel_sizes(to_array(image.affine))
     sides = spacing * image.shape[1:]
     size = " x ".join(f"{side:.4g}" for side in sides)
     if np.isfinite(sides).all() and 0 < sides.max() < MIN_LONGEST_SIDE_MM:
