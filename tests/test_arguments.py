@@ -155,6 +155,7 @@ def test_the_classes_stay_what_they_are():
 def test_a_flag_is_true_or_false(value):
     for name, make in (
         ("merge", ts.SynthesizeTumor),
+        ("any_tissue", ts.SynthesizeTumor),
         ("healthy_only", Adapter),
         ("separate_organ", Adapter),
     ):

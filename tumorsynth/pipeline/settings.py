@@ -174,6 +174,6 @@ def check_settings(
         gate=checked_gate,
         mass_effect=checked_effect,
         bulge=bulge,
-        any_tissue=bool(any_tissue),
+        any_tissue=check_flag("any_tissue", any_tissue),
         device=parsed_device,
     )
