@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from scipy.ndimage import distance_transform_edt
 
+from tumorsynth.commands import main as commands
 from tumorsynth.commands.main import main
 from tumorsynth.commands.synthesize import lacks_tumors
 
 nib = pytest.importorskip("nibabel")
 
+ROOT = Path(__file__).parents[2]
 SPACING = (1.5, 1.6, 2.5)
 LPS = np.array([[-1.5, 0, 0, 80.5], [0, -1.6, 0, 60], [0, 0, 2.5, -400], [0, 0, 0, 1]])
 
@@ -627,3 +632,13 @@ def test_gate_limits_that_are_none_are_refused(pair, tmp_path, capsys, limits):
         capsys, "synthesize", *pair, "-o", tmp_path / "out", "--gate-limits", "visibility=9:2"
     )
     assert "low <= high" in err
+
+
+def test_a_typer_below_the_floor_is_named(monkeypatch, capsys):
+    declared = re.search(r'"typer>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert declared and declared[1] == commands.TYPER_FLOOR
+    monkeypatch.setattr(typer, "__version__", "0.15.1")
+    # typer 0.15.1 with click 8.2 calls its own method with an argument that it does not take
+    monkeypatch.setattr(typer.main, "get_command", lambda app: app.make_metavar(None))
+    assert run("evaluate", "--help") == 1
+    assert "typer 0.15.1 is installed, but the commands need typer 0.20" in capsys.readouterr().err

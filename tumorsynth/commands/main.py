@@ -31,6 +31,8 @@ from tumorsynth.commands.shared import fail
 from tumorsynth.commands.synthesize import synthesize
 from tumorsynth.scans.errors import describe_error, exit_code
 
+TYPER_FLOOR = "0.20"  # as in pyproject.toml, which an installation without dependencies ignores
+
 app = typer.Typer(
     help="Synthetic tumours for 3-D CT, image and label.",
     add_completion=False,
@@ -70,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if hasattr(error, "format_message"):  # typer's own: unknown option, missing argument
             return fail(_describe_usage_error(error, arguments), 2)
+        if isinstance(error, TypeError | AttributeError) and _typer_is_too_old():  # typer's own
+            return fail(
+                f"typer {typer.__version__} is installed, but the commands need typer "
+                f'{TYPER_FLOOR} or later: pip install --upgrade "tumorsynth[cli]"',
+                1,
+            )
         return fail(describe_error(error), exit_code(error))
     if code == 130:  # how typer reports Ctrl-C
         return fail("stopped", 130)
@@ -77,6 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         _leave_process_group(code)
     return code
+
+
+def _typer_is_too_old() -> bool:
+    installed, floor = (v.split(".")[:2] for v in (typer.__version__, TYPER_FLOOR))
+    return [int(n) for n in installed] < [int(n) for n in floor]
 
 
 def _leave_process_group(code: int) -> None:
