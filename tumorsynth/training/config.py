@@ -38,8 +38,8 @@ class Training:
     ema: float = option(0.0, "Decay of the average of weights that is saved; 0 saves the last.")
     precision: str = option(
         "auto",
-        "Precision of the arithmetic; auto is bf16-mixed on GPUs and on CPUs that are faster in it, "
-        "else 32-true.",
+        "Precision of the arithmetic; auto is bf16-mixed on GPUs and on CPUs that are faster in "
+        "it, else 32-true.",
         ("auto", "bf16-mixed", "32-true"),
     )
     seed: int = option(0, "Seed of the first weights, all crops and all noise.")
