@@ -65,6 +65,15 @@ def test_a_misspelt_setting_is_named_with_what_was_meant(adapter):
         make(adapter, organ_label=1)
 
 
+def test_an_organ_by_name_is_answered_with_what_to_pass(adapter):
+    separate = {"separate_organ", "organ", "organ_key"} & inspect.signature(
+        adapter
+    ).parameters.keys()
+    for more in ({}, *({name: True if name == "separate_organ" else "o"} for name in separate)):
+        with pytest.raises(ValueError, match="got 'liver'; look up which number the label has"):
+            make(adapter, organ_labels="liver", **more)
+
+
 def test_the_core_says_what_was_meant_too():
     with pytest.raises(TypeError, match=r"organ_label of SynthesizeTumor; did you mean organ_labe"):
         ts.SynthesizeTumor(organ_label=1)

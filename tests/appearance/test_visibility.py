@@ -250,26 +250,90 @@ def test_a_tumour_that_noise_would_hide_is_skipped_with_a_reason_and_replays():
     assert json.dumps(again.params) == json.dumps(transform.params)
 
 
+def outcome(record):
+    return record.get("code", "raised" if record.get("contrast_hu") else "own")
+
+
 @pytest.mark.parametrize("changes", [{}, {"mass_effect": 0.4}, {"gate": True}])
-def test_raised_and_skipped_tumours_replay_bit_by_bit(changes, monkeypatch):
+def test_raised_and_skipped_tumours_replay_bit_by_bit(changes):
     codes = set()
     for seed in range(3):
         image, label = scan(noise=16.0, seed=seed)
         transform = synth(count=4, **changes)
         made = call(transform, image, label, seed=seed)
-        codes |= {
-            r.get("code", "raised" if r.get("contrast_hu") else "own") for r in transform.report
-        }
+        codes |= set(map(outcome, transform.report))
         params = json.loads(json.dumps(transform.params))
         again = synth(count=4)
         assert all(map(torch.equal, made, call(again, image, label, params=params)))
         assert [r["applied"] for r in again.report] == [r["applied"] for r in transform.report]
         assert json.dumps(again.params) == json.dumps(transform.params)
-        with monkeypatch.context() as patch:  # as on a GPU, where crops go together
-            patch.setattr(Painter, "_batch_size", lambda self, device: self.batch_limit)
-            together = call(again, image, label, params=params)
-        assert all(map(torch.equal, made, together))
     assert {"raised"} < codes
+
+
+def run_as_a_gpu(painter, batch, *arguments, run=Painter._run_generator):
+    """The last bits of a crop depend on how many it is painted with, and which of them it is."""
+    made = [run(painter, [request], *arguments) for request in batch]
+    return torch.cat([one * (1 + 1e-6 * len(made)) + 1e-6 * i for i, one in enumerate(made)])
+
+
+def accepts_half(hu, tumor_mask, spacing):
+    return float(hu[tumor_mask].sum()) % 2 < 1
+
+
+@pytest.mark.parametrize("mass_effect", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gate": Gate(scorer=accepts_half, off_hu=None)},
+        {"gate": Gate(scorer=accepts_half, tries=1), "contrast_hu": (-60, -30)},
+        {"gate": Gate(scorer=accepts_half, tries=2), "contrast_hu": "liver-portal"},
+        {"gate": Gate(scorer=accepts_half), "blend": "difftumor"},
+    ],
+)
+def test_a_replay_forms_the_batches_of_the_call(changes, mass_effect, monkeypatch):
+    """With raised, retried and skipped tumours, where the last bits depend on the batch."""
+    monkeypatch.setattr(Painter, "_batch_size", lambda self, device: 3)
+    monkeypatch.setattr(Painter, "_run_generator", run_as_a_gpu)
+    codes, retries, raised, own = set(), 0, 0, 0
+    for seed in range(3):
+        parts = zip(*(scan(noise=16.0 - 5 * b, level=80.0, seed=seed) for b in (0, 1)), strict=True)
+        image, label = map(torch.stack, parts)
+        transform = synth(count=4, mass_effect=mass_effect, **changes)
+        made = call(transform, image, label, seed=seed)
+        params = json.loads(json.dumps(transform.params))
+        again = synth(count=4, blend=changes.get("blend", "change"))
+        assert all(map(torch.equal, made, call(again, image, label, params=params)))
+        assert [r["applied"] for r in again.report] == [r["applied"] for r in transform.report]
+        assert json.dumps(again.params) == json.dumps(transform.params)
+        codes |= {r["code"] for r in transform.report if not r["applied"]}
+        tumors = [tumor for entry in params for tumor in entry["tumors"]]
+        retries += sum(tumor.get("retries", 0) for tumor in tumors)
+        raised += sum("raised_hu" in tumor for tumor in tumors)
+        own += sum("retries" not in tumor and "raised_hu" not in tumor for tumor in tumors)
+    assert own and codes & {"faint", "gate"}
+    assert bool(raised) == ("contrast_hu" not in changes and "blend" not in changes)
+    gate = changes.get("gate")
+    assert bool(retries) == (gate is not None and gate.tries > 1)
+
+
+def test_params_of_several_calls_replay_together(monkeypatch):
+    """One with a contrast and one without, and a raised one of an earlier version."""
+    monkeypatch.setattr(Painter, "_batch_size", lambda self, device: 8)
+    scans = [scan(noise=16.0, seed=seed) for seed in range(2)]
+    image, label = map(torch.stack, zip(*scans, strict=True))
+    own, asked = synth(), synth(contrast_hu=-30.0)
+    call(own, *scans[0], seed=0)
+    call(asked, *scans[1], seed=1)
+    earlier = json.loads(json.dumps(own.params))
+    for tumor in earlier[0]["tumors"]:
+        tumor["contrast_hu"] = tumor.pop("raised_hu", None)
+    assert len({tumor["contrast_hu"] for tumor in earlier[0]["tumors"]}) > 1
+    for entry in (own.params, earlier):
+        again = synth()
+        call(again, image, label, params=[*entry, *asked.params])
+        found = [(r["applied"], r.get("contrast_hu")) for r in again.report]
+        assert found == [(r["applied"], r.get("contrast_hu")) for r in own.report + asked.report]
 
 
 @pytest.mark.parametrize(

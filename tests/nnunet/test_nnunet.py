@@ -468,8 +468,8 @@ def test_labels_by_name_by_value_and_by_default():
     [
         ({"background": 0, "liver": 1, "vessel": 2}, {}, "tumor_label must be given"),
         ({"background": 0, "liver": 1, "spleen": 3, "tumor": 2}, {}, "organ_labels must be given"),
-        (LABELS, {"tumor_label": "tumour"}, "no label 'tumour' in the dataset; it has"),
-        (LABELS, {"organ_labels": [7]}, "no label 7"),
+        (LABELS, {"tumor_label": "tumour"}, "tumor_label must be names .* got 'tumour'; it has"),
+        (LABELS, {"organ_labels": [7]}, "organ_labels must be names .* got 7"),
         (LABELS, {"organ_labels": "tumor"}, "organ_labels must hold a label beside the tumour's"),
         (
             {"background": 0, "all": [1, 2], "tumor": [2, 3]},

@@ -86,6 +86,7 @@ def test_fewer_or_unasked_latent_channels_are_refused(tmp_path):
 def test_a_cpu_that_emulates_bfloat16_trains_in_float32(tmp_path, monkeypatch, unmeasured):
     cpu = Hardware(accelerator="cpu")
     config = replace(TINY, steps=1, patch_size=16, batch_size=1, picture_every=0)
+    config = replace(config, precision="bf16-mixed")
     monkeypatch.setattr("tumorsynth.training.launch.cpu_computes_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match="does not compute in bfloat16, so .* 32-true") as said:
         autoencoder.train(make_cases(), tmp_path / "ae", config, cpu)
@@ -98,3 +99,25 @@ def test_a_cpu_that_emulates_bfloat16_trains_in_float32(tmp_path, monkeypatch, u
         assert usable_precision(Hardware(accelerator="cuda"), "bf16-mixed") == "bf16-mixed"
         monkeypatch.setattr("tumorsynth.training.launch.cpu_computes_bfloat16", lambda: True)
         assert usable_precision(cpu, "bf16-mixed") == "bf16-mixed"
+
+
+@pytest.mark.parametrize(("gains", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_the_default_precision_is_the_faster_one(
+    gains, expected, tmp_path, monkeypatch, unmeasured
+):
+    monkeypatch.setattr("tumorsynth.training.launch.cpu_computes_bfloat16", lambda: True)
+    monkeypatch.setattr("tumorsynth.training.launch.cpu_gains_from_bfloat16", lambda: gains)
+    config = replace(TINY, steps=1, patch_size=16, batch_size=1, picture_every=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", module="lightning")
+        assert usable_precision(Hardware(accelerator="cuda"), config.precision) == "bf16-mixed"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert usable_precision(Hardware(), config.precision) == "bf16-mixed"
+        assert usable_precision(Hardware(accelerator="cpu"), config.precision) == expected
+        for asked in ("bf16-mixed", "32-true"):
+            assert usable_precision(Hardware(accelerator="cpu"), asked) == asked
+        monkeypatch.undo()
+    autoencoder.train(make_cases(), tmp_path / "ae", config, Hardware(accelerator="cpu"))
+    card = json.loads((tmp_path / "ae" / "card.json").read_text())
+    assert card["training"]["precision"] == usable_precision(Hardware(accelerator="cpu"), "auto")

@@ -415,7 +415,7 @@ def test_presets_are_valid_and_flags_win_over_them():
             config = configured(kinds[stage], preset, {"steps": 7, "lr": None})
             assert config.steps == 7 and config.lr == preset.get("lr", kinds[stage]().lr)
     for wrong, said in (
-        ({"precision": "half"}, "--precision must be bf16-mixed or 32-true"),
+        ({"precision": "half"}, "--precision must be auto or bf16-mixed or 32-true"),
         ({"steps": 0}, "--steps must be at least 1"),
         ({"lr": float("nan")}, "--lr must be a number, got nan"),
         ({"lr": float("inf")}, "--lr must be a number, got inf"),

@@ -83,7 +83,7 @@ def _find_tumor(given: Any, labels: dict[str, Any]) -> int:
                 f'{labels}; add "{ENTRY}": {{"tumor_label": ...}} to dataset.json or to {VARIABLE}'
             )
         given = named[0]
-    values = _label_values(given, labels)
+    values = _label_values("tumor_label", given, labels)
     if len(values) != 1:
         raise ValueError(
             f"tumor_label must be one value, but {given!r} stands for {values}; name a single "
@@ -97,7 +97,10 @@ def _find_organs(
 ) -> tuple[int, ...]:
     """Return the values of the organ's labels, given or the one label beside the tumour's."""
     if given is None:
-        others = set().union(*(_label_values(name, labels) for name in labels)) - {0, tumor_label}
+        others = set().union(*(_label_values("labels", name, labels) for name in labels)) - {
+            0,
+            tumor_label,
+        }
         if len(others) != 1:
             raise ValueError(
                 f"organ_labels must be given unless the dataset has one label beside the tumour's, "
@@ -105,7 +108,8 @@ def _find_organs(
                 f"{VARIABLE}"
             )
         given = sorted(others)
-    organ_labels = tuple(v for v in _label_values(given, labels) if v != tumor_label)
+    values = _label_values("organ_labels", given, labels)
+    organ_labels = tuple(value for value in values if value != tumor_label)
     if not organ_labels or ignore_label in organ_labels:
         raise ValueError(
             f"organ_labels must hold a label beside the tumour's ({tumor_label}) and none that is "
@@ -138,14 +142,16 @@ def _check_trainer_attributes(wanted: dict[str, Any]) -> dict[str, Any]:
     return dict(wanted)
 
 
-def _label_values(which: Any, labels: dict[str, Any]) -> list[int]:
+def _label_values(setting: str, which: Any, labels: dict[str, Any]) -> list[int]:
     """Return the label values of a name, a value, or a list of either."""
     if isinstance(which, list | tuple):
-        return sorted({value for one in which for value in _label_values(one, labels)})
+        return sorted({value for one in which for value in _label_values(setting, one, labels)})
     if isinstance(which, str) and which in labels:
         value = labels[which]
         return sorted(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
     held = {int(v) for x in labels.values() for v in (x if isinstance(x, list | tuple) else [x])}
     if isinstance(which, int) and not isinstance(which, bool) and which in held:
         return [which]
-    raise ValueError(f"no label {which!r} in the dataset; it has {labels}")
+    raise ValueError(
+        f"{setting} must be names or values of the dataset's labels, got {which!r}; it has {labels}"
+    )

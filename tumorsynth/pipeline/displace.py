@@ -13,7 +13,7 @@ from tumorsynth.geometry import Box
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.finish import paint_and_finish
 from tumorsynth.pipeline.place_batch import PlacedSample, growth_region, organ_region
-from tumorsynth.pipeline.records import Record, Sample, SkipRecord, TumorRecord
+from tumorsynth.pipeline.records import PaintRequest, Record, Sample, TumorRecord
 from tumorsynth.pipeline.requests import DisplacingTumor, request_or_skip
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.pipeline.tissue_check import TissueCheck
@@ -132,15 +132,15 @@ def _paint_turn(
     for one, displacement in zip(tumors, displacements, strict=True):
         b = one.id.sample
         found = request_or_skip(call, one.id, samples[b], displacement.tumor, placed[b].drawn)
-        if isinstance(found, SkipRecord):
+        if isinstance(found, PaintRequest):
+            requests.append(replace(found, rejected=one.rejected))
+        elif not one.rejected:  # else it is in the report already
             records[b] = found
-        else:
-            requests.append(found)
     for record in paint_and_finish(call, requests, samples, placed):
         records[record.sample] = record
     for one, displacement in zip(tumors, displacements, strict=True):
         b = one.id.sample
-        record = records[b]
+        record = records.get(b)
         if isinstance(record, TumorRecord):
             records[b] = replace(record, displaced_mm=displacement.largest_mm)
         else:

@@ -36,7 +36,7 @@ from tumorsynth.pipeline.records import (
     SkipRecord,
     TumorRecord,
 )
-from tumorsynth.pipeline.requests import with_contrast
+from tumorsynth.pipeline.requests import make_again
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.organ import is_organ
@@ -132,9 +132,9 @@ def _keep_visible(
     for _ in range(MAX_REPAINTS):
         asked = min(asked, most)
         # rounded, so that the last bits of a measurement do not matter
-        params = replace(tumor.params, contrast_hu=sign * round(asked, 1))
+        params = replace(tumor.params, raised_hu=sign * round(asked, 1))
         request = replace(request, tumor=replace(tumor, params=params))
-        ((request, generated),) = call.painter.paint(settings, call.generator, [request])
+        generated = call.painter.paint_alone(settings, call.generator, request)
         candidate = blend_candidate(settings, call.generator, request, generated, sample)
         if not is_faint(candidate.visibility) or asked == most:
             break
@@ -155,12 +155,11 @@ def _write_if_accepted(
     settings, generator = call.settings, call.generator
     scores = _scores(settings, gate, request, candidate, sample)
     objection = gate.objection(scores)
-    for _ in range(gate.tries - 1):
+    for retries in range(1, gate.tries):
         if objection is None:
             break
-        seed = request.tumor.params.seed + 1
-        request = with_contrast(settings, generator, request, seed)
-        ((request, generated),) = call.painter.paint(settings, generator, [request])
+        request = make_again(settings, generator, request, retries)
+        generated = call.painter.paint_alone(settings, generator, request)
         candidate = blend_candidate(settings, generator, request, generated, sample)
         request, candidate = _keep_visible(call, request, candidate, sample)
         scores = _scores(settings, gate, request, candidate, sample)
@@ -345,7 +344,7 @@ def write(
         peak_weight=candidate.peak_weight,
         sigma_mm=max(request.feather_mm),
         grain_mm=list(request.grain_mm),
-        contrast_hu=tumor.params.contrast_hu,
+        contrast_hu=tumor.params.asked_hu,
         visibility=candidate.visibility,
         outside_share=request.outside_share,
         generator=call.generator.name,
@@ -377,7 +376,7 @@ def _scores(
     inside[region] = request.inside
     organ = is_organ(sample.label[wider.slices], settings.organ_labels)
     hu = settings.intensity.to_hu(values.float())
-    requested_hu = request.tumor.params.contrast_hu
+    requested_hu = request.tumor.params.asked_hu
     if requested_hu is not None:  # of which voxels that the tumour fills in part show a share
         requested_hu *= request.tumor.mean_share
     scores = gate.scores(hu, inside, organ, frame.spacing, requested_hu, frame.shear)

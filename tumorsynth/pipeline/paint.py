@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -50,27 +51,50 @@ class Painter:
 
         The result is a change with blend="change", and a tumour with blend="difftumor". On a CPU
         crops go one by one: a batch is no faster there, and the last bit of a convolution depends
-        on it.
+        on it. A replay therefore forms the batches of the call, with the crops of tumours that
+        were painted again by themselves, and of tumours that were rejected. Of the latter it
+        yields nothing.
         """
         if not requests:
             return
-        device, blend = settings.device or requests[0].crop.device, settings.blend
+        device = settings.device or requests[0].crop.device
         for kind in sorted({_batch_kind(request) for request in requests}):
             waiting = [request for request in requests if _batch_kind(request) == kind]
             while waiting:
-                batch = waiting[: self._batch_size(device)]
-                run = partial(self._run_generator, batch, generator, blend)
-                generated = or_on_cpu("the generator", device, run)
-                if generated is None:  # outside of the exception, which would keep the memory
-                    self._halve_batch(len(batch))
-                    continue
+                batch, generated = waiting[: self._batch_size(device)], None
+                if any(_is_read(request) for request in batch):
+                    run = partial(self._run_generator, batch, generator, settings.blend)
+                    generated = or_on_cpu("the generator", device, run)
+                    if generated is None:  # outside of the exception, which would keep the memory
+                        self._halve_batch(len(batch))
+                        continue
                 waiting = waiting[len(batch) :]
-                for request, one in zip(batch, generated, strict=True):
-                    yield request, one if blend != "change" else _matched(request, one, generator)
+                for number, request in enumerate(batch):
+                    if request.tumor.params.repainted and not request.rejected:
+                        yield request, self.paint_alone(settings, generator, request)
+                    elif _is_read(request):
+                        assert generated is not None
+                        yield request, _finished(settings, generator, request, generated[number])
+
+    def paint_alone(
+        self, settings: Settings, generator: TumorGenerator, request: PaintRequest
+    ) -> Tensor:
+        """Return what the generator makes of one request by itself, with its raised contrast."""
+        params = request.tumor.params
+        asked = replace(params, contrast_hu=params.asked_hu)
+        asking = replace(request, tumor=replace(request.tumor, params=asked))
+        run = partial(self._run_generator, [asking], generator, settings.blend)
+        generated = or_on_cpu("the generator", settings.device or request.crop.device, run)
+        assert generated is not None  # one crop that does not fit raises an error
+        return _finished(settings, generator, request, generated[0])
 
     def warn_of_implausible(self, reason: str) -> None:
         """Warn, once a transform, that tumours are skipped since the generator is at fault."""
         self._implausible.give(f"tumours are skipped: {reason}")
+
+    def forms_batches(self, device: torch.device) -> bool:
+        """Whether several crops go through the networks at once on a device."""
+        return self._batch_size(device) > 1
 
     def _batch_size(self, device: torch.device) -> int:
         return 1 if device.type == "cpu" else self.batch_limit
@@ -199,6 +223,18 @@ def _threads(generator: TumorGenerator, crops: Tensor) -> AbstractContextManager
 def _batch_kind(request: PaintRequest) -> tuple[int, bool]:
     """What the crops of a batch share: their side, and whether a contrast is requested."""
     return request.grid.side, request.tumor.params.contrast_hu is not None
+
+
+def _is_read(request: PaintRequest) -> bool:
+    """Whether the result of a request's batch is used, not only its crop to fill the batch."""
+    return not (request.rejected or request.tumor.params.repainted)
+
+
+def _finished(
+    settings: Settings, generator: TumorGenerator, request: PaintRequest, generated: Tensor
+) -> Tensor:
+    """Match a result to its scan, unless the published blend takes it as it is."""
+    return generated if settings.blend != "change" else _matched(request, generated, generator)
 
 
 def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -> Tensor:

@@ -88,6 +88,8 @@ class PaintRequest:
         fill: even tissue painted under the tumour first; None where nothing needs covering.
         unsuited: bool, voxels of the organ in that region that hold no tissue; None if the
             generator's card does not say what tissue is.
+        rejected: whether the params of a replay skip the tumour: its crop is only there to form the
+            batch that the call painted.
     """
 
     id: TumorId
@@ -104,6 +106,7 @@ class PaintRequest:
     outside_share: float
     fill: BackgroundFill | None = None
     unsuited: Tensor | None = None
+    rejected: bool = False
 
     @property
     def fine_grid(self) -> CropGrid:

@@ -53,11 +53,13 @@ class DisplacingTumor:
         id: which tumour of the call this is.
         tumor: as placed, before any displacement.
         later: the sample's tumours after it, whose voxels it may not take.
+        rejected: as of a `PaintRequest`.
     """
 
     id: TumorId
     tumor: LocalMask
     later: list[LocalMask]
+    rejected: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,20 +150,22 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
         id = TumorId(sample.number, report_index, params_index)
         if isinstance(result, LocalMask):
             params_index += 1
-            if id.params_index in rejected:
-                # skipped only here: it took room from the later ones while they were placed
-                one = rejected[id.params_index]
-                requests.records.append(SkipRecord(id.sample, report_index, one.code, one.reason))
+        rejection = rejected.get(id.params_index) if isinstance(result, LocalMask) else None
+        if rejection is not None:
+            # skipped only here: it took room from the later ones while they were placed
+            code, reason = rejection.code, rejection.reason
+            requests.records.append(SkipRecord(id.sample, report_index, code, reason))
+            if not call.painter.forms_batches(call.settings.device or sample.image.device):
                 continue
-            if has_mass_effect:
-                later = [] if call.settings.merge else tumors[params_index:]
-                displacing.append(DisplacingTumor(id, result, later))
-                continue
+        if isinstance(result, LocalMask) and has_mass_effect:
+            later = [] if call.settings.merge else tumors[params_index:]
+            displacing.append(DisplacingTumor(id, result, later, rejection is not None))
+            continue
         found = request_or_skip(call, id, sample, result, placed.drawn)
-        if isinstance(found, SkipRecord):
+        if isinstance(found, PaintRequest):
+            requests.paint.append(replace(found, rejected=rejection is not None))
+        elif rejection is None:
             requests.records.append(found)
-        else:
-            requests.paint.append(found)
     if has_mass_effect:
         requests.displace.append(displacing)
 
@@ -266,11 +270,20 @@ def _plan(
     return grid, region.within(whole)
 
 
+def make_again(
+    settings: Settings, generator: TumorGenerator, request: PaintRequest, retries: int
+) -> PaintRequest:
+    """Return the request with the next noise seed, and with how often this happened."""
+    request = with_contrast(settings, generator, request, request.tumor.params.seed + 1)
+    params = replace(request.tumor.params, retries=retries)
+    return replace(request, tumor=replace(request.tumor, params=params))
+
+
 def with_contrast(
     settings: Settings, generator: TumorGenerator, request: PaintRequest, seed: int
 ) -> PaintRequest:
     """Return the request with this noise seed and the contrast that follows from it."""
-    params = replace(request.tumor.params, seed=seed)
+    params = replace(request.tumor.params, seed=seed, raised_hu=None)
     if isinstance(settings.contrast_hu, ContrastPrior):
         low, high = generator.window
         hu = request.crop[None, None] * (high - low) + low

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from numbers import Integral
 from typing import Any
@@ -41,7 +41,7 @@ def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
         given = [labels]
     try:
         if (
-            not isinstance(labels, str)
+            not isinstance(labels, str | bytes | Mapping)
             and len(given) <= MAX_ORGAN_LABELS
             and all(not is_bool(v) and int(v) == v and -(2**63) <= int(v) < 2**63 for v in given)
         ):
@@ -49,9 +49,12 @@ def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
     except (TypeError, ValueError, OverflowError):
         pass
     if not found:
+        fix = "pass for example organ_labels=1 or organ_labels=(1, 5)"
+        if isinstance(labels, str | bytes) or any(isinstance(v, str | bytes) for v in given):
+            fix = "look up which number the label has for it, and pass for example organ_labels=1"
         raise ValueError(
-            f"organ_labels must be a whole number or at most {MAX_ORGAN_LABELS}, of at most 64 "
-            f"bits, got {repr(labels)[:200]}; try organ_labels=(1,)"
+            "organ_labels must be the organ's values in the label, one whole number of at most 64 "
+            f"bits or at most {MAX_ORGAN_LABELS} of them, got {repr(labels)[:200]}; {fix}"
         )
     return found
 

@@ -40,6 +40,9 @@ class TumorParams:
         outline: outline of a real mask (see `user_shapes`); "" for an ellipsoid.
         structure_hu: contrast of the rim and of the necrotic core.
         bulge: share of the volume that should lie beyond the organ.
+        raised_hu: contrast instead of the generator's own, which the scan's noise would hide; None
+            for all other tumours.
+        retries: how often the gate had the tumour made again.
     """
 
     centre: tuple[int, int, int]
@@ -57,10 +60,26 @@ class TumorParams:
     outline: str = ""
     structure_hu: tuple[float, float] = (0.0, 0.0)
     bulge: float = 0.0
+    raised_hu: float | None = None
+    retries: int = 0
+
+    @property
+    def asked_hu(self) -> float | None:
+        """The contrast that the generator is asked for; None leaves it to the generator."""
+        return self.contrast_hu if self.raised_hu is None else self.raised_hu
+
+    @property
+    def repainted(self) -> bool:
+        """Whether the tumour was painted again by itself, after the batch it was first in."""
+        return self.retries > 0 or self.raised_hu is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict of numbers, strings and tuples of numbers, ready for JSON."""
-        return {name: getattr(self, name) for name in PARAM_NAMES}
+        values = {name: getattr(self, name) for name in PARAM_NAMES}
+        for name in LATER_PARAMS:  # absent, so that earlier versions read most params
+            if values[name] == OPTIONAL_PARAMS[name]:
+                del values[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TumorParams:
@@ -120,6 +139,7 @@ class ParamBounds(NamedTuple):
 PARAM_NAMES = tuple(f.name for f in fields(TumorParams))
 REQUIRED_PARAMS = tuple(f.name for f in fields(TumorParams) if f.default is MISSING)
 OPTIONAL_PARAMS = {f.name: f.default for f in fields(TumorParams) if f.default is not MISSING}
+LATER_PARAMS = ("raised_hu", "retries")  # which only some tumours have
 PARAM_BOUNDS: dict[str, ParamBounds] = {
     "centre": ParamBounds(3, 0, 2**31),
     "diameter_mm": ParamBounds(1, 0.001, 1000.0),
@@ -134,6 +154,8 @@ PARAM_BOUNDS: dict[str, ParamBounds] = {
     "structure_hu": ParamBounds(2, -1500.0, 1500.0),
     "displaced": ParamBounds(1, 0.0, 0.9),
     "bulge": ParamBounds(1, 0.0, 0.9),
+    "raised_hu": ParamBounds(1, -1500.0, 1500.0),
+    "retries": ParamBounds(1, 0, 99),
 }
 
 

@@ -36,7 +36,12 @@ class Training:
     weight_decay: float = option(1e-4, "AdamW's weight decay.")
     clip: float = option(1.0, "Largest norm of the gradient; larger ones are scaled down.")
     ema: float = option(0.0, "Decay of the average of weights that is saved; 0 saves the last.")
-    precision: str = option("bf16-mixed", "Precision of the arithmetic.", ("bf16-mixed", "32-true"))
+    precision: str = option(
+        "auto",
+        "Precision of the arithmetic; auto is bf16-mixed on GPUs and on CPUs that are faster in "
+        "it, else 32-true.",
+        ("auto", "bf16-mixed", "32-true"),
+    )
     seed: int = option(0, "Seed of the first weights, all crops and all noise.")
     save_every: int = option(500, "Steps between checkpoints.")
     picture_every: int = option(500, "Steps between sample pictures; 0 for none.")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tumorsynth.models.kernels import cpu_computes_bfloat16
+from tumorsynth.models.kernels import cpu_computes_bfloat16, cpu_gains_from_bfloat16
 from tumorsynth.training.config import Hardware
 
 
@@ -39,10 +39,18 @@ def check_hardware(hardware: Hardware) -> None:
 
 
 def usable_precision(hardware: Hardware, precision: str) -> str:
-    """``precision``, or 32-true on a CPU that emulates bfloat16, which is ten times slower."""
+    """Return the precision to train in on this hardware.
+
+    Args:
+        hardware: where to run.
+        precision: "bf16-mixed", which becomes "32-true", with a warning, on a CPU that emulates it;
+            "32-true"; or "auto" for the faster one.
+    """
     kind = (hardware.accelerator or "auto").lower()
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     on_cpu = kind == "cpu" or (kind == "auto" and not gpu)
+    if precision == "auto":
+        return "bf16-mixed" if not on_cpu or cpu_gains_from_bfloat16() else "32-true"
     if not precision.startswith("bf16") or not on_cpu or cpu_computes_bfloat16():
         return precision
     warnings.warn(
@@ -60,7 +68,7 @@ def launch(hardware: Hardware, precision: str) -> Any:
 
     Args:
         hardware: where to run.
-        precision: "bf16-mixed" or "32-true".
+        precision: "auto", "bf16-mixed" or "32-true".
 
     Raises:
         ModuleNotFoundError: for several devices without Lightning.
