@@ -109,8 +109,8 @@ def test_inside_an_organ_nothing_else_counts():
     inside[:4] = 1  # half of the first tumour, which stays whole
     half = match_scan(probability, label, MM, inside=inside)
     assert half.tumors[0].diameter_mm == got.tumors[0].diameter_mm
-    empty = match_scan(probability, label, MM, inside=np.zeros(SHAPE))
-    assert (empty.tumors, empty.false_scores, empty.outside) == ((), (), 2)
+    with pytest.raises(ValueError, match="inside must hold a voxel that counts"):
+        match_scan(probability, label, MM, inside=np.zeros(SHAPE))
 
 
 @pytest.mark.parametrize(

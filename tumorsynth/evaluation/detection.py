@@ -19,6 +19,7 @@ from tumorsynth.evaluation.surfaces import straighten, surface_dice
 
 TOUCHING = np.ones((3, 3, 3))  # 26-connectivity: voxels that share a corner touch
 SCORE_DIGITS = 6  # single precision holds no more
+PROBABILITY_ROUNDING = 1e-3  # beyond 0 and 1, as files of whole numbers with a scale have it
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def match_scan(
     else:
         numbered = np.zeros(real.shape, int)  # numbers in a row
         numbered[real] = np.unique(instances[real], return_inverse=True)[1] + 1
-    numbered, outside = _keep_inside(numbered, inside)
+    numbered, outside = keep_inside(numbered, inside)
     probability, numbered = crop_to_content(probability, numbered)
 
     voxel_mm3 = float(mm.prod()) * abs(1.0 if shear is None else float(np.linalg.det(shear)))
@@ -176,6 +177,27 @@ def match_scan(
 def equivalent_diameter_mm(volume_mm3: float) -> float:
     """Return the diameter of the sphere of this volume."""
     return float((6 * volume_mm3 / np.pi) ** (1 / 3))
+
+
+def keep_inside(numbered: np.ndarray, inside: np.ndarray | None) -> tuple[np.ndarray, int]:
+    """Remove tumours that have no voxel inside, and count them.
+
+    Args:
+        numbered: a number for each tumour, 0 elsewhere.
+        inside: bool, the same shape; None keeps all.
+
+    Raises:
+        ValueError: if no voxel is inside, so that nothing would count.
+    """
+    if inside is None:
+        return numbered, 0
+    if not inside.any():
+        raise ValueError("inside must hold a voxel that counts, got 0 everywhere; give an organ")
+    all_numbers = np.unique(numbered[numbered != 0])
+    kept = np.unique(numbered[inside & (numbered != 0)])
+    if len(kept) == len(all_numbers):
+        return numbered, 0
+    return np.where(np.isin(numbered, kept), numbered, 0), len(all_numbers) - len(kept)
 
 
 def check_thresholds(
@@ -238,17 +260,6 @@ def _match(
     return best, [float(score[k - 1]) for k in index.tolist() if k not in matched]
 
 
-def _keep_inside(numbered: np.ndarray, inside: np.ndarray | None) -> tuple[np.ndarray, int]:
-    """Remove tumours without a voxel inside; return how many."""
-    if inside is None:
-        return numbered, 0
-    all_numbers = np.unique(numbered[numbered != 0])
-    kept = np.unique(numbered[inside & (numbered != 0)])
-    if len(kept) == len(all_numbers):
-        return numbered, 0
-    return np.where(np.isin(numbered, kept), numbered, 0), len(all_numbers) - len(kept)
-
-
 def _hull(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
     return tuple(
         slice(min(s.start for s in own), max(s.stop for s in own))
@@ -273,12 +284,12 @@ def _probability(prediction: Any) -> np.ndarray:
     if array.dtype.kind == "b":
         return array.astype(np.float32)
     low, high = array.min(), array.max()  # NaN if there is one
-    if not (low >= 0 and high <= 1):
+    if not (low >= -PROBABILITY_ROUNDING and high <= 1 + PROBABILITY_ROUNDING):
         raise ValueError(
             f"prediction must be a probability of tumour in [0, 1], got {low:g} to {high:g}; for "
             "logits apply softmax or sigmoid first, for a label map pass prediction == tumor_label"
         )
-    return array if array.dtype.kind == "f" else array.astype(np.float32)
+    return np.clip(array if array.dtype.kind == "f" else array.astype(np.float32), 0, 1)
 
 
 def _tumor_mask(label: Any, tumor_label: int) -> np.ndarray:

@@ -22,7 +22,12 @@ try:
     from scipy import ndimage
 
     from tumorsynth.evaluation.boxes import crop_to_content
-    from tumorsynth.evaluation.detection import SCORE_DIGITS, TOUCHING, equivalent_diameter_mm
+    from tumorsynth.evaluation.detection import (
+        SCORE_DIGITS,
+        TOUCHING,
+        equivalent_diameter_mm,
+        keep_inside,
+    )
     from tumorsynth.evaluation.surfaces import straighten
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -81,6 +86,7 @@ def scores(
     tolerance_mm: float = 2.0,
     least_iou: float = 0.0,
     instances: Any | None = None,
+    inside: Any | None = None,
     shear: Rows3 | None = None,
 ) -> CaseScores:
     """Score a predicted label map against the real one.
@@ -101,6 +107,8 @@ def scores(
         least_iou: from 0 to 1; 0.5 is the strict convention.
         instances: (X, Y, Z), a number for each real tumour and 0 elsewhere. Without it tumours that
             touch, also at a corner, are one.
+        inside: (X, Y, Z), the region in which tumours count, where it is not 0. Predicted tumour
+            outside is left out, and so are real tumours wholly outside.
         shear: of axes that are not at right angles (`tumorsynth.geometry.shear_of` an affine).
 
     Raises:
@@ -124,6 +132,16 @@ def scores(
     numbered = None
     if instances is not None:
         numbered = _check_instances(instances, real, tumor_label)
+    if inside is not None:
+        region = _label_map(inside, "inside") != 0
+        if region.shape != real.shape:
+            raise ValueError(
+                f"label and inside must share one grid, got shapes {real.shape} and "
+                f"{region.shape}; resample the region onto the label's grid"
+            )
+        all_tumors = ndimage.label(real, TOUCHING)[0] if numbered is None else numbered
+        numbered = keep_inside(all_tumors, region)[0]
+        predicted, real = predicted & region, numbered != 0
     organs = [np.isin(m, [*organ, tumor_label]) for m in (predicted_map, label_map)]
     organ_dsc = None
     if np.isin(label_map, organ).any():
@@ -268,7 +286,8 @@ def _label_map(values: Any, name: str) -> np.ndarray:
         return round_labels(array)
     except ValueError as error:
         raise ValueError(
-            f"{name} must hold whole numbers, got {error}; give a label map, not probabilities"
+            f"{name} must hold whole numbers, got {error}; give a label map (of "
+            "probabilities, match_scan and --probabilities take those)"
         ) from None
 
 

@@ -82,9 +82,10 @@ def _partly_filled(mask: np.ndarray) -> np.ndarray:
 
 def _element_areas(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """Return mm2 of surface in each cell: its volume times the length of the gradient in it."""
-    values, squares = mask.astype(np.int8), 0.0
+    values = mask.astype(np.int8)
+    squares = np.zeros([side - 1 for side in mask.shape])
     for axis in range(3):
         low, high = _halves(axis)
         difference = _corner_sums(values[high] - values[low], [a for a in range(3) if a != axis])
-        squares = squares + (difference / (4 * spacing[axis])) ** 2
+        squares += (difference / (4 * spacing[axis])) ** 2
     return np.sqrt(squares) * float(np.prod(spacing))
