@@ -11,7 +11,14 @@ import typer
 
 PAGE = Path(__file__).with_name("cli.md")
 MARKER = "<!-- Written by docs/_cli.py from here on; a test compares it with the commands. -->"
-VALUES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", list[int]: "INT"}
+VALUES = {
+    int: "INT",
+    float: "FLOAT",
+    str: "TEXT",
+    Path: "PATH",
+    list[int]: "INT",
+    list[float]: "FLOAT",
+}
 # the names that typer before 0.20 has for the same types
 OLD_VALUES = {"integer": "INT", "float": "FLOAT", "text": "TEXT", "path": "PATH"}
 

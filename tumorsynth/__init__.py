@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tumorsynth.appearance.contrast_priors import ContrastPrior
     from tumorsynth.appearance.gate import Gate
     from tumorsynth.appearance.mass_effect import MassEffect
+    from tumorsynth.generators.copy_paste import CopyPaste
     from tumorsynth.generators.diffusion import Generator
     from tumorsynth.generators.handcrafted import HandcraftedGenerator
     from tumorsynth.generators.protocol import TumorGenerator
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HU",
     "ContrastPrior",
+    "CopyPaste",
     "Gate",
     "Generator",
     "HandcraftedGenerator",
@@ -43,6 +45,7 @@ __all__ = [
 _MODULE_OF = {
     "HU": "intensity",
     "ContrastPrior": "appearance.contrast_priors",
+    "CopyPaste": "generators.copy_paste",
     "Gate": "appearance.gate",
     "Generator": "generators.diffusion",
     "HandcraftedGenerator": "generators.handcrafted",

@@ -18,6 +18,7 @@ Floats3 = tuple[float, float, float]
 Rows3 = tuple[Floats3, Floats3, Floats3]
 
 SPACING_RANGE_MM = (0.01, 25.0)
+THICK_SLICES = 1.5  # times as thick as their pixels are long
 MIN_SHEAR = 1e-4  # smaller entries of a shear are rounding
 MIN_AXES_VOLUME = 0.1  # spanned by the unit columns of an affine; less means parallel axes
 
@@ -136,6 +137,15 @@ class Frame:
         """Volume of a voxel: the determinant of the affine."""
         volume = math.prod(self.spacing)
         return volume if self.shear is None else volume * float(np.linalg.det(self.shear))
+
+    @property
+    def slice_axis(self) -> int:
+        """The tensor axis across slices: that of the longest voxels, else that of the patient."""
+        longest = max(self.spacing)
+        others = sorted(self.spacing)[:2]
+        if longest > THICK_SLICES * max(others):
+            return self.spacing.index(longest)
+        return self.axes[2]
 
     @property
     def plane_distance(self) -> Floats3:

@@ -25,6 +25,7 @@ STREAM_SALTS: dict[str, int] = {
     "contrast_condition": 0x636F6E74,  # contrast that conditions a diffusion generator
     "bulge": 0x62756C67,  # share of the tumour beyond its organ
     "fill_noise": 0x66696C6C,  # noise of the background fill
+    "lesion": 0x6C657369,  # lesion and pose of a copy, where its shape names none
 }
 
 

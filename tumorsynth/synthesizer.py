@@ -47,9 +47,9 @@ class SynthesizeTumor(nn.Module):
 
     Args:
         generator: a bundled name ("liver-early", "lung", "hu2023"), a generator folder, a hub id,
-            or a loaded generator: `tumorsynth.Generator` or anything else that is a
-            `tumorsynth.TumorGenerator`. A name loads once per process and device, on first
-            use.
+            a bank of lesions (`tumorsynth.CopyPaste`), or a loaded generator:
+            `tumorsynth.Generator` or anything else that is a `tumorsynth.TumorGenerator`. A name
+            loads once per process and device, on first use.
         organ_labels: label values in which a tumour may sit, one int or several.
         tumor_label: the value that a tumour's voxels get. Choose one that the label does not hold,
             or that of real tumours in it: a warning, once, says if it is another organ's.
@@ -126,7 +126,7 @@ class SynthesizeTumor(nn.Module):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.handle = Handle(arguments.pop("generator"))
-        self.settings = check_settings(**arguments)
+        self.settings = check_settings(**arguments, own_shapes=self.handle.own_shapes)
         self.report: list[dict[str, Any]] = []
         self.params: list[dict[str, Any]] = []
         self.painter = Painter(self.handle)

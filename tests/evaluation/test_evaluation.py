@@ -322,3 +322,117 @@ def test_healthy_scans_are_picked_and_ready_for_synthesis(folders, capsys):
     assert "0 of 3 scans are healthy" in capsys.readouterr().out
     assert run("healthy", folders / "pred", "--dataset", dataset) == 2
     assert "folder of the CTs is needed" in capsys.readouterr().err
+
+
+# -- probability maps and FROC --------------------------------------------------------------------
+
+
+@pytest.fixture
+def probabilities(tmp_path):
+    """Tumours at 0.9 and 0.3 with a false alarm of 0.6 outside the organ; a healthy scan."""
+    label = blocks(cube((2, 2, 2), 4), cube((14, 14, 14), 6))
+    label[2:4, 14:16, 2:4] = 0
+    guess = np.full(label.shape, 0.05, np.float32)
+    for at, side, value in (((2, 2, 2), 3, 0.9), ((15, 15, 15), 4, 0.3), ((2, 14, 2), 2, 0.6)):
+        guess[tuple(slice(*ends) for ends in cube(at, side))] = value
+    save(tmp_path / "pred" / "a.nii.gz", guess, (1, 1, 3))
+    save(tmp_path / "labels" / "a.nii.gz", label, (1, 1, 3))
+    quiet = np.zeros(label.shape, np.float32)
+    quiet[1, 1, 1] = 0.2
+    save(tmp_path / "pred" / "b.nii.gz", quiet)
+    save(tmp_path / "labels" / "b.nii.gz", blocks())
+    return tmp_path
+
+
+def froc_of(folder, *words):
+    out = folder / "scores.json"
+    paths = folder / "pred", folder / "labels"
+    assert run("evaluate", *paths, "-o", out, "--overwrite", "--bootstrap", 20, *words) == 0
+    told = json.loads(out.read_text())
+    return {row["rate"]: row for row in told["froc"]["rates"]}, told
+
+
+def test_froc_of_probability_maps(probabilities, capsys):
+    plot = probabilities / "froc.png"
+    rows, told = froc_of(probabilities, "--probabilities", "--froc-plot", plot, "--each")
+    assert ">=20 mm" in capsys.readouterr().out
+    found = {rate: row["sensitivity"]["value"] for rate, row in rows.items()}
+    # two scans: the alarm of 0.6 is half a false positive a scan, with that of 0.2 it is one
+    assert found == {0.25: 0.5, 0.5: 1, 1: 1, 2: 1, 4: 1, 8: 1}
+    assert rows[0.5]["threshold"] == pytest.approx(0.3)
+    assert rows[1]["healthy_false_positives_per_scan"]["value"] == 1
+    # equivalent diameters: 64 and 216 voxels of 3 mm3
+    assert told["froc"]["tumors_by_size"] == {"<10 mm": 1, "10-20 mm": 1, ">=20 mm": 0}
+    assert rows[0.25]["by_size"]["10-20 mm"]["value"] == 0
+    # the mask at 0.5 finds one of two, beside a false alarm
+    case = told["cases"]["a"]
+    assert (case["found"], case["false_positives"], case["organ_dsc"]) == ([True, False], 1, None)
+    assert case["dsc"] == case["matches"]["dsc"]
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_scores_inside_the_organ(probabilities, capsys):
+    words = ("--probabilities", "--inside-organ")
+    rows, told = froc_of(probabilities, *words)
+    assert rows[0.25]["sensitivity"]["value"] == 1 and told["cases"]["a"]["false_positives"] == 0
+    for name in "ab":
+        organ = blocks()
+        organ[12:] = 0  # the first tumour alone
+        save(probabilities / "organs" / f"{name}.nii.gz", organ, (1, 1, 3 if name == "a" else 1))
+    rows, told = froc_of(probabilities, "--probabilities", "--inside", probabilities / "organs")
+    assert "1 tumours lie outside" in capsys.readouterr().err
+    assert (told["froc"]["tumors"], told["froc"]["tumors_outside"]) == (1, 1)
+    assert told["cases"]["a"]["tumors"] == 1
+    paths = probabilities / "pred", probabilities / "labels"
+    assert run("evaluate", *paths, *words, "--inside", probabilities / "organs") == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert run("evaluate", *paths, *words, "--organ-label", 7, "--tumor-label", 9) == 1
+    assert "b.nii.gz must hold the organ that counts, but none of 7, 9" in capsys.readouterr().err
+    (probabilities / "organs" / "b.nii.gz").unlink()
+    assert run("evaluate", *paths, "--inside", probabilities / "organs") == 2
+    err = capsys.readouterr().err
+    assert "needs one organ map" in err and "b.nii.gz" in err
+
+
+def test_label_maps_are_probabilities_of_one(folders):
+    rows, _ = froc_of(folders, "--fp-rate", 0.1, "--fp-rate", 0.5, "--size-edge", 8.5)
+    # a false alarm in three scans comes with every threshold
+    assert {rate: row["sensitivity"]["value"] for rate, row in rows.items()} == {0.1: 0, 0.5: 0.5}
+    assert set(rows[0.5]["by_size"]) == {"<8.5 mm", ">=8.5 mm"}
+    for file in (folders / "pred").iterdir():
+        image = nib.load(file)
+        save_like = (np.asarray(image.dataobj) == 2).astype(np.float32)
+        nib.save(nib.Nifti1Image(save_like, image.affine), file)
+    again, _ = froc_of(
+        folders, "--probabilities", "--fp-rate", 0.1, "--fp-rate", 0.5, "--size-edge", 8.5
+    )
+    assert again == rows
+
+
+def test_probabilities_stored_as_scaled_bytes_are_taken(probabilities):
+    before, _ = froc_of(probabilities, "--probabilities")
+    file = probabilities / "pred" / "a.nii.gz"
+    image = nib.load(file)
+    image.header.set_data_dtype(np.uint8)
+    values = image.get_fdata()
+    values[0, 0, 0] = 1  # so that the scale ends there
+    nib.save(nib.Nifti1Image(values, image.affine, image.header), file)
+    again, _ = froc_of(probabilities, "--probabilities")
+    assert again[8]["sensitivity"] == before[8]["sensitivity"]
+
+
+def test_what_froc_refuses(probabilities, capsys):
+    paths = probabilities / "pred" / "a.nii.gz", probabilities / "labels" / "a.nii.gz"
+    assert run("evaluate", *paths) != 0
+    assert "add --probabilities" in capsys.readouterr().err
+    assert run("evaluate", paths[1], paths[1], "--probabilities") != 0
+    assert "must be a probability of tumour in [0, 1], got 0 to 2" in capsys.readouterr().err
+    for words, message in (
+        (("--threshold", 0), "threshold must lie in (0, 1]"),
+        (("--candidate-threshold", 2), "candidate_threshold must lie in (0, 1]"),
+        (("--fp-rate", -1), "rates must be false positives a scan"),
+        (("--size-edge", 20, "--size-edge", 10), "size_edges must ascend"),
+        (("--froc-plot", probabilities / "froc.gif"), "the plot must be a .png"),
+    ):
+        assert run("evaluate", *paths, "--probabilities", *words) == 2
+        assert message in capsys.readouterr().err

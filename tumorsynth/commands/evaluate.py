@@ -10,13 +10,15 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
+from rich.table import Table
 
 import tumorsynth
+from tumorsynth.commands.score_tables import case_table, froc_table, right, summary_table
 from tumorsynth.commands.shared import Geometry, SameGrid, say
 from tumorsynth.scans import nifti
 from tumorsynth.scans.errors import describe_error
 from tumorsynth.scans.nifti import Reading
+from tumorsynth.scans.preview import require_matplotlib
 
 TumorLabel = Annotated[int, typer.Option(help="Label value of tumours.")]
 OrganLabel = Annotated[
@@ -24,23 +26,13 @@ OrganLabel = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
-ROWS = {  # of the table: heading and decimals
-    "dsc": ("tumour Dice", 3),
-    "nsd": ("tumour surface Dice, {tolerance_mm:g} mm", 3),
-    "hd95_mm": ("tumour HD95, mm", 1),
-    "organ_dsc": ("organ Dice", 3),
-    "sensitivity": ("sensitivity, by tumour", 3),
-    "early_sensitivity": ("  of tumours under {early_mm:g} mm", 3),
-    "false_positives_per_scan": ("false positives per scan", 2),
-    "early_false_positives_per_scan": ("  under {early_mm:g} mm", 2),
-    "specificity": ("specificity, by scan", 3),
-}
 T = TypeVar("T")
 
 
 def evaluate(
     predictions: Annotated[
-        Path, typer.Argument(help="Folder of predicted label maps, or a single one.")
+        Path,
+        typer.Argument(help="Folder of predicted label or probability maps, or a single one."),
     ],
     labels: Annotated[Path, typer.Argument(help="Folder of the real label maps, or a single one.")],
     *,
@@ -63,35 +55,102 @@ def evaluate(
         float,
         typer.Option(help="IoU from which a tumour counts as detected; 0: one common voxel."),
     ] = 0.0,
+    probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--probabilities", help="Predictions are maps of the probability of tumour, 0 to 1."
+        ),
+    ] = False,
+    threshold: Annotated[
+        float, typer.Option(help="Probability from which a voxel is predicted as tumour.")
+    ] = 0.5,
+    candidate_threshold: Annotated[
+        float,
+        typer.Option(help="Probability from which voxels form the candidates of FROC."),
+    ] = 0.1,
+    inside_organ: Annotated[
+        bool,
+        typer.Option("--inside-organ", help="Score inside the label's organ and tumours only."),
+    ] = False,
+    inside: Annotated[
+        Path | None,
+        typer.Option(
+            help="Score inside these organs only: folder of label maps named like the "
+            "predictions, or a single one, in which --organ-label and --tumor-label count."
+        ),
+    ] = None,
+    fp_rate: Annotated[
+        list[float],
+        typer.Option(
+            help="False positives a scan at which sensitivity is compared. Repeat the option for "
+            "several."
+        ),
+    ] = [0.25, 0.5, 1, 2, 4, 8],  # noqa: B006 (typer copies it)
+    size_edge: Annotated[
+        list[float],
+        typer.Option(
+            help="Equivalent diameter in mm at which a bin of sizes ends. Repeat the option for "
+            "several."
+        ),
+    ] = [10, 20],  # noqa: B006
+    froc_plot: Annotated[
+        Path | None, typer.Option(help="PNG, SVG or PDF of the FROC curve to write.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the resamplings.")] = 0,
     geometry: Geometry = None,
     same_grid: SameGrid = False,
     each: Annotated[bool, typer.Option("--each", help="Print a row per case, too.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Score predicted label maps against the real ones.
+    """Score predictions against the real label maps.
 
     Pairs .nii[.gz] by name (without a trailing _label; NAME_ct beside NAME_label is a CT and left
     out) and prints means over cases with 95 % intervals: Dice, surface Dice, HD95, and per tumour
-    the detections and false positives. Both maps must lie on one grid. A case that fails is
+    the detections and false positives; then the sensitivity at rates of false positives a scan
+    (FROC), over all tumours and by size. Both maps must lie on one grid. A case that fails is
     reported and skipped, and the exit code is 1. docs/evaluation.md defines every score.
     """
+    from tumorsynth.evaluation.detection import check_thresholds
     from tumorsynth.evaluation.folders import find_comparisons, label_values, score
+    from tumorsynth.evaluation.froc import check_rates, check_size_edges, froc_summary
+    from tumorsynth.evaluation.froc_plot import check_plot_path, save_froc_plot
     from tumorsynth.evaluation.metrics import check_settings, summary
 
     check_settings(early_mm=early_mm, tolerance_mm=tolerance_mm, least_iou=least_iou)
+    check_thresholds(candidate_threshold, threshold, least_iou, tolerance_mm)
+    rates, edges = check_rates(fp_rate), check_size_edges(size_edge)
     _check_labels(tumor_label, organ_label)
+    if inside_organ and inside is not None:
+        raise ValueError("--inside-organ and --inside name two regions; give one of them")
     reading = Reading(geometry, same_grid)
-    _check_new(out, overwrite)
-    pairs, waiting = find_comparisons(predictions, labels)
+    for path in (out, froc_plot):
+        _check_new(path, overwrite)
+    if froc_plot is not None:
+        check_plot_path(froc_plot)
+        require_matplotlib()
+    pairs, waiting = find_comparisons(predictions, labels, inside)
     settings = {"early_mm": early_mm, "tolerance_mm": tolerance_mm, "least_iou": least_iou}
-    options = {"tumor_label": tumor_label, "organ_labels": list(organ_label), **settings}
+    options: dict[str, Any] = {
+        "tumor_label": tumor_label,
+        "organ_labels": list(organ_label),
+        "probabilities": probabilities,
+        "threshold": threshold,
+        "candidate_threshold": candidate_threshold,
+        "inside_organ": inside_organ,
+        **settings,
+    }
     cases, failed = _for_each(
         pairs, lambda pair: score(pair, reading, **options), catch=predictions.is_dir()
     )
     if waiting:
         say(f"note: {len(waiting)} of the labels have no prediction ({waiting[0]}, ...)")
-    scores = summary(list(cases.values()), bootstrap, seed)
+    scores = summary([case.scores for case in cases.values()], bootstrap, seed)
+    matches = {name: case.matches for name, case in cases.items()}
+    froc = None
+    if cases:
+        froc = froc_summary(list(matches.values()), rates, edges, bootstrap, seed)
+        if froc["tumors_outside"]:
+            say(f"note: {froc['tumors_outside']} tumours lie outside the organ and are left out")
     if cases and not scores["cases_with_tumor"]:
         label = next(pair.label for pair in pairs if pair.name in cases)
         held = ", ".join(map(str, label_values(label, reading)))
@@ -100,20 +159,36 @@ def evaluate(
             f"false positives are scored ({label.name} holds {held}); if the scans have tumours, "
             "give their value"
         )
-    if cases:
+    if froc is not None:
         if each:
-            Console().print(_case_table(cases))
-        Console().print(_summary_table(scores, settings))
+            Console().print(case_table({name: case.scores for name, case in cases.items()}))
+        Console().print(summary_table(scores, settings))
+        Console().print(froc_table(froc))
     if out is not None:
         document = {
             "tumorsynth": tumorsynth.__version__,
-            "settings": {**options, "bootstrap": bootstrap, "seed": seed},
+            "settings": {
+                **options,
+                "inside": None if inside is None else str(inside),
+                "bootstrap": bootstrap,
+                "seed": seed,
+            },
             "summary": scores,
-            "cases": {name: case.as_dict() for name, case in cases.items()},
+            "froc": froc,
+            "cases": {
+                name: {**case.scores.as_dict(), "matches": case.matches.as_dict()}
+                for name, case in cases.items()
+            },
             "failed": failed,
             "labels_without_prediction": waiting,
         }
         _write(out, document)
+    if froc_plot is not None and froc is not None:
+        if froc["tumors"]:
+            save_froc_plot(froc_plot, {predictions.name: list(matches.values())}, rates)
+            print(f"wrote {froc_plot}")
+        else:
+            say("note: no FROC plot, since no label has a tumour")
     _end(failed, len(pairs))
 
 
@@ -171,7 +246,7 @@ def healthy(
     volumes, failed = _for_each(
         scans, lambda scan: volumes_ml(scan, tumor_label, organ_label, reading)
     )
-    table = Table("scan", _right("organ, ml"), _right("tumour, ml"), "healthy?")
+    table = Table("scan", right("organ, ml"), right("tumour, ml"), "healthy?")
     picked, rows = [], []
     for scan in scans:
         if scan.name not in volumes:
@@ -224,44 +299,6 @@ def _progress(items: Sequence[Any]) -> Iterator[Any]:
     console = Console(stderr=True)
     hidden = not console.is_terminal
     yield from track(items, "cases", console=console, transient=True, disable=hidden)
-
-
-def _summary_table(scores: dict[str, Any], settings: dict[str, float]) -> Table:
-    table = Table("", _right("mean"), _right("95 % interval"), "over")
-    for key, (words, digits) in ROWS.items():
-        entry = scores[key]
-        value, interval = entry["value"], entry["ci95"]
-        table.add_row(
-            words.format(**settings),
-            "-" if value is None else f"{value:.{digits}f}",
-            "-" if interval is None else " to ".join(f"{v:.{digits}f}" for v in interval),
-            _counted(entry["n"], entry["of"]),
-        )
-    return table
-
-
-def _counted(n: int, of: str) -> str:
-    """Format as "1 case", "2 cases" or "1 scan without tumour"."""
-    what, *more = of.split(" ")
-    return " ".join([str(n), what.removesuffix("s") if n == 1 else what, *more])
-
-
-def _case_table(cases: dict[str, Any]) -> Table:
-    table = Table("case", *map(_right, ("Dice", "NSD", "HD95", "organ", "found", "false")))
-    for name, case in cases.items():
-        table.add_row(
-            name,
-            *("-" if v is None else f"{v:.3f}" for v in (case.dsc, case.nsd)),
-            "-" if case.hd95_mm is None else f"{case.hd95_mm:.1f}",
-            "-" if case.organ_dsc is None else f"{case.organ_dsc:.3f}",
-            f"{case.detected}/{case.tumors}",
-            str(case.false_positives),
-        )
-    return table
-
-
-def _right(title: str) -> Column:
-    return Column(title, justify="right")
 
 
 def _check_new(path: Path | None, overwrite: bool) -> None:

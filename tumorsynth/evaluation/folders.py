@@ -1,4 +1,4 @@
-"""Folders of predicted label maps: pair them with labels and score them, or select healthy scans.
+"""Folders of predictions: pair them with labels and score them, or select healthy scans.
 
 The paper (appendix E.1) synthesises tumours into healthy scans only.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +19,34 @@ from tumorsynth.scans import nifti
 from tumorsynth.scans.file_kinds import check_is_there, describe_folder
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.pairing import find_files, has_ending, name_of
+from tumorsynth.scans.volume import Volume
 
 if TYPE_CHECKING:
+    from tumorsynth.evaluation.detection import ScanMatches
     from tumorsynth.evaluation.metrics import CaseScores
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A predicted label map and the real one."""
+    """A predicted label map and the real one; ``inside`` is a map of the organ that counts."""
 
     name: str
     prediction: Path
     label: Path
+    inside: Path | None = None
 
 
-def find_comparisons(predictions: Path, labels: Path) -> tuple[list[Comparison], list[str]]:
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of one pair: of its masks, and of its candidates."""
+
+    scores: CaseScores
+    matches: ScanMatches
+
+
+def find_comparisons(
+    predictions: Path, labels: Path, inside: Path | None = None
+) -> tuple[list[Comparison], list[str]]:
     """Pair predictions with labels.
 
     Args:
@@ -41,6 +54,7 @@ def find_comparisons(predictions: Path, labels: Path) -> tuple[list[Comparison],
         labels: a folder with files of the same names, or one file. Names are compared without
             .nii[.gz] and without a final _label. NAME_ct beside NAME_label or NAME, as
             `tumorsynth synthesize` writes them, is a CT and left out.
+        inside: organ maps, likewise: a folder with one for each prediction, or one file.
 
     Returns:
         The pairs sorted by name, and the names of labels without a prediction, which is no error: a
@@ -50,11 +64,17 @@ def find_comparisons(predictions: Path, labels: Path) -> tuple[list[Comparison],
         FileNotFoundError: if a path does not exist.
         ValueError: for a folder and a file, an empty folder, or a prediction without a label.
     """
-    for path in (predictions, labels):
-        check_is_there(path)
+    for path in (predictions, labels, inside):
+        if path is not None:
+            check_is_there(path)
+    if inside is not None and inside.is_dir() != predictions.is_dir():
+        raise ValueError(
+            f"predictions and organ maps must be two folders or two files, got {predictions} and "
+            f"{inside}"
+        )
     if not predictions.is_dir() and not labels.is_dir():
         name = name_of(predictions) or predictions.name
-        return [Comparison(name, predictions, labels)], []
+        return [Comparison(name, predictions, labels, inside)], []
     if not (predictions.is_dir() and labels.is_dir()):
         raise ValueError(
             f"predictions and labels must be two folders or two files, got {predictions} and "
@@ -62,7 +82,14 @@ def find_comparisons(predictions: Path, labels: Path) -> tuple[list[Comparison],
         )
     predicted, real = (_files_by_name(folder) for folder in (predictions, labels))
     _check_all_paired(predicted, real, "label", labels, "rename or remove those predictions")
-    pairs = [Comparison(name, path, real[name]) for name, path in sorted(predicted.items())]
+    organs: dict[str, Path] = {}
+    if inside is not None:
+        organs = _files_by_name(inside)
+        _check_all_paired(predicted, organs, "organ map", inside, "add it")
+    pairs = [
+        Comparison(name, path, real[name], organs.get(name))
+        for name, path in sorted(predicted.items())
+    ]
     return pairs, sorted(set(real) - set(predicted))
 
 
@@ -73,7 +100,7 @@ def _check_all_paired(
     if unpaired:
         more = f" and {len(unpaired) - 1} more" if len(unpaired) > 1 else ""
         raise ValueError(
-            f"every prediction needs a {kind} of its name, but {folder} holds none for "
+            f"every prediction needs one {kind} of its name, but {folder} holds none for "
             f"{predicted[unpaired[0]].name}{more}; {fix}"
         )
 
@@ -81,26 +108,89 @@ def _check_all_paired(
 def score(
     pair: Comparison,
     reading: Reading = Reading(),  # noqa: B008 (frozen)
-    **options: Any,
-) -> CaseScores:
-    """Read both label maps and score them.
+    *,
+    tumor_label: int = 2,
+    organ_labels: Sequence[int] = (1,),
+    probabilities: bool = False,
+    threshold: float = 0.5,
+    candidate_threshold: float = 0.1,
+    inside_organ: bool = False,
+    early_mm: float = 20.0,
+    tolerance_mm: float = 2.0,
+    least_iou: float = 0.0,
+) -> PairScores:
+    """Read the maps of a pair and score them.
 
     Args:
         pair: the files.
         reading: what to do where they contradict themselves or each other.
-        **options: of `metrics.scores`.
+        tumor_label: value of tumours in label maps.
+        organ_labels: values of the organ in label maps.
+        probabilities: whether the prediction is a map of the tumour's probability.
+        threshold: probability from which a voxel is predicted as tumour.
+        candidate_threshold: lowest probability in a candidate of FROC.
+        inside_organ: whether only the organ and the tumours of the label count.
+        early_mm: see `metrics.scores`, as for the rest.
+        tolerance_mm: of surface Dice.
+        least_iou: of a detection.
 
     Raises:
         ValueError: if they do not share one grid; nothing is resampled.
     """
+    from tumorsynth.evaluation.detection import match_scan
     from tumorsynth.evaluation.metrics import scores
 
     label = nifti.read_volume(pair.label, reading)
     predicted = nifti.read_volume(pair.prediction, reading)
     nifti.check_same_grid(label, predicted, "label and prediction", reading)
-    spacing = voxel_sizes(label.affine)
-    shear = shear_of(label.affine)
-    return scores(predicted.integers(), label.integers(), spacing.tolist(), shear=shear, **options)
+    values = label.integers()
+    region = label if inside_organ else None
+    if pair.inside is not None:
+        region = nifti.read_volume(pair.inside, reading)
+        nifti.check_same_grid(label, region, "label and organ map", reading)
+    inside = None
+    if region is not None:
+        inside = _inside(region, [*organ_labels, tumor_label])
+    try:
+        probability = predicted.values() if probabilities else predicted.integers() == tumor_label
+    except ValueError as error:
+        raise ValueError(f"{error}; of probabilities, add --probabilities") from None
+    common: dict[str, Any] = {
+        "spacing": voxel_sizes(label.affine).tolist(),
+        "tumor_label": tumor_label,
+        "tolerance_mm": tolerance_mm,
+        "least_iou": least_iou,
+        "inside": inside,
+        "shear": shear_of(label.affine),
+    }
+    matches = match_scan(
+        probability,
+        values,
+        candidate_threshold=candidate_threshold,
+        mask_threshold=threshold,
+        **common,
+    )
+    if probabilities:
+        predicted_map = (probability >= threshold).astype(np.int32) * tumor_label
+    else:
+        predicted_map = predicted.integers()
+    of_masks = scores(predicted_map, values, organ_labels=organ_labels, early_mm=early_mm, **common)
+    if probabilities:  # which say nothing about the organ
+        of_masks = replace(of_masks, organ_dsc=None)
+    return PairScores(of_masks, matches)
+
+
+def _inside(region: Volume, wanted: Sequence[int]) -> np.ndarray:
+    values = region.integers()
+    inside = np.isin(values, wanted)
+    if not inside.any():
+        held = ", ".join(map(str, np.unique(values)))
+        raise ValueError(
+            f"{region.name} must hold the organ that counts, but none of "
+            f"{', '.join(map(str, wanted))} is in it (it holds {held}); give its value as "
+            "--organ-label"
+        )
+    return inside
 
 
 def label_values(path: Path, reading: Reading) -> list[int]:

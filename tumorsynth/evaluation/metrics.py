@@ -20,14 +20,19 @@ try:
     import torch
     from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
     from scipy import ndimage
+
+    from tumorsynth.evaluation.boxes import crop_to_content
+    from tumorsynth.evaluation.detection import (
+        SCORE_DIGITS,
+        TOUCHING,
+        equivalent_diameter_mm,
+        keep_inside,
+    )
+    from tumorsynth.evaluation.surfaces import straighten
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f'no {error.name}: scores need pip install "tumorsynth[evaluation]"'
     ) from error
-
-
-TOUCHING = np.ones((3, 3, 3))  # 26-connectivity: voxels that share a corner touch
-SCORE_DIGITS = 6  # single precision holds no more
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ def scores(
     tolerance_mm: float = 2.0,
     least_iou: float = 0.0,
     instances: Any | None = None,
+    inside: Any | None = None,
     shear: Rows3 | None = None,
 ) -> CaseScores:
     """Score a predicted label map against the real one.
@@ -101,6 +107,8 @@ def scores(
         least_iou: from 0 to 1; 0.5 is the strict convention.
         instances: (X, Y, Z), a number for each real tumour and 0 elsewhere. Without it tumours that
             touch, also at a corner, are one.
+        inside: (X, Y, Z), the region in which tumours count, where it is not 0. Predicted tumour
+            outside is left out, and so are real tumours wholly outside.
         shear: of axes that are not at right angles (`tumorsynth.geometry.shear_of` an affine).
 
     Raises:
@@ -124,15 +132,25 @@ def scores(
     numbered = None
     if instances is not None:
         numbered = _check_instances(instances, real, tumor_label)
+    if inside is not None:
+        region = _label_map(inside, "inside") != 0
+        if region.shape != real.shape:
+            raise ValueError(
+                f"label and inside must share one grid, got shapes {real.shape} and "
+                f"{region.shape}; resample the region onto the label's grid"
+            )
+        all_tumors = ndimage.label(real, TOUCHING)[0] if numbered is None else numbered
+        numbered = keep_inside(all_tumors, region)[0]
+        predicted, real = predicted & region, numbered != 0
     organs = [np.isin(m, [*organ, tumor_label]) for m in (predicted_map, label_map)]
     organ_dsc = None
     if np.isin(label_map, organ).any():
-        organ_dsc = _dice(*_crop_to_content(*organs))
+        organ_dsc = _dice(*crop_to_content(*organs))
     if numbered is None:
-        predicted, real = _crop_to_content(predicted, real)
+        predicted, real = crop_to_content(predicted, real)
         numbered = ndimage.label(real, TOUCHING)[0]
     else:
-        predicted, real, numbered = _crop_to_content(predicted, real, numbered)
+        predicted, real, numbered = crop_to_content(predicted, real, numbered)
 
     x, y, z = mm.tolist()
     voxel_mm3 = Frame((x, y, z), shear=shear).voxel_mm3
@@ -142,7 +160,7 @@ def scores(
     if real.any() and predicted.any():
         surfaces = predicted, real
         if shear is not None:
-            surfaces = _straighten(predicted, mm, shear), _straighten(real, mm, shear)
+            surfaces = straighten(predicted, mm, shear), straighten(real, mm, shear)
         with warnings.catch_warnings():  # MONAI 1.6 calls its own deprecated functions
             warnings.simplefilter("ignore", FutureWarning)
             nsd = _surface_dice(*surfaces, mm, tolerance_mm)
@@ -268,21 +286,9 @@ def _label_map(values: Any, name: str) -> np.ndarray:
         return round_labels(array)
     except ValueError as error:
         raise ValueError(
-            f"{name} must hold whole numbers, got {error}; give a label map, not probabilities"
+            f"{name} must hold whole numbers, got {error}; give a label map (of "
+            "probabilities, match_scan and --probabilities take those)"
         ) from None
-
-
-def _crop_to_content(*maps: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Crop maps to the box of all voxels that are not 0, and pad with zeros by one voxel.
-
-    The padding makes a mask's face at the scan's border a surface.
-    """
-    content = maps[0] != 0
-    for other in maps[1:]:
-        content = content | (other != 0)
-    box = ndimage.find_objects(content.astype(np.uint8))
-    where = box[0] if box else (slice(0, 0),) * 3
-    return tuple(np.pad(m[where], 1) for m in maps)
 
 
 def check_settings(*, early_mm: float, tolerance_mm: float, least_iou: float) -> None:
@@ -313,39 +319,17 @@ def _match_tumors(
         detected.append(bool(intersection > 0 and intersection / union >= least_iou))
         if detected[-1]:
             true_positives.update(touching.tolist())
-    diameters = [_diameter_mm(volumes[k] * voxel_mm3) for k in order]
+    diameters = [equivalent_diameter_mm(volumes[k] * voxel_mm3) for k in order]
     false = [
-        _diameter_mm(n * voxel_mm3) for k, n in enumerate(size) if k and k not in true_positives
+        equivalent_diameter_mm(n * voxel_mm3)
+        for k, n in enumerate(size)
+        if k and k not in true_positives
     ]
     return diameters, detected, false
 
 
-def _diameter_mm(mm3: float) -> float:
-    return float((6 * mm3 / np.pi) ** (1 / 3))
-
-
 def _dice(predicted: np.ndarray, real: np.ndarray) -> float:
     return _rounded(compute_dice(*_batches(predicted, real), include_background=True))
-
-
-def _straighten(mask: np.ndarray, mm: np.ndarray, shear: Rows3) -> np.ndarray:
-    """Resample a mask on a sheared grid to right-angled axes, with the same spacing."""
-    to_mm = np.array(shear) * mm
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(mask.shape) + 1) - 1
-    in_mm = corners @ to_mm.T
-    start = in_mm.min(0)
-    shape = np.ceil((in_mm.max(0) - start) / mm).astype(int) + 1
-    to_voxel = np.linalg.inv(to_mm)
-    share = ndimage.affine_transform(
-        mask.astype(np.float32),
-        to_voxel * mm,
-        to_voxel @ start,
-        tuple(shape),
-        order=1,
-        mode="grid-constant",
-    )
-    straight: np.ndarray = share >= 0.5
-    return straight
 
 
 def _surface_dice(

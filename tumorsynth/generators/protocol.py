@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from tumorsynth.models.slabs import Near
+
+
+class Pose(NamedTuple):
+    """How the shape of a tumour lies in its crop.
+
+    Attributes:
+        outline: the shape (see `tumorsynth.placement.user_shapes`); "" for an ellipsoid.
+        diameter_mm: its equivalent diameter.
+        to_shape: (3, 4) float64, from a voxel (x, y, z, 1) of the crop to mm from the shape's
+            centre, along the axes in which the outline was measured.
+    """
+
+    outline: str
+    diameter_mm: float
+    to_shape: Tensor
 
 
 @runtime_checkable
@@ -32,6 +47,11 @@ class TumorGenerator(Protocol):
             ``tissue_range``: for which tissue it is (`tumorsynth.appearance.tissue.TissueRange`).
             Reports quote it.
         parameter_count: optional, of its networks: small ones run on one CPU thread.
+        own_shapes: optional, shapes that it brings along, a sequence of
+            `tumorsynth.placement.settings.OwnShape`. Tumours get one of about their size, unless
+            ``shapes=`` is given.
+        takes_poses: optional; if true, `change` and `inpaint` get ``poses=``, a `Pose` for each
+            sample: which shape a tumour has, and how it lies in the crop.
 
     Examples:
         >>> class Darker:

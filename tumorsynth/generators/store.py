@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import threading
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import torch
 
 from tumorsynth.arguments import is_bool, known_keywords
 from tumorsynth.devices import check_device
+from tumorsynth.generators.bank import is_bank
+from tumorsynth.generators.copy_paste import CopyPaste
 from tumorsynth.generators.folder import CARD, MODEL, READABLE, read_card, read_folder
 from tumorsynth.generators.handcrafted import HandcraftedGenerator
 from tumorsynth.generators.protocol import MEMBERS, TumorGenerator, missing_members
+from tumorsynth.placement.settings import OwnShape
 
 HANDCRAFTED = "hu2023"
 
@@ -60,12 +64,13 @@ def load_generator(
     The same generator on the same device is loaded once per process and shared.
 
     Args:
-        name_or_path: a bundled name ("liver-early", "lung", "hu2023"), a folder, or a hub id
-            (``owner/name``, needs huggingface_hub).
+        name_or_path: a bundled name ("liver-early", "lung", "hu2023"), a folder, a hub id
+            (``owner/name``, needs huggingface_hub), or a bank of lesions (.safetensors).
         device: where to load it; None is the CPU.
 
     Returns:
-        A `tumorsynth.Generator`, or the hand-crafted generator for "hu2023".
+        A `tumorsynth.Generator`, the hand-crafted generator for "hu2023", or a
+        `tumorsynth.CopyPaste` for a bank.
 
     Raises:
         FileNotFoundError: if there is no generator of that name.
@@ -83,6 +88,8 @@ def load_generator(
             if key not in _loaded:
                 _loaded[key] = HandcraftedGenerator().to(device)
             return _loaded[key]
+    if is_bank(name_or_path):
+        return _load_bank(Path(name_or_path), device)
     folder = find_folder(name_or_path)
     # reload a folder whose files have changed
     files = [path.stat() for path in (folder / CARD, folder / MODEL) if path.is_file()]
@@ -94,6 +101,15 @@ def load_generator(
             generator = read_folder(folder).to(device)
             generator.source = os.fspath(name_or_path)
             _loaded[key] = generator
+        return _loaded[key]
+
+
+def _load_bank(path: Path, device: torch.device) -> TumorGenerator:
+    file = path.stat()
+    key = (f"{path.resolve()}@{file.st_mtime_ns},{file.st_size}", str(device))
+    with _lock:
+        if key not in _loaded or not _same_device(_loaded[key].device, device):
+            _loaded[key] = CopyPaste.load(path).to(device)
         return _loaded[key]
 
 
@@ -117,12 +133,22 @@ class Handle:
         if isinstance(generator, str | os.PathLike):
             self.source: str | None = os.fspath(generator)
             self._held: TumorGenerator | None = None
-            if self.source != HANDCRAFTED:
+            if is_bank(self.source):
+                load_generator(self.source)
+            elif self.source != HANDCRAFTED:
                 read_card(find_folder(self.source))  # fail fast, before workers start
             return
         _check_members(generator)
         self.source = getattr(generator, "source", None)
         self._held = generator
+
+    @property
+    def own_shapes(self) -> Sequence[OwnShape]:
+        """The shapes that the generator brings along, if it does."""
+        held = self._held
+        if held is None and self.source is not None and is_bank(self.source):
+            held = load_generator(self.source)
+        return tuple(getattr(held, "own_shapes", ()))
 
     def get(self, device: torch.device | str) -> TumorGenerator:
         """Return the generator on a device.

@@ -19,6 +19,7 @@ from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
 from tumorsynth.geometry import Box
 from tumorsynth.once import Once
+from tumorsynth.pipeline.pose import pose_of
 from tumorsynth.pipeline.records import PaintRequest
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.placement.types import TumorParams
@@ -114,6 +115,9 @@ class Painter:
         params = [request.tumor.params for request in batch]
         needed = Box.hull([request.needed for request in batch])
         contrasts = [one.contrast_hu for one in params if one.contrast_hu is not None]
+        more = {}
+        if getattr(generator, "takes_poses", False):
+            more["poses"] = [pose_of(request) for request in batch]
         try:
             crops = onto(torch.stack([request.crop for request in batch])[:, None], device)
             masks = onto(torch.stack([request.crop_mask for request in batch])[:, None], device)
@@ -124,6 +128,7 @@ class Painter:
                     seed=[one.seed for one in params],
                     contrast_hu=contrasts or None,
                     near=needed.slices,
+                    **more,
                 )
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:

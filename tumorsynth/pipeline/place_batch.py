@@ -118,7 +118,16 @@ def place_sample(
     growth = None if placement.bulge is None else growth_region(settings, sample)
     frame = sample.frame
     objection = None if tissue is None else partial(tissue.objection, sample)
-    results = place(region, frame.spacing, placement, rng, growth, frame.shear, objection)
+    results = place(
+        region,
+        frame.spacing,
+        placement,
+        rng,
+        growth,
+        frame.shear,
+        objection,
+        frame.slice_axis,
+    )
     if results and all(isinstance(result, Skip) for result in results):
         share = _not_finite_share(settings, sample)
         if share > MAX_NOT_FINITE_SHARE:

@@ -26,7 +26,7 @@ from tumorsynth.placement.arguments import (
     check_size,
 )
 from tumorsynth.placement.exophytic import check_bulge
-from tumorsynth.placement.settings import PlacementSettings
+from tumorsynth.placement.settings import OwnShape, PlacementSettings
 from tumorsynth.placement.user_shapes import read_shapes
 
 FEATHER_MM = {"change": (0.5, 1.5), "difftumor": (0.0, 4.0)}  # sigma; the second as published
@@ -122,8 +122,12 @@ def check_settings(
     shapes: Any,
     bulge: bool | float | Sequence[float],
     any_tissue: bool,
+    own_shapes: Sequence[OwnShape] = (),
 ) -> Settings:
     """Return the settings for the arguments of `SynthesizeTumor`, documented there.
+
+    Args:
+        own_shapes: those that the generator brings along.
 
     Raises:
         ValueError: for a value that is out of range or unknown.
@@ -166,6 +170,7 @@ def check_settings(
             gap_mm=gap,
             merge=check_flag("merge", merge),
             outlines=outlines,
+            own_shapes=() if outlines else own_shapes,
             bulge=check_bulge(bulge, size_mm),
         ),
         intensity=intensity,

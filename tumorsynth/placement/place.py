@@ -61,6 +61,7 @@ def place(
     growth: GrowthRegion | None = None,
     shear: Rows3 | None = None,
     objection: Objection | None = None,
+    vertical: int = 2,
 ) -> list[LocalMask | Skip]:
     """Place tumours in an organ.
 
@@ -78,6 +79,7 @@ def place(
         shear: of the sample's axes; see `tumorsynth.geometry.Frame`.
         objection: judges each tumour where it fits; of one that is objected to everywhere, the
             first objection is returned. None accepts every place.
+        vertical: the axis along which upright shapes stand (`PlacementSettings.own_shapes`).
 
     Returns:
         One `LocalMask` or `Skip` for each tumour, in order.
@@ -106,7 +108,7 @@ def place(
         if results and isinstance(results[-1], LocalMask) and not settings.merge:
             allowed.keep_clear_of(results[-1])
         tumor_rng = torch.Generator().manual_seed(seed)
-        sampled = sample_tumor(settings, sizes, growth is not None, tumor_rng)
+        sampled = sample_tumor(settings, sizes, growth is not None, tumor_rng, vertical)
         result = _fit(sampled, allowed, sizes, growth, tumor_rng, objection)
         failed_in_a_row = 0 if isinstance(result, LocalMask) else failed_in_a_row + 1
         results.append(result)

@@ -26,6 +26,21 @@ class SizeRange(NamedTuple):
     high: float
 
 
+class OwnShape(NamedTuple):
+    """A shape that a generator brings along.
+
+    Attributes:
+        outline: see `user_shapes`.
+        diameter_mm: its true size.
+        upright: whether its third axis stays upright, as for a mask of thick slices, whose steps
+            lie in planes; it is then turned and mirrored within and across its slices only.
+    """
+
+    outline: str
+    diameter_mm: float
+    upright: bool = False
+
+
 @dataclass(frozen=True)
 class PlacementSettings:
     """How many tumours a sample gets, how large they are, and what they look like.
@@ -44,6 +59,8 @@ class PlacementSettings:
             those of "liver".
         outlines: outlines of real masks (see `user_shapes`). Each tumour gets one of them, turned,
             mirrored or not, slightly bent and scaled to its size, instead of the prior's shape.
+        own_shapes: shapes of the generator's own lesions, among which each tumour gets one of
+            about its size. Those in ``outlines`` win.
         bulge: distribution of the share of a tumour beyond the organ (see
             `exophytic.check_bulge`); None keeps tumours inside.
 
@@ -63,6 +80,7 @@ class PlacementSettings:
     merge: bool = False
     prior: str | SizePrior | None = None
     outlines: Sequence[str] = ()
+    own_shapes: Sequence[OwnShape] = ()
     bulge: SizePrior | tuple[float, float] | None = None
 
     def __post_init__(self) -> None:

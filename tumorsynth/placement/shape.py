@@ -41,6 +41,7 @@ class Shape:
         offset: of the true centre from the centre voxel's middle, in voxels (3,).
         axes, half_axes: of the ellipsoid, relative and in mm (3,).
         rotation: (3, 3), from the ellipsoid's own frame to the sample's axes.
+        mirrored: whether an outline is mirrored, along its third axis.
         max_radius: largest relative radius.
         sphere, ball, rim: points (N, 3) at level 1 in the directions of SPHERE, BALL and RIM.
     """
@@ -51,8 +52,9 @@ class Shape:
         self._waves = _sample_waves(params, rng)
         self.offset = torch.rand(3, generator=rng, dtype=torch.float64) - 0.5
         self.outline = _decode_outline(params.outline) if params.outline else None
-        if self.outline is not None and float(torch.rand((), generator=rng)) < 0.5:
-            self.outline = self.outline.flip(0)  # a mirror image
+        self.mirrored = self.outline is not None and float(torch.rand((), generator=rng)) < 0.5
+        if self.outline is not None and self.mirrored:
+            self.outline = self.outline.flip(0)
         self.axes = torch.tensor(params.axes, dtype=torch.float64)
         self.half_axes = self.axes * params.diameter_mm / 2
         self.diameter_mm = params.diameter_mm

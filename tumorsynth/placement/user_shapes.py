@@ -81,6 +81,20 @@ def read_shapes(shapes: Any) -> tuple[str, ...]:
 def outline_of(
     mask: Tensor, spacing: Sequence[float], name: str = "the mask", shear: Rows3 | None = None
 ) -> str:
+    """Return the outline of one tumour; arguments and errors are those of `measure_outline`."""
+    return measure_outline(mask, spacing, name, shear).text
+
+
+class Outline(NamedTuple):
+    """An outline, and the point that its radii start from, in voxels of the mask (3,)."""
+
+    text: str
+    centre: Tensor
+
+
+def measure_outline(
+    mask: Tensor, spacing: Sequence[float], name: str = "the mask", shear: Rows3 | None = None
+) -> Outline:
     """Return the outline of one tumour.
 
     Args:
@@ -109,12 +123,14 @@ def outline_of(
         centre = tumor.middle.double()
     radius = _radii(tumor.mask, centre, voxel, shear)
     levels = (radius / radius.max() * RADIUS_LEVELS).round().clamp(1, RADIUS_LEVELS)
-    return base64.b64encode(bytes(levels.to(torch.uint8).flatten().tolist())).decode()
+    text = base64.b64encode(bytes(levels.to(torch.uint8).flatten().tolist())).decode()
+    return Outline(text, centre + tumor.start)
 
 
 class _Component(NamedTuple):
     mask: Tensor  # bool (X, Y, Z)
     middle: Tensor  # a voxel (3,) of it
+    start: Tensor  # the voxel (3,) at which ``mask`` starts
 
 
 def _main_component(mask: Tensor, voxel: Tensor, name: str) -> _Component:
@@ -137,7 +153,7 @@ def _main_component(mask: Tensor, voxel: Tensor, name: str) -> _Component:
             f"{name} must hold one tumour, but {1 - share:.0%} of its voxels lie apart from the "
             "rest; write one mask per tumour"
         )
-    return _Component(component, middle)
+    return _Component(component, middle, torch.tensor(low))
 
 
 def _radii(mask: Tensor, centre: Tensor, voxel: Tensor, shear: Rows3 | None) -> Tensor:
