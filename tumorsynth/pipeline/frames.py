@@ -124,7 +124,10 @@ def _frames_carried(
     if frame.affine is not None and is_identity(np.asarray(frame.affine)):
         reason = f"the affine of {first.name!r} is the identity"
     else:
-        reason = f"the affine of {first.name!r} was made from an identity that stands for none"
+        reason = (
+            f"the affine of {first.name!r} stems from the identity, which libraries give to plain "
+            "arrays,"
+        )
     same = bool(np.allclose(sizes, sizes[0], rtol=1e-3))
     return frames, _unknown_size(reason, " x ".join(f"{v:.4g}" for v in sizes[: 1 if same else 3]))
 
@@ -139,7 +142,7 @@ def _unknown_size(reason: str, taken_mm: str) -> str:
     return (
         f"the size of a voxel must be known, but {reason} and no spacing was given, so that voxels "
         f"are taken as {taken_mm} mm; pass spacing=(dx, dy, dz), spacing=(1, 1, 1) where they are "
-        "1 mm. Plain arrays have no affine, and a cache or EnsureTyped may lose it; MONAI's "
+        "1 mm. Plain arrays have no affine, and a cache may lose it; MONAI's "
         "PersistentDataset keeps it with track_meta=True, weights_only=False"
     )
 

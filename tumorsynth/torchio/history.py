@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from tumorsynth.affines import is_identity
 from tumorsynth.pipeline.lost_affines import ROUNDING, lies_in_array, stems_from_identity
 
 # positive direction of an axis: its row in RAS and its sign
