@@ -96,9 +96,7 @@ class Monai:
             parts = dict(zip(BOTH, (x.numpy() for x in scan()), strict=True))
             parts["label"] = parts["label"].astype(np.float32)  # area and bilinear need it
         else:
-            parts = {
-                k: data.MetaTensor(x, affine=affine) for k, x in zip(BOTH, scan(), strict=True)
-            }
+            parts = dict(zip(BOTH, scan("meta", affine), strict=True))
         return transforms.Compose(steps).set_random_state(3)(parts)
 
     def __call__(self, parts):

@@ -29,21 +29,21 @@ def lost_affines(affine: Any, shape: Sequence[int], x: Any = None) -> list[bool]
     """
     matrices = to_array(affine)
     matrices = matrices[None] if matrices.ndim == 2 else matrices
-    if matrices.ndim != 3 or matrices.shape[1:] != (4, 4):
+    if matrices.shape[1:] != (4, 4) or not np.isfinite(matrices).all():
         return [False]  # no affine at all, which other checks refuse
     if not hasattr(x, "applied_operations"):
         return [stems_from_identity(matrix, shape) for matrix in matrices]
-    files = (getattr(x, "meta", None) or {}).get("original_affine")
-    if files is not None:
-        files = to_array(files)
-        each = files if files.ndim == 3 else [files] * len(matrices)
-        return [is_identity(file) for file in each]
+    file = to_array((getattr(x, "meta", None) or {}).get("original_affine"))
+    files = [file] * len(matrices) if file.ndim < 3 else list(file)
     notes = list(x.applied_operations)
     if not any(isinstance(one, Sequence) for one in notes):  # of one sample, not of a batch
         notes = [notes] * len(matrices)
+    if not len(files) == len(notes) == len(matrices):  # cut from a batch
+        return [any(stems_from_identity(matrix, shape) for matrix in matrices)]
     return [
-        _noted(matrix, shape, [one for one in note if isinstance(one, Mapping)])
-        for matrix, note in zip(matrices, notes, strict=False)
+        (not _is_affine(file) or is_identity(file))
+        and _noted(matrix, shape, [one for one in note if isinstance(one, Mapping)])
+        for matrix, file, note in zip(matrices, files, notes, strict=True)
     ]
 
 
@@ -96,10 +96,10 @@ def _noted(
     sizes = [one.get("orig_size") for one in operations[1:]] + [tuple(shape)]
     first, product, resampled = None, np.eye(3), False
     for operation, after in zip(operations, sizes, strict=True):
-        info = _innermost(operation).get("extra_info") or {}
-        before = info.get("src_affine", info.get("original_affine"))
-        if before is not None and first is None:
-            first = _undo(to_array(before), product)
+        info = _info(_innermost(operation))
+        before = to_array(info.get("src_affine", info.get("original_affine")))
+        if _is_affine(before) and first is None:
+            first = _undo(before, product)
         step = _step(operation, after)
         product = product @ step
         resampled |= "src_affine" in info or not _turns_only(step)
@@ -109,8 +109,8 @@ def _noted(
     if not resampled:
         return _whole(affine[:3, 3])  # who knew a position in parts of a voxel knew the voxel
     centre = affine[:3, :3] @ (np.asarray(shape) - 1) / 2 + affine[:3, 3]
-    array = to_array(operations[0].get("orig_size", shape))
-    return bool((centre > -1).all() and (centre < array).all())
+    array = to_array(operations[0].get("orig_size"))
+    return array.shape != (3,) or bool((centre > -1).all() and (centre < array).all())
 
 
 def _undo(affine: np.ndarray, product: np.ndarray) -> np.ndarray:
@@ -118,31 +118,38 @@ def _undo(affine: np.ndarray, product: np.ndarray) -> np.ndarray:
     return affine[:3, :3] @ np.linalg.pinv(product)
 
 
-def _step(operation: Mapping[str, Any], after: Sequence[int]) -> np.ndarray:
+def _step(operation: Mapping[str, Any], after: Any) -> np.ndarray:
     """Return the 3x3 matrix from voxels after an operation of MONAI to voxels before it.
 
     Args:
-        operation: MONAI's note. Crops and unknown operations count as the identity.
+        operation: MONAI's note. Crops, and operations that we do not know, count as the identity.
         after: the voxels that it left along the three axes.
     """
+    try:
+        matrix = _matrix(operation, after)
+    except (IndexError, KeyError, TypeError, ValueError):  # another version's note
+        return np.eye(3)
+    return matrix if matrix.shape == (3, 3) and np.isfinite(matrix).all() else np.eye(3)
+
+
+def _matrix(operation: Mapping[str, Any], after: Any) -> np.ndarray:
     if operation.get("lazy_affine") is not None:
         return to_array(operation["lazy_affine"])[:3, :3]
     inner = _innermost(operation)
-    info = inner.get("extra_info") or {}
+    info = _info(inner)
     matrix = np.eye(3)
     match inner.get("class"):
         case "Flip" if "axes" in info:
-            axes = info["axes"]
-            axes = range(3) if axes is None else np.atleast_1d(to_array(axes)).astype(int)
+            axes = range(3) if info["axes"] is None else np.atleast_1d(info["axes"])
             for axis in axes:
-                matrix[axis, axis] = -1
+                matrix[int(axis), int(axis)] = -1
         case "Rotate90" if "axes" in info:
             first, second = (int(axis) for axis in info["axes"])
             matrix[[first, second]] = matrix[[second, first]]
             matrix[second] *= -1
             matrix = np.linalg.matrix_power(matrix, int(info["k"]) % 4)
         case "Zoom" | "Resize" if info:
-            after = (info.get("padcrop") or {}).get("orig_size", after)
+            after = _info(info, "padcrop").get("orig_size", after)
             matrix = np.diag(to_array(inner["orig_size"]) / np.maximum(to_array(after), 1))
         case "Rotate":
             matrix = to_array(info["rot_mat"])[:3, :3]
@@ -151,12 +158,19 @@ def _step(operation: Mapping[str, Any], after: Sequence[int]) -> np.ndarray:
     return matrix
 
 
+def _info(note: Mapping[str, Any], key: str = "extra_info") -> Mapping[str, Any]:
+    info = note.get(key)
+    return info if isinstance(info, Mapping) else {}
+
+
 def _innermost(operation: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the operation that a random transform of MONAI called."""
-    inner = operation.get("extra_info")
-    if isinstance(inner, Mapping) and "class" in inner:
-        return _innermost(inner)
-    return operation
+    inner = _info(operation)
+    return _innermost(inner) if "class" in inner else operation
+
+
+def _is_affine(matrix: np.ndarray) -> bool:
+    return matrix.shape == (4, 4) and bool(np.isfinite(matrix).all())
 
 
 def _is_axis_aligned(linear: np.ndarray) -> bool:
@@ -171,6 +185,4 @@ def _turns_only(linear: np.ndarray) -> bool:
 
 
 def _whole(values: np.ndarray) -> bool:
-    """Return whether numbers are whole but for rounding; False for what is not finite."""
-    with np.errstate(invalid="ignore"):
-        return bool((np.abs(values - np.round(values)) < ROUNDING).all())
+    return bool((np.abs(values - np.round(values)) < ROUNDING).all())

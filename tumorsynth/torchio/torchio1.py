@@ -174,7 +174,8 @@ def _is_lost(image: Image, subject: Subject) -> bool:
     history = subject.applied_transforms
     if not stems_from_default(image.affine, image.spatial_shape, history):
         return False
-    return not (isinstance(image.path, Path) and _file_has_affine(type(image), image.path))
+    kind: Any = type(image)
+    return not (isinstance(image.path, Path) and _file_has_affine(kind, image.path))
 
 
 @lru_cache(FILES_REMEMBERED)
