@@ -24,7 +24,7 @@ from tumorsynth.once import Once
 from tumorsynth.pipeline.call import Call, Synthesis
 from tumorsynth.pipeline.displace import displace_and_paint
 from tumorsynth.pipeline.finish import paint_and_finish
-from tumorsynth.pipeline.frames import Carried, find_frames, unknown_size
+from tumorsynth.pipeline.frames import Carried, find_frames
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.place_batch import PlacedSample, not_selected, place_samples
 from tumorsynth.pipeline.records import Record, Sample, TumorRecord, split_batch
@@ -232,7 +232,7 @@ class SynthesizeTumor(nn.Module):
             placed = [PlacedSample(not_selected(settings, None), []) for _ in frames]
             return Synthesis.of(image, label, skip_records(placed), placed)
         if doubt is not None:
-            self.unknown_size.give(unknown_size(doubt))
+            self.unknown_size.give(doubt)
         seeds = [0] * len(frames) if params is not None else per_sample_seeds(seed, len(frames))
         generator = self.handle.get(settings.device or image.device)
         call = Call(settings, generator, self.painter)

@@ -26,6 +26,7 @@ from tumorsynth.affines import (
 )
 from tumorsynth.arguments import any_bool
 from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
+from tumorsynth.pipeline.lost_affines import lost_affines
 from tumorsynth.pipeline.validation import plain
 
 SHARE_A_GRID = "resample one onto the other, or, where voxel lies on voxel, give both one affine"
@@ -38,24 +39,27 @@ class Carried:
     Args:
         name: what the user calls it.
         affine: 4x4, or (B, 4, 4) for a batch; None without one.
-        resampled: whether the data were brought from another voxel size to this one, for all
-            samples. An identity then means 1 mm; otherwise it may stand for an affine that was
-            lost.
+        lost: for each affine whether it stems from the identity that a library put where it knew
+            none, so that the size of a voxel is unknown.
     """
 
     name: Any
     affine: Any = None
-    resampled: bool = False
+    lost: Sequence[bool] = ()
 
     @classmethod
     def of(cls, name: Any, x: Any) -> Carried:
-        """Return what a tensor carries: nothing, unless it is a MetaTensor."""
+        """Return what a tensor carries: nothing, unless it is a MetaTensor or has an affine."""
         affine = getattr(x, "affine", None)
         if affine is None:
             return cls(name)
-        # the affine of the file, which no transform changes
-        original = (getattr(x, "meta", None) or {}).get("original_affine")
-        return cls(name, affine, original is not None and not _any_identity(original))
+        return cls(name, affine, lost_affines(affine, x.shape[-3:], x))
+
+    def known(self, count: int) -> list[np.ndarray | None]:
+        """Return the affine of each of ``count`` samples, None for one that was lost."""
+        matrices = _per_frame(self.affine, count)
+        lost = self.lost if len(self.lost) == len(matrices) else [any(self.lost)] * len(matrices)
+        return [None if gone else one for one, gone in zip(matrices, lost, strict=True)]
 
 
 def find_frames(
@@ -78,7 +82,7 @@ def find_frames(
         override_affine: whether the caller's wins over other affines that came along.
 
     Returns:
-        The frames, and why the size of a voxel is unknown, or None if it is known.
+        The frames, and a warning that the size of a voxel is unknown, or None if it is known.
 
     Raises:
         ValueError: for a spacing or an affine that cannot be, for two that contradict each other,
@@ -98,7 +102,7 @@ def find_frames(
     if not override_affine:
         for part in with_affine:
             _check_agrees(frames, part, "spacing" if affine is None else "affine")
-        known = [part for part in with_affine if not _any_identity(part.affine)]
+        known = [part for part in with_affine if not any(part.lost)]
         check_grid(known, shape, f"{SHARE_A_GRID}, or pass override_affine=True")
     return frames, None
 
@@ -109,21 +113,36 @@ def _frames_carried(
     """Return the frames of the first affine that came along, 1 mm without one."""
     if not with_affine:
         names = " and ".join(repr(part.name) for part in carried[:2])
-        return [frame_from_spacing(1.0)] * batch, f"{names} have no affine"
+        return [frame_from_spacing(1.0)] * batch, _unknown_size(f"{names} have no affine", "1")
     first = with_affine[0]
     frames = _frames_given(batch, None, first.affine)
     check_grid(with_affine, shape)
-    if first.resampled or not _any_identity(first.affine):
+    if not any(first.lost):
         return frames, None
-    return frames, f"the affine of {first.name!r} is the identity"
+    frame = next(f for f, one in zip(frames, first.known(batch), strict=True) if one is None)
+    sizes = np.asarray(frame.spacing)
+    if frame.affine is not None and is_identity(np.asarray(frame.affine)):
+        reason = f"the affine of {first.name!r} is the identity"
+    else:
+        reason = (
+            f"the affine of {first.name!r} stems from the identity, which libraries give to plain "
+            "arrays,"
+        )
+    same = bool(np.allclose(sizes, sizes[0], rtol=1e-3))
+    return frames, _unknown_size(reason, " x ".join(f"{v:.4g}" for v in sizes[: 1 if same else 3]))
 
 
-def unknown_size(reason: str) -> str:
-    """Return the warning that the size of a voxel is unknown, and why."""
+def _unknown_size(reason: str, taken_mm: str) -> str:
+    """Return the warning that the size of a voxel is unknown.
+
+    Args:
+        reason: why it is.
+        taken_mm: the size that is taken instead.
+    """
     return (
         f"the size of a voxel must be known, but {reason} and no spacing was given, so that voxels "
-        "are taken as 1 mm; pass spacing=(dx, dy, dz), spacing=(1, 1, 1) where they are 1 mm. "
-        "A cache, EnsureTyped or a crop of plain arrays loses the affine; MONAI's "
+        f"are taken as {taken_mm} mm; pass spacing=(dx, dy, dz), spacing=(1, 1, 1) where they are "
+        "1 mm. Plain arrays have no affine, and a cache may lose it; MONAI's "
         "PersistentDataset keeps it with track_meta=True, weights_only=False"
     )
 
@@ -142,12 +161,14 @@ def _check_agrees(frames: Sequence[Frame], part: Carried, name: str) -> None:
 
     Args:
         frames: of the caller's spacing or affine.
-        part: what came along. An identity, or what is no affine at all, contradicts nothing.
+        part: what came along. What was lost, or is no affine at all, contradicts nothing.
         name: "spacing" or "affine".
     """
-    for frame, matrix in zip(frames, _per_frame(part.affine, len(frames)), strict=False):
+    for frame, matrix in zip(frames, part.known(len(frames)), strict=False):
+        if matrix is None:
+            continue
         sizes = voxel_sizes(matrix)
-        if is_identity(matrix) or not (np.isfinite(sizes).all() and (sizes > 0).all()):
+        if not (np.isfinite(sizes).all() and (sizes > 0).all()):
             continue
         given = None if frame.affine is None else np.asarray(frame.affine)
         given_sizes = np.asarray(frame.spacing) if given is None else voxel_sizes(given)
@@ -195,11 +216,6 @@ def _per_frame(affine: Any, count: int) -> list[np.ndarray]:
     if matrices.shape == (4, 4):
         return [matrices] * count
     return list(matrices) if matrices.ndim == 3 and matrices.shape[1:] == (4, 4) else []
-
-
-def _any_identity(affine: Any) -> bool:
-    """Return whether an affine, or one of a batch, has the identity as its linear part."""
-    return any(is_identity(matrix) for matrix in _per_frame(affine, 1))
 
 
 def check_spacing(spacing: Any) -> None:

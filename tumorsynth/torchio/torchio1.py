@@ -16,6 +16,7 @@ from tumorsynth.adapter import MAX_SEED, SETTINGS, Adapter
 from tumorsynth.affines import is_identity
 from tumorsynth.arguments import keywords_of
 from tumorsynth.pipeline.frames import Carried, check_grid
+from tumorsynth.torchio.history import stems_from_default
 from tumorsynth.torchio.shared import (
     DRAWN,
     GEOMETRY,
@@ -76,7 +77,7 @@ class _Synthesis(Transform):
             return False
         parts = [images[name] for name in names]
         carried = [
-            Carried(name, part.affine, _was_resampled(part))
+            Carried(name, part.affine, [_is_lost(part, subject)])
             for name, part in zip(names, parts, strict=True)
         ]
         image, label = parts[:2]
@@ -168,16 +169,18 @@ class SynthesizeTumor(_Synthesis):
         return subject
 
 
-def _was_resampled(image: Image) -> bool:
-    """Return whether an image with an identity affine was read from a file with another one."""
-    if not isinstance(image.path, Path) or not is_identity(image.affine):
+def _is_lost(image: Image, subject: Subject) -> bool:
+    """Return whether the affine stems from an identity that stands for none."""
+    history = subject.applied_transforms
+    if not stems_from_default(image.affine, image.spatial_shape, history):
         return False
     kind: Any = type(image)
-    return _file_has_affine(kind, image.path)
+    return not (isinstance(image.path, Path) and _file_has_affine(kind, image.path))
 
 
 @lru_cache(FILES_REMEMBERED)
 def _file_has_affine(kind: Any, path: Path) -> bool:
+    """Return whether a file has another affine than the identity."""
     try:
         return not is_identity(kind(path).affine)
     except Exception:  # the file is gone, or its reader raises an error of its own

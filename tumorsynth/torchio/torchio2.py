@@ -16,6 +16,7 @@ from torchio import SubjectsBatch, Transform
 from tumorsynth.adapter import MAX_SEED, SETTINGS, Adapter
 from tumorsynth.arguments import keywords_of
 from tumorsynth.pipeline.frames import Carried, check_grid
+from tumorsynth.pipeline.lost_affines import lost_affines
 from tumorsynth.torchio.shared import (
     DRAWN,
     GEOMETRY,
@@ -78,10 +79,14 @@ class _Synthesis(Transform):
         names = self._names()
         parts = [batch.images[name] for name in names]
         affines = [torch.stack([affine.data.cpu() for affine in part.affines]) for part in parts]
-        carried = [Carried(name, affine) for name, affine in zip(names, affines, strict=True)]
         image, label = parts[:2]
+        shape = image.data.shape[-3:]
+        carried = [
+            Carried(name, affine, lost_affines(affine, shape))
+            for name, affine in zip(names, affines, strict=True)
+        ]
         if self.adapter.spacing is None:
-            check_grid(carried, image.data.shape[-3:], RESAMPLE)
+            check_grid(carried, shape, RESAMPLE)
         organ = parts[2].data if self.organ is not None else None
         image.data, label.data = self.adapter(
             image.data, label.data, organ, excluded, names=names, carried=carried, **call

@@ -1,0 +1,314 @@
+"""A voxel size that was never known stays unknown through the transforms of MONAI and TorchIO.
+
+Each chain runs on arrays, which have no affine, on volumes with an affine in memory, and on files:
+the first warn once, the others never.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ways import SETTINGS, TWO_MM, scan, warnings_of
+
+import tumorsynth as ts
+
+BOTH = ["image", "label"]
+MODES = ("bilinear", "nearest")
+ONE_MM = np.array([[-1, 0, 0, 91.4], [0, -1, 0, -12.7], [0, 0, 1, -340.5], [0, 0, 0, 1.0]])  # LPS
+THREE_MM = np.diag([3.0, 3, 3, 1])
+OBLIQUE = np.array([[1.2, -0.3, 0, -80.2], [0.3, 1.2, 0, -60], [0, 0, 1.5, 20], [0, 0, 0, 1]])
+KNOWN = {"two": TWO_MM, "one": ONE_MM, "three": THREE_MM, "oblique": OBLIQUE}
+
+MONAI = {
+    "flip": lambda t: [t.Flipd(BOTH, 0)],
+    "random flip": lambda t: [t.RandFlipd(BOTH, 1.0, spatial_axis=[0, 2])],
+    "rotate90": lambda t: [t.Rotate90d(BOTH, 1, (0, 2))],
+    "random rotate90": lambda t: [t.RandRotate90d(BOTH, 1.0)],
+    "rotate": lambda t: [t.Rotated(BOTH, 0.4, mode=MODES)],
+    "zoom": lambda t: [t.Zoomd(BOTH, 0.7, mode=("area", "nearest"), keep_size=False)],
+    "random zoom": lambda t: [t.RandZoomd(BOTH, 1.0, 0.8, 0.9, mode=("area", "nearest"))],
+    "spacing": lambda t: [t.Spacingd(BOTH, (1.5, 1.5, 1.5), mode=MODES)],
+    "to 1 mm": lambda t: [t.Spacingd(BOTH, (1, 1, 1), mode=MODES)],
+    "resize": lambda t: [t.Resized(BOTH, (32, 36, 30), mode=("area", "nearest"))],
+    "affine": lambda t: [
+        t.RandAffined(BOTH, prob=1.0, rotate_range=0.3, scale_range=0.1, mode=MODES)
+    ],
+    "orientation": lambda t: [t.Orientationd(BOTH, "LPS", labels=None)],
+    "axes": lambda t: [t.Orientationd(BOTH, "SPL", labels=None)],
+    "crop": lambda t: [t.SpatialCropd(BOTH, (2, 3, 1), (38, 36, 35))],
+    "random crop": lambda t: [t.RandSpatialCropd(BOTH, (34, 34, 34), random_size=False)],
+    "pad": lambda t: [t.SpatialPadd(BOTH, (50, 44, 47), mode="edge")],
+    "crop or pad": lambda t: [t.ResizeWithPadOrCropd(BOTH, (36, 48, 36), mode="edge")],
+    "usual": lambda t: [
+        t.Orientationd(BOTH, "RAS", labels=None),
+        t.Spacingd(BOTH, (1.2, 1.2, 2), mode=MODES),
+        t.CropForegroundd(BOTH, "label", allow_smaller=True),
+        t.RandFlipd(BOTH, 1.0, spatial_axis=1),
+    ],
+    "zoom, flip, 1 mm": lambda t: [
+        t.Zoomd(BOTH, 1.2, mode=("area", "nearest"), keep_size=False),
+        t.Flipd(BOTH, 2),
+        t.Spacingd(BOTH, (1, 1, 1), mode=MODES),
+    ],
+}
+TORCHIO = {
+    "flip": lambda tio: [tio.RandomFlip(axes=(0, 2), flip_probability=1)],
+    "resample": lambda tio: [tio.Resample(1.5)],
+    "to 1 mm": lambda tio: [tio.Resample(1)],
+    "resize": lambda tio: [tio.Resize((32, 36, 30))],
+    "canonical": lambda tio: [tio.ToCanonical()],
+    "orientation": lambda tio: [tio.ToOrientation("LPS")],
+    "axes": lambda tio: [tio.ToOrientation("SPL")],
+    "crop": lambda tio: [tio.Crop((1, 2, 0, 3, 4, 0))],
+    "pad": lambda tio: [tio.Pad((3, 1, 2), padding_mode="edge")],
+    "crop or pad": lambda tio: [tio.CropOrPad((36, 48, 36), padding_mode="edge")],
+    "affine": lambda tio: [tio.RandomAffine(scales=0.1, degrees=10)],
+    "anisotropy": lambda tio: [tio.RandomAnisotropy(downsampling=1.5)],
+    "multiple": lambda tio: [tio.EnsureShapeMultiple(16)],
+    "usual": lambda tio: [
+        tio.ToCanonical(),
+        tio.Resample((1.2, 1.2, 2)),
+        tio.CropOrPad((34, 33, 24)),
+        tio.RandomFlip(axes=(1,), flip_probability=1),
+    ],
+    "pad, 1 mm, crop": lambda tio: [tio.Pad(2), tio.Resample(1), tio.CropOrPad(37)],
+}
+
+
+class Monai:
+    """Chains of MONAI, with its transform at the end."""
+
+    chains = MONAI
+
+    def __init__(self, **given):
+        module = pytest.importorskip("tumorsynth.monai", reason="needs MONAI")
+        self.synth = module.RandSynthesizeTumord(*BOTH, **SETTINGS, **given)
+
+    @staticmethod
+    def load(chain, affine=None, paths=None):
+        transforms = pytest.importorskip("monai.transforms", reason="needs MONAI")
+        steps = MONAI[chain](transforms)
+        if paths is not None:
+            steps = [transforms.LoadImaged(BOTH), transforms.EnsureChannelFirstd(BOTH), *steps]
+            parts = paths
+        elif affine is None:
+            parts = dict(zip(BOTH, (x.numpy() for x in scan()), strict=True))
+            parts["label"] = parts["label"].astype(np.float32)  # area and bilinear need it
+        else:
+            parts = dict(zip(BOTH, scan("meta", affine), strict=True))
+        return transforms.Compose(steps).set_random_state(3)(parts)
+
+    def __call__(self, parts):
+        return self.synth.set_random_state(0)(parts)
+
+    @staticmethod
+    def volume(part):
+        affine = getattr(part, "affine", None)
+        return np.eye(3) if affine is None else np.asarray(affine)[:3, :3]
+
+    @staticmethod
+    def voxels(part):
+        return torch.as_tensor(np.asarray(part))
+
+
+class TorchIO(Monai):
+    """Chains of TorchIO, with its transform at the end."""
+
+    chains = TORCHIO
+
+    def __init__(self, **given):
+        module = pytest.importorskip("tumorsynth.torchio", reason="needs TorchIO")
+        self.synth = module.RandomSynthesizeTumor(**SETTINGS, **given)
+
+    @staticmethod
+    def load(chain, affine=None, paths=None):
+        tio = pytest.importorskip("torchio", reason="needs TorchIO")
+        if int(tio.__version__.split(".")[0]) > 1:
+            pytest.skip("TorchIO 2 keeps no history that tells")
+        kinds = tio.ScalarImage, tio.LabelMap
+        if paths is not None:
+            parts = [kind(paths[name]) for kind, name in zip(kinds, BOTH, strict=True)]
+        else:
+            parts = [kind(tensor=x, affine=affine) for kind, x in zip(kinds, scan(), strict=True)]
+        torch.manual_seed(3)
+        chain = tio.Compose(TORCHIO[chain](tio))
+        return chain(tio.Subject(dict(zip(BOTH, parts, strict=True))))
+
+    def __call__(self, parts):
+        torch.manual_seed(0)
+        return self.synth(parts)
+
+    @staticmethod
+    def volume(part):
+        return part.affine[:3, :3]
+
+    @staticmethod
+    def voxels(part):
+        return part.data
+
+
+CHAINS = [(way, chain) for way in (Monai, TorchIO) for chain in way.chains]
+ids = [f"{way.__name__}: {chain}" for way, chain in CHAINS]
+each_chain = pytest.mark.parametrize(("way", "chain"), CHAINS, ids=ids)
+
+
+def diameter(way, made, voxel_mm3):
+    voxels = int((way.voxels(made["label"]) == 2).sum())
+    return (6 / np.pi * voxels * voxel_mm3) ** (1 / 3)
+
+
+@each_chain
+def test_arrays_stay_unknown_and_a_spacing_wins(way, chain):
+    parts = way.load(chain)
+    silent, told = way(), way(spacing=(2, 2, 2.0))
+    made = []
+    said = warnings_of(lambda: [silent(parts) for _ in range(2)])
+    assert len(said) == 1 and "pass spacing=(dx, dy, dz)" in said[0]
+    sizes = np.linalg.norm(way.volume(parts["image"]), axis=0)
+    assert (
+        "taken as "
+        + " x ".join(
+            f"{v:.4g}" for v in (sizes[:1] if np.allclose(sizes, sizes[0], rtol=1e-3) else sizes)
+        )
+        in said[0]
+    )
+    assert not warnings_of(lambda: made.append(told(parts)))
+    assert diameter(way, made[0], 8) == pytest.approx(12, rel=0.06)
+    assert not warnings_of(lambda: made.append(way(spacing=(1, 1, 1))(parts)))
+    assert diameter(way, made[1], 1) == pytest.approx(12, rel=0.06)
+
+
+@each_chain
+@pytest.mark.parametrize("affine", KNOWN)
+def test_affines_in_memory_stay_known(way, chain, affine):
+    parts = way.load(chain, KNOWN[affine])
+    made = []
+    assert not warnings_of(lambda: made.append(way()(parts)))
+    voxel = abs(np.linalg.det(way.volume(parts["image"])))
+    assert diameter(way, made[0], voxel) == pytest.approx(12, rel=0.08)
+    with pytest.raises(ValueError, match="spacing must agree with the affine of 'image'"):
+        way(spacing=(7, 7, 7))(parts)
+
+
+@each_chain
+@pytest.mark.parametrize("affine", ["two", "one"])
+def test_files_never_warn(tmp_path, way, chain, affine):
+    nib = pytest.importorskip("nibabel", reason="needs nibabel")
+    paths = {name: str(tmp_path / f"{name}.nii.gz") for name in BOTH}
+    for path, x in zip(paths.values(), scan(), strict=True):
+        nib.save(nib.Nifti1Image(x[0].numpy().astype(np.int16), KNOWN[affine]), path)
+    parts = way.load(chain, paths=paths)
+    made = []
+    assert not warnings_of(lambda: made.append(way()(parts)))
+    voxel = abs(np.linalg.det(way.volume(parts["image"])))
+    assert diameter(way, made[0], voxel) == pytest.approx(12, rel=0.08)
+
+
+@pytest.mark.parametrize("way", [Monai, TorchIO])
+@pytest.mark.parametrize("chain", ["flip", "to 1 mm", "usual"])
+def test_files_that_say_the_identity_stay_unknown(tmp_path, way, chain):
+    """What a tool writes that knows no affine."""
+    nib = pytest.importorskip("nibabel", reason="needs nibabel")
+    paths = {name: str(tmp_path / f"{name}.nii.gz") for name in BOTH}
+    for path, x in zip(paths.values(), scan(), strict=True):
+        nib.save(nib.Nifti1Image(x[0].numpy().astype(np.int16), np.eye(4)), path)
+    parts = way.load(chain, paths=paths)
+    assert len(warnings_of(lambda: way()(parts))) == 1
+    assert not warnings_of(lambda: way(spacing=(1, 1, 1))(parts))
+
+
+@pytest.mark.parametrize("spacing", [None, (2, 2, 2.0)])
+def test_a_replay_of_a_lost_affine_is_bit_equal(spacing):
+    parts = Monai.load("usual")
+    synth = ts.SynthesizeTumor(**SETTINGS)
+    image, label = (parts[name] for name in BOTH)
+    first = synth(image, label, spacing=spacing, seed=5)
+    again = synth(image, label, spacing=spacing, params=synth.params)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], image)
+
+
+def test_lazy_transforms_are_noted_too():
+    transforms = pytest.importorskip("monai.transforms", reason="needs MONAI")
+    data = pytest.importorskip("monai.data")
+    for steps in MONAI.values():
+        for affine in (None, TWO_MM, ONE_MM):
+            image, label = scan()
+            parts = {"image": image, "label": label.float()}
+            if affine is not None:
+                parts = {k: data.MetaTensor(x, affine=affine) for k, x in parts.items()}
+            chain = [
+                transforms.EnsureTyped(BOTH),
+                *steps(transforms),
+            ]
+            lazy = transforms.Compose(chain, lazy=True, overrides={"label": {"mode": "nearest"}})
+            out = lazy.set_random_state(3)(parts)
+            out["label"] = out["label"].round()
+            assert len(warnings_of(lambda out=out: Monai()(out))) == (affine is None)
+
+
+@pytest.mark.parametrize("affine", [None, TWO_MM])
+def test_the_second_epoch_of_a_persistent_dataset(tmp_path, affine):
+    """The cache drops the affine; a flip after it turns the identity that stands for it."""
+    transforms = pytest.importorskip("monai.transforms", reason="needs MONAI")
+    data = pytest.importorskip("monai.data")
+    parts = dict(zip(BOTH, scan(), strict=True))
+    if affine is not None:
+        parts = {name: data.MetaTensor(x, affine=affine) for name, x in parts.items()}
+    chain = [transforms.EnsureTyped(BOTH), transforms.RandFlipd(BOTH, 1.0, spatial_axis=0)]
+    cached = data.PersistentDataset([parts], transforms.Compose(chain), cache_dir=tmp_path)
+    first, second = cached[0], cached[0]
+    assert len(warnings_of(lambda: Monai()(first))) == (affine is None)
+    assert len(warnings_of(lambda: Monai()(second))) == 1
+    made = Monai(spacing=(2, 2, 2.0))(second)
+    assert diameter(Monai, made, 8) == pytest.approx(12, rel=0.06)
+
+
+@pytest.mark.parametrize("collate", ["monai", "torch"])
+@pytest.mark.parametrize("chain", ["flip", "spacing", "to 1 mm", "zoom"])
+def test_batches_in_lightning(collate, chain):
+    module = pytest.importorskip("tumorsynth.lightning", reason="needs Lightning")
+    data = pytest.importorskip("monai.data", reason="needs MONAI")
+    put = data.list_data_collate if collate == "monai" else torch.utils.data.default_collate
+
+    class Trainer:
+        current_epoch = global_rank = 0
+
+    def run(affines, **given):
+        batch = put([Monai.load(chain, affine) for affine in affines])
+        callback = module.TumorSynthCallback(seed=0, **SETTINGS, **given)
+        return warnings_of(lambda: callback.on_train_batch_start(Trainer(), None, batch, 0))
+
+    assert len(run([None, None])) == 1
+    assert not run([None, None], spacing=(2, 2, 2))
+    assert not run([TWO_MM, TWO_MM])
+    with pytest.raises(ValueError, match="spacing must agree"):
+        run([TWO_MM, TWO_MM], spacing=(7, 7, 7))
+
+
+def test_one_lost_sample_of_a_batch_is_enough_and_the_other_still_contradicts():
+    data = pytest.importorskip("monai.data", reason="needs MONAI")
+    batch = data.list_data_collate([Monai.load("flip", TWO_MM), Monai.load("flip")])
+    synth = ts.SynthesizeTumor(**SETTINGS)
+    image, label = batch["image"], batch["label"]
+    assert len(warnings_of(lambda: synth(image, label, seed=0))) == 1
+    synth(image, label, spacing=[[2, 2, 2], [3, 3, 3]], seed=0)
+    with pytest.raises(ValueError, match="spacing must agree .* affine of 2 x 2 x 2 mm"):
+        synth(image, label, spacing=3.0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("affine", "known"),
+    [
+        (np.eye(4), False),
+        (np.diag([-1.0, -1, 1, 1]), True),  # of a scan, which runs to negative coordinates
+        (np.array([[-1, 0, 0, 39], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]), False),  # a flip
+        (np.array([[0, 1, 0, 7], [-1, 0, 0, 60], [0, 0, 1, 0], [0, 0, 0, 1.0]]), False),
+        (np.array([[1, 0, 0, -91.4], [0, 1, 0, 2], [0, 0, 1, 0], [0, 0, 0, 1.0]]), True),
+        (ONE_MM, True),
+    ],
+)
+def test_the_place_decides_where_nothing_was_noted(affine, known):
+    synth = ts.SynthesizeTumor(**SETTINGS)
+    assert len(warnings_of(lambda: synth(*scan("meta", affine), seed=0))) == (not known)
