@@ -63,7 +63,7 @@ def measure(hu: np.ndarray, tumor: np.ndarray, organ: np.ndarray) -> dict[str, f
     contrast, noise_in, noise_out = tumor_statistics(*whole)
     outside = ndimage.distance_transform_edt(~tumor)
     shell = organ & (outside > 2) & (outside < 8)
-    core = _core(tumor)
+    core = deepest(tumor)
     row = {
         "diameter_mm": float((6 * tumor.sum() / np.pi) ** (1 / 3)),
         "contrast_hu": contrast,
@@ -256,7 +256,7 @@ def table(rows: list[dict[str, float]], names: tuple[str, ...]) -> np.ndarray:
     return np.array([[row.get(name, np.nan) for name in names] for row in rows], float)
 
 
-def _core(tumor: np.ndarray) -> np.ndarray:
+def deepest(tumor: np.ndarray) -> np.ndarray:
     """The 100 voxels farthest from the outline, or all of a smaller lesion.
 
     The same number in small and large lesions, and clear of real outlines, which are generous.
