@@ -97,7 +97,8 @@ def make(
     if isinstance(painted, str):
         return painted
     image, mask = painted
-    sham, made = _tumor(scan, scan.hu, mask), _tumor(scan, image, mask)
+    sham = _tumor(scan, scan.hu, mask)
+    made = _tumor(scan, as_stored(image, scan), mask)
     off = made.contrast_hu - contrast_hu
     if abs(asked) >= LEAST_ASKED_HU and abs(off) > NEAR_HU:
         response = np.clip((made.contrast_hu - sham.contrast_hu) / asked, *RESPONSES)
@@ -105,7 +106,7 @@ def make(
         painted = _paint(generator, scan, diameter_mm, asked, seed)
         if isinstance(painted, str):
             return painted
-        made = _tumor(scan, painted[0], mask)
+        made = _tumor(scan, as_stored(painted[0], scan), mask)
     return Made(made, sham, round(asked, 1), seed)
 
 
@@ -152,13 +153,12 @@ def _paint(
         )
     if not report[0]["applied"]:
         return str(report[0]["reason"])
-    return as_stored(image[0], scan.hu), (label[0] == SYNTHETIC).numpy()
+    return image[0], (label[0] == SYNTHETIC).numpy()
 
 
-def as_stored(image: Tensor, scan: Tensor) -> Tensor:
+def as_stored(image: Tensor, scan: Scan) -> Tensor:
     """Round what changed as the scan's file would: to whole HU, or to its coarser steps."""
-    changed = image != scan
-    steps = torch.unique(scan)
+    changed, steps = image != scan.hu, scan.steps_hu
     out = image.clone()
     if float((steps[1:] - steps[:-1]).median()) > 1:
         middle = (steps[1:] + steps[:-1]) / 2

@@ -45,6 +45,11 @@ class Scan:
         return SAME_PATIENT.sub("", self.name)
 
     @cached_property
+    def steps_hu(self) -> Tensor:
+        """The values that occur, in order."""
+        return torch.unique(self.hu)
+
+    @cached_property
     def from_real_mm(self) -> np.ndarray:
         """Distance of each voxel from the nearest annotated tumour."""
         real = (self.label == REAL).numpy()

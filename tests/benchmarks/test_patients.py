@@ -88,13 +88,17 @@ def test_no_room_is_said(tmp_path):
     assert isinstance(reason, str) and "10 mm" in reason
 
 
+def scan_of(hu):
+    return scans.Scan("a", hu, torch.ones(hu.shape).short(), (1.0, 1.0, 1.0), ("L", "P", "S"))
+
+
 @pytest.mark.parametrize("step", [1.0, 8.0])
 def test_what_is_painted_has_the_steps_of_the_scan(step):
     rng = torch.Generator().manual_seed(0)
     scan = torch.randint(-20, 20, (12, 12, 12), generator=rng) * step
     image = scan.clone()
     image[3:8, 3:8, 3:8] = scan[3:8, 3:8, 3:8] * 0.5 - 7.3
-    stored = paired.as_stored(image, scan)
+    stored = paired.as_stored(image, scan_of(scan))
     assert ((stored / step) == (stored / step).round()).all()
     assert (stored - image).abs().max() <= step / 2 + 1e-4
     outside = image == scan
@@ -106,7 +110,7 @@ def test_a_tumour_may_be_darker_than_anything_around_it():
     scan[0, 0, :10] = torch.arange(101.0, 111.0)
     image = scan.clone()
     image[5:8, 5:8, 5:8] -= 40.3
-    assert paired.as_stored(image, scan)[6, 6, 6] == 60
+    assert paired.as_stored(image, scan_of(scan))[6, 6, 6] == 60
 
 
 # -- the classifier -------------------------------------------------------------------------------
