@@ -18,7 +18,7 @@ from scipy import ndimage
 from torch import Tensor
 
 import tumorsynth as ts
-from benchmarks.realism.lesions import Lesion, deepest
+from benchmarks.realism.lesions import Lesion, core_contrast
 from benchmarks.realism.scans import LIVER, REAL, SYNTHETIC, Scan
 from tumorsynth.geometry import Box, bounding_box
 
@@ -38,8 +38,8 @@ RESPONSES = (0.4, 1.5)  # HU in the core for each HU asked: thick slices and sma
 class Tumor:
     """A tumour in its scan.
 
-    hu: (X, Y, Z), the whole scan with it. mask: (X, Y, Z) bool. contrast_hu: median of its deepest
-    100 mm3 less that of the liver 2 to 8 mm around; NaN without liver around.
+    hu: (X, Y, Z), the whole scan with it. mask: (X, Y, Z) bool. contrast_hu: see
+    `benchmarks.realism.lesions.core_contrast`.
     """
 
     scan: Scan
@@ -171,12 +171,7 @@ def as_stored(image: Tensor, scan: Scan) -> Tensor:
 def _tumor(scan: Scan, hu: Tensor, mask: np.ndarray) -> Tumor:
     organ = (scan.label == LIVER).numpy() & ~mask
     lesion = _at_1_mm(scan, hu.numpy(), mask, organ)
-    outside = ndimage.distance_transform_edt(~lesion.tumor)
-    shell = lesion.organ & (outside > 2) & (outside < 8)
-    contrast = math.nan
-    if shell.any():
-        core = lesion.hu[deepest(lesion.tumor)]
-        contrast = float(np.median(core) - np.median(lesion.hu[shell]))
+    contrast = core_contrast(lesion.hu, lesion.tumor, lesion.organ)
     return Tumor(scan, hu, mask, lesion, contrast)
 
 

@@ -32,7 +32,7 @@ from benchmarks.realism.scans import ANNOTATIONS, Scan, liver_scans
 
 COLUMNS = {
     "diameter_mm": "diameter, mm",
-    "deep_contrast_hu": "contrast, HU",
+    "core_contrast_hu": "contrast, HU",
     "noise_in_hu": "noise in, HU",
     "noise_out_hu": "noise out, HU",
     "noise_ratio": "noise in / out",

@@ -73,6 +73,14 @@ def test_cores_are_of_one_size_and_in_the_middle():
     assert (lesions.deepest(ball(2)) == ball(2)).all()  # all there is
 
 
+def test_a_speck_in_the_middle_is_not_the_contrast_of_a_large_lesion():
+    tumor = ball(16, 56)
+    hu = np.where(tumor, 60.0, 100.0) + 100.0 * ball(4, 56)
+    assert lesions.core_contrast(hu, tumor, ~tumor) == pytest.approx(-40)
+    assert lesions.measure(hu, tumor, ~tumor)["deep_contrast_hu"] == pytest.approx(60)
+    assert np.isnan(lesions.core_contrast(hu, tumor, np.zeros_like(tumor)))
+
+
 def test_no_organ_around_gives_nan_and_no_edge_gives_none():
     tumor = ball(8)
     row = lesions.measure(lesion(1.0), tumor, np.zeros_like(tumor))

@@ -196,8 +196,8 @@ def test_the_run_reports_unseen_patients_apart(folder, tmp_path, monkeypatch, ca
     assert groups["two"]["unseen"]["patients"] == ["bert", "carl"]
     assert groups["two"]["trained on"]["patients"] == ["anna"]
     figures = groups["one"]["unseen"]["figures"]
-    assert figures["deep_contrast_hu"]["real"][0] == pytest.approx(-40, abs=5)
-    assert abs(figures["deep_contrast_hu"]["difference"][0]) < 6
+    assert figures["core_contrast_hu"]["real"][0] == pytest.approx(-40, abs=5)
+    assert abs(figures["core_contrast_hu"]["difference"][0]) < 6
     middle, low, high = figures["noise_ratio"]["difference"]
     assert low <= middle <= high
     assert groups["sham"]["all"]["auc"]["all but shape"]["auc"][0] > 0.9
