@@ -63,7 +63,7 @@ def measure(hu: np.ndarray, tumor: np.ndarray, organ: np.ndarray) -> dict[str, f
     contrast, noise_in, noise_out = tumor_statistics(*whole)
     outside = ndimage.distance_transform_edt(~tumor)
     shell = organ & (outside > 2) & (outside < 8)
-    core = _core(tumor)
+    core = deepest(tumor)
     row = {
         "diameter_mm": float((6 * tumor.sum() / np.pi) ** (1 / 3)),
         "contrast_hu": contrast,
@@ -72,6 +72,7 @@ def measure(hu: np.ndarray, tumor: np.ndarray, organ: np.ndarray) -> dict[str, f
     }
     if not shell.any():
         return row
+    row["core_contrast_hu"] = core_contrast(hu, tumor, organ)
     row |= inside(hu, core, shell)
     row |= edge(hu, tumor, organ, row["deep_contrast_hu"])
     row |= shape(tumor)
@@ -256,7 +257,7 @@ def table(rows: list[dict[str, float]], names: tuple[str, ...]) -> np.ndarray:
     return np.array([[row.get(name, np.nan) for name in names] for row in rows], float)
 
 
-def _core(tumor: np.ndarray) -> np.ndarray:
+def deepest(tumor: np.ndarray) -> np.ndarray:
     """The 100 voxels farthest from the outline, or all of a smaller lesion.
 
     The same number in small and large lesions, and clear of real outlines, which are generous.
@@ -267,6 +268,21 @@ def _core(tumor: np.ndarray) -> np.ndarray:
     core = np.zeros_like(tumor)
     core[tuple(where[np.lexsort((far, -depth))[:CORE_VOXELS]].T)] = True
     return core
+
+
+def core_contrast(hu: np.ndarray, tumor: np.ndarray, organ: np.ndarray) -> float:
+    """Median of a lesion's inner half less that of the organ 2 to 8 mm around; NaN without organ.
+
+    The inner half is at least half as deep as the deepest voxel; never fewer than the 100 deepest,
+    so that a speck in the middle of a large heterogeneous lesion does not stand for all of it.
+    """
+    outside = ndimage.distance_transform_edt(~tumor)
+    shell = organ & (outside > 2) & (outside < 8)
+    if not shell.any():
+        return float("nan")
+    depth = ndimage.distance_transform_edt(tumor)
+    core = deepest(tumor) | (depth >= depth.max() / 2)
+    return float(np.median(hu[core]) - np.median(hu[shell]))
 
 
 def _noise(hu: np.ndarray) -> np.ndarray:

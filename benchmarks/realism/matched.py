@@ -32,8 +32,8 @@ from scipy import ndimage
 
 import tumorsynth as ts
 from benchmarks.common import spread, write
-from benchmarks.realism.lesions import NOISE_SIGMA_MM, Lesion, _core, edge, noise_length
-from benchmarks.realism.tumor_quality import real_lesions, synthetic_lesions
+from benchmarks.realism.lesions import NOISE_SIGMA_MM, Lesion, deepest, edge, noise_length
+from benchmarks.realism.pack_lesions import real_lesions, synthetic_lesions
 from tumorsynth.appearance.contrast_priors import ContrastPrior, add_structure
 from tumorsynth.appearance.noise import ScanNoise
 from tumorsynth.generators.handcrafted import HandcraftedConfig, HandcraftedGenerator
@@ -76,7 +76,7 @@ def unmatched() -> Iterator[None]:
 
 def row(lesion: Lesion) -> dict[str, float]:
     """Figures of the 100 voxels farthest from the outline, as in lesions.py."""
-    core = _core(lesion.tumor)
+    core = deepest(lesion.tumor)
     outside = ndimage.distance_transform_edt(~lesion.tumor)
     shell = lesion.organ & (outside > 2) & (outside < 8)
     smooth = ndimage.gaussian_filter(lesion.hu, NOISE_SIGMA_MM)

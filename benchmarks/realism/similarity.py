@@ -22,8 +22,8 @@ from scipy import ndimage
 
 from benchmarks.common import HERE, write
 from benchmarks.realism.lesions import Lesion
+from benchmarks.realism.pack_lesions import real_lesions, synthetic_lesions
 from benchmarks.realism.real_or_synthetic import classify
-from benchmarks.realism.tumor_quality import real_lesions, synthetic_lesions
 from tumorsynth.evaluation.similarity import embed, save_map, table, tell_apart, tumor_features
 from tumorsynth.training.data import Case
 from tumorsynth.training.reading import Source, read_cases

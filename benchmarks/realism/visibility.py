@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
@@ -25,6 +23,7 @@ from torch import Tensor
 
 import tumorsynth as ts
 from benchmarks.common import write
+from benchmarks.realism.scans import LIVER, REAL, SYNTHETIC, liver_scans
 from tumorsynth.appearance.gate import GATE_MARGIN_MM, measure
 from tumorsynth.appearance.visibility import VISIBLE_FROM
 from tumorsynth.geometry import Box, bounding_box
@@ -34,33 +33,10 @@ from tumorsynth.placement.place import place
 from tumorsynth.placement.settings import PlacementSettings
 from tumorsynth.placement.types import LocalMask
 
-LIVER, REAL, SYNTHETIC = 1, 2, 99
-OTHER_ORGANS = ("lung", "adrenal", "ibsi")  # whose label 1 is no liver
 MIN_REAL_MM3 = 50.0
-MARGIN_MM = 40.0  # of a scan around the liver
 SIZE_MM = (5, 20)
 
 Spacing = tuple[float, float, float]
-
-
-def liver_scans(folder: Path) -> Iterator[tuple[str, Tensor, Tensor, Spacing]]:
-    """Name, HU, label and spacing of each scan, cut around its liver."""
-    for path in sorted(folder.glob("*_label.nii*")):
-        name = path.name.split("_label.nii")[0]
-        if name.startswith(OTHER_ORGANS):
-            continue
-        (ct,) = folder.glob(f"{name}_ct.nii*")
-        label = torch.from_numpy(np.asarray(nib.load(path).dataobj).astype(np.int16))
-        if name.startswith("totalseg"):  # a map of organs, where 2 is the pancreas
-            label[label != LIVER] = 0
-        scan = nib.load(ct)
-        spacing: Any = tuple(float(s) for s in scan.header.get_zooms()[:3])
-        box = bounding_box(label == LIVER, 0)
-        assert box is not None
-        box = box.grown([math.ceil(MARGIN_MM / s) for s in spacing])
-        part = box.within(Box.whole(label.shape)).slices
-        hu = torch.from_numpy(np.asarray(scan.dataobj).astype(np.float32))[part].clone()
-        yield name, hu, label[part].clone(), spacing
 
 
 def in_scan(hu: Tensor, label: Tensor, mask: Tensor, spacing: Spacing) -> float | None:
@@ -139,7 +115,8 @@ def main() -> None:
     torch.set_num_threads(1)
     scans: dict[str, Any] = {}
     pooled: dict[str, list[float]] = {}
-    for name, hu, label, spacing in liver_scans(args.folder):
+    for scan in liver_scans(args.folder, annotations=None):
+        name, hu, label, spacing = scan.name, scan.hu, scan.label, scan.spacing
         values = {
             "real": real(hu, label, spacing),
             "nothing": nothing(hu, label, spacing, args.draws),

@@ -29,14 +29,6 @@ train() {  # train STAGE FOLDER ...: resumes where there is a checkpoint
     --precision "$precision" "${resume[@]}"
 }
 
-quality() {  # quality SET TUMOURS [OPTION...]: both generators on scans that neither learned from
-  local set=$1 count=$2
-  shift 2
-  "$python" -m benchmarks.realism.tumor_quality "$run/measure_$set.npz" \
-    --generator v4="$old" --generator v5="$run/liver-early-5" \
-    --organ-label 1 --tumor-label 2 --count "$count" -o "$run/results/quality_$set.json" "$@"
-}
-
 cards() {  # what each training's card will say, measured on other patients
   "$python" -m tumorsynth.training.evaluate "$1" "$run/measure_lits.npz" --organ-label 1 \
     --tumor-label 2 >"$run/results/evaluate_$2.json"
@@ -57,8 +49,6 @@ for set in lits portal arterial; do
 done
 step evaluate_v4 cards "$old" v4
 step evaluate_v5 cards "$run/liver-early-5" v5
-step quality_lits quality lits 48
-step quality_portal quality portal 48
-step quality_portal_large quality portal 32 --size-mm 20 45
-step quality_arterial quality arterial 48 --contrast-hu 10 28
+step patients "$python" -m benchmarks.realism.patients "$scans" --generator v4="$old" \
+  --generator v5="$run/liver-early-5" -o "$run/results/patients"
 echo "$(date '+%F %T') finished: see $run/results"

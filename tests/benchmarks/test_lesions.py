@@ -1,16 +1,12 @@
-"""benchmarks/realism/tumor_quality.py: figures known beforehand, an honest classifier."""
+"""benchmarks/realism/lesions.py: figures known beforehand; real_or_synthetic.py: an honest one."""
 
 from __future__ import annotations
 
-import json
-
-import balls
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from benchmarks.realism import lesions, real_or_synthetic, tumor_quality
-from tumorsynth.training.data import save_pack
+from benchmarks.realism import lesions, real_or_synthetic
 
 
 def ball(radius: float, side: int = 48) -> np.ndarray:
@@ -71,10 +67,18 @@ def test_texture_tells_smooth_from_grainy():
 
 def test_cores_are_of_one_size_and_in_the_middle():
     for radius in (4, 12):
-        core = lesions._core(ball(radius))
+        core = lesions.deepest(ball(radius))
         assert core.sum() == 100
         assert (core & ~ball(3.5)).sum() == 0
-    assert (lesions._core(ball(2)) == ball(2)).all()  # all there is
+    assert (lesions.deepest(ball(2)) == ball(2)).all()  # all there is
+
+
+def test_a_speck_in_the_middle_is_not_the_contrast_of_a_large_lesion():
+    tumor = ball(16, 56)
+    hu = np.where(tumor, 60.0, 100.0) + 100.0 * ball(4, 56)
+    assert lesions.core_contrast(hu, tumor, ~tumor) == pytest.approx(-40)
+    assert lesions.measure(hu, tumor, ~tumor)["deep_contrast_hu"] == pytest.approx(60)
+    assert np.isnan(lesions.core_contrast(hu, tumor, np.zeros_like(tumor)))
 
 
 def test_no_organ_around_gives_nan_and_no_edge_gives_none():
@@ -129,42 +133,3 @@ def test_missing_values_and_too_few_tumours():
     assert real_or_synthetic.classify(real, synthetic, permutations=5)["auc"] > 0.7
     assert real_or_synthetic.classify(real[:1], synthetic)["auc"] is None
     assert real_or_synthetic.classify(np.full((5, 1), np.nan), synthetic[:, :1])["auc"] is None
-
-
-def test_what_gives_it_away_comes_first():
-    rng = np.random.default_rng(0)
-    real, synthetic = rng.normal(size=(7, 2)), rng.normal(size=(30, 2))
-    real[:, 1] -= 5
-    first = real_or_synthetic.tell_tales(real, synthetic, ("same", "lower"))[0]
-    assert first["feature"] == "lower" and first["auc"] == 0.0
-
-
-def test_the_run_writes_a_table_a_classifier_and_pictures(tmp_path, capsys):
-    save_pack(balls.make_cases(), tmp_path / "pack.npz")
-    arguments = [str(tmp_path / "pack.npz"), "--generator", "hand=hu2023", "--count", "3"]
-    arguments += ["--size-mm", "8", "10", "--permutations", "9", "-o", str(tmp_path / "out.json")]
-    results = tumor_quality.main([*arguments, "--pictures", str(tmp_path / "pictures")])
-    table = results["table"]
-    assert table["real"]["count"] == 2 and table["hand"]["count"] == 3
-    assert table["real"]["contrast_hu"][1] == pytest.approx(-40, abs=5)
-    assert table["hand"]["contrast_hu"][1] < -10 < table["sham"]["contrast_hu"][1]
-    assert table["hand"]["diameter_mm"] == table["sham"]["diameter_mm"]
-    assert sum(sizes["count"] for sizes in results["by_size"]["hand"].values()) == 3
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert len(written["lesions"]["hand"]) == 3 and written["environment"]["commit"]
-    assert str(tmp_path) not in (tmp_path / "out.json").read_text()
-    printed = capsys.readouterr().out
-    assert "| hand | 3 |" in printed and "| hand | 0 to 10 mm | " in printed
-    assert "| HU by mm from the outline |" in printed
-    names = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert {"real_liver.png", "hand_wide_outline.png", "mixed.png", "mixed.json"} <= names
-
-    again = tumor_quality.main(arguments)
-    assert again["table"] == table and again["classifier"] == results["classifier"]
-
-
-def test_rows_of_the_same_name_are_refused(tmp_path):
-    save_pack(balls.make_cases(), tmp_path / "pack.npz")
-    arguments = [str(tmp_path / "pack.npz"), "--count", "1", "-o", str(tmp_path / "out.json")]
-    with pytest.raises(SystemExit, match="LABEL="):
-        tumor_quality.main([*arguments, "--generator", "hu2023", "--generator", "hu2023"])
