@@ -140,9 +140,9 @@ def _paint_turn(
         records[record.sample] = record
     for one, displacement in zip(tumors, displacements, strict=True):
         b = one.id.sample
-        record = records.get(b)
-        if isinstance(record, TumorRecord):
-            records[b] = replace(record, displaced_mm=displacement.largest_mm)
+        painted = records.get(b)
+        if isinstance(painted, TumorRecord):
+            records[b] = replace(painted, displaced_mm=displacement.largest_mm)
         else:
             displacement.undo(samples[b])
     return list(records.values())
