@@ -58,8 +58,8 @@ class Adapter:
         healthy_only: skip samples whose label holds a tumour already. The paper synthesises on
             healthy scans alone.
         spacing: mm per voxel along X, Y, Z. None takes it, and the orientation, from the affine
-            that comes with image, label or organ map. Without one, or where it is the identity,
-            which may stand for an affine that was lost, voxels count as 1 mm and the transform
+            that comes with image, label or organ map. Without one, voxels count as 1 mm; there,
+            and where it stems from the identity that libraries give to plain arrays, the transform
             warns once.
         override_affine: whether ``spacing`` wins over an affine that contradicts it, instead of an
             error.

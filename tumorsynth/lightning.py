@@ -64,9 +64,9 @@ class TumorSynthCallback(Callback):
             several; ``image`` and ``label`` are then places in its batches.
         p: probability that a sample gets tumours.
         spacing: mm per voxel along X, Y, Z, for all samples; or where in the batch it is, (B, 3).
-            The default is the affine of a MetaTensor or of TorchIO's image. Without one, or where
-            it is the identity, which may stand for an affine that was lost, voxels count as 1 mm
-            and the callback warns once.
+            The default is the affine of a MetaTensor or of TorchIO's image. Without one,
+            voxels count as 1 mm; there, and where it stems from the identity that libraries give to
+            plain arrays, the callback warns once.
         seed: decides every draw, together with the epoch, the batch's index and the rank. The
             default is drawn from torch's global generator when training starts
             (``L.seed_everything`` reproduces it). The checkpoint keeps it, so that a resumed run

@@ -159,10 +159,11 @@ class SynthesizeTumor(nn.Module):
             spacing: mm per voxel along X, Y, Z: three numbers, or (B, 3).
             affine: voxel to RAS mm, 4x4 or (B, 4, 4), in place of ``spacing``; gives the
                 orientation as well. The default of both is the affine of the MetaTensor that image
-                or label is. Without one, or where it is the identity, which may stand for an affine
-                that was lost, voxels count as 1 mm and the transform warns once.
+                or label is. Without one, voxels count as 1 mm; there, and where it stems from the identity
+                that libraries give to plain arrays, the transform warns once.
             override_affine: whether ``spacing`` or ``affine`` win over a MetaTensor's affine that
-                contradicts them, instead of an error.
+                contradicts them, instead of an error. They always win over one that stems from the
+                identity of plain arrays.
             seed: one int (sample b uses seed + b) or one per sample; None draws it from torch's
                 global generator. A sample's tumours depend on its own seed alone, not on the batch.
             params: ``synth.params`` of an earlier call, to repeat it bit by bit.

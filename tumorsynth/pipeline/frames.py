@@ -53,7 +53,7 @@ class Carried:
         affine = getattr(x, "affine", None)
         if affine is None:
             return cls(name)
-        return cls(name, affine, lost_affines(affine, x.shape[-3:], x))
+        return cls(name, affine, lost_affines(affine, tuple(getattr(x, "shape", ()))[-3:], x))
 
     def known(self, count: int) -> list[np.ndarray | None]:
         """Return the affine of each of ``count`` samples, None for one that was lost."""

@@ -29,8 +29,8 @@ def lost_affines(affine: Any, shape: Sequence[int], x: Any = None) -> list[bool]
     """
     matrices = to_array(affine)
     matrices = matrices[None] if matrices.ndim == 2 else matrices
-    if matrices.shape[1:] != (4, 4) or not np.isfinite(matrices).all():
-        return [False]  # no affine at all, which other checks refuse
+    if len(shape) != 3 or matrices.shape[1:] != (4, 4) or not np.isfinite(matrices).all():
+        return [False]  # no volume or no affine, which other checks refuse
     if not hasattr(x, "applied_operations"):
         return [stems_from_identity(matrix, shape) for matrix in matrices]
     file = to_array((getattr(x, "meta", None) or {}).get("original_affine"))
