@@ -112,7 +112,7 @@ def place_sample(
     if box is None:
         reason = skip_reasons.no_organ(settings.organ_labels)
         return PlacedSample(SampleParams(seed, SkipCode.NO_ORGAN, reason), [])
-    check_intensity(sample.image, settings.intensity)  # first: tissue is judged in HU
+    _check_intensity(settings, sample)  # first: tissue is judged in HU
     placement = settings.placement
     region = organ_region(settings, sample, tissue, box)
     growth = None if placement.bulge is None else growth_region(settings, sample)
@@ -173,7 +173,7 @@ def replay_sample(
     if not params.tumors:
         return PlacedSample(params, results, recorded)
     sample = sample.to(device)
-    check_intensity(sample.image, settings.intensity)
+    _check_intensity(settings, sample)
     placement = settings.placement
     region = organ_region(settings, sample, tissue)
     growth = None
@@ -193,6 +193,10 @@ def replay_sample(
             )
         )
     return PlacedSample(params, results, recorded)
+
+
+def _check_intensity(settings: Settings, sample: Sample) -> None:
+    check_intensity(sample.image, settings.intensity, sample.label, settings.organ_labels)
 
 
 def growth_region(settings: Settings, sample: Sample) -> ExophyticRegion:

@@ -1,0 +1,109 @@
+"""Check that an image can be in the scale that the user names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tumorsynth.intensity import HU, Intensity
+from tumorsynth.intensity_check.landmarks import Histogram
+from tumorsynth.intensity_check.rules import MIN_VALUES, find_fault, is_ct
+from tumorsynth.intensity_check.scales import contradicts_hu
+from tumorsynth.intensity_check.shares import (
+    RARE,
+    Sample,
+    Shares,
+    describe,
+    sample_voxels,
+    sample_with_organ,
+)
+
+MAX_MEDIAN_HU = 1500.0  # |HU| of half of a crop: no organ reaches it
+MIN_SPAN_HU = 60.0  # of nearly all values that are not one fluid
+BEYOND_LIMITS = 0.05  # of a scale's width: interpolation and noise after scaling
+
+
+def check_intensity(
+    image: Tensor,
+    intensity: Intensity,
+    label: Tensor | None = None,
+    organ_labels: Sequence[int] = (),
+) -> None:
+    """Check that an image can be in the scale that the user names.
+
+    Args:
+        image: (X, Y, Z), floating point; one host-device synchronisation.
+        intensity: what its values are said to mean.
+        label: same shape; None if it is not known.
+        organ_labels: label values of the organ.
+
+    Raises:
+        ValueError: if they clearly mean something else.
+    """
+    organ = None
+    if label is None:
+        values = sample_voxels(image)
+    else:
+        values, organ = sample_with_organ(image, label, organ_labels)
+    if not isinstance(intensity, HU):
+        if (problem := scale_problem(values, intensity)) is not None:
+            raise ValueError(
+                f"image must be in the scale of intensity={intensity!r}, but its values, "
+                f"{describe(values)}, {problem}; pass intensity=HU() for Hounsfield units, or the "
+                "numbers that the image was scaled with"
+            )
+    elif (fault := find_fault(values, organ)) is not None:
+        fix = f"pass intensity={fault.intensity}" if fault.intensity else fault.conversion
+        raise ValueError(
+            f"image must be in Hounsfield units with intensity=HU(), but its values, "
+            f"{describe(values)}, {fault.found}; {fix}"
+        )
+
+
+def scale_problem(values: NDArray[np.float32], intensity: Intensity) -> str | None:
+    """Return what shows that sorted values are not in the scale ``intensity``, or None."""
+    if len(values) < MIN_VALUES:
+        return None
+    raw = Shares(values)
+    inner = raw.without_padding()
+    if len(inner.values) < MIN_VALUES:
+        inner = raw
+    limits = intensity.limits or (-math.inf, math.inf)
+    tolerance = BEYOND_LIMITS * min(limits[1] - limits[0], 1e9)
+    beyond = inner.below(limits[0] - tolerance) + inner.above(limits[1] + tolerance)
+    hu, all_hu = (_to_hu(intensity, shares) for shares in (inner, raw))
+    low, high = hu.quantiles(0.25, 0.75)
+    is_identity = abs(_in_hu(intensity, -1000.0) + 1000) <= 200
+    is_hu = not is_identity and is_ct(Sample(raw, raw.without_padding()))
+    if is_hu or hu.share(-MAX_MEDIAN_HU, MAX_MEDIAN_HU) < 0.5:
+        return f"would be {low:.3g} to {high:.3g} HU in the middle half"
+    if beyond > RARE:
+        return f"lie beyond the {limits[0]:.4g} to {limits[1]:.4g} to which it clips"
+    if is_identity:  # the way out
+        return None
+    least, most = all_hu.quantiles(0.005, 0.995)
+    if most - least < MIN_SPAN_HU and len(np.unique(inner.values)) > 1:
+        if all_hu.share(least, least) > RARE and all_hu.share(most, most) > RARE:
+            return f"would be {least:.4g} to {most:.4g} HU, from air to bone"
+    histogram = Histogram(all_hu)
+    marks = histogram.landmarks() or histogram.window_landmarks()
+    ends = [_in_hu(intensity, limit) for limit in limits]
+    if marks is not None and contradicts_hu(histogram, marks, (ends[0], ends[1])):
+        return (
+            f"would put fat at {marks.fat:.0f} HU and soft tissue at {marks.tissue:.0f} HU, if "
+            "these are the peaks of its histogram"
+        )
+    return None
+
+
+def _to_hu(intensity: Intensity, values: Shares) -> Shares:
+    return Shares(np.sort(intensity.to_hu(torch.from_numpy(values.values)).float().numpy()))
+
+
+def _in_hu(intensity: Intensity, value: float) -> float:
+    return float(intensity.to_hu(torch.tensor(value, dtype=torch.float64)))

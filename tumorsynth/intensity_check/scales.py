@@ -1,0 +1,132 @@
+"""Which scale the landmarks of a CT show, if it is not HU."""
+
+from __future__ import annotations
+
+import math
+
+from tumorsynth.intensity_check.faults import (
+    BYTES,
+    DIVIDED,
+    LOWERED,
+    SHIFTED,
+    Fault,
+    scaled,
+    windowed,
+)
+from tumorsynth.intensity_check.landmarks import Histogram, Landmarks
+from tumorsynth.intensity_check.shares import RARE, Shares
+
+AIR_HU, FAT_HU = -1000.0, -100.0
+FAT_RANGE_HU = (-140.0, -55.0)
+AIR_RANGE_HU = (-1080.0, -930.0)  # scanners and files that end at -1024 or at -1000
+WINDOW_TOPS = (100.0, 255.0, 1000.0, 1023.0, 4095.0, 65535.0)  # of images windowed from 0 on
+FAT_IN_WINDOW, TISSUE_IN_WINDOW = (0.08, 0.2), (0.4, 0.85)  # shares of the window's width
+KNOWN = (  # fault, HU in one unit of the image, HU of 0
+    *((fault, float(by), 0.0) for by, fault in DIVIDED.items()),
+    (SHIFTED, 1.0, -1024.0),
+    (LOWERED, 1.0, 1024.0),
+)
+
+
+def name_scale(histogram: Histogram) -> Fault | None:
+    """Return what the values are if air, fat and tissue lie where they do not in HU, or None."""
+    marks = histogram.landmarks()
+    if marks is not None and contradicts_hu(histogram, marks):
+        return _name(histogram, marks)
+    if histogram.lowest == -128 and histogram.at_lowest > 0.02 and histogram.highest <= 127.01:
+        return windowed(-128, 127)
+    return _name_window(histogram)
+
+
+def contradicts_hu(
+    histogram: Histogram, marks: Landmarks, clip_hu: tuple[float, float] = (-math.inf, math.inf)
+) -> bool:
+    """Whether the landmarks cannot be air or lung, and fat or soft tissue, in HU.
+
+    Args:
+        histogram: of an image in HU, if it is one.
+        marks: its landmarks.
+        clip_hu: HU at which the image is known to be clipped.
+    """
+    air, fat = marks.air, marks.fat
+    if marks.clipped and abs(air - clip_hu[0]) < 1:  # whatever is darker is there
+        if fat < FAT_RANGE_HU[0]:  # or lung
+            bright = histogram.at_highest > 0.01 and abs(histogram.highest - clip_hu[1]) < 1
+            return fat > -600 or (fat > -720 and bright)
+        return fat > FAT_RANGE_HU[1] and marks.tissue - fat < 60 and marks.gap_share < 0.2
+    if air < -1060:  # or padding, below lung or fat
+        too_dark = histogram.inner.below(-1200) > 0.01
+        return too_dark or fat < FAT_RANGE_HU[0] and not -1060 <= fat <= -600
+    if FAT_RANGE_HU[0] <= fat <= FAT_RANGE_HU[1] or air < -960:
+        return False
+    if air < -600:  # or lung
+        return _is_shifted(marks)
+    if air < -140:  # or clipped there by someone: at a round number
+        return not marks.clipped or fat < -20 or (air < -300 and air % 5 != 0)
+    if air < -60:  # or fat
+        return -30 < fat < -3 and marks.tissue < 40
+    if not marks.clipped:
+        return True
+    return fat > 320 or marks.tissue - fat < 35 and marks.gap_share > 0.002
+
+
+def _is_shifted(marks: Landmarks) -> bool:
+    """Whether a number was added to air, at which the image is clipped, and to fat."""
+    ends = [marks.air - end for end in (-1000, -1024)] if marks.clipped else []
+    return any(abs(end - (marks.fat - FAT_HU)) < 20 and end % 5 == 0 for end in ends)
+
+
+def _name(histogram: Histogram, marks: Landmarks) -> Fault:
+    """Return the scale in which air and fat lie here."""
+    for fault, unit, offset in KNOWN:
+        fat, air = (value * unit + offset for value in (marks.fat, marks.air))
+        if FAT_RANGE_HU[0] <= fat <= FAT_RANGE_HU[1] and AIR_RANGE_HU[0] <= air <= AIR_RANGE_HU[1]:
+            return fault
+    if histogram.lowest >= 0 and histogram.highest <= 255.01:
+        return BYTES
+    return scaled(marks.air, marks.fat)
+
+
+def _name_window(histogram: Histogram) -> Fault | None:
+    """Return the range to which a CT is windowed if fat and tissue lie where none are in HU."""
+    marks, highest = histogram.window_landmarks(), histogram.highest
+    top = next((top for top in WINDOW_TOPS if highest <= top + 0.01), None)
+    if marks is None or histogram.lowest != 0 or top is None:
+        return None
+    if histogram.at_highest > RARE and highest < top - 0.01:  # HU that are clipped there
+        return None
+    fat, tissue = marks.fat / top, marks.tissue / top
+    if not FAT_IN_WINDOW[0] <= fat <= FAT_IN_WINDOW[1]:
+        return None
+    if not TISSUE_IN_WINDOW[0] <= tissue <= TISSUE_IN_WINDOW[1]:
+        return None
+    return windowed(0, top)
+
+
+def name_by_organ(whole: Shares, organ: Shares) -> Fault | None:
+    """Return what the values are if an organ and what lies around it show it, or None.
+
+    Args:
+        whole: all values of the sample.
+        organ: those under the organ's label.
+    """
+    count = len(whole.values)
+    if not 100 <= len(organ.values) <= 0.9 * count:
+        return None
+    first, middle, third = organ.quantiles(0.25, 0.5, 0.75)
+    low, high = whole.quantiles(0.05, 0.95)
+    quiet = third - first < 7
+    if quiet and -5 < middle < 32 and -18 < low and high < 38 and whole.share(-16, -3) > 0.02:
+        return DIVIDED[10]
+    lowest, highest = whole.quantiles(RARE, 1 - RARE)
+    if whole.share(highest, highest) > RARE and highest < 254.99:  # HU that are clipped there
+        return None
+    if lowest != 0 or highest > 255.01 or not 105 <= middle <= 235 or third - first > 50:
+        return None
+    zeros = whole.share(0, 0)
+    if zeros < 0.02 or 1 - len(organ.values) / count - zeros < 0.15:  # or masked by the organ
+        return None
+    darker = middle - 50
+    ramp = whole.share(20, darker)
+    edge = whole.share(1e-3, 8)  # as many in HU that are clipped at 0
+    return BYTES if ramp > 0.05 and edge / 8 < 0.3 * ramp / (darker - 20) else None

@@ -1,0 +1,122 @@
+"""A sample of an image's values in order: shares and quantiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+MAX_SAMPLED = 2**14  # voxels of an image that are looked at, evenly spaced
+PADDING_SHARE = 0.005  # of voxels with exactly the lowest value, or 0: from here on, padding
+RARE = 0.003  # share of voxels that metal, motion and noise take
+
+
+class Shares:
+    """Values in order, for shares and quantiles.
+
+    Args:
+        values: finite, one-dimensional, sorted.
+    """
+
+    def __init__(self, values: NDArray[np.float32]):
+        self.values = values
+
+    def share(self, low: float, high: float) -> float:
+        """Return the share of values with low <= value <= high."""
+        first = np.searchsorted(self.values, np.float32(low), "left")
+        last = np.searchsorted(self.values, np.float32(high), "right")
+        return float(last - first) / max(1, len(self.values))
+
+    def below(self, limit: float) -> float:
+        """Return the share of values below a limit."""
+        return self.share(-math.inf, np.nextafter(np.float32(limit), np.float32(-math.inf)))
+
+    def above(self, limit: float) -> float:
+        """Return the share of values above a limit."""
+        return self.share(np.nextafter(np.float32(limit), np.float32(math.inf)), math.inf)
+
+    def quantiles(self, *at: float) -> list[float]:
+        return [float(self.values[round(q * (len(self.values) - 1))]) for q in at]
+
+    def mapped(self, slope: float, offset: float = 0.0) -> Shares:
+        """Return slope x value + offset."""
+        values = self.values * np.float32(slope) + np.float32(offset)
+        return Shares(values if slope > 0 else values[::-1])
+
+    def without_padding(self) -> Shares:
+        """Return the values without those of the lowest one, and of 0, where they are many.
+
+        A lowest value from lung to fat is none: HU are clipped there.
+        """
+        (lowest,), values = self.quantiles(RARE), self.values
+        for padding in (0.0,) if -950 < lowest < -50 else (lowest, 0.0):
+            at = np.float32(padding)
+            first, last = (np.searchsorted(values, at, side) for side in ("left", "right"))
+            if last - first >= PADDING_SHARE * len(values):
+                values = np.concatenate([values[:first], values[last:]])
+        return Shares(values)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sampled values of an image: all of them, and those that are no padding."""
+
+    all: Shares
+    inner: Shares
+
+    def mapped(self, slope: float, offset: float = 0.0) -> Sample:
+        """Return slope x value + offset."""
+        return Sample(self.all.mapped(slope, offset), self.inner.mapped(slope, offset))
+
+
+def sample_voxels(image: Tensor) -> NDArray[np.float32]:
+    """Return the sorted finite values of at most MAX_SAMPLED voxels, evenly spaced.
+
+    Args:
+        image: (X, Y, Z), any real dtype and device.
+    """
+    values: NDArray[np.float32] = (
+        image[_evenly(image.shape)].to(torch.float32).flatten().cpu().numpy()
+    )
+    return np.sort(values[np.isfinite(values)])
+
+
+def sample_with_organ(
+    image: Tensor, label: Tensor, organ_labels: Sequence[int]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return `sample_voxels`, and those of them under the organ's label, sorted, too.
+
+    Args:
+        image: (X, Y, Z), any real dtype and device; one host-device synchronisation.
+        label: same shape.
+        organ_labels: label values of the organ.
+    """
+    at = _evenly(image.shape)
+    sampled, marked = image[at].to(torch.float32), label[at].to(torch.int64)
+    organ = torch.zeros_like(marked, dtype=torch.bool)
+    for value in organ_labels:
+        organ |= marked == value
+    both = torch.stack([sampled, organ.to(torch.float32)]).flatten(1).cpu().numpy()
+    both = both[:, np.isfinite(both[0])]
+    return np.sort(both[0]), np.sort(both[0][both[1] > 0])
+
+
+def _evenly(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Return slices to at most MAX_SAMPLED voxels."""
+    steps, counts = [1, 1, 1], list(shape)
+    while math.prod(counts) > MAX_SAMPLED:
+        axis = counts.index(max(counts))
+        steps[axis] *= 2
+        counts[axis] = -(-(shape[axis] - steps[axis] // 2) // steps[axis])
+    return tuple(slice(step // 2, None, step) for step in steps)
+
+
+def describe(values: NDArray[np.float32]) -> str:
+    """Return in words where most of the sorted values lie."""
+    low, high = Shares(values).quantiles(0.01, 0.99)
+    return f"98 % of them from {low:.4g} to {high:.4g}"
