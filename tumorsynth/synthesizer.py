@@ -262,8 +262,8 @@ class SynthesizeTumor(nn.Module):
         for sample, one in zip(samples, placed, strict=True):
             searched = one.tumor_box is not None or (self.settings.merge and bool(one.results))
             if searched and self.taken_label.is_open:
-                spacing = sample.frame.spacing
-                self.taken_label.judge(sample.label, one.tumor_box, spacing=spacing)
+                voxel_mm3 = sample.frame.voxel_mm3
+                self.taken_label.judge(sample.label, one.tumor_box, voxel_mm3=voxel_mm3)
 
     def _warn_of_faint(self, records: Iterable[Record]) -> None:
         """Warn of a tumour that is hardly visible, once a transform."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +11,15 @@ import pytest
 import torch
 
 import tumorsynth as ts
+from tumorsynth.appearance import gate
 from tumorsynth.appearance.blend import feather, feather_reach
 from tumorsynth.appearance.gate import _depth_mm
+from tumorsynth.appearance.noise import measure_noise
+from tumorsynth.appearance.visibility import visibility
 from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing, shear_of
 from tumorsynth.placement.organ import OrganRegion
 from tumorsynth.placement.place import place, place_from_params
+from tumorsynth.placement.rasterize import equivalent_diameter
 from tumorsynth.placement.settings import PlacementSettings
 from tumorsynth.placement.types import LocalMask, TumorParams
 
@@ -51,6 +56,35 @@ def ball_in(affine: np.ndarray, size=(70, 80, 70)) -> tuple[LocalMask, Frame]:
     tumor = place_from_params(ball, region, frame.spacing, shear=frame.shear)
     assert isinstance(tumor, LocalMask)
     return tumor, frame
+
+
+def test_visibility_and_the_volume_of_a_taken_value_are_those_of_the_sheared_grid():
+    """Of slices that lie further and further to the front, as with a tilted gantry."""
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    affine[:2, 2] = 0.9, -0.7
+    frame = frame_from_affine(affine)
+    assert frame.voxel_mm3 < 0.7 * math.prod(frame.spacing)
+    size = (40, 40, 40)
+    hu = 100 + 10 * torch.randn(size, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[16:24, 16:24, 16:24] = True
+    hu[mask] -= 40
+    found = gate.measure(hu, mask, torch.ones_like(mask), frame.spacing, frame.shear)["visibility"]
+    noise = measure_noise(hu, ~mask, frame.spacing)
+    diameter = equivalent_diameter(512 * frame.voxel_mm3)
+    contrast = float(hu[mask].mean()) - 100
+    assert found == pytest.approx(visibility(contrast, diameter, noise, frame.spacing), rel=0.05)
+
+    label = torch.zeros(1, *size, dtype=torch.uint8)
+    label[0, :4], label[0, 8:, 4:-4, 4:-4] = 1, 2  # 33 000 voxels apart from the organ
+    image = torch.full((1, *size), 100.0)
+    for scale, expected in ((1.2, 0), (1.3, 1)):  # 57 and 72 ml; by the columns' lengths 86, 110
+        scaled = affine @ np.diag([scale] * 3 + [1])
+        transform = ts.SynthesizeTumor("hu2023", count=1, size_mm=4)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            transform(image, label, affine=scaled, seed=0)
+        assert len([w for w in caught if "tumor_label" in str(w.message)]) == expected
 
 
 def test_a_frame_knows_its_voxels_volume():

@@ -54,3 +54,11 @@ def place_in(
 def place_one(label: Tensor, spacing=ISO, seed: int = 0, **settings: Any) -> LocalMask | Skip:
     """Place one tumour of 8 to 20 mm, unless the settings say otherwise."""
     return place_in(label, spacing, seed, **{"size_mm": (8, 20), **settings})[0]
+
+
+def least_labelled_share(tumor: LocalMask) -> float:
+    """Half of a voxel; of tumours that cannot fill one, half of what they fill of the fullest."""
+    half = 0.5 * float(tumor.share.max())
+    lines = [int(tumor.fine_mask.sum(axis).max()) for axis in range(3)]
+    thin = any(n <= k for n, k in zip(lines, tumor.factors, strict=True) if k > 1)
+    return half if thin or half < 0.25 else 0.5

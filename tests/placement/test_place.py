@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from organs import ISO, ellipsoid, make_rng, place_in, place_one, tube
+from organs import ISO, ellipsoid, least_labelled_share, make_rng, place_in, place_one, tube
 from scipy import ndimage
 
 from tumorsynth.geometry import Box
@@ -47,7 +47,7 @@ def check(tumor: LocalMask, label: torch.Tensor, spacing, lo: float, hi: float) 
         line = share.any(tuple(a for a in range(3) if a != axis))
         assert line[0] and line[-1]
     assert (label[tumor.slices][tumor.share > 0] == 1).all()
-    labelled = share >= 0.5 * min(1.0, share.max())
+    labelled = share >= least_labelled_share(tumor)
     assert not (tumor.mask.numpy() & ~labelled).any() and count >= 0.9 * labelled.sum()
     volume = count * math.prod(spacing)
     assert tumor.diameter_mm == pytest.approx((6 * volume / math.pi) ** (1 / 3))

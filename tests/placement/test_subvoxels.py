@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from organs import ellipsoid, make_rng, place_in
+from organs import ellipsoid, least_labelled_share, make_rng, place_in
 
 from tumorsynth.placement.organ import OrganRegion
 from tumorsynth.placement.place import place, place_from_params
@@ -79,9 +79,27 @@ def test_the_label_is_at_least_half_a_voxel_and_never_none(spacing):
         for diameter_mm in (2.0, 4.0, 12.0, 25.0):
             tumor = placed(spacing, params(diameter_mm, shape_seed))
             share = tumor.share
-            least = 0.5 * min(1.0, float(share.max()))
-            assert torch.equal(tumor.mask, share >= least)
+            assert torch.equal(tumor.mask, share >= least_labelled_share(tumor))
             assert int(tumor.mask.sum()) == tumor.voxels >= 1
+
+
+@pytest.mark.parametrize(
+    ("spacing", "diameter_mm"),
+    [
+        ((0.8, 0.8, 12.0), 16.0),
+        ((0.8, 0.8, 12.0), 13.5),
+        ((12.0, 0.8, 0.8), 20.0),
+        ((0.8, 0.8, 5.0), 7.0),
+        ((0.8, 0.8, 8.0), 12.0),
+    ],
+)
+def test_labels_of_tumours_thicker_than_a_slice_are_not_larger_than_the_tumours(
+    spacing, diameter_mm
+):
+    """Wherever the tumour lies between the slices."""
+    voxels = math.pi / 6 * diameter_mm**3 / math.prod(spacing)
+    ratios = [placed(spacing, params(diameter_mm, seed)).voxels / voxels for seed in range(32)]
+    assert np.mean(ratios) == pytest.approx(1.0, abs=0.12) and max(ratios) < 1.25, ratios
 
 
 @pytest.mark.parametrize("spacing", [(0.8, 0.8, 5.0), (0.8, 0.8, 8.0), (8.0, 0.8, 0.8)])

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tumorsynth.label_values import round_labels
+from tumorsynth.scans.collection import Task, process_scan
 from tumorsynth.scans.nifti import new_volume, read_volume, write_volume
+from tumorsynth.scans.pairing import Pair
+from tumorsynth.synthesizer import SynthesizeTumor
 
 nib = pytest.importorskip("nibabel")
 
@@ -58,6 +62,28 @@ def test_a_float_map_of_almost_whole_numbers_is_written_whole(tmp_path):
     assert volume.integers().ravel().tolist() == [0, 1, 2, 2]
     assert volume.as_label().stored.dtype == np.float32
     assert volume.as_label().stored.ravel().tolist() == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["quantised", "almost whole", "whole"])
+def test_a_scan_s_label_is_rounded_once(tmp_path, monkeypatch, kind):
+    rounded = []
+    monkeypatch.setattr(
+        "tumorsynth.scans.volume.round_labels", lambda *a: rounded.append(1) or round_labels(*a)
+    )
+    labels = np.ones((40, 40, 40))
+    if kind == "quantised":
+        quantised(tmp_path / "label.nii.gz", labels, "int16")
+    else:
+        labels = (labels * (0.99998 if kind == "almost whole" else 1)).astype(np.float32)
+        nib.save(nib.Nifti1Image(labels, AFFINE), tmp_path / "label.nii.gz")
+    hu = np.random.default_rng(0).normal(100, 8, (40, 40, 40)).astype(np.float32)
+    nib.save(nib.Nifti1Image(hu, AFFINE), tmp_path / "ct.nii.gz")
+    synth = SynthesizeTumor("hu2023", tumor_label=2, count=1, size_mm=12)
+    pair = Pair("a", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz")
+    (record,) = process_scan(synth, Task(pair, 0, organ_required=True), tmp_path)
+    made = np.asarray(nib.load(tmp_path / "a_label.nii.gz").dataobj)
+    assert record["applied"] and (made == 2).sum() == record["label_voxels"] > 0
+    assert len(rounded) == 1
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])

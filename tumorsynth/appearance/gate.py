@@ -202,7 +202,7 @@ def measure(
     scores["contrast_hu"] = contrast
     if SOLID_TISSUE_HU[0] < organ_level < SOLID_TISSUE_HU[1]:
         scores["level_hu"] = level
-    scores["visibility"] = measure_visibility(hu, tumor_mask, around, spacing)
+    scores["visibility"] = measure_visibility(hu, tumor_mask, around, spacing, shear)
     core_noise, organ_noise = _noise_sd(hu, core, spacing), _noise_sd(hu, around, spacing)
     if core_noise is not None and organ_noise:
         scores["noise_ratio"] = core_noise / organ_noise

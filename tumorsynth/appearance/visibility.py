@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA, ScanNoise, measure_noise
+from tumorsynth.geometry import Frame, Rows3
 from tumorsynth.placement.rasterize import equivalent_diameter
 
 VISIBLE_FROM = 5.0  # the Rose criterion; 29 of 30 annotated tumours are above
@@ -75,7 +76,11 @@ def contrast_for(
 
 
 def measure_visibility(
-    hu: Tensor, tumor_mask: Tensor, around: Tensor, spacing: Sequence[float]
+    hu: Tensor,
+    tumor_mask: Tensor,
+    around: Tensor,
+    spacing: Sequence[float],
+    shear: Rows3 | None = None,
 ) -> float | None:
     """Measure the visibility of a tumour that is in a scan, for example an annotated one.
 
@@ -84,10 +89,12 @@ def measure_visibility(
         tumor_mask: bool, same shape.
         around: bool, same shape: the tissue to compare with, without any tumour.
         spacing: mm per voxel.
+        shear: of the scan's axes; see `tumorsynth.geometry.Frame`.
     """
     noise = measure_noise(hu, around, spacing)
-    volume = int(tumor_mask.sum()) * math.prod(spacing)
-    if noise.level_hu is None or volume == 0:
+    x, y, z = spacing
+    volume_mm3 = int(tumor_mask.sum()) * Frame((x, y, z), shear=shear).voxel_mm3
+    if noise.level_hu is None or volume_mm3 == 0:
         return None
     contrast = float(hu[tumor_mask].mean()) - noise.level_hu
-    return visibility(contrast, equivalent_diameter(volume), noise, spacing)
+    return visibility(contrast, equivalent_diameter(volume_mm3), noise, spacing)

@@ -214,7 +214,8 @@ class TumorRecord:
         volume_mm3: volume of the labelled voxels.
         label_voxels: how many voxels became ``tumor_label``.
         true_diameter_mm: equivalent diameter of the tumour itself. Where voxels are coarse, the
-            label differs: it holds the voxels of which the tumour fills half, and never none.
+            label differs: it holds the voxels of which the tumour fills half; of one thinner than a
+            voxel, the outline of what is visible.
         true_volume_mm3: volume of the tumour itself.
         hu_change: mean change in the labelled voxels, in HU.
         true_contrast_hu: mean of what the generator changed in the tumour itself.

@@ -15,8 +15,6 @@ A vessel or another structure inside the organ passes for tumours.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +60,7 @@ class TakenLabelCheck:
         label: Tensor,
         box: Box | None = None,
         organ: Tensor | None = None,
-        spacing: Sequence[float] | None = None,
+        voxel_mm3: float | None = None,
     ) -> None:
         """Judge one sample, and warn if its voxels of the value look like an organ.
 
@@ -70,13 +68,13 @@ class TakenLabelCheck:
             label: (X, Y, Z), before any tumour is added.
             box: around the voxels of the value, if known.
             organ: bool (X, Y, Z), the organ, where it is in a map of its own.
-            spacing: mm per voxel, if known.
+            voxel_mm3: volume of a voxel, if known.
         """
         found = measure(label, self.tumor_label, self.organ_labels, box, organ)
         if found is None:
             return
         self._left -= 1
-        if not found.looks_like_an_organ(spacing):
+        if not found.looks_like_an_organ(voxel_mm3):
             return
         self._warning.give(
             f"label holds {found.voxels} voxels of {self.tumor_label} = tumor_label before any "
@@ -100,19 +98,17 @@ class TakenValue:
     contact: float
     others: int
 
-    def looks_like_an_organ(
-        self, spacing: Sequence[float] | None = None, *, clearly: bool = False
-    ) -> bool:
+    def looks_like_an_organ(self, voxel_mm3: float | None = None, *, clearly: bool = False) -> bool:
         """Return whether the voxels look like another organ rather than tumours.
 
         Args:
-            spacing: mm per voxel; without it a label of two values is not suspected.
+            voxel_mm3: volume of a voxel; without it a label of two values is not suspected.
             clearly: ask for more evidence.
         """
         if self.others > 1:
             return self.contact < (CLEARLY_NO_CONTACT if clearly else MIN_CONTACT)
         if self.others == 0:
-            ml = 0.0 if spacing is None else self.voxels * math.prod(spacing) / 1000
+            ml = 0.0 if voxel_mm3 is None else self.voxels * voxel_mm3 / 1000
             return self.contact < MIN_CONTACT_ALONE and ml >= MIN_ORGAN_ML
         return self.contact < MIN_CONTACT_ALONE
 

@@ -1,7 +1,7 @@
 """Rasterise a tumour: from a shape at a centre to the allowed voxels it takes.
 
 Coarse voxels are divided first (`tumorsynth.subvoxels`). The label then holds the voxels of which
-the tumour fills at least half or, where it fills none that far, half as much as of the fullest.
+the tumour fills at least half; of tumours thinner than a voxel, half as much as of the fullest.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def rasterize(
     fine = torch.from_numpy(mask[refine_box(tight, factors).slices].copy())
     label, voxels = fine, n
     if factors != ONE:
-        label = _label_of(average_subvoxels(fine.double(), factors))
+        label = _label_of(fine, factors)
         voxels = int(label.sum())
     return LocalMask(
         params=params,
@@ -91,15 +91,24 @@ def rasterize(
     )
 
 
-def _label_of(share: Tensor) -> Tensor:
-    """Return the voxels to label (X, Y, Z), given the share of each that the tumour fills.
+def _label_of(fine: Tensor, factors: Ints3) -> Tensor:
+    """Return the voxels to label (X, Y, Z): connected, and at least one.
 
-    They are connected, and at least one.
+    They are those of which the tumour fills at least half; on average, as many as its volume. A
+    tumour no thicker than a voxel seldom fills one: its label is the outline of what is visible, at
+    half of the fullest voxel.
+
+    Args:
+        fine: bool, the tumour on the box's subvoxels.
+        factors: subvoxels along each axis of a voxel.
     """
-    values = share.numpy()
-    fullest = int(values.argmax())
-    label = values >= MIN_LABEL_SHARE * min(1.0, float(values.flat[fullest]))
-    return torch.from_numpy(flood(label, fullest))
+    share = average_subvoxels(fine.double(), factors).numpy()
+    fullest = int(share.argmax())
+    least, most = MIN_LABEL_SHARE, float(share.flat[fullest])
+    is_thin = any(k > 1 and int(fine.sum(axis).max()) <= k for axis, k in enumerate(factors))
+    if is_thin or most < least:
+        least *= most
+    return torch.from_numpy(flood(share >= least, fullest))
 
 
 class _LevelGrid:

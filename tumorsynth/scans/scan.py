@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tumorsynth.affines import voxel_sizes
 from tumorsynth.scans import nifti
 from tumorsynth.scans.outputs import output_paths, unfinished_marker
 from tumorsynth.scans.run_settings import run_settings, to_json_types, voxels_sha256
@@ -59,7 +58,7 @@ def synthesize_scan(
     from tumorsynth.scans.preview import save_preview
 
     whole_label = label.as_label()
-    before, old = image.values(), whole_label.integers()
+    before, old = image.values(), label.integers()
     _check_intensity(image.name, before, synth)
     step()
     with warnings.catch_warnings():
@@ -141,6 +140,7 @@ def check_taken_label(
         return None
     import torch
 
+    from tumorsynth.geometry import frame_from_affine
     from tumorsynth.pipeline.taken_label import free_value, measure
 
     values = torch.from_numpy(label.integers())
@@ -148,8 +148,8 @@ def check_taken_label(
     if not count:
         return None
     found = measure(values, tumor_label, organ_labels)
-    spacing = voxel_sizes(label.affine)
-    is_organ = found is not None and found.looks_like_an_organ(spacing.tolist(), clearly=True)
+    voxel_mm3 = frame_from_affine(label.affine).voxel_mm3
+    is_organ = found is not None and found.looks_like_an_organ(voxel_mm3, clearly=True)
     free = f"--tumor-label {free_value(values)}"
     if if_taken == "judge" and not is_organ:
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Volume:
         return (self.stored * self.slope + self.inter).astype(np.float32)
 
     def integers(self) -> np.ndarray:
-        """The values of a label map, (X, Y, Z) int32.
+        """The values of a label map, (X, Y, Z) int32; do not change them in place.
 
         Values that the file's own scale quantised count as the whole numbers they were.
 
@@ -52,6 +53,10 @@ class Volume:
             ValueError: if a value is not whole, is below -1 (nnU-Net's value for voxels beyond the
                 scan) or does not fit.
         """
+        return self._integers
+
+    @cached_property
+    def _integers(self) -> np.ndarray:
         if self.stored.dtype.kind in "iu" and not self.is_scaled:
             whole = self.stored
         else:
@@ -94,6 +99,10 @@ class Volume:
         Raises:
             ValueError: as for `integers`.
         """
+        return self._as_label
+
+    @cached_property
+    def _as_label(self) -> Volume:
         if self.stored.dtype.kind in "iu" and not self.is_scaled:
             return self
         whole = self.integers()
