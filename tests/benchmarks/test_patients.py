@@ -73,6 +73,15 @@ def test_a_synthetic_tumour_has_the_size_and_contrast_and_keeps_off_real_ones(
     assert (made.sham.hu == scan.hu).all() and (made.sham.mask == made.tumor.mask).all()
 
 
+def test_no_taken_voxel_becomes_tumour(folder):
+    (scan, *_) = read(folder)
+    first = paired.make("hu2023", scan, 12.0, -40.0, seed=5)
+    taken = first.tumor.mask
+    again = paired.make("hu2023", scan, 12.0, -40.0, seed=5, taken=taken)
+    assert isinstance(again, paired.Made) and not (again.tumor.mask & taken).any()
+    assert isinstance(paired.make("hu2023", scan, 12.0, -40.0, 5, np.ones_like(taken)), str)
+
+
 def test_two_generators_paint_into_the_same_outlines(folder):
     (scan, *_) = read(folder)
     one = paired.make("hu2023", scan, 12.0, -40.0, seed=5)
