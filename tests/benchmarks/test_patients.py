@@ -220,6 +220,17 @@ def test_the_run_reports_unseen_patients_apart(folder, tmp_path, monkeypatch, ca
     assert SPACING == tuple(results["scans"][0]["spacing_mm"])
 
 
+def test_only_tumours_of_a_size_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.HERE", tmp_path)
+    write_livers(tmp_path, ("anna",), diameter_mm=10)
+    write_livers(tmp_path, ("bert",), diameter_mm=18)
+    arguments = [str(tmp_path), "--annotations", str(tmp_path), "--each", "1", "--generator"]
+    results = patients.main([*arguments, "hu2023", "--permutations", "1", "--size-mm", "0", "15"])
+    assert [about["scan"] for about in results["scans"]] == ["anna"]
+    with pytest.raises(SystemExit, match="no annotated"):
+        patients.main([*arguments, "hu2023", "--size-mm", "30", "40"])
+
+
 def test_intervals_are_of_patients():
     rng = np.random.default_rng(0)
     assert patients.over_patients([2.0, 2.0, float("nan")], rng) == [2.0, 2.0, 2.0]
