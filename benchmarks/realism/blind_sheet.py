@@ -32,16 +32,16 @@ from scipy import ndimage
 
 from benchmarks.common import HERE, environment
 from benchmarks.realism.generators import Entry, load
-from benchmarks.realism.paired import Made, Tumor, make, real_tumors
+from benchmarks.realism.paired import Tumor, make, real_tumors
 from benchmarks.realism.scans import ANNOTATIONS, REAL, Scan, liver_scans
 from tumorsynth.scans.nifti import write_atomic
 
 WINDOWS_HU = ((-160.0, 240.0), (30.0, 190.0))  # abdomen, liver
-FIELD_MM, PIXELS_PER_MM = 96.0, 3.0
+FIELD_MM, PIXELS_PER_MM = 84.0, 3.5
 JITTER_MM = 10.0  # of the field, along each axis
 FRAME = 14  # pixels around each slice, for the ticks
 SIZE_JITTER = 0.15
-TRIES = 20  # scans and sizes for one synthetic tumour
+TRIES = 5  # rounds through the real tumours that are imitated
 
 
 @dataclass
@@ -107,19 +107,31 @@ def in_turn(tumors: dict[str, list[Tumor]], count: int, rng: np.random.Generator
     return chosen
 
 
-def synthetic(entry: Entry, real: list[Tumor], rng: np.random.Generator) -> Case:
-    """A synthetic tumour like a random one of ``real``, in the same liver."""
-    reasons = []
+def synthetic(entry: Entry, real: list[Tumor], count: int, rng: np.random.Generator) -> list[Case]:
+    """Synthetic tumours like the real ones, each like another one where there is room for it.
+
+    Those of one scan do not overlap: tumours at one place could not both be real.
+    """
+    cases: list[Case] = []
+    taken: dict[str, np.ndarray] = {}
+    reasons: set[str] = set()
     for _ in range(TRIES):
-        like = real[int(rng.integers(len(real)))]
-        diameter = like.diameter_mm * float(np.exp(rng.uniform(-SIZE_JITTER, SIZE_JITTER)))
-        seed = int(rng.integers(2**31))
-        made = make(entry.generator, like.scan, diameter, like.contrast_hu, seed)
-        if isinstance(made, Made):
+        for k in rng.permutation(len(real)):
+            like, seed = real[k], int(rng.integers(2**31))
+            diameter = like.diameter_mm * float(np.exp(rng.uniform(-SIZE_JITTER, SIZE_JITTER)))
+            scan = like.scan
+            taken.setdefault(scan.name, np.zeros(scan.hu.shape, bool))
+            made = make(entry.generator, scan, diameter, like.contrast_hu, seed, taken[scan.name])
+            if isinstance(made, str):
+                reasons.add(made)
+                continue
+            taken[scan.name] |= made.tumor.mask
             told = {"asked_hu": made.asked_hu, "seed": made.seed}
-            return case_of(made.tumor, "synthetic", rng, **told)
-        reasons.append(made)
-    raise SystemExit(f"no synthetic tumour in {TRIES} attempts: {', '.join(sorted(set(reasons)))}")
+            cases.append(case_of(made.tumor, "synthetic", rng, **told))
+            print(f"{len(cases)} of {count} painted", flush=True)
+            if len(cases) == count:
+                return cases
+    raise SystemExit(f"got {len(cases)} of {count} synthetic tumours: {'; '.join(sorted(reasons))}")
 
 
 def cases_of(scans: list[Scan], entry: Entry, count: int, rng: np.random.Generator) -> list[Case]:
@@ -137,9 +149,7 @@ def cases_of(scans: list[Scan], entry: Entry, count: int, rng: np.random.Generat
     if len(real) < count // 2:
         raise SystemExit(f"{count} cases take {count // 2} real tumours, got {len(real)}")
     cases = [case_of(tumor, "real", rng) for tumor in real]
-    for done in range(count - len(real)):
-        cases.append(synthetic(entry, real, rng))
-        print(f"{done + 1} of {count - len(real)} painted", flush=True)
+    cases += synthetic(entry, real, count - len(real), rng)
     return [cases[k] for k in rng.permutation(len(cases))]
 
 

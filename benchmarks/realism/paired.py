@@ -80,14 +80,20 @@ class Made:
 
 
 def make(
-    generator: Any, scan: Scan, diameter_mm: float, contrast_hu: float, seed: int
+    generator: Any,
+    scan: Scan,
+    diameter_mm: float,
+    contrast_hu: float,
+    seed: int,
+    taken: np.ndarray | None = None,
 ) -> Made | str:
     """Paint a tumour of a diameter and a measured contrast; or say why there is none.
 
     The contrast that is asked of the generator is corrected once where the measured one is off by
-    more than 3 HU, so that generators are compared at the same contrast.
+    more than 3 HU, so that generators are compared at the same contrast. No voxel of ``taken``
+    (X, Y, Z) becomes tumour.
     """
-    seed = _free_seed(scan, diameter_mm, contrast_hu, seed)
+    seed = _free_seed(scan, diameter_mm, contrast_hu, seed, taken)
     if seed < 0:
         return (
             f"no room for {diameter_mm:.0f} mm, {GAP_MM:.0f} mm off real tumours, in {TRIES} draws"
@@ -122,7 +128,9 @@ def pairs(
             yield make(generator, scan, tumor.diameter_mm, tumor.contrast_hu, first)
 
 
-def _free_seed(scan: Scan, diameter_mm: float, contrast_hu: float, seed: int) -> int:
+def _free_seed(
+    scan: Scan, diameter_mm: float, contrast_hu: float, seed: int, taken: np.ndarray | None
+) -> int:
     """The first seed from ``seed`` on whose tumour is far enough from real ones; -1 for none.
 
     The place and the outline depend on the seed alone, so the quick `hu2023` shows them.
@@ -133,7 +141,8 @@ def _free_seed(scan: Scan, diameter_mm: float, contrast_hu: float, seed: int) ->
             continue
         mask = painted[1]
         size = diameter_of(mask, scan) / diameter_mm  # organs without room get a smaller tumour
-        if size > LEAST_SIZE and scan.from_real_mm[mask].min() >= GAP_MM:
+        free = scan.from_real_mm[mask].min() >= GAP_MM and (taken is None or not taken[mask].any())
+        if free and size > LEAST_SIZE:
             return attempt
     return -1
 

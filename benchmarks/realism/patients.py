@@ -75,14 +75,14 @@ class Rows:
 
 
 def measured(
-    scans: Iterable[Scan], entries: list[Entry], each: int, seed: int
+    scans: Iterable[Scan], entries: list[Entry], size_mm: tuple[float, float], each: int, seed: int
 ) -> tuple[dict[str, Rows], list[dict[str, Any]], dict[str, Any]]:
     """Rows of "real", "sham" and every generator; what the scans are; how painting went."""
     rows = {label: Rows() for label in ("real", "sham", *(e.label for e in entries))}
     how: dict[str, Any] = {e.label: {"cpu_seconds": 0, "skipped": {}} for e in entries}
     about = []
     for scan in scans:
-        real = real_tumors(scan)
+        real = [t for t in real_tumors(scan) if size_mm[0] <= t.diameter_mm < size_mm[1]]
         if not real:
             continue
         about.append(describe(scan, real))
@@ -122,7 +122,8 @@ def over_patients(values: Iterable[float], rng: np.random.Generator) -> list[flo
     if not len(found):
         return None
     means = found[rng.integers(0, len(found), (RESAMPLED, len(found)))].mean(1)
-    return [round(float(v), 2) for v in (found.mean(), *np.percentile(means, [2.5, 97.5]))]
+    values = (found.mean(), *np.percentile(means, [2.5, 97.5]))
+    return [round(float(v), 2) + 0.0 for v in values]  # no -0
 
 
 def compare(
@@ -237,6 +238,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--trained-on", action="append", default=[], metavar="LABEL=PATIENT,...", help="or =none"
     )
+    parser.add_argument(
+        "--size-mm", type=float, nargs=2, default=(0.0, 200.0), help="of the real tumours"
+    )
     parser.add_argument("--each", type=int, default=3, help="synthetic tumours for a real one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--permutations", type=int, default=200, help="of the chance level")
@@ -245,10 +249,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     entries = load(args.generator, args.trained_on)
     scans = liver_scans(args.scans, args.annotations, args.only)
-    rows, about, how = measured(scans, entries, args.each, args.seed)
+    rows, about, how = measured(scans, entries, tuple(args.size_mm), args.each, args.seed)
     names = sorted(set(rows["real"].patients))
     if not names:
-        raise SystemExit(f"no annotated liver tumours in {args.scans}")
+        raise SystemExit(f"no annotated liver tumours of --size-mm in {args.scans}")
     others = [label for label in rows if label != "real"]
     aucs = {
         label: {
@@ -277,6 +281,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "how": "a patient's figure is the median of its tumours; means over patients with 95 % "
         "intervals, patients resampled; AUC of a linear discriminant fitted to the other patients",
         "generators": {e.label: {**e.describe(), **how[e.label]} for e in entries},
+        "size_mm": list(args.size_mm),
         "each": args.each,
         "seed": args.seed,
         "patients": len(names),

@@ -73,6 +73,15 @@ def test_a_synthetic_tumour_has_the_size_and_contrast_and_keeps_off_real_ones(
     assert (made.sham.hu == scan.hu).all() and (made.sham.mask == made.tumor.mask).all()
 
 
+def test_no_taken_voxel_becomes_tumour(folder):
+    (scan, *_) = read(folder)
+    first = paired.make("hu2023", scan, 12.0, -40.0, seed=5)
+    taken = first.tumor.mask
+    again = paired.make("hu2023", scan, 12.0, -40.0, seed=5, taken=taken)
+    assert isinstance(again, paired.Made) and not (again.tumor.mask & taken).any()
+    assert isinstance(paired.make("hu2023", scan, 12.0, -40.0, 5, np.ones_like(taken)), str)
+
+
 def test_two_generators_paint_into_the_same_outlines(folder):
     (scan, *_) = read(folder)
     one = paired.make("hu2023", scan, 12.0, -40.0, seed=5)
@@ -209,6 +218,17 @@ def test_the_run_reports_unseen_patients_apart(folder, tmp_path, monkeypatch, ca
     assert str(folder) not in text and str(tmp_path) not in text
     assert "| contrast, HU: difference | " in capsys.readouterr().out
     assert SPACING == tuple(results["scans"][0]["spacing_mm"])
+
+
+def test_only_tumours_of_a_size_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.HERE", tmp_path)
+    write_livers(tmp_path, ("anna",), diameter_mm=10)
+    write_livers(tmp_path, ("bert",), diameter_mm=18)
+    arguments = [str(tmp_path), "--annotations", str(tmp_path), "--each", "1", "--generator"]
+    results = patients.main([*arguments, "hu2023", "--permutations", "1", "--size-mm", "0", "15"])
+    assert [about["scan"] for about in results["scans"]] == ["anna"]
+    with pytest.raises(SystemExit, match="no annotated"):
+        patients.main([*arguments, "hu2023", "--size-mm", "30", "40"])
 
 
 def test_intervals_are_of_patients():

@@ -29,6 +29,13 @@ train() {  # train STAGE FOLDER ...: resumes where there is a checkpoint
     --precision "$precision" "${resume[@]}"
 }
 
+patients() {  # patients NAME [OPTION...]: both generators beside the real tumours of all patients
+  local name=$1
+  shift
+  "$python" -m benchmarks.realism.patients "$scans" --generator v4="$old" \
+    --generator v5="$run/liver-early-5" -o "$run/results/$name" "$@"
+}
+
 cards() {  # what each training's card will say, measured on other patients
   "$python" -m tumorsynth.training.evaluate "$1" "$run/measure_lits.npz" --organ-label 1 \
     --tumor-label 2 >"$run/results/evaluate_$2.json"
@@ -49,6 +56,6 @@ for set in lits portal arterial; do
 done
 step evaluate_v4 cards "$old" v4
 step evaluate_v5 cards "$run/liver-early-5" v5
-step patients "$python" -m benchmarks.realism.patients "$scans" --generator v4="$old" \
-  --generator v5="$run/liver-early-5" -o "$run/results/patients"
+step patients patients patients
+step patients_early patients patients_early --size-mm 0 20
 echo "$(date '+%F %T') finished: see $run/results"
