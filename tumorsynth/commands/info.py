@@ -14,7 +14,8 @@ HIDDEN = ("format", "config")  # entries of a card that say nothing to a reader
 
 def info(
     name: Annotated[
-        str | None, typer.Argument(help="Bundled name, generator folder or hub id.")
+        str | None,
+        typer.Argument(help="Bundled name, generator folder, hub id or bank of lesions."),
     ] = None,
 ) -> None:
     """List the bundled generators, or check and describe one.
@@ -22,11 +23,12 @@ def info(
     With NAME, checks the generator's files against its card and prints the card.
     """
     from tumorsynth.generators import store
+    from tumorsynth.generators.bank import is_bank
 
     if name is None:
         for bundled in store.bundled_names():
             _print_line(bundled)
-    elif name == store.HANDCRAFTED:
+    elif name == store.HANDCRAFTED or is_bank(name):
         _print_card(_shown(store.load_generator(name).card))
     else:
         folder = store.find_folder(name)

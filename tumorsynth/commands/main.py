@@ -169,7 +169,7 @@ app.command()(info)
 def train(
     words: Annotated[list[str] | None, typer.Argument(metavar="COMMAND ...")] = None,
 ) -> None:
-    """Train a generator: autoencoder, denoiser, pack."""
+    """Train a generator: autoencoder, denoiser, pack; or make a bank of lesions: bank."""
     from tumorsynth.commands.train import app as commands  # imports torch
 
     command = typer.main.get_command(commands)

@@ -25,7 +25,7 @@ def replay(
     generator: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id of the report's generator, unless it is a bundled one.",
+            help="Folder, hub id or bank of the report's generator, unless it is a bundled one.",
             show_default=False,
         ),
     ] = None,

@@ -19,8 +19,8 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write the resu
 GeneratorName = Annotated[
     str | None,
     typer.Option(
-        help="Bundled name, generator folder or hub id; `tumorsynth info` lists the bundled ones. "
-        "[default: liver-early, or hu2023 if that does not ship]",
+        help="Bundled name, generator folder, hub id or bank of lesions; `tumorsynth info` lists "
+        "the bundled ones. [default: liver-early, or hu2023 if that does not ship]",
         show_default=False,
     ),
 ]

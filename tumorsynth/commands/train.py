@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tumorsynth.commands.shared import Geometry, SameGrid
+from tumorsynth.commands.shared import Geometry, Overwrite, SameGrid, parse_intensity, say
+from tumorsynth.scans.annotated import read_annotated
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.training.config import (
     PRESETS,
@@ -191,6 +192,69 @@ def pack(
             f"{', held out' if case.held_out else ''}"
         )
     print(f"wrote {out}")
+
+
+@app.command()
+def bank(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help='dataset.json ({"training": [{"image": ..., "label": ...}, ...]}; what it lists '
+            "under validation stays out), or a folder of CTs"
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help=".safetensors file to write.")],
+    labels: Labels = None,
+    tumor_label: Annotated[int, typer.Option(help="Label value of tumours.")] = 2,
+    organ_label: Annotated[
+        list[int],
+        typer.Option(
+            help="Label value of the organ around them. Repeat the option for several values."
+        ),
+    ] = [1],  # noqa: B006 (typer copies it)
+    intensity: Annotated[
+        str, typer.Option(help="Scale of the images: hu, or A_MIN,A_MAX,B_MIN,B_MAX.")
+    ] = "hu",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the bank, in reports. [default: the file's]")
+    ] = None,
+    terms: Annotated[
+        str | None, typer.Option(help="Terms of use of the scans, written into the card.")
+    ] = None,
+    geometry: Geometry = None,
+    same_grid: SameGrid = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut the tumours out of annotated scans, to paste them into others.
+
+    Writes a bank, for --generator OUT and ts.CopyPaste.load(OUT). It holds voxels of the scans.
+    """
+    from tumorsynth.generators.bank import check_bank_path
+    from tumorsynth.generators.copy_paste import TERMS, CopyPaste
+    from tumorsynth.training.reading import find_sources
+
+    check_bank_path(out)
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; choose another file or add --overwrite")
+    sources = [one for one in find_sources(data, labels) if not one.held_out]
+    annotated = [(one.name, one.image, one.label) for one in sources if one.label is not None]
+    if len(annotated) < len(sources):
+        say(f"note: {len(sources) - len(annotated)} of {len(sources)} scans have no label map")
+    if not annotated:
+        raise ValueError(
+            f"{data} must have annotated scans, but none has a label map; give their folder as "
+            "--labels"
+        )
+    scans = read_annotated(annotated, Reading(geometry, same_grid), parse_intensity(intensity))
+    made = CopyPaste.from_scans(
+        scans, tumor_label, organ_label, name=name or out.stem, terms=terms or TERMS
+    )
+    made.save(out)
+    for lesion in made.lesions:
+        print(f"{lesion.source}: {lesion.diameter_mm:.1f} mm, {lesion.contrast_hu:+.0f} HU")
+    for reason in made.card["left_out"]:
+        say(f"note: left out: {reason}")
+    _wrote(f"{out} with {len(made.lesions)} lesions; use it with --generator {out}")
 
 
 def _preset(stage: str, name: str) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def read_scans(scans: Any, intensity: Intensity) -> Iterator[AnnotatedScan]:
 
     Args:
         scans: pairs of NIfTI files (ct, label), or triples of arrays (image, label, spacing or
-            affine), which MetaTensors may leave out. Arrays are (X, Y, Z) or (1, X, Y, Z).
+            affine), which MetaTensors may leave out. Arrays are (X, Y, Z) or (1, X, Y, Z). An
+            `AnnotatedScan` passes through.
         intensity: what the values of images mean.
 
     Raises:
@@ -48,7 +49,9 @@ def read_scans(scans: Any, intensity: Intensity) -> Iterator[AnnotatedScan]:
     for number, scan in enumerate(scans):
         if isinstance(scan, str | os.PathLike) or not isinstance(scan, Sequence):
             raise TypeError(f"scan {number} must be a tuple, got {scan!r:.60}; pass {EXAMPLE}")
-        if len(scan) == 2 and all(isinstance(part, str | os.PathLike) for part in scan):
+        if isinstance(scan, AnnotatedScan):
+            yield scan
+        elif len(scan) == 2 and all(isinstance(part, str | os.PathLike) for part in scan):
             yield _of_files(Path(scan[0]), Path(scan[1]), intensity)
         elif len(scan) in (2, 3):
             yield _of_arrays(f"scan {number}", *scan, intensity=intensity)
@@ -67,7 +70,7 @@ def _of_files(ct: Path, label: Path, intensity: Intensity) -> AnnotatedScan:
                 f"{ct.name} and {label.name} must share one grid, but their affines differ by up "
                 f"to {shift:.2g} voxels; resample the label onto the CT"
             )
-    return _scan(ct.name, values, map_, frame_from_affine(affine), intensity)
+    return make_scan(ct.name, values, map_, frame_from_affine(affine), intensity)
 
 
 def _of_arrays(
@@ -83,12 +86,24 @@ def _of_arrays(
     shape = tuple(np.shape(grid))
     frame = frame_from_affine(grid) if shape == (4, 4) else frame_from_spacing(grid)
     values, map_ = (np.asarray(torch.as_tensor(x).detach().cpu()) for x in (image, label))
-    return _scan(name, _volume(values), _volume(map_), frame, intensity)
+    return make_scan(name, _volume(values), _volume(map_), frame, intensity)
 
 
-def _scan(
+def make_scan(
     name: str, values: np.ndarray, label: np.ndarray, frame: Frame, intensity: Intensity
 ) -> AnnotatedScan:
+    """Check an image and its label map, and convert the image to HU.
+
+    Args:
+        name: of the scan, for messages and cards.
+        values: (X, Y, Z).
+        label: the same shape.
+        frame: how the axes lie in the patient.
+        intensity: what the values mean.
+
+    Raises:
+        ValueError: for two shapes, values that cannot mean that, or labels that are not whole.
+    """
     if values.ndim != 3 or values.shape != label.shape:
         raise ValueError(
             f"image and label of {name} must have one shape (X, Y, Z), got {values.shape} and "

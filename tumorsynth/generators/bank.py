@@ -40,6 +40,14 @@ def is_bank(name_or_path: str | os.PathLike[str]) -> bool:
     return text.endswith(SUFFIX) and not os.path.isdir(text)
 
 
+def check_bank_path(path: Path) -> None:
+    """Raise ValueError unless a bank can be written to this path."""
+    if path.suffix != SUFFIX:
+        raise ValueError(f"a bank's name must end in {SUFFIX}, got {path.name}; rename it")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise ValueError(f"{path} must be a file in an existing folder; make the folder first")
+
+
 def write_bank(
     path: str | os.PathLike[str], lesions: Sequence[Lesion], card: dict[str, Any]
 ) -> None:
@@ -51,11 +59,10 @@ def write_bank(
         card: entries about the bank, for JSON.
 
     Raises:
-        ValueError: for another ending.
+        ValueError: for another ending, or a folder that does not exist.
     """
     path = Path(path)
-    if path.suffix != SUFFIX:
-        raise ValueError(f"a bank's name must end in {SUFFIX}, got {path}; rename it")
+    check_bank_path(path)
     entries = [
         {name: getattr(one, name) for name in (*NUMBERS, "outline", "source")} for one in lesions
     ]

@@ -76,6 +76,7 @@ class CopyPaste:
         if not self.lesions:
             raise ValueError("a bank must hold a lesion, got none; give annotated scans")
         self.device = torch.device("cpu")
+        self.source: str | None = None  # the file that it was read from
         self.window = _window(self.lesions)
         self.own_shapes = tuple(
             OwnShape(one.outline, one.diameter_mm, one.has_thick_slices) for one in self.lesions
@@ -153,10 +154,8 @@ class CopyPaste:
             ValueError: if it is damaged.
         """
         bank = cls(*read_bank(path))
-        bank.source = os.fspath(path)  # a handle then pickles the path alone
+        bank.source = os.fspath(path)  # handles pickle this in place of the lesions
         return bank
-
-    source: str | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the bank, complete or not at all.
