@@ -159,8 +159,8 @@ class SynthesizeTumor(nn.Module):
             spacing: mm per voxel along X, Y, Z: three numbers, or (B, 3).
             affine: voxel to RAS mm, 4x4 or (B, 4, 4), in place of ``spacing``; gives the
                 orientation as well. The default of both is the affine of the MetaTensor that image
-                or label is. Without one, voxels count as 1 mm; there, and where it stems from the identity
-                that libraries give to plain arrays, the transform warns once.
+                or label is. Without one, voxels count as 1 mm; there, and where it stems from the
+                identity that libraries give to plain arrays, the transform warns once.
             override_affine: whether ``spacing`` or ``affine`` win over a MetaTensor's affine that
                 contradicts them, instead of an error. They always win over one that stems from the
                 identity of plain arrays.
