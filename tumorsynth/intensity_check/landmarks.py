@@ -101,10 +101,12 @@ class Histogram:
         are none."""
         if self.at_lowest < MIN_CLIPPED or len(self.peaks) < 2:
             return None
-        (fat, fat_density), (tissue, _) = self.peaks[:2]
+        (fat, fat_density), (tissue, tissue_density) = self.peaks[:2]
         low, high = WINDOWED
         above_clip = fat - self.lowest
         if not low * (tissue - fat) <= above_clip <= high * (tissue - fat):
+            return None
+        if fat_density < 0.15 * tissue_density:
             return None
         edge = self.lowest + 0.2 * above_clip
         density = self.inner.share(self.lowest, edge) / (edge - self.lowest)

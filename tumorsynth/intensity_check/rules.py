@@ -19,6 +19,7 @@ from tumorsynth.intensity_check.faults import (
     DIVIDED,
     FLIPPED,
     LABEL_MAP,
+    LOWERED,
     NO_TISSUE,
     NOT_CT,
     OFFSET,
@@ -96,9 +97,26 @@ def _faults(sample: Sample) -> Iterator[Fault]:
                 yield BYTES
         if _is_positive(whole, inner):
             yield NOT_CT
+    if _is_too_dark(inner):
+        yield next((fault for fault, hu in _darker(sample) if is_ct(hu)), NO_TISSUE)
     (middle,) = inner.quantiles(0.5)
     if not -1100 < middle < 800:
         yield NO_TISSUE
+
+
+def _is_too_dark(inner: Shares) -> bool:
+    """Whether values lie below all tissue that are no padding of one value."""
+    dark = Shares(inner.values[: np.searchsorted(inner.values, np.float32(-1200))])
+    if len(dark.values) < 0.03 * len(inner.values):
+        return False
+    first, third = dark.quantiles(0.25, 0.75)
+    return third > first
+
+
+def _darker(sample: Sample) -> Iterator[tuple[Fault, Sample]]:
+    """Yield the scales that put air below -1100, and the HU if the values have that scale."""
+    yield DIVIDED[0.5], sample.mapped(0.5)
+    yield LOWERED, sample.mapped(1, 1024)
 
 
 def is_ct(sample: Sample) -> bool:

@@ -8,6 +8,7 @@ from tumorsynth.intensity_check.faults import (
     BYTES,
     DIVIDED,
     LOWERED,
+    OFFSET,
     SHIFTED,
     Fault,
     scaled,
@@ -19,12 +20,14 @@ from tumorsynth.intensity_check.shares import RARE, Shares
 AIR_HU, FAT_HU = -1000.0, -100.0
 FAT_RANGE_HU = (-140.0, -55.0)
 AIR_RANGE_HU = (-1080.0, -930.0)  # scanners and files that end at -1024 or at -1000
+LUNG_RANGE_HU = (-1080.0, -700.0)
 WINDOW_TOPS = (100.0, 255.0, 1000.0, 1023.0, 4095.0, 65535.0)  # of images windowed from 0 on
 FAT_IN_WINDOW, TISSUE_IN_WINDOW = (0.08, 0.2), (0.4, 0.85)  # shares of the window's width
 KNOWN = (  # fault, HU in one unit of the image, HU of 0
     *((fault, float(by), 0.0) for by, fault in DIVIDED.items()),
     (SHIFTED, 1.0, -1024.0),
     (LOWERED, 1.0, 1024.0),
+    (OFFSET, 1.0, -32768.0),
 )
 
 
@@ -35,7 +38,7 @@ def name_scale(histogram: Histogram) -> Fault | None:
         return _name(histogram, marks)
     if histogram.lowest == -128 and histogram.at_lowest > 0.02 and histogram.highest <= 127.01:
         return windowed(-128, 127)
-    return _name_window(histogram)
+    return _name_window(histogram) or _name_by_air(histogram)
 
 
 def contradicts_hu(
@@ -73,14 +76,15 @@ def contradicts_hu(
 def _is_shifted(marks: Landmarks) -> bool:
     """Whether a number was added to air, at which the image is clipped, and to fat."""
     ends = [marks.air - end for end in (-1000, -1024)] if marks.clipped else []
-    return any(abs(end - (marks.fat - FAT_HU)) < 20 and end % 5 == 0 for end in ends)
+    return any(abs(end - (marks.fat - FAT_HU)) < 26 and end % 5 == 0 for end in ends)
 
 
 def _name(histogram: Histogram, marks: Landmarks) -> Fault:
     """Return the scale in which air and fat lie here."""
     for fault, unit, offset in KNOWN:
         fat, air = (value * unit + offset for value in (marks.fat, marks.air))
-        if FAT_RANGE_HU[0] <= fat <= FAT_RANGE_HU[1] and AIR_RANGE_HU[0] <= air <= AIR_RANGE_HU[1]:
+        darkest, brightest = AIR_RANGE_HU if marks.clipped else LUNG_RANGE_HU
+        if FAT_RANGE_HU[0] <= fat <= FAT_RANGE_HU[1] and darkest <= air <= brightest:
             return fault
     if histogram.lowest >= 0 and histogram.highest <= 255.01:
         return BYTES
@@ -101,6 +105,22 @@ def _name_window(histogram: Histogram) -> Fault | None:
     if not TISSUE_IN_WINDOW[0] <= tissue <= TISSUE_IN_WINDOW[1]:
         return None
     return windowed(0, top)
+
+
+def _name_by_air(histogram: Histogram) -> Fault | None:
+    """Return a scale that clips air where nobody clips HU, in a chest without a peak of fat."""
+    air = histogram.lowest
+    if histogram.at_lowest < 0.05 or not -960 < air < -140 or air % 5 == 0 or not histogram.peaks:
+        return None
+    tissue, _ = max(histogram.peaks, key=lambda peak: peak[1] * (peak[0] > 0.5 * air))
+    per_hu = (tissue - air) / 1060
+    if 0.87 < per_hu < 1.15:
+        return None
+    hu = histogram.inner.mapped(1 / per_hu, -1000 - air / per_hu)
+    lung, soft = hu.share(-980, -600), hu.share(-150, 250)
+    if min(lung, soft) < 0.1 or hu.share(-450, -200) / 250 > 0.5 * min(lung / 380, soft / 400):
+        return None
+    return scaled(air, air + 900 * per_hu)
 
 
 def name_by_organ(whole: Shares, organ: Shares) -> Fault | None:
