@@ -27,6 +27,7 @@ from benchmarks.downstream.versions import Version, apply, cached_versions
 from tumorsynth.evaluation.detection import ScanMatches, match_scan
 
 CANDIDATE, MASK = 0.1, 0.5  # probability of a candidate's voxels, and of the mask for Dice
+LEAST_IOU = 0.1  # of a candidate and the tumour that it finds: one that fills the organ finds none
 
 
 def run_job(
@@ -36,7 +37,7 @@ def run_job(
     start = time.process_time()
     annotated, others, made = gather(job, scans, settings, out, device)
     before = time.process_time() - start
-    checkpoint = out / "checkpoints" / f"{job.name}.pt"
+    checkpoint = out / "checkpoints" / f"{job.name}-{fingerprint(job, settings)}.pt"
     network, told = train(annotated, others, settings, job.seed, checkpoint, device)
     start = time.process_time()
     maps = {
@@ -161,6 +162,7 @@ def score(job: Job, scan: Scan, probability: np.ndarray) -> ScanMatches:
         inside=scan.organ,
         candidate_threshold=CANDIDATE,
         mask_threshold=MASK,
+        least_iou=LEAST_IOU,
         instances=scan.lesions,
     )
     numbers, first = np.unique(scan.lesions, return_index=True)

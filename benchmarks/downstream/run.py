@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.downstream.experiments import Job, jobs_of
-from benchmarks.downstream.files import locked, write_json
+from benchmarks.downstream.files import locked
 from benchmarks.downstream.job import fingerprint, rescore, run_job
 from benchmarks.downstream.pack import load_pack
 from benchmarks.downstream.training import Settings
@@ -78,7 +78,6 @@ def work(args: argparse.Namespace) -> None:
         with locked(args.out / "jobs" / f".{job.name}.lock", wait=False) as ours:
             if not ours or is_done(job, settings, args.out):
                 continue
-            _drop_other_checkpoint(job, settings, args.out)
             print(f"{time.strftime('%F %T')} {job.name}", flush=True)
             result = run_job(job, scans, settings, args.out, args.device)
             print(f"{time.strftime('%F %T')} {job.name} done {result['cpu_seconds']}", flush=True)
@@ -92,15 +91,6 @@ def is_done(job: Job, settings: Settings, out: Path) -> bool:
     if json.loads(path.read_text())["fingerprint"] != fingerprint(job, settings):
         raise ValueError(f"{path} was made with other settings; choose another --out")
     return True
-
-
-def _drop_other_checkpoint(job: Job, settings: Settings, out: Path) -> None:
-    """Remove a checkpoint that other settings left."""
-    note = out / "checkpoints" / f"{job.name}.json"
-    own = {"fingerprint": fingerprint(job, settings)}
-    if not note.is_file() or json.loads(note.read_text()) != own:
-        (out / "checkpoints" / f"{job.name}.pt").unlink(missing_ok=True)
-        write_json(note, own)
 
 
 if __name__ == "__main__":
