@@ -2,8 +2,7 @@
 
 A cell is one fold and seed. In each, candidates of all test scans share one threshold, chosen for a
 rate of false positives a scan; an arm's score is the mean over its cells. A draw resamples seeds,
-patients (scans, as no patient has two in one test) and the tumours in each scan, the same for every
-arm, and finds every threshold anew.
+patients and the tumours in each scan, the same for every arm, and finds every threshold anew.
 """
 
 from __future__ import annotations
@@ -52,12 +51,19 @@ def mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def compare(cells: Cells, references: Sequence[str], draws: int, seed: int = 0) -> dict[str, Any]:
+def compare(
+    cells: Cells,
+    patient_of: Mapping[str, str],
+    references: Sequence[str],
+    draws: int,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Scores of every arm, and differences to reference arms.
 
     Args:
         cells: by (fold, seed), then arm: "tests" and "healthy", each a list of `ScanMatches` by
             scan, with the same scans in every arm.
+        patient_of: the patient of each scan.
         references: arms to compare with, where they are there.
         draws: of the bootstrap.
         seed: of the bootstrap.
@@ -68,14 +74,18 @@ def compare(cells: Cells, references: Sequence[str], draws: int, seed: int = 0) 
     """
     arms = list(next(iter(cells.values())))
     seeds = sorted({s for _, s in cells})
-    names = sorted({n for cell in cells.values() for n in cell[arms[0]]["tests"]})
-    first = {n: cell[arms[0]]["tests"][n][0] for cell in cells.values() for n in cell[arms[0]]["tests"]}
+    first = {n: m[0] for cell in cells.values() for n, m in cell[arms[0]]["tests"].items()}
+    scans_of: dict[str, list[str]] = {}
+    for name in sorted(first):
+        scans_of.setdefault(patient_of[name], []).append(name)
+    patients = list(scans_of)
     rng = np.random.default_rng(seed)
-    value = {arm: _average(cells, arm, seeds, names, None) for arm in arms}
+    value = {arm: _average(cells, arm, seeds, list(first), None) for arm in arms}
     drawn: dict[str, list[dict[str, float | None]]] = {arm: [] for arm in arms}
-    for _ in range(draws if len(names) >= FEWEST else 0):
+    for _ in range(draws if len(patients) >= FEWEST else 0):
         own_seeds = [seeds[k] for k in rng.integers(len(seeds), size=len(seeds))]
-        own_names = [names[k] for k in rng.integers(len(names), size=len(names))]
+        chosen = rng.integers(len(patients), size=len(patients))
+        own_names = [name for k in chosen for name in scans_of[patients[k]]]
         tumors = {n: rng.integers(len(m.tumors), size=len(m.tumors)) for n, m in first.items()}
         for arm in arms:
             drawn[arm].append(_average(cells, arm, own_seeds, own_names, tumors))
@@ -120,9 +130,7 @@ def _average(
     return {k: mean([row[k] for row in rows]) for k in keys}
 
 
-def _resample(
-    scan: ScanMatches, name: str, tumors: Mapping[str, np.ndarray] | None
-) -> ScanMatches:
+def _resample(scan: ScanMatches, name: str, tumors: Mapping[str, np.ndarray] | None) -> ScanMatches:
     if tumors is None:
         return scan
     return replace(scan, tumors=tuple(scan.tumors[k] for k in tumors[name]))

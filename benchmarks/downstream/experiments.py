@@ -1,21 +1,22 @@
 """The experiments: which tumours are annotated, which are tested, and which arms there are.
 
-Patients are never on both sides of a job. Even seeds train on the first healthy scan and test false
-positives on the second; odd seeds the other way round.
+Patients are never on both sides of a job. Of the scans without tumours, even seeds train on every
+other one from the first on and count false positives in the rest; odd seeds the other way round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from benchmarks.downstream.arms import ARMS, Arm
 from benchmarks.downstream.pack import Scan
 
-HEALTHY = ("chaos_set3", "crlm_1004")
 EARLY_MM = 20.0
-# Patients that can be annotated, in the order in which folds start and n grows.
+# Patients of liver.json that can be annotated, in the order in which folds start and n grows.
 ANNOTATED = (
     "ircadb_p01",
     "radcttace_0745_eqp",
@@ -24,7 +25,7 @@ ANNOTATED = (
     "radcttace_2144_eqp",
     "crlm_1100_lowres",
 )
-# Patients that are tested, in halves: the upper bound learns from the half that it is not tested on.
+# Patients that are tested, in halves: an upper bound learns from the half that does not test it.
 HALVES = (
     ("lits000", "radcttace_0745_eqp", "radcttace_1720_eqp", "hcc_015_pv"),
     ("crlm_1006", "radcttace_0697_eqp", "radcttace_2144_eqp", "crlm_1100_lowres", "ircadb_p01"),
@@ -47,10 +48,11 @@ class Job:
 
     Attributes:
         experiment, arm, fold, seed: which job this is.
-        part: "" or the half that an upper bound is tested on.
+        part: which part of the tests it is, where an arm needs several trainings; else "".
+        parts: how many parts there are.
         annotated: tumours taught in the shared half of each batch.
         healthy: scans without tumours that are trained on.
-        more: real tumours that the upper bound is taught in the other half.
+        more: real tumours that an upper bound is taught in the other half.
         tests: tumours that are scored. Others in these scans count neither way.
         healthy_tests: scans without tumours in which false positives are counted.
         synthesis: arguments of `SynthesizeTumor`, beside the arm's.
@@ -61,6 +63,7 @@ class Job:
     fold: int
     seed: int
     part: str
+    parts: int
     annotated: Tumors
     healthy: tuple[str, ...]
     more: Tumors
@@ -75,64 +78,94 @@ class Job:
         return "_".join(word for word in words if word)
 
 
-def few_annotated(scans: Mapping[str, Scan], fold: int, count: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Design:
+    """One fold of an experiment.
+
+    Attributes:
+        annotated, tests, synthesis: of its jobs.
+        upper: for each training of the upper bound, the scans that it is tested on and what it is
+            taught in the other half of each batch.
+    """
+
+    annotated: Tumors
+    tests: Tumors
+    synthesis: Mapping[str, Any]
+    upper: tuple[tuple[tuple[str, ...], Tumors], ...] = ()
+
+
+def few_annotated(scans: Mapping[str, Scan], fold: int, count: int) -> Design:
     """4a: ``count`` annotated patients; all others are tested."""
     first = 2 * fold
     chosen = [ANNOTATED[(first + k) % len(ANNOTATED)] for k in range(count)]
-    tests = [name for half in HALVES for name in half if name not in chosen]
-    return {
-        "annotated": {name: every(scans[name]) for name in chosen},
-        "tests": {name: every(scans[name]) for name in tests},
-        "more": {name: every(scans[name]) for name in tests},
-        "synthesis": {"size_mm": "liver", "count": (2, 6)},
-    }
+    tests = {n: every(scans[n]) for half in HALVES for n in half if n not in chosen}
+    annotated = {n: every(scans[n]) for n in chosen}
+    return Design(annotated, tests, {"size_mm": "liver", "count": (2, 6)}, halves(tests))
 
 
-def large_to_small(scans: Mapping[str, Scan], fold: int) -> dict[str, Any]:
-    """4b: annotate only tumours over 20 mm; test on those under 20."""
-    del fold
-    small = {name: early(scan) for name, scan in scans.items() if early(scan)}
-    tested = {name: small[name] for half in HALVES for name in half if name in small}
-    return {
-        "annotated": {name: late(scans[name]) for name in LARGE},
-        "tests": tested,
-        "more": tested,
-        "synthesis": {"size_mm": (5.0, EARLY_MM), "count": (2, 6)},
-    }
+def large_to_small(scans: Mapping[str, Scan]) -> Design:
+    """4b: annotate only tumours of 20 mm and more; test on those under 20."""
+    tests = {n: early(scans[n]) for half in HALVES for n in half if early(scans[n])}
+    annotated = {n: late(scans[n]) for n in LARGE}
+    return Design(annotated, tests, {"size_mm": (5.0, EARLY_MM), "count": (2, 6)}, halves(tests))
 
 
-def portal_to_arterial(scans: Mapping[str, Scan], fold: int) -> dict[str, Any]:
+def portal_to_arterial(scans: Mapping[str, Scan]) -> Design:
     """4c: train on tumours of the portal and equilibrium phases, test on one arterial scan."""
-    del fold
-    return {
-        "annotated": {name: every(scans[name]) for name in DARK},
-        "tests": {"radcttace_0745_ap": every(scans["radcttace_0745_ap"])},
-        "more": {},
-        "synthesis": {"size_mm": "liver", "count": (2, 6), "contrast_hu": "liver-arterial"},
-    }
+    tests = {"radcttace_0745_ap": every(scans["radcttace_0745_ap"])}
+    synthesis = {"size_mm": "liver", "count": (2, 6), "contrast_hu": "liver-arterial"}
+    return Design({n: every(scans[n]) for n in DARK}, tests, synthesis)
 
 
-def none_annotated(scans: Mapping[str, Scan], fold: int) -> dict[str, Any]:
-    """4d: synthetic tumours alone, against four annotated patients alone."""
-    return few_annotated(scans, fold, 4)
+def cross_validation(scans: Mapping[str, Scan], fold: int, folds: int, count: int | None) -> Design:
+    """Any pack: leave a fold of patients out, annotate ``count`` of the others (None: all)."""
+    ill = {n: scan for n, scan in scans.items() if scan.diameters_mm}
+    patients = np.random.default_rng(0).permutation(sorted({s.patient for s in ill.values()}))
+    held_out, rest = patients[fold::folds], [p for k, p in enumerate(patients) if k % folds != fold]
+    chosen = rest[:count]
+    tests = {n: every(s) for n, s in ill.items() if s.patient in held_out}
+    annotated = {n: every(s) for n, s in ill.items() if s.patient in chosen}
+    more = {n: every(s) for n, s in ill.items() if s.patient in rest and s.patient not in chosen}
+    upper = ((tuple(tests), more),) if more else ()
+    return Design(annotated, tests, {"size_mm": "liver", "count": (1, 6)}, upper)
 
 
-EXPERIMENTS: dict[str, Callable[[Mapping[str, Scan], int], dict[str, Any]]] = {
-    "few-1": lambda scans, fold: few_annotated(scans, fold, 1),
-    "few-2": lambda scans, fold: few_annotated(scans, fold, 2),
-    "few-4": lambda scans, fold: few_annotated(scans, fold, 4),
-    "large-to-small": large_to_small,
-    "portal-to-arterial": portal_to_arterial,
-    "none-annotated": none_annotated,
-}
+def halves(tests: Tumors) -> tuple[tuple[tuple[str, ...], Tumors], ...]:
+    """Split the tests into `HALVES`: each is tested by what learned from the other."""
+    own = [tuple(n for n in half if n in tests) for half in HALVES]
+    return tuple((own[k], {n: tests[n] for n in own[1 - k]}) for k in (0, 1))
+
+
+def design_of(experiment: str, scans: Mapping[str, Scan], fold: int) -> Design:
+    """The design of an experiment.
+
+    Args:
+        experiment: "few-N" (4a), "large-to-small" (4b), "portal-to-arterial" (4c), "none-annotated"
+            (4d), or, for any pack, "folds-K" or "folds-K-N": K folds, N annotated patients.
+        scans: of the pack.
+        fold: number of the fold.
+    """
+    kind, *numbers = experiment.split("-")
+    if kind == "few":
+        return few_annotated(scans, fold, int(numbers[0]))
+    if kind == "folds":
+        count = int(numbers[1]) if numbers[1:] else None
+        return cross_validation(scans, fold, int(numbers[0]), count)
+    if experiment == "large-to-small":
+        return large_to_small(scans)
+    if experiment == "portal-to-arterial":
+        return portal_to_arterial(scans)
+    if experiment == "none-annotated":
+        return few_annotated(scans, fold, 4)
+    raise ValueError(f"unknown experiment {experiment!r}")
 
 
 def jobs_of(plan: Mapping[str, Any], scans: Mapping[str, Scan]) -> list[Job]:
     """List the jobs of a plan in the order in which they run.
 
     Args:
-        plan: ``{"runs": [{"experiment": "few-2", "folds": [0], "seeds": [0], "arms": ["real", {"name":
-            ..., "generator": ...}]}]}``; an arm is a name of `ARMS` or the arguments of `Arm`.
+        plan: ``{"runs": [{"experiment": "few-2", "folds": [0], "seeds": [0], "arms": ["real"]}]}``;
+            an arm is a name of `ARMS` or a dict of the arguments of `Arm`.
         scans: of the pack.
     """
     jobs: dict[str, Job] = {}
@@ -146,41 +179,42 @@ def jobs_of(plan: Mapping[str, Any], scans: Mapping[str, Scan]) -> list[Job]:
     return list(jobs.values())
 
 
-def _jobs(
-    experiment: str, arm: Arm, fold: int, seed: int, scans: Mapping[str, Scan]
-) -> list[Job]:
-    given = EXPERIMENTS[experiment](scans, fold)
-    more = given.pop("more")
-    train_on, test_on = seed % 2, 1 - seed % 2
+def _jobs(experiment: str, arm: Arm, fold: int, seed: int, scans: Mapping[str, Scan]) -> list[Job]:
+    design = design_of(experiment, scans, fold)
+    healthy = sorted(n for n, scan in scans.items() if not scan.diameters_mm)
     job = Job(
         experiment=experiment,
         arm=arm,
         fold=fold,
         seed=seed,
         part="",
+        parts=1,
+        annotated=design.annotated,
         more={},
-        healthy=(HEALTHY[train_on],),
-        healthy_tests=(HEALTHY[test_on],),
-        **given,
+        healthy=tuple(healthy[seed % 2 :: 2]),
+        tests=design.tests,
+        healthy_tests=tuple(healthy[1 - seed % 2 :: 2]),
+        synthesis=design.synthesis,
     )
-    if arm.others != "more":
-        halves = [job]
-    elif not more:
-        raise ValueError(f"{experiment} has no upper bound: no other patient is of the test's kind")
-    else:
-        halves = [
+    jobs = [job]
+    if arm.others == "more":
+        if not design.upper:
+            raise ValueError(f"{experiment} has no upper bound: no other patient is of that kind")
+        parts = len(design.upper)
+        jobs = [
             replace(
                 job,
-                part="ab"[k],
-                tests={n: t for n, t in job.tests.items() if n in half},
-                more={n: t for n, t in more.items() if n not in half},
+                part="abcdef"[k] if parts > 1 else "",
+                parts=parts,
+                tests={n: design.tests[n] for n in names},
+                more=more,
             )
-            for k, half in enumerate(HALVES)
+            for k, (names, more) in enumerate(design.upper)
         ]
-    return [_without(one, arm.trained_on, scans) for one in halves]
+    return [_without(one, arm.trained_on, scans) for one in jobs]
 
 
-def _without(job: Job, patients: Sequence[str], scans: Mapping[str, Scan]) -> Job:
+def _without(job: Job, patients: Iterable[str], scans: Mapping[str, Scan]) -> Job:
     """Leave patients that the arm's generator learned from out of the test."""
     job = replace(
         job,

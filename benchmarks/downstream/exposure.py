@@ -66,20 +66,33 @@ def pick(rng: np.random.Generator, views: Mapping[str, Sequence[View]]) -> View:
     return versions[int(version * len(versions))]
 
 
-def crop(rng: np.random.Generator, source: View, side: Sequence[int]) -> Tensor:
+def crop(
+    rng: np.random.Generator,
+    source: View,
+    side: Sequence[int],
+    on_tumor: float = ON_TUMOR,
+    jitter: float = JITTER,
+) -> Tensor:
     """Cut one crop, turned, scaled and mirrored at random.
+
+    Args:
+        rng: of the crop.
+        source: the scan.
+        side: of the crop, in voxels.
+        on_tumor: chance that it is centred near a tumour, where the scan has one.
+        jitter: largest distance from the voxel that it is centred on, as a share of the side.
 
     Returns:
         (3, X, Y, Z) float32: the image in [-1, 1], tumour, and where the loss counts.
     """
-    on_tumor, which, voxel = rng.random(3)
+    chance, which, voxel = rng.random(3)
     places = source.organ
-    if source.lesions and on_tumor < ON_TUMOR:
+    if source.lesions and chance < on_tumor:
         places = source.lesions[int(which * len(source.lesions))]
     shape = np.array(source.hu.shape)
     centre = np.array(np.unravel_index(places[int(voxel * len(places))], source.hu.shape))
     size = np.array(side)
-    centre = centre + rng.uniform(-JITTER, JITTER, 3) * size
+    centre = centre + rng.uniform(-jitter, jitter, 3) * size
     angle = rng.uniform(-np.pi / 6, np.pi / 6)
     zoom = np.exp(rng.uniform(np.log(0.7), np.log(1.4)))
     flips = np.where(rng.random(3) < 0.5, -1.0, 1.0)

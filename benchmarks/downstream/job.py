@@ -17,7 +17,7 @@ import torch
 from benchmarks.common import environment
 from benchmarks.downstream.arms import ARMS
 from benchmarks.downstream.experiments import Job
-from benchmarks.downstream.exposure import View, view
+from benchmarks.downstream.exposure import view
 from benchmarks.downstream.files import write_json, write_whole
 from benchmarks.downstream.generators import make_generator
 from benchmarks.downstream.network import UNet
@@ -56,6 +56,7 @@ def run_job(
             "test": round(time.process_time() - start, 1),
         },
         "losses": told["losses"],
+        "patients": {name: scans[name].patient for name in maps},
         "scans": {name: score(job, scans[name], found).as_dict() for name, found in maps.items()},
     }
     _save_maps(out / "maps" / f"{job.name}.npz", maps, scans)
@@ -150,7 +151,7 @@ def filtered(
 
 def teacher_of(job: Job) -> Job:
     """The job of `real` whose network filters this job's tumours."""
-    return replace(job, arm=ARMS["real"], part="")
+    return replace(job, arm=ARMS["real"])
 
 
 def score(job: Job, scan: Scan, probability: np.ndarray) -> ScanMatches:

@@ -21,7 +21,7 @@ def block(channels_in: int, channels: int) -> nn.Sequential:
 class UNet(nn.Module):
     """A U-Net whose first level has half the resolution in the plane.
 
-    Each voxel of that level predicts the four of the image. Sides must be multiples of 16, 16 and 8.
+    Each voxel of that level predicts four of the image. Sides must be multiples of 16, 16 and 8.
 
     Args:
         channels: of the first level; they double with each of the four levels.

@@ -95,9 +95,7 @@ def read_scan(
     lesions, count = ndimage.label(tumor, TOUCHING)
     mm = np.linalg.norm(ct.affine[:3, :3], axis=0)
     volumes = np.bincount(lesions.ravel(), minlength=count + 1)[1:] * mm.prod()
-    hu, organ, lesions = (
-        to_ras(array, ct.affine) for array in (ct.values(), organ, lesions)
-    )
+    hu, organ, lesions = (to_ras(array, ct.affine) for array in (ct.values(), organ, lesions))
     mm = mm[ras_axes(ct.affine)]
     hu, organ, lesions = cut_around(organ, mm, hu, organ, lesions)
     sampled = Scan(

@@ -1,10 +1,10 @@
 """Train and test the jobs of a plan that are not finished; start it again to resume.
 
-    python -m benchmarks.downstream.run PLAN.json --pack pack.npz --out RUN [--jobs 1] [--device cpu]
+    python -m benchmarks.downstream.run PLAN.json --pack pack.npz --out RUN [--jobs 1]
 
 A job trains one network in one arm of one experiment, on one fold, with one seed. It leaves
-RUN/jobs/NAME.json at once when it is done, and a checkpoint while it runs. A second command with
-the same RUN takes jobs that no other is at. `benchmarks.downstream.table` compares what is finished.
+RUN/jobs/NAME.json when it is done, and a checkpoint while it runs. A second command with the same
+RUN takes jobs that no other is at. `benchmarks.downstream.table` compares what is finished.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--list", action="store_true", help="say what there is to do, and stop")
-    parser.add_argument("--rescore", action="store_true", help="compute finished jobs' scores again")
+    parser.add_argument("--rescore", action="store_true", help="score finished jobs again")
     args = parser.parse_args(argv)
     if args.jobs == 1 or args.list or args.rescore:
         work(args)

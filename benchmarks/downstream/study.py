@@ -77,7 +77,7 @@ def measure(
         image, tumor, counted = crop[None, :1].to(device), crop[None, 1:2], crop[None, 2:]
         losses.append(float(loss_of(network(image).cpu(), tumor, counted)))
     tests = {name: every(scans[name]) for name in VALIDATED}
-    job = Job("study", ARMS["real"], 0, 0, "", {}, (), {}, tests, ())
+    job = Job("study", ARMS["real"], 0, 0, "", 1, {}, (), {}, tests, ())
     matches = [
         score(job, scans[n], predict(network, scans[n].hu, scans[n].organ, settings.side, device))
         for n in VALIDATED

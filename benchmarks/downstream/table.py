@@ -2,8 +2,8 @@
 
     python -m benchmarks.downstream.table RUN [-o NAME] [--experiment large-to-small] [--arms ...]
 
-Compares what is finished: the folds and seeds that every arm has, on the scans that every arm may be
-tested on. Writes RUN/results.json, RUN/table.md and RUN/froc.png, and with -o also
+Compares what is finished: the folds and seeds that every arm has, on the scans that every arm may
+be tested on. Writes RUN/results.json, RUN/table.md and RUN/froc.png, and with -o also
 benchmarks/results/NAME.json and .png.
 """
 
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not cells:
             print(f"{name}: no fold and seed is finished in every arm")
             continue
-        compared[name] = {**about(own, cells), **compare(cells, REFERENCES, args.draws)}
+        patient_of = {n: p for r in own for n, p in r["patients"].items()}
+        compared[name] = {**about(own, cells), **compare(cells, patient_of, REFERENCES, args.draws)}
         curves[name] = {arm: curve(cells, arm) for arm in compared[name]["arms"]}
         text.append(markdown(name, compared[name]))
     content = {"settings": results[0]["settings"] if results else None, "experiments": compared}
@@ -71,21 +72,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         picture(str(path), lambda axes: draw(axes, curves), len(curves))
 
 
-Cell = dict[str, dict[str, Any]]  # by arm: {"tests": by scan, "healthy": by scan, "patients"}
+Cell = dict[str, dict[str, Any]]  # by arm: {"tests": by scan, "healthy": by scan, "missing": 0}
 
 
 def complete_cells(
     results: Sequence[Mapping[str, Any]], arms: Sequence[str] | None = None
 ) -> dict[tuple[int, int], Cell]:
-    """Group results by (fold, seed); keep what every arm has, on the scans that every arm tested."""
+    """Group results by (fold, seed); keep what every arm has, on scans that every arm tested."""
     cells: dict[tuple[int, int], Cell] = {}
     for result in results:
         job = result["job"]
         if arms and job["arm"]["name"] not in arms:
             continue
         cell = cells.setdefault((job["fold"], job["seed"]), {})
-        held = cell.setdefault(job["arm"]["name"], {"tests": {}, "healthy": {}, "parts": set()})
-        held["parts"].add(job["part"])
+        held = cell.setdefault(
+            job["arm"]["name"], {"tests": {}, "healthy": {}, "missing": job["parts"]}
+        )
+        held["missing"] -= 1
         for kind, names in (("tests", job["tests"]), ("healthy", job["healthy_tests"])):
             for name in names:
                 matches = ScanMatches.from_dict(result["scans"][name])
@@ -93,8 +96,7 @@ def complete_cells(
     wanted = set(arms or {arm for cell in cells.values() for arm in cell})
     kept = {}
     for at, cell in sorted(cells.items()):
-        halves_done = all(h["parts"] == {""} or h["parts"] == {"a", "b"} for h in cell.values())
-        if set(cell) != wanted or not halves_done:
+        if set(cell) != wanted or any(held["missing"] for held in cell.values()):
             continue
         for kind in ("tests", "healthy"):
             common = set.intersection(*(set(held[kind]) for held in cell.values()))
@@ -109,7 +111,8 @@ def about(
 ) -> dict[str, Any]:
     """Patients, tumours, seeds and CPU hours."""
     first = {arm: held for cell in cells.values() for arm, held in cell.items()}
-    tests = {n: m[0] for cell in cells.values() for n, m in next(iter(cell.values()))["tests"].items()}
+    any_arm = [next(iter(cell.values())) for cell in cells.values()]
+    tests = {n: m[0] for held in any_arm for n, m in held["tests"].items()}
     seconds = [sum(r["cpu_seconds"].values()) for r in results if r["job"]["arm"]["name"] in first]
     return {
         "folds": sorted({fold for fold, _ in cells}),

@@ -33,7 +33,7 @@ class Settings:
         half: crops of each half of a batch: annotated ones and others.
         rate: learning rate, after ``warm_up`` steps.
         warm_up: steps.
-        averaging: of the weights that are tested: 1 - 1 / averaging of the last ones stay each step.
+        averaging: steps over which the tested weights are averaged, exponentially.
         versions: of each scan with synthetic tumours.
         save_every: steps between checkpoints.
     """

@@ -1,4 +1,4 @@
-"""Versions of scans with synthetic tumours, made once and kept, so that a training step costs the same.
+"""Versions of scans with synthetic tumours, made once and kept: training steps then cost the same.
 
 A version holds only the voxels that changed, each with the number of its tumour, so that a tumour
 can be left out of a version later.
