@@ -1,367 +1,468 @@
-"""benchmarks/downstream: tiny runs end to end, and what makes a comparison of arms fair."""
+"""benchmarks/downstream: comparing arms is fair, resumes, and its scores cannot be fooled."""
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import balls
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
-pytest.importorskip("monai")
-pytest.importorskip("lightning")
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks" / "downstream"
-ANNOTATED, HEALTHY = 6, 3
-TINY = "--spacing 2 2 2 --crop 16 16 16 --steps 2 --channels 4 --overlap 0 --size-mm 8 12".split()
+pack = pytest.importorskip(
+    "benchmarks.downstream.pack", reason="needs the benchmarks beside the tests"
+)
+from benchmarks.downstream import job as jobs  # noqa: E402
+from benchmarks.downstream import patches, run, table, training, versions  # noqa: E402
+from benchmarks.downstream.arms import ARMS, Arm  # noqa: E402
+from benchmarks.downstream.compare import PRIMARY, compare  # noqa: E402
+from benchmarks.downstream.experiments import EARLY_MM, jobs_of  # noqa: E402
+from benchmarks.downstream.exposure import ANNOTATED, crops_of, view  # noqa: E402
+from tumorsynth.evaluation.detection import ScanMatches, TumorMatch  # noqa: E402
+
+ROOT = Path(jobs.__file__).parents[2]
+LISTED = json.loads((ROOT / "benchmarks" / "downstream" / "liver.json").read_text())["scans"]
+DIAMETERS = {  # of the real scans; the balls below are smaller
+    "ircadb_p01": (54.4, 9.1, 24.3),
+    "lits000": (9.1, 8.6, 17.2),
+    "radcttace_0697_eqp": (16.5,),
+    "crlm_1006": (9.8, 24.1),
+    "chaos_set3": (),
+    "crlm_1004": (),
+}
+TINY = {"steps": 4, "side": [32, 32, 16], "channels": 2, "versions": 2, "save_every": 2}
+NO_MONAI = (
+    "import sys\nfor name in 'monai nibabel typer lightning'.split(): sys.modules[name] = None"
+)
 
 
-@pytest.fixture
-def downstream():
-    from benchmarks.downstream import downstream
+def ball(shape, centre, radius_mm, spacing):
+    squares = [
+        ((np.arange(n) - c) * mm) ** 2 for n, c, mm in zip(shape, centre, spacing, strict=True)
+    ]
+    return sum(np.ix_(*squares)) <= radius_mm**2
 
-    return downstream
+
+def make_scan(name, patient, number=0):
+    """A liver of noise around 110 HU with dark balls."""
+    shape, spacing = (56, 56, 32), (1.5, 1.5, 2.5)
+    organ = ball(shape, (28, 28, 16), 34.0, spacing)
+    hu = np.random.default_rng(number).normal(-80, 10, shape)
+    hu[organ] += 190
+    lesions = np.zeros(shape, np.uint8)
+    diameters = DIAMETERS.get(name, (43.0, 22.0))
+    for k in range(len(diameters)):
+        own = ball(shape, (16 + 12 * k, 28, 12 + 4 * k), 5.0, spacing)
+        lesions[own], hu[own] = k + 1, hu[own] - 50
+    return pack.Scan(
+        name, patient, "", spacing, hu.round().astype(np.int16), organ, lesions, diameters
+    )
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    """Six annotated scans and three healthy ones; patient p0 has two of the annotated."""
-    folder, cases = tmp_path_factory.mktemp("scans"), []
-    for k in range(ANNOTATED + HEALTHY):
-        case = replace(balls.make_cases(seed=k)[0], name=f"scan{k}")
-        cases.append(replace(case, label=case.label.clamp(max=1)) if k >= ANNOTATED else case)
-    path = balls.write_dataset(folder, cases)
-    entries = json.loads(path.read_text())["training"]
-    entries[0]["patient"] = entries[1]["patient"] = "p0"
-    path.write_text(json.dumps({"training": entries[:ANNOTATED], "healthy": entries[ANNOTATED:]}))
+def scans():
+    return {
+        entry["name"]: make_scan(entry["name"], entry.get("patient", entry["name"]), k)
+        for k, entry in enumerate(LISTED)
+    }
+
+
+@pytest.fixture(scope="module")
+def packed(scans, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pack") / "pack.npz"
+    pack.save_pack(list(scans.values()), path)
     return path
 
 
-def run(downstream, dataset, out, *flags):
-    from lightning import Fabric
-
-    words = [str(dataset), "-o", str(out), "--network", "unet", "--folds", "2", *TINY, *flags]
-    args, settings = downstream.arguments(words)
-    return downstream.run_all(args, settings, Fabric(accelerator="cpu", devices=1))
-
-
-def test_three_arms_end_to_end(downstream, dataset, tmp_path, capsys):
-    groups = tmp_path / "patients.csv"
-    with groups.open("w", newline="") as file:
-        rows = [[f"scan{k}", 40 + 5 * k, "FM"[k % 2]] for k in range(2, ANNOTATED + HEALTHY)]
-        csv.writer(file).writerows([["patient", "age", "sex"], ["p0", 71, "F"], *rows])
-    arms = ["--arm", "real", "real-and-healthy", "hand-crafted=hu2023"]
-    flags = [*arms, "--groups", str(groups), "--p", "1", "--batch", "4", "--steps", "3"]
-    found = run(downstream, dataset, tmp_path / "out", *flags)
-
-    assert found["finished"] == "6 of 6 runs"
-    told = {name: values for name, values in found["runs"].items() if "fold0" in name}
-    assert {values["steps"] for values in told.values()} == {3}
-    assert told["unet-hand-crafted-fold0-seed0"]["synthetic_tumors"] > 0
-    assert told["unet-real-fold0-seed0"]["synthetic_tumors"] == 0
-    assert told["unet-real-fold0-seed0"]["scans_listed_healthy"] == 0
-    assert told["unet-real-and-healthy-fold0-seed0"]["scans_listed_healthy"] > 0
-    assert {"test", "age 70-79", "sex F", "sex M"} <= found["tables"].keys()
-    rows = found["tables"]["test"]["unet"]
-    assert list(rows) == ["real", "real-and-healthy", "hand-crafted"]
-    assert rows["hand-crafted"]["minus real"]["dsc"]["value"] is not None
-    assert (tmp_path / "out" / "table.md").read_text().count("hand-crafted minus real") > 3
-    scored = json.loads((tmp_path / "out" / "runs" / "unet-real-fold0-seed0.json").read_text())
-    assert all(entry["scores"]["tumors"] in (0, 2) for entry in scored["test"])
-
-    # again: nothing is trained anew
-    before = (tmp_path / "out" / "runs" / "unet-real-fold0-seed0.json").stat().st_mtime_ns
-    again = run(downstream, dataset, tmp_path / "out", *flags)
-    assert "6 runs, 6 finished before" in capsys.readouterr().out
-    assert again["tables"] == found["tables"]
-    after = (tmp_path / "out" / "runs" / "unet-real-fold0-seed0.json").stat().st_mtime_ns
-    assert after == before
-
-    with pytest.raises(ValueError, match="other settings.*steps"):
-        run(downstream, dataset, tmp_path / "out", *flags, "--steps", "5")
-
-
-def test_partial_runs_give_a_partial_table(downstream, dataset, tmp_path):
-    flags = ["--arm", "real", "real-and-healthy"]
-    found = run(downstream, dataset, tmp_path, *flags, "--only-folds", "1")
-    assert found["finished"] == "2 of 2 runs"
-    assert run(downstream, dataset, tmp_path, *flags, "--table")["finished"] == "2 of 4 runs"
-    (tmp_path / "runs" / "unet-real-fold0-seed0.json").write_text(
-        (tmp_path / "runs" / "unet-real-fold1-seed0.json").read_text()
+def jobs_for(scans, experiment="large-to-small", arms=("real",), **entry):
+    return jobs_of(
+        {"runs": [{"experiment": experiment, "seeds": [0], "arms": arms, **entry}]}, scans
     )
-    args, settings = downstream.arguments(
-        [str(dataset), "-o", str(tmp_path), "--network", "unet", "--folds", "2", *flags]
+
+
+def write_plan(folder, arms, settings=TINY, **entry):
+    path = folder / "plan.json"
+    one = {"experiment": "large-to-small", "seeds": [0], "arms": arms, **entry}
+    path.write_text(json.dumps({"settings": settings, "runs": [one]}))
+    return path
+
+
+def words(plan, packed, out):
+    return [str(plan), "--pack", str(packed), "--out", str(out)]
+
+
+def test_a_pack_keeps_what_it_holds(scans, packed):
+    held = pack.load_pack(packed)
+    assert list(held) == list(scans)
+    for name, scan in scans.items():
+        assert held[name].diameters_mm == scan.diameters_mm and held[name].spacing == scan.spacing
+        for part in ("hu", "organ", "lesions"):
+            assert (getattr(held[name], part) == getattr(scan, part)).all()
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR"])
+def test_a_file_of_any_orientation_is_packed_alike(codes, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+
+    scan = make_scan("a", "a")
+    label = np.where(scan.lesions > 0, 2, scan.organ).astype(np.uint8)
+    label[scan.lesions == 2] = 1  # one tumour, not in the middle
+    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(codes))
+    for kind, values in (("ct", scan.hu), ("label", label)):
+        turned = nibabel.orientations.apply_orientation(values, turn)
+        affine = np.diag([*scan.spacing, 1.0]) @ inv_ornt_aff(turn, values.shape)
+        nibabel.save(nibabel.Nifti1Image(turned, affine), tmp_path / f"a_{kind}.nii.gz")
+    read = pack.read_scan({"name": "a"}, [tmp_path], [1], [2], scan.spacing)
+    assert len(read.diameters_mm) == 1 and read.patient == "a"
+    assert abs(read.diameters_mm[0] - 10.0) < 0.5
+    (box,) = ndimage.find_objects(scan.organ.astype(int))
+    margin = [int(np.ceil(pack.MARGIN_MM / mm)) for mm in scan.spacing]
+    where = tuple(slice(max(0, b.start - m), b.stop + m) for b, m in zip(box, margin, strict=True))
+    assert (read.lesions == (scan.lesions == 1)[where]).all()
+    assert (read.hu == scan.hu[where]).all()
+    coarse = pack.read_scan({"name": "a"}, [tmp_path], [1], [2], (3.0, 3.0, 5.0))
+    low, fine = (ndimage.center_of_mass(s.lesions) for s in (coarse, read))
+    assert np.allclose((np.array(low) + 0.5) * (3, 3, 5), (np.array(fine) + 0.5) * (1.5, 1.5, 2.5),
+                       atol=1.5)  # fmt: skip
+
+
+EXPERIMENTS = {
+    "few-1": [0, 1, 2],
+    "few-2": [0, 1, 2],
+    "few-4": [0, 1, 2],
+    "large-to-small": [0],
+    "portal-to-arterial": [0],
+    "none-annotated": [0],
+    "folds-4": [0, 1, 2, 3],
+    "folds-3-2": [0, 1, 2],
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_no_patient_is_on_both_sides(scans, experiment):
+    arms = [n for n, arm in ARMS.items() if arm.others != "more"]
+    if experiment not in ("portal-to-arterial", "folds-4"):
+        arms.append("upper-bound")
+    listed = jobs_for(scans, experiment, arms, folds=EXPERIMENTS[experiment], seeds=[0, 1])
+    assert len({one.name for one in listed}) == len(listed)
+    for one in listed:
+        taught = {scans[n].patient for n in (*one.annotated, *one.healthy, *one.more)}
+        tested = {scans[n].patient for n in (*one.tests, *one.healthy_tests)}
+        assert one.tests and not taught & tested
+        assert not set(one.arm.trained_on) & tested
+        same = [o for o in listed if (o.fold, o.seed) == (one.fold, one.seed)]
+        assert all(o.annotated == one.annotated for o in same)  # equal exposure
+    bound = [one for one in listed if one.arm.others == "more" and (one.fold, one.seed) == (0, 0)]
+    if bound:
+        real = next(one for one in listed if one.arm.name == "real" and one.fold == one.seed == 0)
+        assert {n for one in bound for n in one.tests} == set(real.tests)
+        assert all(one.parts == len(bound) for one in bound)
+
+
+def test_from_large_to_small_teaches_only_large_and_tests_only_small(scans):
+    (one,) = jobs_for(scans)
+    for name, taught in one.annotated.items():
+        assert all(scans[name].diameters_mm[k - 1] >= EARLY_MM for k in taught)
+    for name, tested in one.tests.items():
+        assert all(scans[name].diameters_mm[k - 1] < EARLY_MM for k in tested)
+    assert one.tests["crlm_1006"] == (1,)
+
+
+def test_a_tumour_that_is_not_annotated_is_not_taught_as_healthy(scans):
+    scan = scans["crlm_1006"]
+    shown = view(scan, (2,))
+    assert (shown.tumor == (scan.lesions == 2)).all()
+    assert not shown.counted[scan.lesions == 1].any() and shown.counted[scan.lesions == 2].all()
+    whole = view(scan, (1, 2))
+    assert whole.counted[scan.lesions == 1].all()
+    outside = ndimage.distance_transform_edt(~scan.organ, scan.spacing)
+    assert not whole.counted[outside > 6.1].any()
+
+
+def test_crops_repeat_and_differ_by_seed_step_and_slot(scans):
+    views = {n: [view(scans[n], (1,))] for n in ("ircadb_p01", "lits000")}
+    made = [
+        crops_of(seed, step, ANNOTATED, 2, views, (32, 32, 16))
+        for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))
+    ]
+    assert all(a.equal(b) for a, b in zip(made[0], made[1], strict=True))
+    assert not made[0][0].equal(made[0][1])
+    assert not made[0][0].equal(made[2][0]) and not made[0][0].equal(made[3][0])
+    for crop in made[0]:
+        assert crop.shape == (3, 32, 32, 16) and crop.isfinite().all()
+
+
+def test_a_crop_shows_the_tumour_where_it_is_labelled(scans):
+    views = {"lits000": [view(scans["lits000"], (1, 2, 3))]}
+    seen = 0
+    for step in range(12):
+        ((image, tumor, counted),) = crops_of(3, step, ANNOTATED, 1, views, (32, 32, 16))
+        liver = (counted > 0) & (tumor == 0) & (image > -0.2)
+        if tumor.sum() > 30:
+            seen += 1
+            assert image[tumor > 0].mean() < image[liver].mean() - 0.15
+    assert seen >= 4
+
+
+@pytest.fixture(scope="module")
+def version(scans):
+    scan = scans["chaos_set3"]
+    options = {"size_mm": (10, 14), "count": (2, 2)}
+    (made,) = versions.synthesize("hu2023", options, scan, 1, 5, "cpu")
+    return scan, made
+
+
+def test_a_version_is_the_scan_with_its_tumours(version):
+    scan, made = version
+    assert made.count == 2
+    shown = versions.apply(scan, view(scan, ()), made)
+    import tumorsynth as ts
+
+    synth = ts.SynthesizeTumor("hu2023", count=(2, 2), size_mm=(10, 14))
+    label = torch.from_numpy(scan.organ.astype(np.uint8))[None]
+    image, label = synth(
+        torch.from_numpy(scan.hu.astype(np.float32))[None], label, spacing=scan.spacing, seed=5
     )
-    runs = downstream.plan(args, [downstream.parse_arm(a) for a in args.arm])
-    for planned in runs:
-        planned["path"] = tmp_path / "runs" / f"{downstream.key_of(planned)}.json"
-    partial = downstream.summarize(args, runs, settings)
-    assert partial["finished"] == "3 of 4 runs"  # fold 0 has one arm only, and does not count
-    assert partial["tables"]["test"] == found["tables"]["test"]
+    assert (shown.hu == image[0].round().numpy()).all()
+    assert (shown.tumor == (label[0] == 2).numpy()).all() and len(shown.lesions) == 2
 
 
-def test_arms_share_weights_and_crops(dataset, monkeypatch, downstream):
-    """What a network sees differs between arms in the synthetic tumours alone."""
-    from lightning import Fabric
-
-    from benchmarks.downstream import downstream_data as data
-    from benchmarks.downstream import downstream_training as training
-
-    cases = data.read_dataset(dataset)
-    settings = training.Settings(
-        (2.0,) * 3, (16,) * 3, steps=3, channels=4, p=1.0, size_mm=(8, 12), batch=3
-    )
-    grid = data.deterministic(settings.spacing, settings.crop)
-    loaded = [grid(data.as_dict(c)) for c in cases]
-    index = {c.name: k for k, c in enumerate(cases)}
-    seen: dict[str, list[torch.Tensor]] = {}
-    weights: dict[str, torch.Tensor] = {}
-    make = training.make_network
-
-    def spied(name: str, arm: str):
-        def made(network, chosen):
-            model = make(network, chosen)
-            weights[arm] = next(model.parameters()).detach().clone()
-            hook = lambda _, inputs: seen.setdefault(arm, []).append(inputs[0].clone())  # noqa: E731
-            model.register_forward_pre_hook(hook)
-            return model
-
-        return made
-
-    for arm in (training.Arm("plain"), training.Arm("crafted", "hu2023")):
-        monkeypatch.setattr(training, "make_network", spied("unet", arm.name))
-        _, told = training.train(
-            Fabric(accelerator="cpu", devices=1),
-            "unet",
-            arm,
-            cases,
-            loaded,
-            index,
-            settings,
-            seed=5,
-        )
-    assert told["synthetic_tumors"] > 0
-    assert weights["plain"].equal(weights["crafted"])
-    same = [a == b for a, b in zip(seen["plain"], seen["crafted"], strict=True)]
-    assert all(part.float().mean() > 0.5 for part in same)
-    assert any(not part.all() for part in same)
+def test_a_tumour_left_out_of_a_version_leaves_the_scan_as_it_was(version):
+    scan, made = version
+    one = versions.apply(scan, view(scan, ()), made.only([1]))
+    both = versions.apply(scan, view(scan, ()), made)
+    assert 0 < one.tumor.sum() < both.tumor.sum() and (both.tumor | ~one.tumor).all()
+    gone = both.tumor & ~one.tumor
+    assert (one.hu[gone] == scan.hu[gone]).all() and (both.hu[gone] != scan.hu[gone]).any()
+    none = versions.apply(scan, view(scan, ()), made.only([]))
+    assert (none.hu == scan.hu).all() and not none.tumor.any()
 
 
-def test_a_killed_run_goes_on(downstream, dataset, tmp_path, monkeypatch):
-    from benchmarks.downstream import downstream_training as training
+def test_an_interrupted_training_ends_as_one_that_was_not(scans, tmp_path):
+    views = {"lits000": [view(scans["lits000"], (1, 2, 3))]}
+    settings = training.Settings(**{**TINY, "side": (32, 32, 16), "steps": 6})
+    whole, told = training.train(views, None, settings, 1, tmp_path / "whole.pt")
 
-    flags = ["--arm", "real", "--only-folds", "0", "--steps", "4", "--save-every", "2"]
-    whole, steps = training.DiceCELoss.forward, []
+    class Stop(Exception):
+        pass
 
-    def dies(self, *given):
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return whole(self, *given)
+    def stop(network):
+        raise Stop
 
-    monkeypatch.setattr(training.DiceCELoss, "forward", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(downstream, dataset, tmp_path, *flags)
-    kept = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert kept == ["unet-real-fold0-seed0.ckpt", "unet-real-fold0-seed0.of.json"]
-    found = run(downstream, dataset, tmp_path, *flags)
-    assert len(steps) == 4 + 2  # the last two alone
-    assert found["runs"]["unet-real-fold0-seed0"]["steps"] == 4
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["unet-real-fold0-seed0.json"]
+    with pytest.raises(Stop):
+        training.train(views, None, settings, 1, tmp_path / "part.pt", at={5: stop})
+    resumed, again = training.train(views, None, settings, 1, tmp_path / "part.pt")
+    assert told["losses"] == again["losses"] and len(told["losses"]) == 3
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert a.equal(b)
+    other, _ = training.train(views, None, settings, 2, tmp_path / "other.pt")
+    assert not all(a.equal(b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
 
 
-def test_pools_hold_healthy_scans_alone(dataset):
-    from benchmarks.downstream import downstream_data as data
-    from benchmarks.downstream import downstream_training as training
+def test_windows_cover_the_organ_of_any_size(scans):
+    class Same(torch.nn.Module):
+        def forward(self, image):
+            return image
 
-    cases = data.read_dataset(dataset)[4:7]
-    settings = training.Settings((2.0,) * 3, (16,) * 3, pool=2, size_mm=(8, 12), p=1.0)
-    grid = data.deterministic(settings.spacing, settings.crop)
-    loaded = [grid(data.as_dict(c)) for c in cases]
-    index = {c.name: k for k, c in enumerate(cases)}
-    arm = training.Arm("crafted", "hu2023")
-    pool = training.make_pool(arm, cases, loaded, index, settings)
-    assert {name: len(held) for name, held in pool.items()} == {"scan4": 0, "scan5": 0, "scan6": 2}
-    one, two = (version["label"] for version in pool["scan6"])
-    assert (one == 2).any() and not one.equal(two)
-    alone = training.make_pool(arm, cases[2:], loaded, index, settings)  # in any other company
-    assert alone["scan6"][0]["image"].equal(pool["scan6"][0]["image"])
-    pick = data.RandVersion(pool, 1.0).set_random_state(0)
-    assert any(pick(loaded[2])["label"].equal(one) for _ in range(8))
-    assert pick(loaded[0])["label"] is loaded[0]["label"]
-    assert not training.make_pool(training.Arm("real"), cases, loaded, index, settings)
+    for shape in ((20, 70, 33), (64, 64, 32), (65, 90, 16)):
+        hu = np.random.default_rng(0).integers(-40, 240, shape).astype(np.int16)
+        organ = np.ones(shape, bool)
+        organ[:5] = False
+        found = training.predict(Same(), hu, organ, (32, 32, 16))
+        expected = 1 / (1 + np.exp(-((hu + 50) / 150 - 1)))
+        assert np.allclose(found[5:], expected[5:], atol=1e-5) and not found[:5].any()
 
 
-def test_folds_keep_patients_apart(dataset, downstream):
-    from benchmarks.downstream import downstream_data as data
-
-    cases = data.read_dataset(dataset)
-    for seed in range(5):
-        folds = data.fold_of(cases, 3, seed)
-        for fold in range(3):
-            run = {"fold": fold, "annotated": None, "seed": 0}
-            to_train, to_test = downstream.split(cases, folds, run)
-            patients = [{c.patient for c in part} for part in (to_train, to_test)]
-            assert patients[0].isdisjoint(patients[1])
-            assert {c.name for c in to_train} | {c.name for c in to_test} == {c.name for c in cases}
-            assert any(c.healthy for c in to_test) and any(not c.healthy for c in to_test)
-    ill = [c for c in cases if not c.healthy]
-    assert sorted(set(data.fold_of([*ill, cases[-1]], 3).values())) == [0, 1, 2]  # one healthy one
-    few = data.annotated_only(cases, 2, 0)
-    more = data.annotated_only(cases, 4, 0)
-    assert sum(not c.healthy for c in few) == 2
-    assert {c.name for c in few} < {c.name for c in more}
+def test_scores_count_what_is_tested_and_nothing_else(scans):
+    (one,) = jobs_for(scans)
+    scan = scans["crlm_1006"]  # tumour 1 is tested, tumour 2 is too large
+    perfect = jobs.score(one, scan, (scan.lesions > 0).astype(np.float32))
+    assert [t.diameter_mm for t in perfect.tumors] == [9.8] and perfect.tumors[0].score == 1
+    assert perfect.false_scores == () and perfect.outside == 1 and not perfect.is_healthy
+    only_large = jobs.score(one, scan, (scan.lesions == 2).astype(np.float32))
+    assert only_large.tumors[0].score is None and only_large.false_scores == ()
+    everything = jobs.score(one, scan, scan.organ.astype(np.float32))
+    assert everything.tumors[0].score is None and everything.false_scores == (1.0,)
+    outside = np.where(scan.organ, 0, 1).astype(np.float32)
+    assert jobs.score(one, scan, outside).false_scores == ()
 
 
-def test_own_folds_are_kept_and_checked(dataset):
-    from benchmarks.downstream import downstream_data as data
-
-    cases = [replace(c, fold=k % 2) for k, c in enumerate(data.read_dataset(dataset))]
-    with pytest.raises(ValueError, match="patient p0 is in folds 0 and 1"):
-        data.fold_of(cases, 5)
-    cases[1] = replace(cases[1], fold=0)
-    assert data.fold_of(cases, 5)["scan3"] == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("[]", "must be like"),
-        ('{"training": [{"image": "a.nii.gz"}]}', "KeyError.*label"),
-        ('{"training": []}', "lists no cases"),
-        ('{"training": [{"image": "a.nii.gz", "label": "a.nii.gz"}]}', "a: no such file"),
-        ('{"organ_labels": [1], "tumor_labels": [1], "training": []}', "organ or tumour"),
-    ],
-)
-def test_bad_datasets_say_what_is_wrong(tmp_path, content, words):
-    from benchmarks.downstream import downstream_data as data
-
-    (tmp_path / "dataset.json").write_text(content)
-    with pytest.raises(ValueError, match=words):
-        data.read_dataset(tmp_path / "dataset.json")
+def test_each_tumour_keeps_its_own_diameter(scans):
+    (one,) = jobs_for(scans, "few-1")
+    scan = scans["lits000"]
+    for number in (1, 2, 3):
+        found = jobs.score(one, scan, (scan.lesions == number).astype(np.float32))
+        hit = [t.diameter_mm for t in found.tumors if t.score]
+        assert hit == [scan.diameters_mm[number - 1]]
 
 
-def test_label_values_are_mapped(dataset, tmp_path):
-    """KiTS: organ 1, tumour 2, cyst 3, which counts as organ."""
-    from benchmarks.downstream import downstream_data as data
-
-    case = replace(data.read_dataset(dataset)[0], organ_labels=(2,), tumor_labels=(1,))
-    got = data.deterministic((1, 1, 1), (16,) * 3)(data.as_dict(case))["label"]
-    plain = data.deterministic((1, 1, 1), (16,) * 3)(data.as_dict(data.read_dataset(dataset)[0]))
-    assert ((got == 2) == (plain["label"] == 1)).all()
-    none = replace(case, organ_labels=(9,), tumor_labels=())
-    with pytest.raises(RuntimeError, match="transform") as error:  # MONAI wraps it
-        data.deterministic((1, 1, 1), (16,) * 3)(data.as_dict(none))
-    assert "holds none of (9,)" in str(error.value.__cause__)
+def matches(scores, false=(), diameter=9.0):
+    tumors = tuple(TumorMatch(diameter, s, s and 0.5, s and 0.5) for s in scores)
+    return ScanMatches(tumors, tuple(sorted(false, reverse=True)), 0.5, 0.5)
 
 
-def test_groups_need_every_patient(tmp_path):
-    from benchmarks.downstream import downstream_data as data
-
-    path = tmp_path / "patients.csv"
-    path.write_text("patient,age,sex\na,63.5,F\nb,,M\n")
-    groups = data.read_groups(path, ["a", "b"])
-    assert groups == {"age": {"a": "60-69", "b": "unknown"}, "sex": {"a": "F", "b": "M"}}
-    with pytest.raises(ValueError, match="misses the patients c"):
-        data.read_groups(path, ["a", "c"])
-
-
-def test_tumour_stays_in_or_near_the_organ():
-    from benchmarks.downstream import downstream_training as training
-
-    found = np.zeros((20, 8, 8), np.uint8)
-    found[2:8] = 1
-    found[4:6, 4:6, 4:6] = 2  # in the organ
-    found[8, 4, 4] = 2  # touching it
-    found[15, 4, 4] = 2  # elsewhere
-    settings = training.Settings()
-    kept = training.postprocess(found, None, settings)
-    assert kept[4, 4, 4] == 2 and kept[8, 4, 4] == 2 and kept[15, 4, 4] == 0
-    organ = np.zeros(found.shape, bool)
-    organ[2:8] = True
-    strict = training.postprocess(found, organ, settings)
-    assert strict[4, 4, 4] == 2 and strict[8, 4, 4] == 0
-    near = training.postprocess(found, organ, replace(settings, keep_mm=2.0))
-    assert near[8, 4, 4] == 2 and near[15, 4, 4] == 0
+def cells_of(arms, seeds=(0, 1)):
+    """Cells in which an arm finds the same in every seed."""
+    return {
+        (0, seed): {
+            arm: {"tests": {n: [m] for n, m in tests.items()}, "healthy": {}}
+            for arm, tests in arms.items()
+        }
+        for seed in seeds
+    }
 
 
-@pytest.mark.parametrize(
-    ("network", "millions"),
-    [("unet", 4.8), ("dynunet", 16.5), pytest.param("swinunetr", None, marks=pytest.mark.slow)],
-)
-def test_published_networks(network, millions):
-    """The sizes that the paper's settings give."""
-    from benchmarks.downstream import downstream_training as training
-
-    if network == "swinunetr":
-        model = training.make_network(network, training.Settings(channels=12))
-        with torch.no_grad():
-            assert model(torch.zeros(1, 1, 64, 64, 64)).shape == (1, 3, 64, 64, 64)
-        with pytest.raises(ValueError, match="multiple of 32 voxels, twice that"):
-            training.make_network(network, training.Settings(crop=(32, 32, 32)))
-        return
-    with torch.device("meta"):
-        model = training.make_network(network, training.Settings())
-        out = model(torch.empty(1, 1, 96, 96, 96))
-    assert out.shape == (1, 3, 96, 96, 96)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
+def test_equal_arms_differ_by_nothing_and_a_better_one_by_what_it_finds():
+    worse = {n: matches([0.9, None], [0.3]) for n in "abcd"}
+    better = {n: matches([0.9, 0.8], [0.3]) for n in "abcd"}
+    cells = cells_of({"real": worse, "same": worse, "better": better})
+    found = compare(cells, {n: n for n in "abcd"}, ("real",), 100)
+    assert found["arms"]["real"][PRIMARY]["value"] == 0.5
+    assert found["differences"]["same - real"][PRIMARY] == {"value": 0, "ci95": [0, 0]}
+    gain = found["differences"]["better - real"][PRIMARY]
+    assert gain["value"] == 0.5 and 0 <= gain["ci95"][0] < 0.5 < gain["ci95"][1] <= 1
 
 
-def test_differences_are_paired(downstream):
-    """Two arms whose scores differ by the same in every patient differ without any doubt."""
-    from benchmarks.downstream import downstream_table as tables
-    from tumorsynth.evaluation.metrics import CaseScores
-
-    def case(dsc):
-        return CaseScores(dsc, dsc, None, None, 1, 1, 0, 1, 1, 0, (9.0,), (True,))
-
-    worse = {f"p{k}": [case(0.1 * k)] for k in range(8)}
-    better = {p: [case(s[0].dsc + 0.05)] for p, s in worse.items()}
-    rows = tables.compared({"real": worse, "synthetic": better}, draws=200)
-    low, high = rows["synthetic"]["minus real"]["dsc"]["ci95"]
-    assert low == pytest.approx(0.05) and high == pytest.approx(0.05)
-    wide = rows["real"]["dsc"]["ci95"]
-    assert wide[1] - wide[0] > 0.1
-    few = tables.compared({"real": {p: worse[p] for p in ("p1", "p2")}})
-    assert few["real"]["dsc"] == {"value": 0.15, "ci95": None}
-    with pytest.raises(ValueError, match="not tested on the same patients"):
-        tables.compared({"real": worse, "synthetic": {"p0": [case(1.0)]}})
+def test_arms_are_compared_at_equal_false_positives():
+    """More candidates of a higher score are no gain where false ones come along."""
+    quiet = {n: matches([0.6, None], [0.2]) for n in "abc"}
+    loud = {n: matches([0.6, 0.3], [0.95, 0.9, 0.8, 0.7]) for n in "abc"}
+    cells = cells_of({"real": quiet, "loud": loud})
+    found = compare(cells, {n: n for n in "abc"}, ("real",), 20)
+    assert found["differences"]["loud - real"][PRIMARY]["value"] == -0.5
+    assert found["differences"]["loud - real"]["sensitivity_at_8"]["value"] == 0.5
 
 
-def test_phantom_lesions_are_whole_and_in_the_liver(tmp_path):
-    from scipy import ndimage
-
-    from benchmarks.downstream import downstream_phantoms as phantoms
-
-    image, label, _ = phantoms.make_patient(1, phantoms.Shapes(), True, spacing=4.0)
-    parts, count = ndimage.label(label == phantoms.TUMOR, np.ones((3, 3, 3)))
-    assert 1 <= count <= 4
-    assert np.bincount(parts.ravel())[1:].min() > 1
-    assert abs(float(np.median(image[label == 1])) - 108) < 25
-    tumor, organ = image[label == 2], image[label == 1]
-    assert abs(tumor.mean() - organ.mean()) > 5
+def test_two_scans_of_one_patient_are_drawn_together():
+    """Two patients are too few for an interval, however many scans they have."""
+    tests = {n: matches([0.9, None], [0.3]) for n in "abcd"}
+    cells = cells_of({"real": tests, "other": tests})
+    found = compare(cells, {"a": "p", "b": "p", "c": "q", "d": "q"}, ("real",), 20)
+    assert found["arms"]["real"][PRIMARY]["ci95"] is None
 
 
-@pytest.mark.parametrize("words", ["synthetic", "real=hu2023", "=hu2023"])
-def test_arms_that_are_none(downstream, words):
-    with pytest.raises(ValueError, match="arm"):
-        downstream.parse_arm(words)
+ALL_ARMS = ["real", "real-and-healthy", "upper-bound", "hu2023"]
 
 
-@pytest.mark.slow
-def test_two_processes_share_a_run(dataset, tmp_path):
-    """``fabric run``: one result, from both."""
-    flags = ["--network", "unet", "--folds", "2", "--only-folds", "0", "--arm", "real", *TINY]
-    script = [str(BENCHMARKS / "downstream.py"), str(dataset), "-o", str(tmp_path), *flags]
-    launch = ["-m", "lightning.fabric.cli", "--accelerator", "cpu", "--devices", "2"]
-    done = subprocess.run([sys.executable, *launch, *script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = (tmp_path / "runs").iterdir()
-    held = json.loads(path.read_text())
-    assert held["run"]["steps"] == 2
-    assert len(held["test"]) == len({entry["case"] for entry in held["test"]}) >= 3
+@pytest.fixture(scope="module")
+def finished(packed, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    filtered = {"name": "seen", "generator": "hu2023", "keep": "seen"}
+    alone = {"name": "alone", "generator": "hu2023", "alone": True}
+    plan = write_plan(out, [*ALL_ARMS, filtered, alone])
+    run.main(words(plan, packed, out))
+    return plan, out
+
+
+def test_all_arms_end_to_end(finished, packed, capsys):
+    plan, out = finished
+    names = {path.stem for path in (out / "jobs").glob("*.json")}
+    assert len(names) == 7 and not list((out / "checkpoints").glob("*.pt"))
+    assert "large-to-small_fold0_seed0_upper-bound_b" in names
+    held = {name: json.loads((out / "jobs" / f"{name}.json").read_text()) for name in names}
+    made = {one["job"]["arm"]["name"]: one["synthetic_tumors"] for one in held.values()}
+    assert made["real"] == made["real-and-healthy"] == made["upper-bound"] == 0
+    assert 0 < made["seen"] < made["hu2023"] and 0 < made["alone"] < made["hu2023"]
+    assert len({tuple(one["losses"]) for one in held.values()}) == 7  # arms do differ
+
+    before = {path: path.stat().st_mtime_ns for path in (out / "jobs").glob("*.json")}
+    run.main(words(plan, packed, out))
+    assert "7 jobs, 7 finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "jobs").glob("*.json")}
+
+
+def test_scores_can_be_computed_again_from_what_a_job_leaves(finished, packed):
+    plan, out = finished
+    path = out / "jobs" / "large-to-small_fold0_seed0_real.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, "scans": {}}))
+    run.main([*words(plan, packed, out), "--rescore"])
+    after = json.loads(path.read_text())["scans"]
+    assert after.keys() == before["scans"].keys()
+    for name, scan in after.items():
+        wanted = before["scans"][name]
+        assert len(scan["tumors"]) == len(wanted["tumors"])
+        assert len(scan["false_scores"]) == len(wanted["false_scores"])
+
+
+def test_other_settings_need_another_folder(finished, packed, tmp_path):
+    _, out = finished
+    plan = write_plan(tmp_path, ["real"], {**TINY, "steps": 5})
+    with pytest.raises(ValueError, match="other settings"):
+        run.main(words(plan, packed, out))
+    with pytest.raises(ValueError, match="unknown settings"):
+        run.main(words(write_plan(tmp_path, ["real"], {"stepz": 5}), packed, tmp_path))
+
+
+def test_a_job_that_another_process_has_is_left_to_it(packed, tmp_path, capsys):
+    from benchmarks.downstream.files import locked
+
+    plan, name = write_plan(tmp_path, ["real"]), "large-to-small_fold0_seed0_real"
+    with locked(tmp_path / "jobs" / f".{name}.lock"):
+        command = [sys.executable, "-m", "benchmarks.downstream.run"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *words(plan, packed, tmp_path)], check=True, env=env, cwd=ROOT)
+    assert not (tmp_path / "jobs" / f"{name}.json").is_file()
+
+
+def test_a_run_needs_no_framework(packed, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(NO_MONAI)
+    plan = write_plan(tmp_path, ["hu2023"], {**TINY, "steps": 2})
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.downstream.run", *words(plan, packed, tmp_path)]
+    subprocess.run(command, check=True, env=env, cwd=ROOT)
+    assert (tmp_path / "jobs" / "large-to-small_fold0_seed0_hu2023.json").is_file()
+
+
+def test_the_table_compares_what_is_finished(finished, capsys):
+    _, out = finished
+    table.main([str(out), "--draws", "20", "--arms", *ALL_ARMS])
+    found = json.loads((out / "results.json").read_text())["experiments"]["large-to-small"]
+    assert list(found["arms"]) == ALL_ARMS and found["cpu_hours"] >= 0
+    assert found["tumors"] == 6 and set(found["scans"]) == {
+        "lits000", "crlm_1006", "radcttace_0697_eqp", "ircadb_p01"}  # fmt: skip
+    assert "hu2023 - real-and-healthy" in found["differences"]
+    assert (out / "table.md").read_text().count("|") > 100
+    (out / "jobs" / "large-to-small_fold0_seed0_upper-bound_b.json").rename(out / "half.json")
+    table.main([str(out), "--draws", "20", "--arms", *ALL_ARMS])
+    assert "no fold and seed is finished" in capsys.readouterr().out
+    (out / "half.json").rename(out / "jobs" / "large-to-small_fold0_seed0_upper-bound_b.json")
+
+
+def test_an_arm_that_may_not_be_tested_on_a_patient_takes_it_out_of_the_comparison(scans):
+    own = Arm.from_dict({"name": "own", "generator": "hu2023", "trained_on": ["ircadb_p01"]})
+    results = []
+    for one in jobs_for(scans, arms=("real", vars(own))):
+        found = {n: matches([0.9] * len(t)).as_dict() for n, t in one.tests.items()}
+        found |= {n: matches([]).as_dict() for n in one.healthy_tests}
+        results.append({"job": jobs.describe(one), "scans": found})
+    assert "ircadb_p01" in results[0]["scans"] and "ircadb_p01" not in results[1]["scans"]
+    (cell,) = table.complete_cells(results).values()
+    assert "ircadb_p01" not in cell["real"]["tests"]
+    assert set(cell["real"]["tests"]) == set(cell["own"]["tests"])
+
+
+def test_patches_teach_middles_and_are_scored_by_area(scans, packed, tmp_path, capsys):
+    views = {"lits000": [view(scans["lits000"], (1, 2, 3))]}
+    _, truths = patches.patches_of(0, 0, ANNOTATED, views)
+    assert torch.stack(truths[::2]).max() == 1  # on tumours
+    plan = write_plan(tmp_path, ["real", "real-and-healthy", "hu2023"])
+    patches.main([*words(plan, packed, tmp_path), "--steps", "3"])
+    assert "| large-to-small | hu2023 |" in capsys.readouterr().out
+    scan = {"tumors": [2.0, 0.0], "healthy": [-1.0, 1.0]}
+    assert patches.shares(scan).tolist() == [1.0, 0.5] and patches.area({"a": scan}) == 0.75
+
+
+def test_an_arm_with_a_mistake_is_refused():
+    with pytest.raises(ValueError, match="others"):
+        Arm.from_dict({"name": "x", "others": "helthy"})
+    with pytest.raises(ValueError, match="generator"):
+        Arm.from_dict({"name": "x"})
+    assert Arm.from_dict({"name": "x", "generator": "liver-early"}).trained_on == ("ircadb_p01",)
+    assert replace(ARMS["liver-early"], name="y").trained_on == ("ircadb_p01",)
