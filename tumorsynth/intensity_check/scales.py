@@ -8,6 +8,7 @@ from tumorsynth.intensity_check.faults import (
     BYTES,
     DIVIDED,
     LOWERED,
+    NOT_CT,
     OFFSET,
     SHIFTED,
     Fault,
@@ -114,8 +115,9 @@ def _name_by_air(histogram: Histogram) -> Fault | None:
         return None
     tissue, _ = max(histogram.peaks, key=lambda peak: peak[1] * (peak[0] > 0.5 * air))
     per_hu = (tissue - air) / 1060
-    if 0.87 < per_hu < 1.15:
-        return None
+    if 0.87 < per_hu < 1.15:  # or an offset
+        offset = air + 1024
+        return scaled(air, air + 924) if offset % 10 == 0 and tissue > 0.8 * offset else None
     hu = histogram.inner.mapped(1 / per_hu, -1000 - air / per_hu)
     lung, soft = hu.share(-980, -600), hu.share(-150, 250)
     if min(lung, soft) < 0.1 or hu.share(-450, -200) / 250 > 0.5 * min(lung / 380, soft / 400):
@@ -139,14 +141,22 @@ def name_by_organ(whole: Shares, organ: Shares) -> Fault | None:
     if quiet and -5 < middle < 32 and -18 < low and high < 38 and whole.share(-16, -3) > 0.02:
         return DIVIDED[10]
     lowest, highest = whole.quantiles(RARE, 1 - RARE)
-    if whole.share(highest, highest) > RARE and highest < 254.99:  # HU that are clipped there
-        return None
-    if lowest != 0 or highest > 255.01 or not 105 <= middle <= 235 or third - first > 50:
-        return None
     zeros = whole.share(0, 0)
-    if zeros < 0.02 or 1 - len(organ.values) / count - zeros < 0.15:  # or masked by the organ
+    if lowest < 0 or 1 - len(organ.values) / count - zeros < 0.15:  # or masked by the organ
         return None
-    darker = middle - 50
-    ramp = whole.share(20, darker)
-    edge = whole.share(1e-3, 8)  # as many in HU that are clipped at 0
-    return BYTES if ramp > 0.05 and edge / 8 < 0.3 * ramp / (darker - 20) else None
+    if first > 250 and whole.share(0, 60) > 0.1 and third < 2 * first:  # no bone without marrow
+        return NOT_CT
+    top = next((top for top in (100.0, 255.0) if highest <= top + 0.01), None)
+    if top is None or (whole.share(highest, highest) > RARE and highest < top - 0.01):
+        return None  # or HU that are clipped there
+    if not 0.41 <= middle / top <= 0.92 or third - first > 0.2 * top:
+        return None
+    if third - first < 0.04 * top and whole.share(0.002 * top, 0.24 * top) > 0.01:
+        return windowed(0, top)  # even the noise of a smooth organ would make fluids negative
+    if lowest > 0 or zeros < 0.005:
+        return None
+    dark, bright, near = 0.08 * top, middle - 0.2 * top, 0.03 * top
+    ramp = whole.share(dark, bright) / (bright - dark)
+    edge = whole.share(1e-3, near) / near  # as many in HU that are clipped at 0
+    enough = ramp * (bright - dark) > 0.03
+    return windowed(0, top) if enough and edge < 0.3 * ramp else None
