@@ -86,14 +86,14 @@ def scale_problem(values: NDArray[np.float32], intensity: Intensity) -> str | No
         return f"lie beyond the {limits[0]:.4g} to {limits[1]:.4g} to which it clips"
     if is_identity:  # the way out
         return None
+    ends = _in_hu(intensity, limits[0]), _in_hu(intensity, limits[1])
     least, most = all_hu.quantiles(0.005, 0.995)
-    if most - least < MIN_SPAN_HU and len(np.unique(inner.values)) > 1:
+    if 0 < most - least < MIN_SPAN_HU and abs(most - ends[1]) > 1:
         if all_hu.share(least, least) > RARE and all_hu.share(most, most) > RARE:
             return f"would be {least:.4g} to {most:.4g} HU, from air to bone"
     histogram = Histogram(all_hu)
     marks = histogram.landmarks() or histogram.window_landmarks()
-    ends = [_in_hu(intensity, limit) for limit in limits]
-    if marks is not None and contradicts_hu(histogram, marks, (ends[0], ends[1])):
+    if marks is not None and contradicts_hu(histogram, marks, ends):
         return (
             f"would put fat at {marks.fat:.0f} HU and soft tissue at {marks.tissue:.0f} HU, if "
             "these are the peaks of its histogram"

@@ -53,15 +53,19 @@ def contradicts_hu(
         clip_hu: HU at which the image is known to be clipped.
     """
     air, fat = marks.air, marks.fat
+    if not -140 <= air < -60 and _shows_fat(histogram, marks):
+        return False
     if marks.clipped and abs(air - clip_hu[0]) < 1:  # whatever is darker is there
         if fat < FAT_RANGE_HU[0]:  # or lung
+            if air > -900 or -150 < marks.tissue < -20:  # only the brightest of it, or fat
+                return False
             bright = histogram.at_highest > 0.01 and abs(histogram.highest - clip_hu[1]) < 1
             return fat > -600 or (fat > -720 and bright)
-        return fat > FAT_RANGE_HU[1] and marks.tissue - fat < 60 and marks.gap_share < 0.2
+        return air < -140 and marks.tissue - fat < 60 and marks.gap_share < 0.2
     if air < -1060:  # or padding, below lung or fat
         too_dark = histogram.inner.below(-1200) > 0.01
         return too_dark or fat < FAT_RANGE_HU[0] and not -1060 <= fat <= -600
-    if FAT_RANGE_HU[0] <= fat <= FAT_RANGE_HU[1] or air < -960:
+    if air < -960:
         return False
     if air < -600:  # or lung
         return _is_shifted(marks)
@@ -74,10 +78,23 @@ def contradicts_hu(
     return fat > 320 or marks.tissue - fat < 35 and marks.gap_share > 0.002
 
 
+def _shows_fat(histogram: Histogram, marks: Landmarks) -> bool:
+    """Whether fat lies at -100 HU as well: what was taken for fat is another tissue."""
+    if any(FAT_RANGE_HU[0] <= peak <= FAT_RANGE_HU[1] for peak, _ in histogram.peaks):
+        return True
+    inner = histogram.inner
+    brighter = marks.fat > FAT_RANGE_HU[1]
+    return (
+        brighter
+        and inner.share(-130, -85) / 45 > 0.15 * inner.share(marks.fat - 10, marks.fat + 10) / 20
+    )
+
+
 def _is_shifted(marks: Landmarks) -> bool:
     """Whether a number was added to air, at which the image is clipped, and to fat."""
     ends = [marks.air - end for end in (-1000, -1024)] if marks.clipped else []
-    return any(abs(end - (marks.fat - FAT_HU)) < 26 and end % 5 == 0 for end in ends)
+    near = 12 if marks.air % 50 == 0 else 26  # someone may clip HU there
+    return any(abs(end - (marks.fat - FAT_HU)) < near and end % 5 == 0 for end in ends)
 
 
 def _name(histogram: Histogram, marks: Landmarks) -> Fault:
