@@ -88,9 +88,10 @@ def scale_problem(values: NDArray[np.float32], intensity: Intensity) -> str | No
         return None
     ends = _in_hu(intensity, limits[0]), _in_hu(intensity, limits[1])
     least, most = all_hu.quantiles(0.005, 0.995)
-    if 0 < most - least < MIN_SPAN_HU and abs(most - ends[1]) > 1:
-        if all_hu.share(least, least) > RARE and all_hu.share(most, most) > RARE:
-            return f"would be {least:.4g} to {most:.4g} HU, from air to bone"
+    if 0 < most - least < MIN_SPAN_HU:
+        for end, limit in zip((least, most), ends, strict=True):
+            if all_hu.share(end, end) > 0.02 and abs(end - limit) > 1:
+                return f"would be {least:.4g} to {most:.4g} HU, clipped at {end:.4g} HU"
     histogram = Histogram(all_hu)
     marks = histogram.landmarks() or histogram.window_landmarks()
     if marks is not None and contradicts_hu(histogram, marks, ends):

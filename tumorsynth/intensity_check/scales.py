@@ -68,7 +68,7 @@ def contradicts_hu(
     if air < -960:
         return False
     if air < -600:  # or lung
-        return _is_shifted(marks)
+        return _is_shifted(histogram, marks)
     if air < -140:  # or clipped there by someone: at a round number
         return not marks.clipped or fat < -20 or (air < -300 and air % 5 != 0)
     if air < -60:  # or fat
@@ -90,11 +90,20 @@ def _shows_fat(histogram: Histogram, marks: Landmarks) -> bool:
     )
 
 
-def _is_shifted(marks: Landmarks) -> bool:
-    """Whether a number was added to air, at which the image is clipped, and to fat."""
-    ends = [marks.air - end for end in (-1000, -1024)] if marks.clipped else []
+def _is_shifted(histogram: Histogram, marks: Landmarks) -> bool:
+    """Whether the same number was added to air and to fat."""
+    shift = marks.fat - FAT_HU
+    if not marks.clipped:
+        return abs(marks.air - AIR_HU - shift) < 20 and _is_sharp(histogram, marks.air)
+    ends = [marks.air - end for end in (-1000, -1024)]
     near = 12 if marks.air % 50 == 0 else 26  # someone may clip HU there
-    return any(abs(end - (marks.fat - FAT_HU)) < near and end % 5 == 0 for end in ends)
+    return any(abs(end - shift) < near and end % 5 == 0 for end in ends)
+
+
+def _is_sharp(histogram: Histogram, air: float) -> bool:
+    """Whether many values spread as little as those of air, unlike lung."""
+    near, wide = (histogram.inner.share(air - w, air + w) for w in (20, 80))
+    return near > 0.15 and near > 0.65 * wide
 
 
 def _name(histogram: Histogram, marks: Landmarks) -> Fault:
