@@ -17,8 +17,8 @@ from tumorsynth.commands.main import main
 from tumorsynth.intensity_check import (
     MAX_SAMPLED,
     find_fault,
+    sample_organ,
     sample_voxels,
-    sample_with_organ,
 )
 from tumorsynth.intensity_check.check import scale_problem
 
@@ -134,7 +134,7 @@ def test_real_scans_in_a_wrong_scale_are_refused(shared, kind):
 
 
 def kind_with_organ(image: Tensor, label: Tensor, organ: int = 1) -> str | None:
-    fault = find_fault(*sample_with_organ(image[0], label[0], (organ,)))
+    fault = find_fault(sample_voxels(image[0]), lambda: sample_organ(image[0], label[0], (organ,)))
     return None if fault is None else fault.kind
 
 

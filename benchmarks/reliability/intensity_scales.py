@@ -31,8 +31,8 @@ from benchmarks.common import write
 from tumorsynth.intensity_check import (
     MIN_VALUES,
     find_fault,
+    sample_organ,
     sample_voxels,
-    sample_with_organ,
 )
 from tumorsynth.scans.nifti import read_volume
 
@@ -140,7 +140,7 @@ AROUND_ORGAN = (96, 96, 96)
 
 
 def answer(values: np.ndarray, organ: np.ndarray | None = None) -> str | None:
-    under = None if organ is None else np.sort(organ.astype(np.float32))
+    under = None if organ is None else lambda: np.sort(organ.astype(np.float32))
     fault = find_fault(np.sort(values.astype(np.float32)), under)
     return None if fault is None else fault.kind
 
@@ -213,16 +213,17 @@ def measure_with_organ(
         part, marked = cut(hu, at, sides).float(), cut(label, at, sides)
         found = counts["whole scan, with label" if k == 0 else "96^3 around the organ"]
         found["all"]["crops"] += 1
-        values, under = sample_with_organ(part, marked, (organ,))
+        values, under = sample_voxels(part), sample_organ(part, marked, (organ,))
         for kind, change in GOOD.items():
             if "padded" in kind or "metal" in kind:  # these replace voxels by their place
                 continue
             found["false alarms"][kind] += answer(change(values), change(under)) is not None
-        alone = sample_with_organ(torch.where(marked == organ, part, 0), marked, (organ,))
-        found["false alarms"]["0 beyond the organ"] += answer(*alone) is not None
+        masked = torch.where(marked == organ, part, 0)
+        said = answer(sample_voxels(masked), under)
+        found["false alarms"]["0 beyond the organ"] += said is not None
         for kind, (right, change) in WRONG.items():
             image = torch.from_numpy(change(part.numpy()).astype(np.float32))
-            said = answer(*sample_with_organ(image, marked, (organ,)))
+            said = answer(sample_voxels(image), sample_organ(image, marked, (organ,)))
             found["refused"][kind] += said is not None
             found["named"][kind] += said == right
             if said is None:

@@ -5,8 +5,8 @@ from tumorsynth.intensity_check.rules import MIN_VALUES, find_fault
 from tumorsynth.intensity_check.shares import (
     MAX_SAMPLED,
     describe,
+    sample_organ,
     sample_voxels,
-    sample_with_organ,
 )
 
 __all__ = [
@@ -16,5 +16,5 @@ __all__ = [
     "describe",
     "find_fault",
     "sample_voxels",
-    "sample_with_organ",
+    "sample_organ",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from tumorsynth.intensity_check.shares import (
     Sample,
     Shares,
     describe,
+    sample_organ,
     sample_voxels,
-    sample_with_organ,
 )
 
 MAX_MEDIAN_HU = 1500.0  # |HU| of half of a crop: no organ reaches it
@@ -37,7 +38,7 @@ def check_intensity(
     """Check that an image can be in the scale that the user names.
 
     Args:
-        image: (X, Y, Z), floating point; one host-device synchronisation.
+        image: (X, Y, Z), floating point; one host-device synchronisation, or two in doubt.
         intensity: what its values are said to mean.
         label: same shape; None if it is not known.
         organ_labels: label values of the organ.
@@ -45,11 +46,8 @@ def check_intensity(
     Raises:
         ValueError: if they clearly mean something else.
     """
-    organ = None
-    if label is None:
-        values = sample_voxels(image)
-    else:
-        values, organ = sample_with_organ(image, label, organ_labels)
+    values = sample_voxels(image)
+    organ = None if label is None else partial(sample_organ, image, label, organ_labels)
     if not isinstance(intensity, HU):
         if (problem := scale_problem(values, intensity)) is not None:
             raise ValueError(
@@ -76,7 +74,8 @@ def scale_problem(values: NDArray[np.float32], intensity: Intensity) -> str | No
     limits = intensity.limits or (-math.inf, math.inf)
     tolerance = BEYOND_LIMITS * min(limits[1] - limits[0], 1e9)
     beyond = inner.below(limits[0] - tolerance) + inner.above(limits[1] + tolerance)
-    hu, all_hu = (_to_hu(intensity, shares) for shares in (inner, raw))
+    offset = _in_hu(intensity, 0.0)
+    hu, all_hu = (shares.mapped(intensity.hu_per_unit, offset) for shares in (inner, raw))
     low, high = hu.quantiles(0.25, 0.75)
     is_identity = abs(_in_hu(intensity, -1000.0) + 1000) <= 200
     is_hu = not is_identity and is_ct(Sample(raw, raw.without_padding()))
@@ -100,10 +99,6 @@ def scale_problem(values: NDArray[np.float32], intensity: Intensity) -> str | No
             "these are the peaks of its histogram"
         )
     return None
-
-
-def _to_hu(intensity: Intensity, values: Shares) -> Shares:
-    return Shares(np.sort(intensity.to_hu(torch.from_numpy(values.values)).float().numpy()))
 
 
 def _in_hu(intensity: Intensity, value: float) -> float:

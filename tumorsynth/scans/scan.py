@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,7 @@ def _check_intensity(
     import torch
 
     from tumorsynth.intensity import HU
-    from tumorsynth.intensity_check import describe, find_fault, sample_with_organ
+    from tumorsynth.intensity_check import describe, find_fault, sample_organ, sample_voxels
 
     finite = values[np.isfinite(values)]
     if not finite.size:
@@ -183,9 +184,9 @@ def _check_intensity(
         raise ValueError(
             f"a CT must show tissue, but every voxel of {name} is {finite[0]:g}; export it again"
         )
-    sampled, organ = sample_with_organ(
-        torch.from_numpy(values), torch.from_numpy(label), synth.organ_labels
-    )
+    image = torch.from_numpy(values)
+    sampled = sample_voxels(image)
+    organ = partial(sample_organ, image, torch.from_numpy(label), synth.organ_labels)
     fault = find_fault(sampled, organ) if isinstance(synth.intensity, HU) else None
     if fault is not None:
         raise ValueError(
