@@ -14,7 +14,13 @@ from torch import Tensor
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
 from tumorsynth.commands.main import main
-from tumorsynth.intensity_check import MAX_SAMPLED, find_fault, sample_voxels
+from tumorsynth.intensity_check import (
+    MAX_SAMPLED,
+    find_fault,
+    sample_organ,
+    sample_voxels,
+)
+from tumorsynth.intensity_check.check import scale_problem
 
 SETTINGS = {"generator": "hu2023", "organ_labels": 1, "tumor_label": 20, "count": 1, "size_mm": 15}
 SHAPE = (48, 48, 48)
@@ -43,6 +49,20 @@ WRONG = {
     "sign": lambda hu: -hu,
     "sign ": lambda hu: -hu.clip(-1000, 1000),
     "no CT": lambda hu: torch.where(hu < -900, 10.0, (hu.clip(-150, 300) + 150) * 2),
+}
+WRONG_WHOLE = {  # that a whole scan shows, and a crop only where it has air or fat
+    "HU/2": lambda hu: hu / 2,
+    "HU x 2": lambda hu: hu * 2,
+    "HU-1024": lambda hu: hu - 1024,
+    "0 to 100": lambda hu: windowed(hu, -160, 240, 0, 100),
+    "0 to 1000": lambda hu: windowed(hu, -160, 240, 0, 1000),
+    "-128 to 127": lambda hu: windowed(hu, -160, 240, 0, 255).floor() - 128,
+    "scaled": lambda hu: (hu + 160) / 400 * 255,
+    "scaled ": lambda hu: hu + 100,
+    "scaled  ": lambda hu: hu.clip(-1024) + 100,
+    "scaled   ": lambda hu: hu / 3,
+    "0-255": lambda hu: (hu + 1024) / 3072 * 255,
+    "0-255 ": lambda hu: windowed(hu, -1000, 400, 0, 255).floor(),
 }
 SHOWN_IN_ORGAN = {  # what a crop of the organ and some fat shows; the others are in doubt there
     kind for kind in WRONG if kind.strip() in ("[0, 1]", "[-1, 1]", "z-scores", "HU+32768")
@@ -87,6 +107,65 @@ def test_wrong_scales_are_named_in_the_whole_image_and_in_crops(ct, kind, part):
     assert kind_of(with_bright_voxel(image)[0]) == found
     flat = sample_voxels(image[0])
     assert len(flat) <= MAX_SAMPLED
+
+
+@pytest.mark.parametrize("kind", WRONG_WHOLE)
+def test_scales_that_a_whole_image_shows_are_named(ct, kind):
+    image = WRONG_WHOLE[kind](ct.image)
+    assert kind_of(image[0]) == kind.strip()
+    assert kind_of(with_bright_voxel(image)[0]) == kind.strip()
+    synth = ts.SynthesizeTumor(**SETTINGS)
+    with pytest.raises(ValueError, match="must be in Hounsfield units") as error:
+        synth(image, ct.label, spacing=SPACING, seed=0)
+    numbers = re.search(r"(ts\.Scaled\(-4000, 4000, [-\d., ]+\))$", str(error.value))
+    if kind.strip() == "scaled":
+        hu = eval(numbers[1], {"ts": ts}).to_hu(image)  # estimated
+        assert ((hu - ct.image).abs() < 30 + 0.05 * ct.image.abs()).all()
+
+
+@pytest.mark.parametrize("kind", ["HU/2", "HU x 2", "HU-1024", "HU+1024", "HU/10", "unclipped"])
+def test_real_scans_in_a_wrong_scale_are_refused(shared, kind):
+    nib = pytest.importorskip("nibabel")
+    changes = {**WRONG, **WRONG_WHOLE, "unclipped": WRONG_WHOLE["scaled"]}
+    for name in ("totalseg_example", "crlm_1100_lowres", "lung1_003"):
+        scan = np.asanyarray(nib.load(shared / f"data/ct/{name}_ct.nii.gz").dataobj)
+        image = changes[kind](torch.from_numpy(scan.astype(np.float32)))
+        assert kind_of(image) is not None, name
+
+
+def kind_with_organ(image: Tensor, label: Tensor, organ: int = 1) -> str | None:
+    fault = find_fault(sample_voxels(image[0]), lambda: sample_organ(image[0], label[0], (organ,)))
+    return None if fault is None else fault.kind
+
+
+@pytest.mark.parametrize("kind", ["HU/10", "0-255", "0-255 ", "0-255  ", "no CT"])
+@pytest.mark.parametrize("half", [16, 20, 24])
+def test_the_organ_shows_the_scale_of_a_crop(ct, kind, half):
+    hu, label = around_organ(ct, half)
+    if (kind, half) == ("no CT", 16):
+        pytest.skip("nothing dark in the crop: the tumour is skipped")
+    assert kind_with_organ(WRONG[kind](hu), label) is not None
+    for name, image in prepared(hu).items():
+        if image.shape == hu.shape:
+            assert kind_with_organ(image, label) is None, name
+    for organ in (1, 2, 3):  # masked, as some pipelines do
+        masked = torch.where(label == organ, hu, 0)
+        assert kind_with_organ(masked, label, organ) is None
+
+
+@pytest.mark.parametrize("kind", ["no CT", "sign", "HU-1024"])
+def test_what_the_check_lets_through_is_skipped_with_the_scale_as_the_first_advice(ct, kind):
+    hu, label = around_organ(ct, 10)
+    synth = ts.SynthesizeTumor(**{**SETTINGS, "size_mm": 8})
+    try:
+        synth({**WRONG, **WRONG_WHOLE}[kind](hu), label, spacing=SPACING, seed=0)
+    except ValueError as error:
+        assert "Hounsfield" in str(error)
+        return
+    (record,) = synth.report
+    assert not record["applied"]
+    first = min(record["reason"].find(w) for w in ("intensity=", "MR") if w in record["reason"])
+    assert 0 < first and "any_tissue" not in record["reason"][:first]
 
 
 def ball(inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
@@ -148,7 +227,8 @@ def prepared(hu: Tensor) -> dict[str, Tensor]:
     return {
         "HU": hu,
         **{f"clipped to {a}..{b}": hu.clip(a, b) for a, b in
-           ((-175, 250), (-200, 300), (-160, 240), (-100, 240), (-1000, 1000), (-1024, 600))},
+           ((-175, 250), (-200, 300), (-160, 240), (-100, 240), (-1000, 1000), (-1024, 600),
+            (-500, 500), (-1000, 400), (0, 80), (-57, 164))},
         **{f"padded with {value}": padded(hu, (0, 9, 5, 0, 8, 8), value=value) for value in
            (0.0, -1000.0, -1024.0, -2000.0, -3024.0)},
         "noise": hu + torch.from_numpy(np.random.default_rng(0).normal(0, 60, hu.shape)).float(),
@@ -223,6 +303,67 @@ def test_an_image_without_a_tumour_to_paint_is_not_looked_at(ct):
     for settings in ({"p": 0.0}, {"organ_labels": 99}):
         synth = ts.SynthesizeTumor(**{**SETTINGS, **settings})
         assert synth(ct.image / 10, ct.label, spacing=SPACING, seed=0)[0] is not None
+
+
+IMAGES = {
+    "window": lambda hu: windowed(hu, -175, 250, 0, 1),
+    "wide": lambda hu: windowed(hu, -1000, 1000, 0, 1),
+    "lung window": lambda hu: windowed(hu, -1000, 400, 0, 1),
+    "nnU-Net": lambda hu: (hu.clip(-160, 240) - 100) / 40,
+    "bytes": lambda hu: windowed(hu, -160, 240, 0, 255),
+}
+SAID = {
+    "window": ts.Scaled(-175, 250, 0, 1),
+    "wide": ts.Scaled(-1000, 1000, 0, 1),
+    "lung window": ts.Scaled(-1000, 400, 0, 1),
+    "nnU-Net": ts.ZScore(100, 40, -160, 240),
+    "bytes": ts.Scaled(-160, 240, 0, 255),
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+@pytest.mark.parametrize("image", IMAGES)
+def test_another_scale_than_said_is_not_painted(ct, image, said):
+    synth = ts.SynthesizeTumor(**SETTINGS, intensity=SAID[said])
+    values = IMAGES[image](ct.image)
+    if image == said:
+        synth(values, ct.label, spacing=SPACING, seed=0)
+        assert synth.report[0]["applied"]
+        return
+    try:
+        synth(values, ct.label, spacing=SPACING, seed=0)
+    except ValueError as error:
+        assert "must be in the scale of intensity=" in str(error)
+    else:  # no soft tissue either
+        assert not synth.report[0]["applied"] and "intensity=" in synth.report[0]["reason"]
+
+
+def test_values_beyond_the_ends_of_a_scale_are_refused_but_padding_and_noise_are_not(ct):
+    synth = ts.SynthesizeTumor(**SETTINGS, intensity=ts.Scaled(-175, 250, 0, 1))
+    image = windowed(ct.image, -175, 250, 0, 1)
+    with pytest.raises(ValueError, match="lie beyond the 0 to 1 to which it clips"):
+        synth(1.3 * image - 0.1, ct.label, spacing=SPACING, seed=0)
+    padded = torch.nn.functional.pad(image, (0, 0, 6, 6, 6, 6), value=-1.0)
+    label = torch.nn.functional.pad(ct.label, (0, 0, 6, 6, 6, 6))
+    noise = torch.from_numpy(np.random.default_rng(0).normal(0, 0.01, image.shape)).float()
+    for one, its_label in ((padded, label), (image + noise, ct.label)):
+        synth(one, its_label, spacing=SPACING, seed=0)
+        assert synth.report[0]["applied"]
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_no_crop_in_the_scale_that_is_said_raises_an_alarm(ct, said):
+    rng = np.random.default_rng(1)
+    for k in range(40):
+        sizes = [min(a, b) for a, b in zip((32, 32, 24), ct.image.shape[1:], strict=True)]
+        at = [
+            int(rng.integers(0, n - s + 1)) for n, s in zip(ct.image.shape[1:], sizes, strict=True)
+        ]
+        part = ct.image[(slice(None), *(slice(a, a + s) for a, s in zip(at, sizes, strict=True)))]
+        noisy = part + torch.from_numpy(rng.normal(0, 15, part.shape)).float()
+        for hu in (part, noisy):
+            problem = scale_problem(sample_voxels(IMAGES[said](hu)[0]), SAID[said])
+            assert problem is None, (k, at)
 
 
 @pytest.mark.parametrize("crop", [None, 24, 12])

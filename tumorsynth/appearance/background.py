@@ -89,9 +89,16 @@ class TissueAround:
         if self.share_outside_window <= MAX_SHARE_OUTSIDE_WINDOW:
             return None
         low, high = window
-        fix = "look at intensity= and organ_labels: no soft tissue of a CT has these HU"
+        fix = (
+            "check that the image is a CT in HU (intensity=), not MR, another scale or of changed "
+            "sign, and organ_labels: no soft tissue of a CT has these HU"
+        )
         if MIN_LUNG_HU <= self.level_hu <= min(low, MAX_LUNG_HU):
-            fix = 'pass generator="lung" (-1000 to 400 HU) if it is a lung, or look at intensity='
+            fix = (
+                'pass generator="lung" (-1000 to 400 HU) if it is a lung; if it is not, the image '
+                "is in another scale: pass intensity=, ts.Scaled(-1024, 3071, -2048, 2047) for "
+                "HU - 1024"
+            )
         return (
             f"most of the organ around a tumour must lie within {low:g} to {high:g} HU, which the "
             f"generator sees, but {self.share_outside_window:.0%} of it does not (median "

@@ -125,8 +125,10 @@ class TissueRange:
             f"the tissue around a tumour must be such as {generator} is for (median "
             f"{level_low:g} to {level_high:g} HU, most of it {low:g} to {high:g} HU), got median "
             f"{tissue.level_hu:.0f} HU, most of it {tissue.dark_hu:.0f} to "
-            f"{tissue.bright_hu:.0f} HU; check organ_labels and the generator, or paint there all "
-            "the same with contrast_hu= or any_tissue=True (--any-tissue)"
+            f"{tissue.bright_hu:.0f} HU; first check that the image is a CT in HU: MR, "
+            "a changed sign, an offset and other scales look like this (intensity=). Then check "
+            "organ_labels and the generator. Only if all are right, paint there all the same with "
+            "contrast_hu= or any_tissue=True (--any-tissue)"
         )
 
 

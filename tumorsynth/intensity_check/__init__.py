@@ -2,7 +2,12 @@
 
 from tumorsynth.intensity_check.check import check_intensity
 from tumorsynth.intensity_check.rules import MIN_VALUES, find_fault
-from tumorsynth.intensity_check.shares import MAX_SAMPLED, describe, sample_voxels
+from tumorsynth.intensity_check.shares import (
+    MAX_SAMPLED,
+    describe,
+    sample_organ,
+    sample_voxels,
+)
 
 __all__ = [
     "MAX_SAMPLED",
@@ -11,4 +16,5 @@ __all__ = [
     "describe",
     "find_fault",
     "sample_voxels",
+    "sample_organ",
 ]

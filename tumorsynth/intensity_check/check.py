@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from tumorsynth.intensity_check.shares import (
     Sample,
     Shares,
     describe,
+    sample_organ,
     sample_voxels,
-    sample_with_organ,
 )
 
 MAX_MEDIAN_HU = 1500.0  # |HU| of half of a crop: no organ reaches it
@@ -37,7 +38,7 @@ def check_intensity(
     """Check that an image can be in the scale that the user names.
 
     Args:
-        image: (X, Y, Z), floating point; one host-device synchronisation.
+        image: (X, Y, Z), floating point; one host-device synchronisation, or two in doubt.
         intensity: what its values are said to mean.
         label: same shape; None if it is not known.
         organ_labels: label values of the organ.
@@ -45,11 +46,8 @@ def check_intensity(
     Raises:
         ValueError: if they clearly mean something else.
     """
-    organ = None
-    if label is None:
-        values = sample_voxels(image)
-    else:
-        values, organ = sample_with_organ(image, label, organ_labels)
+    values = sample_voxels(image)
+    organ = None if label is None else partial(sample_organ, image, label, organ_labels)
     if not isinstance(intensity, HU):
         if (problem := scale_problem(values, intensity)) is not None:
             raise ValueError(
@@ -76,7 +74,8 @@ def scale_problem(values: NDArray[np.float32], intensity: Intensity) -> str | No
     limits = intensity.limits or (-math.inf, math.inf)
     tolerance = BEYOND_LIMITS * min(limits[1] - limits[0], 1e9)
     beyond = inner.below(limits[0] - tolerance) + inner.above(limits[1] + tolerance)
-    hu, all_hu = (_to_hu(intensity, shares) for shares in (inner, raw))
+    offset = _in_hu(intensity, 0.0)
+    hu, all_hu = (shares.mapped(intensity.hu_per_unit, offset) for shares in (inner, raw))
     low, high = hu.quantiles(0.25, 0.75)
     is_identity = abs(_in_hu(intensity, -1000.0) + 1000) <= 200
     is_hu = not is_identity and is_ct(Sample(raw, raw.without_padding()))
@@ -86,23 +85,20 @@ def scale_problem(values: NDArray[np.float32], intensity: Intensity) -> str | No
         return f"lie beyond the {limits[0]:.4g} to {limits[1]:.4g} to which it clips"
     if is_identity:  # the way out
         return None
+    ends = _in_hu(intensity, limits[0]), _in_hu(intensity, limits[1])
     least, most = all_hu.quantiles(0.005, 0.995)
-    if most - least < MIN_SPAN_HU and len(np.unique(inner.values)) > 1:
-        if all_hu.share(least, least) > RARE and all_hu.share(most, most) > RARE:
-            return f"would be {least:.4g} to {most:.4g} HU, from air to bone"
+    if 0 < most - least < MIN_SPAN_HU:
+        for end, limit in zip((least, most), ends, strict=True):
+            if all_hu.share(end, end) > 0.02 and abs(end - limit) > 1:
+                return f"would be {least:.4g} to {most:.4g} HU, clipped at {end:.4g} HU"
     histogram = Histogram(all_hu)
     marks = histogram.landmarks() or histogram.window_landmarks()
-    ends = [_in_hu(intensity, limit) for limit in limits]
-    if marks is not None and contradicts_hu(histogram, marks, (ends[0], ends[1])):
+    if marks is not None and contradicts_hu(histogram, marks, ends):
         return (
             f"would put fat at {marks.fat:.0f} HU and soft tissue at {marks.tissue:.0f} HU, if "
             "these are the peaks of its histogram"
         )
     return None
-
-
-def _to_hu(intensity: Intensity, values: Shares) -> Shares:
-    return Shares(np.sort(intensity.to_hu(torch.from_numpy(values.values)).float().numpy()))
 
 
 def _in_hu(intensity: Intensity, value: float) -> float:

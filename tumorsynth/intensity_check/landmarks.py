@@ -64,9 +64,9 @@ class Histogram:
         self.at_highest = values.share(self.highest, self.highest)
         ordered, first, last = values.values, 0, len(values.values)
         if self.at_lowest > RARE:
-            first = int(np.searchsorted(ordered, np.float32(self.lowest), "right"))
+            first = int(ordered.searchsorted(np.float32(self.lowest), "right"))
         if self.at_highest > RARE:
-            last = int(np.searchsorted(ordered, np.float32(self.highest), "left"))
+            last = int(ordered.searchsorted(np.float32(self.highest), "left"))
         self.inner = Shares(ordered[first:last])
         windowed = self.at_lowest >= MIN_CLIPPED and self.at_highest > RARE
         points = WINDOW_POINTS if windowed else POINTS
@@ -121,12 +121,11 @@ def _find_peaks(values: Shares, points: int) -> list[tuple[float, float]]:
     if not high > low:
         return []
     different = 1 + np.count_nonzero(np.diff(values.values))
-    points = int(
-        min(points, max(16, 0.8 * different))
-    )  # values in steps have no peaks of their own
-    at, step = np.linspace(low, high, points, retstep=True)
+    points = int(min(points, max(16, 0.8 * different)))  # each step of values is no peak
+    step = (high - low) / (points - 1)
+    at = low + step * np.arange(points)
     edges = np.concatenate([at - 2 * step, at + 2 * step]).astype(np.float32)
-    below = np.searchsorted(values.values, edges)
+    below = values.values.searchsorted(edges)
     counts = np.pad(below[points:] - below[:points], 2, mode="edge")
     density = np.convolve(counts, SMOOTHING, "valid") / len(values.values) / (4 * step)
     around = np.lib.stride_tricks.sliding_window_view(np.pad(density, 3, mode="edge"), 7)

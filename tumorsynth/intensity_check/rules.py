@@ -9,7 +9,7 @@ check stays silent, and so it does for an image of one value, such as padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,13 +42,13 @@ BYTE_WINDOW_ENDS_HU = tuple(1400 * 1.05**k - 1000 for k in range(23))
 
 
 def find_fault(
-    values: NDArray[np.float32], organ: NDArray[np.float32] | None = None
+    values: NDArray[np.float32], organ: Callable[[], NDArray[np.float32]] | None = None
 ) -> Fault | None:
     """Return what sorted finite values are if they cannot be HU; None if they can.
 
     Args:
         values: of `sample_voxels`.
-        organ: those of them under the organ's label, if it is known.
+        organ: returns those of them under the organ's label; None if it is not known.
     """
     if len(values) < MIN_VALUES:
         return None
@@ -61,7 +61,7 @@ def find_fault(
     if len(sample.inner.values) < MIN_VALUES or is_ct(sample) and not _may_be_shifted(whole):
         return None
     fault = next(_faults(sample), None)
-    return name_by_organ(whole, Shares(organ)) if fault is None and organ is not None else fault
+    return name_by_organ(whole, Shares(organ())) if fault is None and organ is not None else fault
 
 
 def _faults(sample: Sample) -> Iterator[Fault]:

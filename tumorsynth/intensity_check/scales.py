@@ -8,6 +8,7 @@ from tumorsynth.intensity_check.faults import (
     BYTES,
     DIVIDED,
     LOWERED,
+    NOT_CT,
     OFFSET,
     SHIFTED,
     Fault,
@@ -52,18 +53,22 @@ def contradicts_hu(
         clip_hu: HU at which the image is known to be clipped.
     """
     air, fat = marks.air, marks.fat
+    if not -140 <= air < -60 and _shows_fat(histogram, marks):
+        return False
     if marks.clipped and abs(air - clip_hu[0]) < 1:  # whatever is darker is there
         if fat < FAT_RANGE_HU[0]:  # or lung
+            if air > -900 or -150 < marks.tissue < -20:  # only the brightest of it, or fat
+                return False
             bright = histogram.at_highest > 0.01 and abs(histogram.highest - clip_hu[1]) < 1
             return fat > -600 or (fat > -720 and bright)
-        return fat > FAT_RANGE_HU[1] and marks.tissue - fat < 60 and marks.gap_share < 0.2
+        return air < -140 and marks.tissue - fat < 60 and marks.gap_share < 0.2
     if air < -1060:  # or padding, below lung or fat
         too_dark = histogram.inner.below(-1200) > 0.01
         return too_dark or fat < FAT_RANGE_HU[0] and not -1060 <= fat <= -600
-    if FAT_RANGE_HU[0] <= fat <= FAT_RANGE_HU[1] or air < -960:
+    if air < -960:
         return False
     if air < -600:  # or lung
-        return _is_shifted(marks)
+        return _is_shifted(histogram, marks)
     if air < -140:  # or clipped there by someone: at a round number
         return not marks.clipped or fat < -20 or (air < -300 and air % 5 != 0)
     if air < -60:  # or fat
@@ -73,10 +78,32 @@ def contradicts_hu(
     return fat > 320 or marks.tissue - fat < 35 and marks.gap_share > 0.002
 
 
-def _is_shifted(marks: Landmarks) -> bool:
-    """Whether a number was added to air, at which the image is clipped, and to fat."""
-    ends = [marks.air - end for end in (-1000, -1024)] if marks.clipped else []
-    return any(abs(end - (marks.fat - FAT_HU)) < 26 and end % 5 == 0 for end in ends)
+def _shows_fat(histogram: Histogram, marks: Landmarks) -> bool:
+    """Whether fat lies at -100 HU as well: what was taken for fat is another tissue."""
+    if any(FAT_RANGE_HU[0] <= peak <= FAT_RANGE_HU[1] for peak, _ in histogram.peaks):
+        return True
+    inner = histogram.inner
+    brighter = marks.fat > FAT_RANGE_HU[1]
+    return (
+        brighter
+        and inner.share(-130, -85) / 45 > 0.15 * inner.share(marks.fat - 10, marks.fat + 10) / 20
+    )
+
+
+def _is_shifted(histogram: Histogram, marks: Landmarks) -> bool:
+    """Whether the same number was added to air and to fat."""
+    shift = marks.fat - FAT_HU
+    if not marks.clipped:
+        return abs(marks.air - AIR_HU - shift) < 20 and _is_sharp(histogram, marks.air)
+    ends = [marks.air - end for end in (-1000, -1024)]
+    near = 12 if marks.air % 50 == 0 else 26  # someone may clip HU there
+    return any(abs(end - shift) < near and end % 5 == 0 for end in ends)
+
+
+def _is_sharp(histogram: Histogram, air: float) -> bool:
+    """Whether many values spread as little as those of air, unlike lung."""
+    near, wide = (histogram.inner.share(air - w, air + w) for w in (20, 80))
+    return near > 0.15 and near > 0.65 * wide
 
 
 def _name(histogram: Histogram, marks: Landmarks) -> Fault:
@@ -114,8 +141,9 @@ def _name_by_air(histogram: Histogram) -> Fault | None:
         return None
     tissue, _ = max(histogram.peaks, key=lambda peak: peak[1] * (peak[0] > 0.5 * air))
     per_hu = (tissue - air) / 1060
-    if 0.87 < per_hu < 1.15:
-        return None
+    if 0.87 < per_hu < 1.15:  # or an offset
+        offset = air + 1024
+        return scaled(air, air + 924) if offset % 10 == 0 and tissue > 0.8 * offset else None
     hu = histogram.inner.mapped(1 / per_hu, -1000 - air / per_hu)
     lung, soft = hu.share(-980, -600), hu.share(-150, 250)
     if min(lung, soft) < 0.1 or hu.share(-450, -200) / 250 > 0.5 * min(lung / 380, soft / 400):
@@ -139,14 +167,22 @@ def name_by_organ(whole: Shares, organ: Shares) -> Fault | None:
     if quiet and -5 < middle < 32 and -18 < low and high < 38 and whole.share(-16, -3) > 0.02:
         return DIVIDED[10]
     lowest, highest = whole.quantiles(RARE, 1 - RARE)
-    if whole.share(highest, highest) > RARE and highest < 254.99:  # HU that are clipped there
-        return None
-    if lowest != 0 or highest > 255.01 or not 105 <= middle <= 235 or third - first > 50:
-        return None
     zeros = whole.share(0, 0)
-    if zeros < 0.02 or 1 - len(organ.values) / count - zeros < 0.15:  # or masked by the organ
+    if lowest < 0 or 1 - len(organ.values) / count - zeros < 0.15:  # or masked by the organ
         return None
-    darker = middle - 50
-    ramp = whole.share(20, darker)
-    edge = whole.share(1e-3, 8)  # as many in HU that are clipped at 0
-    return BYTES if ramp > 0.05 and edge / 8 < 0.3 * ramp / (darker - 20) else None
+    if first > 250 and whole.share(0, 60) > 0.1 and third < 2 * first:  # no bone without marrow
+        return NOT_CT
+    top = next((top for top in (100.0, 255.0) if highest <= top + 0.01), None)
+    if top is None or (whole.share(highest, highest) > RARE and highest < top - 0.01):
+        return None  # or HU that are clipped there
+    if not 0.41 <= middle / top <= 0.92 or third - first > 0.2 * top:
+        return None
+    if third - first < 0.04 * top and whole.share(0.002 * top, 0.24 * top) > 0.01:
+        return windowed(0, top)  # even the noise of a smooth organ would make fluids negative
+    if lowest > 0 or zeros < 0.005:
+        return None
+    dark, bright, near = 0.08 * top, middle - 0.2 * top, 0.03 * top
+    ramp = whole.share(dark, bright) / (bright - dark)
+    edge = whole.share(1e-3, near) / near  # as many in HU that are clipped at 0
+    enough = ramp * (bright - dark) > 0.03
+    return windowed(0, top) if enough and edge < 0.3 * ramp else None

@@ -28,8 +28,8 @@ class Shares:
 
     def share(self, low: float, high: float) -> float:
         """Return the share of values with low <= value <= high."""
-        first = np.searchsorted(self.values, np.float32(low), "left")
-        last = np.searchsorted(self.values, np.float32(high), "right")
+        first = self.values.searchsorted(np.float32(low), "left")
+        last = self.values.searchsorted(np.float32(high), "right")
         return float(last - first) / max(1, len(self.values))
 
     def below(self, limit: float) -> float:
@@ -56,7 +56,7 @@ class Shares:
         (lowest,), values = self.quantiles(RARE), self.values
         for padding in (0.0,) if -950 < lowest < -50 else (lowest, 0.0):
             at = np.float32(padding)
-            first, last = (np.searchsorted(values, at, side) for side in ("left", "right"))
+            first, last = (values.searchsorted(at, side) for side in ("left", "right"))
             if last - first >= PADDING_SHARE * len(values):
                 values = np.concatenate([values[:first], values[last:]])
         return Shares(values)
@@ -86,10 +86,8 @@ def sample_voxels(image: Tensor) -> NDArray[np.float32]:
     return np.sort(values[np.isfinite(values)])
 
 
-def sample_with_organ(
-    image: Tensor, label: Tensor, organ_labels: Sequence[int]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return `sample_voxels`, and those of them under the organ's label, sorted, too.
+def sample_organ(image: Tensor, label: Tensor, organ_labels: Sequence[int]) -> NDArray[np.float32]:
+    """Return those values of `sample_voxels` that lie under the organ's label, sorted.
 
     Args:
         image: (X, Y, Z), any real dtype and device; one host-device synchronisation.
@@ -101,9 +99,8 @@ def sample_with_organ(
     organ = torch.zeros_like(marked, dtype=torch.bool)
     for value in organ_labels:
         organ |= marked == value
-    both = torch.stack([sampled, organ.to(torch.float32)]).flatten(1).cpu().numpy()
-    both = both[:, np.isfinite(both[0])]
-    return np.sort(both[0]), np.sort(both[0][both[1] > 0])
+    values: NDArray[np.float32] = sampled[organ].cpu().numpy()
+    return np.sort(values[np.isfinite(values)])
 
 
 def _evenly(shape: Sequence[int]) -> tuple[slice, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def synthesize_scan(
 
     whole_label = label.as_label()
     before, old = image.values(), label.integers()
-    _check_intensity(image.name, before, synth)
+    _check_intensity(image.name, before, old, synth)
     step()
     with warnings.catch_warnings():
         # the command's summary counts such tumours over all scans
@@ -163,13 +164,15 @@ def check_taken_label(
     )
 
 
-def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> None:
+def _check_intensity(
+    name: str, values: np.ndarray, label: np.ndarray, synth: SynthesizeTumor
+) -> None:
     """Raise ValueError if a scan holds no finite value, or one value, or clearly no HU where the
     transform expects HU."""
     import torch
 
     from tumorsynth.intensity import HU
-    from tumorsynth.intensity_check import describe, find_fault, sample_voxels
+    from tumorsynth.intensity_check import describe, find_fault, sample_organ, sample_voxels
 
     finite = values[np.isfinite(values)]
     if not finite.size:
@@ -181,8 +184,10 @@ def _check_intensity(name: str, values: np.ndarray, synth: SynthesizeTumor) -> N
         raise ValueError(
             f"a CT must show tissue, but every voxel of {name} is {finite[0]:g}; export it again"
         )
-    sampled = sample_voxels(torch.from_numpy(values))
-    fault = find_fault(sampled) if isinstance(synth.intensity, HU) else None
+    image = torch.from_numpy(values)
+    sampled = sample_voxels(image)
+    organ = partial(sample_organ, image, torch.from_numpy(label), synth.organ_labels)
+    fault = find_fault(sampled, organ) if isinstance(synth.intensity, HU) else None
     if fault is not None:
         raise ValueError(
             f"a CT must be in HU, but the values of {name}, {describe(sampled)}, {fault.found}; "
