@@ -21,6 +21,7 @@ from scipy.stats import norm
 
 from benchmarks.realism.shape_measures import (
     FEATURES,
+    FITTED,
     Interpolation,
     RealTumors,
     drawn_mask,
@@ -49,7 +50,7 @@ class Pool:
     tumor: np.ndarray  # (N,) the real tumour whose size and slices each has
     log_size: np.ndarray  # (N,) ln(diameter / REFERENCE_MM)
     drawn: np.ndarray  # (N, 3) in the order of WIDE
-    measured: np.ndarray  # (N, len(FEATURES))
+    measured: np.ndarray  # (N, FITTED or more)
 
     def save(self, path: Path) -> None:
         """Write to an .npz file."""
@@ -106,7 +107,7 @@ def fit_shape(pool: Pool, measured: np.ndarray, chosen: np.ndarray, prior: SizeP
     targets = [
         _target(pool, measured, chosen, group, k)
         for group in (everything, smaller, ~smaller)
-        for k in range(len(FEATURES))
+        for k in range(FITTED)
     ]
 
     step_loss = STEP_LOSS / int(chosen.sum())
@@ -139,7 +140,7 @@ def weighted_distances(
     numbers = (*prior.elongation, *prior.flatness, prior.flatness_slope)
     weights = _weights(pool, np.array([*numbers, *prior.roughness, prior.roughness_slope]))
     found = {}
-    for k, name in enumerate(FEATURES):
+    for k, name in enumerate(FEATURES[:FITTED]):
         target = _target(pool, measured, chosen, np.ones_like(chosen), k)
         found[name] = float(np.abs(_gaps(target, weights)).max() + 0.5 / len(target.real))
     return found

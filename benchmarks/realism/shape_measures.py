@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from scipy import ndimage
+from scipy.spatial import ConvexHull
 
 from tumorsynth.placement.organ import OrganRegion
 from tumorsynth.placement.place import place_from_params
@@ -29,7 +30,8 @@ COAREA_SIGMA = 1.0
 MOST_PER_CASE = 10  # tumours that count; as many as a prior draws at most. One case has 63
 SMALLEST = 8.0  # mm: a shape of fewer than 270 voxels of 1 mm is mostly its grid
 LARGEST = {"liver": 60.0, "kidney": 60.0, "cyst": 40.0, "pancreas": 60.0, "lung": 60.0}
-FEATURES = ("elongation", "flatness", "sphericity", "sphericity_mesh")
+FITTED = 4  # of FEATURES
+FEATURES = ("elongation", "flatness", "sphericity", "sphericity_mesh", "slice_convexity")
 
 
 Interpolation = Literal["distance", "linear"]
@@ -218,6 +220,14 @@ def axis_ratios(mask: np.ndarray) -> tuple[float, float]:
     return middle / long, short / long
 
 
+def convexity(plane: np.ndarray) -> float:
+    """Area over that of the convex hull, of a bool plane, by its pixels' corners."""
+    corners = np.argwhere(plane)
+    corners = np.concatenate([corners + shift for shift in ((0, 0), (0, 1), (1, 0), (1, 1))])
+    return float(plane.sum() / ConvexHull(corners).volume)
+
+
 def features(mask: np.ndarray) -> tuple[float, ...]:
     """As named in FEATURES, of a mask on a 1 mm grid."""
-    return (*axis_ratios(mask), sphericity(mask), sphericity_mesh(mask))
+    plane = mask[:, :, mask.sum((0, 1)).argmax()]
+    return (*axis_ratios(mask), sphericity(mask), sphericity_mesh(mask), convexity(plane))
