@@ -1,9 +1,9 @@
 """Priors of each organ: sizes, shapes and counts of its tumours, and how they lie at its capsule.
 
-They are fitted to real masks: tumours of the liver and the pancreas from the MSD, of the kidney, and
-its cysts, from KiTS23, of the lung from ULS23. benchmarks/realism/shapes.py fits and tests them. How
-often tumours of pancreas and lung touch the organ's surface is assumed, and the lung's roughness is
-set by hand: real ones have spikes that this surface does not.
+They are fitted to real masks: tumours of liver and pancreas from the MSD, kidney tumours and cysts
+from KiTS23, lung tumours from ULS23 (sizes alone; their shapes are set by hand, since real ones
+have spikes that this surface lacks). How often tumours of pancreas and lung touch the organ's
+surface is assumed. benchmarks/realism/shapes.py fits and tests sizes and shapes.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ _LUNG = SizePrior(
     roughness_slope=0.3,
     capsule=(-0.85, 0.0),  # assumed: 30 % reach the pleura
     count=(62, 0, 1),
-    source="65 tumours of ULS23 (MSD lung); roughness by hand, contact with the pleura assumed",
+    source="sizes and counts of 65 tumours of ULS23; shapes by hand, contact assumed",
 )
 
 PRIORS: dict[str, SizePrior] = {p.name: p for p in (_LIVER, _KIDNEY, _CYST, _PANCREAS, _LUNG)}
