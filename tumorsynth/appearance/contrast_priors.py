@@ -1,7 +1,9 @@
 """Contrast by organ and phase: hypo-, iso- and hyperattenuating tumours, rims, necrotic cores.
 
-The named priors are assumptions from radiology textbooks. We have not fitted them to scans: apart
-from six tumours of one enhanced liver, no annotated tumours of these phases were available.
+The named priors are assumptions from radiology textbooks. benchmarks/realism/contrasts.py compares
+"liver-portal" with 20 real tumours of four patients, which it agrees with, and "liver-arterial"
+with three of one patient, which are too few to tell. For the others no annotated tumours were
+available.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Priors of each organ: sizes, shapes and counts of its tumours, and how they lie at its capsule.
 
-"liver", "kidney" and "cyst" are fitted to connected components of real masks (MSD liver tumours,
-KiTS23 kidney tumours and cysts). "pancreas" and "lung" are not fitted to masks: they use the shapes
-of early liver tumours, and sizes and counts assumed from the clinical literature.
+They are fitted to real masks: tumours of liver and pancreas from the MSD, kidney tumours and cysts
+from KiTS23, lung tumours from ULS23 (sizes alone; their shapes are set by hand, since real ones
+have spikes that this surface lacks). How often tumours of pancreas and lung touch the organ's
+surface is assumed. benchmarks/realism/shapes.py fits and tests sizes and shapes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
@@ -76,15 +77,12 @@ class SizePrior:
         log_size = math.log(diameter_mm / REFERENCE_MM)
         z1, z2, z3 = torch.randn(3, generator=rng, dtype=torch.float64).tolist()
         mean, sd = self.elongation
-        elongation = max(_logistic(mean + sd * z1), MIN_AXIS_RATIO)
+        elongation = mean + sd * z1
         mean, sd = self.flatness
-        flatness = _logistic(mean + self.flatness_slope * log_size + sd * z2) * elongation
-        flatness = max(flatness, MIN_AXIS_RATIO)
+        flatness = mean + self.flatness_slope * log_size + sd * z2
         mean, sd = self.roughness
-        roughness = math.exp(mean + self.roughness_slope * log_size + sd * z3)
-        longest = (elongation * flatness) ** (-1.0 / 3.0)
-        axes = (longest, longest * elongation, longest * flatness)
-        return axes, min(roughness, MAX_ROUGHNESS * axes[2])
+        roughness = mean + self.roughness_slope * log_size + sd * z3
+        return bounded_shape(elongation, flatness, roughness)
 
     def touch_probability(self, diameter_mm: float) -> float:
         """Return the probability that a tumour of this size reaches the organ's surface."""
@@ -103,6 +101,23 @@ class SizePrior:
         """Sample the number of tumours in a case that has any."""
         weights = torch.tensor(self.count, dtype=torch.float64)
         return 1 + int(torch.multinomial(weights, 1, generator=rng))
+
+
+def bounded_shape(
+    elongation: float, flatness: float, roughness: float
+) -> tuple[tuple[float, float, float], float]:
+    """Return relative half-axes, longest first and with product 1, and the roughness.
+
+    Args:
+        elongation: logit(axis 2 / axis 1).
+        flatness: logit(axis 3 / axis 2).
+        roughness: ln(relative surface amplitude).
+    """
+    second = max(_logistic(elongation), MIN_AXIS_RATIO)
+    third = max(_logistic(flatness) * second, MIN_AXIS_RATIO)
+    longest = (second * third) ** (-1.0 / 3.0)
+    axes = (longest, longest * second, longest * third)
+    return axes, min(math.exp(roughness), MAX_ROUGHNESS * axes[2])
 
 
 def get_prior(name: str | SizePrior) -> SizePrior:
@@ -132,13 +147,13 @@ def _logistic(x: float) -> float:
 
 _LIVER = SizePrior(
     name="liver",
-    log_diameter=(2.403, 1.022),
+    log_diameter=(2.672, 0.905),
     range_mm=(5.0, 100.0),
-    elongation=(2.0, 1.4),
-    flatness=(2.5, 1.2),
-    flatness_slope=0.5,
-    roughness=(-1.72, 0.5),
-    roughness_slope=0.7,
+    elongation=(2.62, 1.82),
+    flatness=(3.24, 0.8),
+    flatness_slope=0.19,
+    roughness=(-1.5, 0.65),
+    roughness_slope=0.6,
     capsule=(-4.185, 1.621),  # gives 31 % at 8 mm, 55 % at 15 mm, 79 % at 30 mm
     count=(46, 8, 6, 3, 5, 2, 1, 3, 1, 2),
     source="306 components of the MSD liver tumours; capsule contact from 227 of them",
@@ -146,13 +161,13 @@ _LIVER = SizePrior(
 
 _KIDNEY = SizePrior(
     name="kidney",
-    log_diameter=(3.597, 0.640),
+    log_diameter=(3.6, 0.638),
     range_mm=(8.0, 150.0),
-    elongation=(2.7, 1.06),
-    flatness=(3.2, 0.9),
-    flatness_slope=0.68,
-    roughness=(-2.0, 0.25),
-    roughness_slope=0.15,
+    elongation=(2.87, 0.96),
+    flatness=(4.07, 0.57),
+    flatness_slope=0.02,
+    roughness=(-1.6, 0.36),
+    roughness_slope=-0.13,
     capsule=(-2.094, 1.928),
     count=(439, 37, 12),
     source="558 tumours of KiTS23",
@@ -175,29 +190,32 @@ _CYST = SizePrior(
     bulge_slope=0.6,
 )
 
-# Not fitted to masks: shapes of early liver tumours, slightly rounder. Assumed sizes: ductal
-# carcinoma around 2.5 cm when detected, most lung nodules under 1 cm.
-_PANCREAS = replace(
-    _LIVER,
+_PANCREAS = SizePrior(
     name="pancreas",
-    log_diameter=(3.0, 0.45),
-    range_mm=(5.0, 50.0),
-    elongation=(2.1, 1.0),
-    flatness=(2.1, 0.8),
-    roughness=(-2.0, 0.3),
-    capsule=(2.2, 0.0),  # 90 % reach the surface of this thin organ at any size
-    count=(1,),
-    source="assumed sizes and contact; shapes of early MSD liver tumours, rounder",
+    log_diameter=(3.081, 0.325),
+    range_mm=(6.0, 60.0),
+    elongation=(1.75, 1.17),
+    flatness=(2.56, 0.83),
+    flatness_slope=0.21,
+    roughness=(-1.57, 0.32),
+    roughness_slope=0.22,
+    capsule=(2.2, 0.0),  # assumed: 90 % reach the surface of this thin organ at any size
+    count=(279, 2),
+    source="283 tumours of the MSD; contact with the surface assumed",
 )
 
-_LUNG = replace(
-    _PANCREAS,
+_LUNG = SizePrior(
     name="lung",
-    log_diameter=(2.2, 0.45),
-    range_mm=(4.0, 30.0),
-    capsule=(-0.85, 0.0),  # 30 % reach the pleura
-    count=(6, 2, 1),
-    source="assumed sizes, contact and counts; shapes of early MSD liver tumours, rounder",
+    log_diameter=(3.118, 0.5),
+    range_mm=(5.0, 60.0),
+    elongation=(1.8, 1.2),
+    flatness=(2.5, 0.9),
+    flatness_slope=0.2,
+    roughness=(-1.2, 0.2),
+    roughness_slope=0.3,
+    capsule=(-0.85, 0.0),  # assumed: 30 % reach the pleura
+    count=(62, 0, 1),
+    source="sizes and counts of 65 tumours of ULS23; shapes by hand, contact assumed",
 )
 
 PRIORS: dict[str, SizePrior] = {p.name: p for p in (_LIVER, _KIDNEY, _CYST, _PANCREAS, _LUNG)}
