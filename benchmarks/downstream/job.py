@@ -135,10 +135,12 @@ def filtered(
         scan, marks = scans[name], []
         for k, version in enumerate(own):
             shown = apply(scan, view(scan, ()), version)
-            found = predict(teacher, shown.hu, scan.organ, settings.side, device).ravel()
             for tumor in range(1, version.count + 1):
                 voxels = version.index[version.tumor & (version.owner == tumor)]
-                marks.append((float(found[voxels].mean()), k, tumor))
+                if voxels.size:
+                    marks.append(
+                        (_mark(teacher, shown.hu, voxels, settings.side, device), k, tumor)
+                    )
         marks.sort(reverse=job.arm.keep == "seen")
         chosen = marks[: (len(marks) + 1) // 2]
         kept[name] = [
@@ -147,6 +149,20 @@ def filtered(
             if any(at == k for _, at, _ in chosen)
         ]
     return kept
+
+
+def _mark(
+    teacher: UNet, hu: np.ndarray, voxels: np.ndarray, side: Sequence[int], device: str
+) -> float:
+    """Mean probability over a tumour's voxels, from one window around it."""
+    place = np.stack(np.unravel_index(voxels, hu.shape))
+    furthest = np.maximum(0, np.array(hu.shape) - side)
+    low = np.clip(place.mean(1).round().astype(int) - np.array(side) // 2, 0, furthest)
+    cut = hu[tuple(slice(a, a + n) for a, n in zip(low, side, strict=True))]
+    found = predict(teacher, cut, np.ones(cut.shape, bool), side, device)
+    inside = place - low[:, None]
+    kept = ((inside >= 0) & (inside < np.array(cut.shape)[:, None])).all(0)
+    return float(found[tuple(inside[:, kept])].mean())
 
 
 def teacher_of(job: Job) -> Job:
