@@ -116,6 +116,8 @@ def calls_with_a_misspelt_keyword():
         (ts.make_phantom, "spaceing", "spacing"),
         (ts.load_generator, "devce", "device"),
         (ts.HandcraftedGenerator, "confg", "config"),
+        (ts.CopyPaste, "lesion", "lesions"),
+        (ts.CopyPaste.from_scans, "scan", "scans"),
         (ts.Generator, "sampler_", "sampler"),
         (ts.Generator.from_difftumor, "denoisr", "denoiser"),
         (hu2023.inpaint, "sed", "seed"),

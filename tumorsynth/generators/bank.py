@@ -93,9 +93,7 @@ def read_bank(path: str | os.PathLike[str]) -> tuple[list[Lesion], dict[str, Any
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no bank {path}; make one with tumorsynth train bank, or CopyPaste.save"
-        )
+        raise FileNotFoundError(f"no bank {path}; make one with tumorsynth train bank")
     raw = path.read_bytes()
     try:
         with safe_open(path, "pt") as file:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.contrast import FLUID_HU, MIN_DARKER_HU, similar_level_around
 from tumorsynth.appearance.tissue import CARD_KEY, SOFT_TISSUE, TissueRange
-from tumorsynth.arguments import known_keywords
+from tumorsynth.arguments import keywords_of, known_keywords
 from tumorsynth.devices import onto
 from tumorsynth.generators import filters
 from tumorsynth.generators.annotated_scans import read_scans
@@ -47,6 +47,7 @@ WINDOW_MARGIN_HU = 150.0  # by which the window holds more than the lesions and 
 TERMS = "your own data: whoever gets this file gets voxels of these scans"
 
 
+@keywords_of()
 class CopyPaste:
     """Pastes the lesions of annotated scans, with the interface of `TumorGenerator`.
 

@@ -105,6 +105,8 @@ def load_generator(
 
 
 def _load_bank(path: Path, device: torch.device) -> TumorGenerator:
+    if not path.is_file():
+        raise FileNotFoundError(f"no bank {path}; make one with tumorsynth train bank")
     file = path.stat()
     key = (f"{path.resolve()}@{file.st_mtime_ns},{file.st_size}", str(device))
     with _lock:
