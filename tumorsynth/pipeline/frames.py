@@ -7,8 +7,9 @@ the transform warns once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,13 +40,13 @@ class Carried:
     Args:
         name: what the user calls it.
         affine: 4x4, or (B, 4, 4) for a batch; None without one.
-        lost: for each affine whether it stems from the identity that a library put where it knew
-            none, so that the size of a voxel is unknown.
+        judge: returns for each affine whether it stems from the identity that a library put where
+            it knew none, so that the size of a voxel is unknown. It is called once, if at all.
     """
 
     name: Any
     affine: Any = None
-    lost: Sequence[bool] = ()
+    judge: Callable[[], Sequence[bool]] = tuple
 
     @classmethod
     def of(cls, name: Any, x: Any) -> Carried:
@@ -53,7 +54,13 @@ class Carried:
         affine = getattr(x, "affine", None)
         if affine is None:
             return cls(name)
-        return cls(name, affine, lost_affines(affine, tuple(getattr(x, "shape", ()))[-3:], x))
+        shape = tuple(getattr(x, "shape", ()))[-3:]
+        return cls(name, affine, lambda: lost_affines(affine, shape, x))
+
+    @cached_property
+    def lost(self) -> Sequence[bool]:
+        """What ``judge`` returns."""
+        return self.judge()
 
     def known(self, count: int) -> list[np.ndarray | None]:
         """Return the affine of each of ``count`` samples, None for one that was lost."""
@@ -102,8 +109,9 @@ def find_frames(
     if not override_affine:
         for part in with_affine:
             _check_agrees(frames, part, "spacing" if affine is None else "affine")
-        known = [part for part in with_affine if not any(part.lost)]
-        check_grid(known, shape, f"{SHARE_A_GRID}, or pass override_affine=True")
+        if len(with_affine) > 1:
+            known = [part for part in with_affine if not any(part.lost)]
+            check_grid(known, shape, f"{SHARE_A_GRID}, or pass override_affine=True")
     return frames, None
 
 

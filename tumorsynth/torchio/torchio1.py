@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class _Synthesis(Transform):
             return False
         parts = [images[name] for name in names]
         carried = [
-            Carried(name, part.affine, [_is_lost(part, subject)])
+            Carried(name, part.affine, partial(_is_lost, part, subject))
             for name, part in zip(names, parts, strict=True)
         ]
         image, label = parts[:2]
@@ -169,13 +169,13 @@ class SynthesizeTumor(_Synthesis):
         return subject
 
 
-def _is_lost(image: Image, subject: Subject) -> bool:
+def _is_lost(image: Image, subject: Subject) -> list[bool]:
     """Return whether the affine stems from an identity that stands for none."""
     history = subject.applied_transforms
     if not stems_from_default(image.affine, image.spatial_shape, history):
-        return False
+        return [False]
     kind: Any = type(image)
-    return not (isinstance(image.path, Path) and _file_has_affine(kind, image.path))
+    return [not (isinstance(image.path, Path) and _file_has_affine(kind, image.path))]
 
 
 @lru_cache(FILES_REMEMBERED)

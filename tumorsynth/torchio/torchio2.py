@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class _Synthesis(Transform):
         image, label = parts[:2]
         shape = image.data.shape[-3:]
         carried = [
-            Carried(name, affine, lost_affines(affine, shape))
+            Carried(name, affine, partial(lost_affines, affine, shape))
             for name, affine in zip(names, affines, strict=True)
         ]
         if self.adapter.spacing is None:
