@@ -79,7 +79,7 @@ def pretended(monkeypatch: Any, *tensors: Tensor) -> Iterator[PretendedDevice]:
         return tolist(to_cpu(self))
 
     with monkeypatch.context() as patch:
-        for module in ("placement.organ", "appearance.contrast"):
+        for module in ("placement.organ", "appearance.contrast", "intensity_check.shares"):
             patch.setattr(f"tumorsynth.{module}.on_cpu", lambda tensor: not device.holds(tensor))
         patch.setattr(Tensor, "cpu", to_cpu)
         patch.setattr(Tensor, "tolist", to_list)

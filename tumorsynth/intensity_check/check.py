@@ -22,6 +22,7 @@ from tumorsynth.intensity_check.shares import (
     describe,
     sample_organ,
     sample_voxels,
+    sampled_on_cpu,
 )
 
 MAX_MEDIAN_HU = 1500.0  # |HU| of half of a crop: no organ reaches it
@@ -38,7 +39,7 @@ def check_intensity(
     """Check that an image can be in the scale that the user names.
 
     Args:
-        image: (X, Y, Z), floating point; one host-device synchronisation, or two in doubt.
+        image: (X, Y, Z), floating point; one host-device synchronisation.
         intensity: what its values are said to mean.
         label: same shape; None if it is not known.
         organ_labels: label values of the organ.
@@ -46,8 +47,11 @@ def check_intensity(
     Raises:
         ValueError: if they clearly mean something else.
     """
+    organ = None
+    if label is not None:
+        image, label, organ_labels = sampled_on_cpu(image, label, organ_labels)
+        organ = partial(sample_organ, image, label, organ_labels)
     values = sample_voxels(image)
-    organ = None if label is None else partial(sample_organ, image, label, organ_labels)
     if not isinstance(intensity, HU):
         if (problem := scale_problem(values, intensity)) is not None:
             raise ValueError(

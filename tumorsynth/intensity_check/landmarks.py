@@ -16,6 +16,7 @@ POINTS, WINDOW_POINTS = 192, 96  # of the smoothed histogram; where both ends ar
 SMOOTHING = np.array([1, 2, 3, 2, 1]) / 9
 MIN_HEIGHT = 0.03  # of a peak, as a share of the highest
 MAX_VALLEY = 0.75  # between two peaks, as a share of the lower one
+MIN_FAT = 0.15  # density of fat, as a share of that of soft tissue
 MIN_VALUES = 1000
 GAP = (0.55, 0.85)  # of the way from air to fat: -505 to -235 HU
 AIR_TO_FAT_PER_FAT_TO_TISSUE = (3.0, 11.0)
@@ -85,6 +86,8 @@ class Histogram:
                 low, high = AIR_TO_FAT_PER_FAT_TO_TISSUE
                 if not low * (tissue - fat) <= whole <= high * (tissue - fat):
                     continue
+                if fat_density < MIN_FAT * tissue_density:
+                    continue
                 gap = [air + part * whole for part in GAP]
                 in_gap, near = self.inner.share(*gap), 0.05 * whole
                 if (
@@ -106,7 +109,7 @@ class Histogram:
         above_clip = fat - self.lowest
         if not low * (tissue - fat) <= above_clip <= high * (tissue - fat):
             return None
-        if fat_density < 0.15 * tissue_density:
+        if fat_density < MIN_FAT * tissue_density:
             return None
         edge = self.lowest + 0.2 * above_clip
         density = self.inner.share(self.lowest, edge) / (edge - self.lowest)

@@ -64,7 +64,8 @@ def contradicts_hu(
         return air < -140 and marks.tissue - fat < 60 and marks.gap_share < 0.2
     if air < -1060:  # or padding, below lung or fat
         too_dark = histogram.inner.below(-1200) > 0.01
-        return too_dark or fat < FAT_RANGE_HU[0] and not -1060 <= fat <= -600
+        no_lung = fat < -1060 or fat > -600 and histogram.inner.share(-1000, -550) < 0.06
+        return too_dark or fat < FAT_RANGE_HU[0] and no_lung
     if air < -960:
         return False
     if air < -600:  # or lung

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tumorsynth.devices import on_cpu
+
 MAX_SAMPLED = 2**14  # voxels of an image that are looked at, evenly spaced
 PADDING_SHARE = 0.005  # of voxels with exactly the lowest value, or 0: from here on, padding
 RARE = 0.003  # share of voxels that metal, motion and noise take
@@ -90,17 +92,41 @@ def sample_organ(image: Tensor, label: Tensor, organ_labels: Sequence[int]) -> N
     """Return those values of `sample_voxels` that lie under the organ's label, sorted.
 
     Args:
+        image: (X, Y, Z), any real dtype, on the CPU.
+        label: same shape.
+        organ_labels: label values of the organ.
+    """
+    at = _evenly(image.shape)
+    sampled = image[at].to(torch.float32)
+    values: NDArray[np.float32] = sampled[_is_organ(label[at], organ_labels)].numpy()
+    return np.sort(values[np.isfinite(values)])
+
+
+def sampled_on_cpu(
+    image: Tensor, label: Tensor, organ_labels: Sequence[int]
+) -> tuple[Tensor, Tensor, Sequence[int]]:
+    """Return the sampled voxels of image and label on the CPU, and the organ's values there.
+
+    Args:
         image: (X, Y, Z), any real dtype and device; one host-device synchronisation.
         label: same shape.
         organ_labels: label values of the organ.
     """
     at = _evenly(image.shape)
-    sampled, marked = image[at].to(torch.float32), label[at].to(torch.int64)
-    organ = torch.zeros_like(marked, dtype=torch.bool)
+    image, label = image[at], label[at]
+    if on_cpu(image):
+        return image, label, organ_labels
+    organ = _is_organ(label, organ_labels)
+    image, label = torch.stack([image.to(torch.float32), organ.to(torch.float32)]).cpu()
+    return image, label, (1,)
+
+
+def _is_organ(label: Tensor, organ_labels: Sequence[int]) -> Tensor:
+    label = label.to(torch.int64)
+    organ = torch.zeros_like(label, dtype=torch.bool)
     for value in organ_labels:
-        organ |= marked == value
-    values: NDArray[np.float32] = sampled[organ].cpu().numpy()
-    return np.sort(values[np.isfinite(values)])
+        organ |= label == value
+    return organ
 
 
 def _evenly(shape: Sequence[int]) -> tuple[slice, ...]:
