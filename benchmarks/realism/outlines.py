@@ -27,12 +27,13 @@ from benchmarks.realism.shape_measures import (
     read_real,
     through_slices,
 )
+from benchmarks.realism.shapes import SHAPE_SEEDS
 from tumorsynth.placement.organ_priors import PRIORS
 
 
 def drawn(name: str, diameter: float, spacing: list[float], seed: int) -> np.ndarray:
     """A drawn tumour on a 1 mm grid, taken through slices."""
-    shape = PRIORS[name].draw_shape(diameter, torch.Generator().manual_seed(seed))
+    shape = PRIORS[name].draw_shape(diameter, torch.Generator().manual_seed(SHAPE_SEEDS + seed))
     mask = drawn_mask(shape, diameter, seed, spacing)
     assert mask is not None
     return through_slices(mask, spacing, FILES[name].interpolation)

@@ -139,7 +139,8 @@ def drawn_mask(
     Args:
         shape: relative half-axes and roughness, as `SizePrior.draw_shape` returns them.
         diameter: mm.
-        seed: of the turn and the surface.
+        seed: of the turn and the surface; it must not be the one that drew the shape, or both
+            follow from the same numbers.
         spacing: mm per voxel.
 
     Returns:
@@ -147,8 +148,11 @@ def drawn_mask(
     """
     gen = torch.Generator().manual_seed(seed)
     w, x, y, z = torch.nn.functional.normalize(torch.randn(4, generator=gen), dim=0).tolist()
+    surface = int(torch.randint(1 << 48, (), generator=gen))  # a stream of its own
     axes, roughness = shape
-    params = TumorParams((0, 0, 0), diameter, axes, (w, x, y, z), roughness, seed, 0, 1.0, diameter)
+    params = TumorParams(
+        (0, 0, 0), diameter, axes, (w, x, y, z), roughness, surface, 0, 1.0, diameter
+    )
     reach = 2.2 * MAX_LEVEL * np.abs(Shape(params).sphere).max(0)
     sides = [int(r / s) + 7 for r, s in zip(reach, spacing, strict=True)]
     params = replace(params, centre=(sides[0] // 2, sides[1] // 2, sides[2] // 2))

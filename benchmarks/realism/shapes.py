@@ -56,6 +56,7 @@ from tumorsynth.placement.settings import PlacementSettings
 from tumorsynth.placement.types import Skip
 
 GOAL = 0.12
+SHAPE_SEEDS = 100_000_000  # from here on: others than those of turns and surfaces
 GOAL_ORGANS = ("liver", "kidney", "pancreas")
 ORGANS_WITH_MASKS = ("liver", "kidney", "pancreas")
 MEASURES = ("diameter", *FEATURES)
@@ -101,7 +102,7 @@ def draw_features(
     for seed in range(draws * len(real.masks)):
         k = seed % len(real.masks)
         diameter, spacing = float(real.diameters[k]), real.spacings[k].tolist()
-        shape = prior.draw_shape(diameter, rng(seed))
+        shape = prior.draw_shape(diameter, rng(SHAPE_SEEDS + seed))
         mask = drawn_mask(shape, diameter, seed, spacing if slices else (1.0, 1.0, 1.0))
         if mask is None:
             continue
@@ -230,7 +231,8 @@ def steps(organ: Organ, most: int = 60) -> dict:
     for k in thick.tolist():
         diameter, spacing = float(organ.shaped.diameters[k]), organ.shaped.spacings[k].tolist()
         found["real"].append(step_share(organ.shaped.masks[k], spacing[2]))
-        mask = drawn_mask(organ.prior.draw_shape(diameter, rng(k)), diameter, k, spacing)
+        shape = organ.prior.draw_shape(diameter, rng(SHAPE_SEEDS + k))
+        mask = drawn_mask(shape, diameter, k, spacing)
         if mask is not None:
             for way in ("distance", "linear"):
                 found[way].append(step_share(through_slices(mask, spacing, way), spacing[2]))
@@ -343,7 +345,7 @@ def outlines(names: list[str], path: Path, sizes: tuple[float, ...]) -> None:
     fig, axes = plt.subplots(len(rows), 10, figsize=(10, len(rows)))
     for row, (name, size) in zip(axes, rows, strict=True):
         for k, axis in enumerate(row):
-            mask = drawn_mask(PRIORS[name].draw_shape(size, rng(k)), size, k)
+            mask = drawn_mask(PRIORS[name].draw_shape(size, rng(SHAPE_SEEDS + k)), size, k)
             assert mask is not None
             plane = np.pad(mask[:, :, mask.sum((0, 1)).argmax()], 2)
             axis.imshow(plane, cmap="gray", vmin=-0.3, vmax=1.4)
