@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -546,3 +547,108 @@ def test_in_monai(bank, tmp_path):
     transform.set_random_state(0)
     out = transform({"image": image[None], "label": label[None]})
     assert (out["label"] == 2).any()
+
+
+# -- what is no tissue ----------------------------------------------------------------------------
+
+WRONG_HU = [-3024.0, -1024.0, -900.0, -300.0, 600.0, 1200.0, 3000.0]
+
+
+def scan_with_ball_of(hu, noise=4.0, level=LEVEL_HU, sound=True, centre=(46.0, 46.0, 46.0)):
+    """A scan with a ball of 7 mm radius of these HU, and perhaps a sound lesion beside it."""
+    image, label, spacing = scan(noise=noise, level=level, bodies=[BALL] if sound else [])
+    ball = (grid(image.shape, spacing) - torch.tensor(centre)).norm(dim=-1) < 7
+    image[ball], label[ball] = hu + image[ball] - level, 2
+    return image, label, spacing
+
+
+def as_files(folder, image, label, spacing):
+    save(folder / "x_ct.nii.gz", image, spacing)
+    save(folder / "x_label.nii.gz", label, spacing)
+    return folder / "x_ct.nii.gz", folder / "x_label.nii.gz"
+
+
+@pytest.mark.parametrize("hu", WRONG_HU)
+@pytest.mark.parametrize("kind", ["arrays", "files"])
+@pytest.mark.parametrize("noise", [4.0, 40.0])
+def test_a_label_on_no_tissue_stays_out_of_the_bank(hu, kind, noise, tmp_path):
+    given = scan_with_ball_of(hu, noise)
+    alone = scan_with_ball_of(hu, noise, sound=False)
+    name = "scan 0" if kind == "arrays" else "x_ct.nii.gz"
+    if kind == "files":
+        given, alone = as_files(tmp_path, *given), as_files(tmp_path / "alone", *alone)
+    with pytest.warns(UserWarning, match=f"lesion of {name} at voxel .* median of") as said:
+        bank = CopyPaste.from_scans([given])
+    named = float(re.search(r"median of (-?\d+) HU", str(said[0].message))[1])
+    assert len(said) == 1 and named == pytest.approx(hu, abs=5)
+    assert [round(one.diameter_mm) for one in bank.lesions] == [12]
+    assert len(bank.card["left_out"]) == 1
+    with pytest.raises(ValueError, match="must hold a lesion.* has a median of"):
+        CopyPaste.from_scans([alone])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "hu, level",
+    [(10, 110), (-90, 30), (250, 110), (30, -850), (-600, -850), (-820, -850), (600, 300)],
+)
+def test_tissue_is_no_false_alarm(hu, level):
+    """As a cyst, fat, an arterial lesion, a nodule, ground glass (dense, faint), a bone lesion."""
+    bank = CopyPaste.from_scans([scan_with_ball_of(hu, 15.0, level, sound=False)])
+    assert bank.lesions[0].contrast_hu == pytest.approx(hu - level, abs=4)
+    image, label, spacing = scan(level=level)
+    made = synth(bank, size_mm=14.0)
+    made(image[None], label[None], spacing=spacing, seed=1)
+    (record,) = made.report
+    assert record["applied"] and record["hu_change"] * (hu - level) > 0
+
+
+@pytest.mark.parametrize("level", [-850.0, LEVEL_HU])
+def test_air_is_no_lesion_in_a_lung_either(level):
+    with pytest.raises(ValueError, match="air, padding"):
+        CopyPaste.from_scans([scan_with_ball_of(-1024.0, level=level, sound=False)])
+
+
+@pytest.mark.parametrize("foreign", [-1024.0, -700.0, 1500.0, 3000.0])
+@pytest.mark.parametrize("blend", [{}, {"blend": "difftumor", "sigma_mm": 1.0}])
+def test_gas_and_metal_in_a_lesion_are_not_pasted(foreign, blend):
+    image, label, spacing = scan_with_ball_of(60.0, sound=False)
+    image[45:48, 45:48, 45:48] = foreign
+    bank = CopyPaste.from_scans([(image, label, spacing)])
+    lesion = bank.lesions[0]
+    assert lesion.contrast_hu == pytest.approx(60 - LEVEL_HU, abs=3)
+    assert 0 < int(lesion.hu[lesion.mask].min()) and int(lesion.hu[lesion.mask].max()) < 120
+    healthy, organ, spacing = scan()
+    made = synth(bank, size_mm=14.0, **blend)
+    out, new = made(healthy[None], organ[None], spacing=spacing, seed=1)
+    assert made.report[0]["applied"]
+    assert float(out[new == 2].min()) > 20 and float(out[new == 2].max()) < 150
+
+
+def test_calcification_in_a_lesion_stays():
+    image, label, spacing = scan_with_ball_of(60.0, sound=False)
+    image[45:48, 45:48, 45:48] = 500.0
+    lesion = CopyPaste.from_scans([(image, label, spacing)]).lesions[0]
+    assert int((lesion.hu == 500).sum()) == 27
+
+
+def test_a_lesion_that_is_half_gas_is_left_out():
+    image, label, spacing = scan_with_ball_of(60.0, sound=False)
+    image[::3, ::3, ::3] = torch.where(label == 2, -1000.0, image)[::3, ::3, ::3]
+    with pytest.raises(ValueError, match="more than half in or next to gas"):
+        CopyPaste.from_scans([(image, label, spacing)])
+
+
+@pytest.mark.parametrize("kind", ["arrays", "files"])
+def test_labels_that_are_not_whole_say_so(kind, tmp_path):
+    nib = pytest.importorskip("nibabel")
+    image, label, spacing = scan(bodies=[EGG])
+    given = image, label * 0.9, spacing
+    if kind == "files":
+        files = as_files(tmp_path, image, label, spacing)
+        affine = np.diag([*spacing, 1.0])
+        nib.save(nib.Nifti1Image(given[1].numpy().astype(np.float32), affine), files[1])
+        nib.save(nib.Nifti1Image(image.numpy().astype(np.float32), affine), files[0])
+        given = files
+    with pytest.raises(ValueError, match="label of .* must hold whole numbers, got 0.9; resample"):
+        CopyPaste.from_scans([given])

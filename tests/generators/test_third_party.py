@@ -10,6 +10,7 @@ import torch
 
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
+from tumorsynth.appearance.tissue import SOFT_TISSUE
 from tumorsynth.generators.protocol import MEMBERS, TumorGenerator, missing_members
 from tumorsynth.generators.store import Handle
 
@@ -331,6 +332,56 @@ def test_strong_changes_are_no_fault(blend, contrast_hu):
         generator = Darker()
     image, label = scan()
     transform = synth(generator, blend=blend, contrast_hu=contrast_hu)
+    transform(image, label, spacing=SPACING, seed=3)
+    assert transform.report[0]["applied"], transform.report
+
+
+class Wide(Darker):
+    """A generator with a wide window, as of bone, that changes the tumour by some HU."""
+
+    window = (-1100.0, 3100.0)
+
+    def __init__(self, change_hu, card=None):
+        super().__init__()
+        self.change_hu = change_hu
+        self.card = {**self.card, **(card or {})}
+
+    def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        low, high = self.window
+        return tumor_mask.to(crop.dtype) * self.change_hu / (high - low)
+
+    def inpaint(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        return crop + self.change(crop, tumor_mask, seed)
+
+
+SOFT = {"tissue_range": SOFT_TISSUE.to_card()}
+
+
+@pytest.mark.parametrize("blend", ["change", "difftumor"])
+@pytest.mark.parametrize(
+    "change_hu, card", [(2458, None), (-964, None), (926, SOFT), (-858, SOFT), (-450, SOFT)]
+)
+def test_a_wide_window_permits_no_metal_and_no_air(change_hu, card, blend):
+    image, label = scan()
+    transform = synth(Wide(change_hu, card), blend=blend)
+    with pytest.warns(UserWarning, match="impossible values"):
+        made = transform(image, label, spacing=SPACING, seed=3)
+    assert transform.report[0]["code"] == "implausible"
+    assert made[0].equal(image) and made[1].equal(label)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("blend", ["change", "difftumor"])
+@pytest.mark.parametrize(
+    "level, change_hu, card",
+    [(100, 400, SOFT), (100, -150, SOFT), (-850, 880, None), (-850, -100, None), (300, 900, None),
+     (-850, -40, SOFT), (900, -60, SOFT)],
+)  # fmt: skip
+def test_strong_changes_within_tissue_are_no_fault(level, change_hu, card, blend):
+    """As calcified lesions, nodules and cavities of lungs, dense metastases of bone."""
+    image, label = scan()
+    image = image - image[label > 0].mean() + level
+    transform = synth(Wide(change_hu, card), blend=blend, any_tissue=True)
     transform(image, label, spacing=SPACING, seed=3)
     assert transform.report[0]["applied"], transform.report
 

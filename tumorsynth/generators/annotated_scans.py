@@ -112,9 +112,15 @@ def make_scan(
     image = torch.from_numpy(np.ascontiguousarray(values, np.float32))
     try:
         check_intensity(image, intensity)
-        whole = torch.from_numpy(round_labels(label).astype(np.int32))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    try:
+        whole = torch.from_numpy(round_labels(label).astype(np.int32))
+    except ValueError as error:
+        raise ValueError(
+            f"the label of {name} must hold whole numbers, got {error}; resample labels with "
+            "nearest neighbours, and do not scale them"
+        ) from error
     return AnnotatedScan(name, intensity.to_hu(image), whole, frame)
 
 

@@ -32,11 +32,12 @@ from tumorsynth.generators import filters
 from tumorsynth.generators.annotated_scans import read_scans
 from tumorsynth.generators.bank import KIND, read_bank, write_bank
 from tumorsynth.generators.conditioning import ContrastTarget, check_pair, crop_to_hu
-from tumorsynth.generators.lesions import TEXTURE_SIGMA_MM, Lesion, cut_lesions
+from tumorsynth.generators.lesions import TEXTURE_SIGMA_MM, Lesion, NoTissue, cut_lesions
 from tumorsynth.generators.protocol import Pose
 from tumorsynth.geometry import bounding_box
 from tumorsynth.intensity import HU, HU_HIGH, HU_LOW, Intensity
 from tumorsynth.models.slabs import Near
+from tumorsynth.once import Once
 from tumorsynth.placement.arguments import check_organ_labels
 from tumorsynth.placement.sample_tumor import choose_like_size
 from tumorsynth.placement.settings import OwnShape
@@ -143,6 +144,14 @@ class CopyPaste:
             raise ValueError(
                 f"scans must hold a lesion, but none of {len(names)} does: {why}; give annotated "
                 "scans, and the values in their labels"
+            )
+        wrong = [why for why in left_out if isinstance(why, NoTissue)]
+        if wrong:
+            more = f"; and {len(wrong) - 3} more, listed in the card" if len(wrong) > 3 else ""
+            Once().give(
+                f"lesions must be tissue, but {len(wrong)} of {len(left_out) + len(lesions)} are "
+                f"not and are left out of the bank: {'; '.join(wrong[:3])}{more}; look at these "
+                "scans, and correct their labels"
             )
         return cls(lesions, {"name": name, "licence": terms, "left_out": left_out})
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.appearance.blend import gaussian_filter
+from tumorsynth.appearance.tissue import AIR_HU, SOFT_TISSUE
 from tumorsynth.geometry import THICK_SLICES, Box, Frame, Rows3, bounding_box
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.components import flood
@@ -26,6 +28,8 @@ HU_RANGE = (-3000.0, 3000.0)  # of a lesion's voxels; metal is brighter
 TEXTURE_SIGMA_MM = 1.0  # finer texture is the noise of the lesion's own scan, and left there
 FILL_SIGMA_MM = 4.0  # of the filter that continues the texture beyond the lesion
 MIN_FILTER_WEIGHT = 0.02  # of a filter's weights that must lie in the lesion
+MIN_TISSUE_SHARE = 0.5  # of a lesion's voxels that must be tissue, no gas or metal or next to it
+BONE_HU = 1500.0  # the densest bone, for lesions in an organ that is brighter than soft tissue
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,10 @@ class Lesion:
         return self.hu.float() - self.level_hu
 
 
+class NoTissue(str):
+    """Why a lesion is left out whose label must be wrong: it lies on what is no tumour's tissue."""
+
+
 class CutScan(NamedTuple):
     """The lesions of one scan, and why others of it were left out."""
 
@@ -132,7 +140,7 @@ def cut_lesions(
         if isinstance(lesion, Lesion):
             lesions.append(lesion)
         else:
-            left_out.append(f"{where} {lesion}")
+            left_out.append(type(lesion)(f"{where} {lesion}"))
     return CutScan(lesions, left_out)
 
 
@@ -177,6 +185,17 @@ class _Found:
         if int(shell.sum()) < MIN_LEVEL_VOXELS:
             return f"has fewer than {MIN_LEVEL_VOXELS} voxels of the organ around it"
         level = float(hu[shell].median())
+        objection = _tissue_objection(hu[mask], level)
+        if objection is not None:
+            return objection
+        tissue = mask & ~_near_gas_or_metal(hu, mask, level)
+        if int(tissue.sum()) < MIN_TISSUE_SHARE * int(mask.sum()):
+            low, high = _voxel_range(level)
+            return NoTissue(
+                f"lies for more than half in or next to gas, padding or metal (below {low:g} or "
+                f"above {high:g} HU, median of the lesion {float(hu[mask].median()):.0f} HU)"
+            )
+        hu = torch.where(mask & ~tissue, hu[tissue].median(), hu)
         core = core_of(mask)
         box = bounding_box(mask, 1)
         assert box is not None
@@ -199,6 +218,42 @@ class _Found:
             edge_mm=_edge_mm(hu - level, mask, nearby, spacing),
             source=source,
         )
+
+
+def _tissue_objection(values: Tensor, level: float) -> NoTissue | None:
+    """Return why most of a lesion's voxels are no tumour's tissue, or None.
+
+    Args:
+        values: HU of its voxels.
+        level: median of the organ around, which may be lung or bone.
+    """
+    low, high = SOFT_TISSUE.local_hu
+    if level < SOFT_TISSUE.level_hu[0]:  # ground glass in a lung; a solid nodule is soft tissue
+        low = min(low, level)
+    if level > SOFT_TISSUE.level_hu[1]:
+        high = BONE_HU
+    median = float(values.median())
+    if low <= median <= high:
+        return None
+    return NoTissue(
+        f"has a median of {median:.0f} HU, where tumours have {low:.0f} to {high:.0f} HU in an "
+        f"organ of {level:.0f} HU: its label lies on air, padding, gas, bone or metal"
+    )
+
+
+def _voxel_range(level: float) -> tuple[float, float]:
+    """Return between which HU a lesion's voxels are pasted, in an organ of this level."""
+    low, high = SOFT_TISSUE.voxel_hu
+    return (AIR_HU if level < low else low), (BONE_HU if level > SOFT_TISSUE.level_hu[1] else high)
+
+
+def _near_gas_or_metal(hu: Tensor, mask: Tensor, level: float) -> Tensor:
+    """Return the voxels that hold gas, padding or metal of a lesion, or a part of it, as a mask."""
+    low, high = _voxel_range(level)
+    foreign = mask & ((hu < low) | (hu > high))
+    if not bool(foreign.any()):
+        return foreign
+    return F.max_pool3d(foreign[None].float(), 3, stride=1, padding=1)[0] > 0
 
 
 def _measure(hu: Tensor, label: Tensor, mask: Tensor, box: Box) -> _Found:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.contrast_priors import add_structure
 from tumorsynth.appearance.noise import match_to_scan
+from tumorsynth.appearance.tissue import SOFT_TISSUE, TissueRange
 from tumorsynth.devices import onto, or_on_cpu
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
@@ -30,6 +31,10 @@ ONE_THREAD_WORK = 1.5e12  # parameters times voxels, up to which networks run on
 # a requested contrast. No tissue is further away.
 MAX_BEYOND_WINDOW = 0.5
 MAX_OVER_CONTRAST = 3.0
+# A tumour's mean is that of tissue, or not far from what it was: a wide window permits no metal
+TUMOR_HU = SOFT_TISSUE.voxel_hu
+MAX_UNKNOWN_HU = 1500.0  # the densest bone, for a generator whose card names no tissue
+MAX_FROM_HEALTHY_HU = 250.0
 GPU_BATCH = 8  # crops in one pass of the networks; halved where memory does not suffice
 
 
@@ -136,8 +141,9 @@ class Painter:
             return None
         _check_result(f"{generator.name}.{method}()", generated, crops)
         low, high = generator.window
-        generated = generated[:, 0] * _width_or_nan(
-            generated, params, needed, generator.window, blend
+        width = _width_or_nan(generated, params, needed, generator.window, blend)
+        generated = generated[:, 0] * torch.where(
+            _is_tissue(generated, crops, masks, params, needed, generator, blend), width, math.nan
         )
         generated = generated.to(batch[0].crop.device)
         return generated if blend == "change" else generated + low
@@ -210,6 +216,49 @@ def _width_or_nan(
         # False for NaN
         widths.append(torch.where(values.abs().amax() <= largest, width, math.nan))
     return torch.stack(widths).to(generated)[:, None, None, None]
+
+
+def _is_tissue(
+    generated: Tensor,
+    crops: Tensor,
+    masks: Tensor,
+    params: Sequence[TumorParams],
+    needed: Box,
+    generator: TumorGenerator,
+    blend: str,
+) -> Tensor:
+    """Return whether each tumour's mean is such as a tumour may have: (B, 1, 1, 1), on the device.
+
+    Args:
+        generated: (B, 1, side, side, side), what the generator made.
+        crops: what it got.
+        masks: of the tumours.
+        params: of the B tumours.
+        needed: the part of the crops that is read.
+        generator: whose window and card count.
+        blend: "change" for a change, else tissue.
+    """
+    part = (slice(None), 0, *needed.slices)
+    inside = masks[part]
+    before, made = (
+        torch.where(inside, values[part], 0.0).sum((1, 2, 3), keepdim=True)
+        / inside.sum((1, 2, 3), keepdim=True).clamp(min=1)
+        for values in (crops, generated)
+    )
+    width, low = generator.window[1] - generator.window[0], generator.window[0]
+    change = (made if blend == "change" else made - before) * width
+    before = before * width + low
+    darkest, brightest = TUMOR_HU
+    own = TissueRange.of_card(generator.card)
+    if own is None:
+        brightest = MAX_UNKNOWN_HU
+    else:
+        darkest, brightest = min(darkest, own.voxel_hu[0]), max(brightest, own.voxel_hu[1])
+    asked = MAX_OVER_CONTRAST * torch.tensor([abs(one.contrast_hu or 0.0) for one in params])
+    most = onto(MAX_FROM_HEALTHY_HU + asked, before.device).to(before)[:, None, None, None]
+    after = before + change
+    near = change.abs() <= most
+    return near | ((after >= darkest) & (after <= brightest))
 
 
 def _threads(generator: TumorGenerator, crops: Tensor) -> AbstractContextManager[None]:

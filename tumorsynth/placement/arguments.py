@@ -30,7 +30,7 @@ def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
         labels: one whole number or several, of any number type.
 
     Raises:
-        ValueError: if they are not whole numbers of at most 64 bits.
+        ValueError: if they are not whole numbers of at most 64 bits, or hold 0.
     """
     found: tuple[int, ...] = ()
     try:
@@ -55,6 +55,12 @@ def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
         raise ValueError(
             "organ_labels must be the organ's values in the label, one whole number of at most 64 "
             f"bits or at most {MAX_ORGAN_LABELS} of them, got {repr(labels)[:200]}; {fix}"
+        )
+    if 0 in found:
+        raise ValueError(
+            "organ_labels must not hold 0, which is the background of a label: tumours would lie "
+            f"in air and in other organs, got {repr(labels)[:200]}; look up which number the label "
+            "has for the organ, and pass for example organ_labels=1"
         )
     return found
 
