@@ -74,6 +74,24 @@ def test_an_organ_by_name_is_answered_with_what_to_pass(adapter):
             make(adapter, organ_labels="liver", **more)
 
 
+@pytest.mark.parametrize("labels", [0, (0,), (1, 0), 0.0])
+def test_the_background_is_no_organ(adapter, labels):
+    separate = {"separate_organ", "organ", "organ_key"} & inspect.signature(
+        adapter
+    ).parameters.keys()
+    for more in ({}, *({name: True if name == "separate_organ" else "o"} for name in separate)):
+        with pytest.raises(ValueError, match="must not hold 0, which is the background"):
+            make(adapter, organ_labels=labels, **more)
+
+
+@pytest.mark.parametrize("labels", [0, (1, 0)])
+def test_the_background_is_no_organ_in_the_core_either(labels):
+    with pytest.raises(ValueError, match="must not hold 0, which is the background"):
+        ts.SynthesizeTumor(organ_labels=labels)
+    with pytest.raises(ValueError, match="must not hold 0, which is the background"):
+        ts.CopyPaste.from_scans([], organ_labels=labels)
+
+
 def test_the_core_says_what_was_meant_too():
     with pytest.raises(TypeError, match=r"organ_label of SynthesizeTumor; did you mean organ_labe"):
         ts.SynthesizeTumor(organ_label=1)

@@ -652,3 +652,21 @@ def test_labels_that_are_not_whole_say_so(kind, tmp_path):
         given = files
     with pytest.raises(ValueError, match="label of .* must hold whole numbers, got 0.9; resample"):
         CopyPaste.from_scans([given])
+
+
+@pytest.mark.parametrize("way", ["MonaiArray", "MonaiBatch", "Lightning", "TorchIO"])
+def test_a_bank_in_the_adapters(way, bank, tmp_path, monkeypatch):
+    ways = pytest.importorskip("ways")
+    bank.save(tmp_path / "bank.safetensors")
+    wanted = {"generator": tmp_path / "bank.safetensors", "size_mm": 18.0, "count": 1}
+    monkeypatch.setattr(ways, "SETTINGS", wanted)
+    image, label, spacing = scan((2.0, 2.0, 2.0))
+    made = getattr(ways, way)(spacing=spacing)
+    new = made(image[None], label[None])
+    inside = torch.as_tensor(np.asarray(new)).reshape(-1, *label.shape)[0] == 2
+    diameter_mm = (6 / np.pi * float(inside.sum()) * 8) ** (1 / 3)
+    assert diameter_mm == pytest.approx(18, rel=0.15)
+    transform = getattr(made, "transform", None) or made.callback
+    record = transform.report[0]
+    assert record["applied"] and record["generator"] == "copy-paste"
+    assert -50 < record["hu_change"] < -15

@@ -29,6 +29,7 @@ from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoD
 )
 from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam
 
+from tumorsynth.generators.copy_paste import CopyPaste
 from tumorsynth.intensity import HU, ZScore
 from tumorsynth.nnunet import shim
 from tumorsynth.nnunet.augmentation import runs_on, split_transforms
@@ -184,6 +185,24 @@ def first_batch(trainer):
     trainer.initialize()
     trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
     return next(trainer.dataloader_train)
+
+
+def test_a_bank_of_own_lesions_paints(make, tmp_path):
+    at = torch.stack(torch.meshgrid(*[torch.arange(48.0)] * 3, indexing="ij"))
+    lesion = (at - 24).norm(dim=0) < 7
+    noise = 5 * torch.randn(at.shape[1:], generator=torch.Generator().manual_seed(0))
+    image = 100.0 - 45 * lesion + noise
+    path = tmp_path / "bank.safetensors"
+    CopyPaste.from_scans([(image, 1 + lesion.int(), (1, 1, 1))]).save(path)
+    trainer = make(Plain, generator=str(path))
+    trainer.train_step(first_batch(trainer))
+    data, target = trainer.batch["data"], trainer.batch["target"]
+    target = target[0] if isinstance(target, list) else target
+    for sample in range(2):
+        tumor, liver = target[sample] == 2, target[sample] == 1
+        assert int(tumor.sum()) > 30
+        change = float(data[sample][tumor].mean() - data[sample][liver].mean()) * STD
+        assert -55 < change < -20
 
 
 def test_a_step_trains_on_tumours_with_targets_at_every_level(make):
