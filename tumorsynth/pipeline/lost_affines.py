@@ -121,7 +121,7 @@ def _first_is_lost(
     first[:3, 3] = last[:3, 3] - first[:3, :3] @ shift
     if not np.array_equal(linear, np.eye(3)):
         first = first.round(3)  # as exact as MONAI's matrices
-    size = tuple(shape) if to_array(sizes[0]).shape != (3,) else sizes[0]
+    size: Any = sizes[0] if to_array(sizes[0]).shape == (3,) else shape
     if np.isnan(first[:3, 3]).any():
         return is_identity(first)
     return stems_from_identity(first, size, resampled=False)
@@ -175,8 +175,10 @@ def _matrix(
         case "Affine" | "RandAffine":
             matrix, offset = to_array(info["affine"])[:3, :3], to_array(info["affine"])[:3, 3]
         case _:
-            unknown = not crop.any() and not np.array_equal(before, after)
-            return matrix, np.full(3, np.nan) if unknown else crop
+            noted = {"cropped", "padded", "crop_info"} & info.keys() or np.array_equal(
+                before, after
+            )
+            return matrix, crop if noted else np.full(3, np.nan)
     # all of these turn around the centre
     return matrix, (before - 1) / 2 + offset + matrix @ (crop - (after - 1) / 2)
 

@@ -170,7 +170,8 @@ class SynthesizeTumor(_Synthesis):
 
 def _is_lost(image: Image, subject: Subject) -> list[bool]:
     """Return whether the affine stems from an identity that stands for none."""
-    read = partial(_file_affine, type(image), image.path)
+    kind: Any = type(image)
+    read = partial(_file_affine, kind, image.path)
     history = subject.applied_transforms
     return [stems_from_default(image.affine, image.spatial_shape, history, read)]
 
