@@ -12,6 +12,7 @@ import torch
 from ways import SETTINGS, TWO_MM, scan, warnings_of
 
 import tumorsynth as ts
+from tumorsynth.pipeline.lost_affines import lost_affines
 
 BOTH = ["image", "label"]
 MODES = ("bilinear", "nearest")
@@ -312,3 +313,84 @@ def test_one_lost_sample_of_a_batch_is_enough_and_the_other_still_contradicts():
 def test_the_place_decides_where_nothing_was_noted(affine, known):
     synth = ts.SynthesizeTumor(**SETTINGS)
     assert len(warnings_of(lambda: synth(*scan("meta", affine), seed=0))) == (not known)
+
+
+LIKE_READ = {
+    "array": None,
+    "whole": ([1, 1, 1], (-90, -126, -72)),
+    "fraction": ([1, 1, 1], (-127.5, -20.1, 0.3)),
+    "half": ([1, 1, 1], (0.5, 0.5, 0.5)),
+    "LPS": ([-1, -1, 1], (100, 90, 30)),
+    "LPS scan": ([-1, -1, 1], (91.4, -12.7, -340.5)),
+    "2 mm": ([2, 2, 2], (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("from_file", [True, False], ids=["file", "memory"])
+@pytest.mark.parametrize("case", LIKE_READ)
+def test_random_chains_of_monai_change_no_answer(tmp_path, case, from_file):
+    t = pytest.importorskip("monai.transforms", reason="needs MONAI")
+    data = pytest.importorskip("monai.data")
+    nib = pytest.importorskip("nibabel", reason="needs nibabel")
+    affine = np.eye(4)
+    if LIKE_READ[case] is not None:
+        affine[:3, :3], affine[:3, 3] = np.diag(LIKE_READ[case][0]), LIKE_READ[case][1]
+    volume = np.zeros((24, 20, 18), np.float32)
+    if from_file:
+        nib.save(nib.Nifti1Image(volume, affine), tmp_path / "x.nii.gz")
+        first = t.LoadImage(ensure_channel_first=True)(tmp_path / "x.nii.gz")
+    elif LIKE_READ[case] is None:
+        first = data.MetaTensor(volume[None])
+    else:
+        first = data.MetaTensor(volume[None], affine=torch.as_tensor(affine))
+
+    def lost(x):
+        return lost_affines(x.affine, x.shape[-3:], x)[0]
+
+    steps = [
+        t.Flip(1),
+        t.Rotate90(1, (0, 2)),
+        t.Rotate((0.2, 0.1, 0)),
+        t.SpatialCrop(roi_start=(3, 0, 1), roi_end=(30, 15, 14)),
+        t.CenterSpatialCrop((14, 14, 14)),
+        t.CropForeground(lambda x: torch.arange(x.shape[-1]).expand(x.shape) > 2),
+        t.SpatialPad((30, 31, 25)),
+        t.SpatialPad((50, 50, 50), method="end"),
+        t.BorderPad((0, 30, 0, 25, 0, 2)),
+        t.ResizeWithPadOrCrop((22, 40, 17), method="end"),
+        t.Spacing((1.5, 1.2, 0.9)),
+        t.Spacing((1, 1, 1)),
+        t.Zoom(0.8, keep_size=False),
+        t.Zoom(0.8, keep_size=True),
+        t.Zoom(1.3, keep_size=True),
+        t.Zoom(1.2, mode="trilinear", align_corners=True, keep_size=False),
+        t.Resize((20, 21, 15)),
+        t.RandAffine(prob=1, translate_range=5),
+        t.RandAffine(prob=1, rotate_range=0.3, scale_range=0.2, translate_range=5),
+        t.RandAffine(prob=0, rotate_range=0.3),
+        t.RandSpatialCrop((15, 15, 15), random_size=False),
+        t.Orientation("LPS", labels=None),
+        t.Orientation("SPL", labels=None),
+    ]
+    expected = lost(first)
+    assert expected == (case in ("array", "whole") or (case == "LPS" and not from_file))
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        chain = [steps[i] for i in draw.integers(len(steps), size=draw.integers(1, 5))]
+        x = t.Compose(chain, lazy=draw.random() < 0.2)(first)
+        assert lost(x) == expected, [type(step).__name__ for step in chain]
+
+
+@pytest.mark.parametrize("chain", TORCHIO)
+@pytest.mark.parametrize(
+    ("origin", "unknown"), [((-90, -126, -72), True), ((-127.5, 3.5, -20.1), False)]
+)
+def test_torchio_answers_for_identity_files_as_read(tmp_path, chain, origin, unknown):
+    nib = pytest.importorskip("nibabel", reason="needs nibabel")
+    affine = np.eye(4)
+    affine[:3, 3] = origin
+    paths = {name: str(tmp_path / f"{name}.nii.gz") for name in BOTH}
+    for path, x in zip(paths.values(), scan(), strict=True):
+        nib.save(nib.Nifti1Image(x[0].numpy().astype(np.int16), affine), path)
+    parts = TorchIO.load(chain, paths=paths)
+    assert len(warnings_of(lambda: TorchIO()(parts))) == unknown

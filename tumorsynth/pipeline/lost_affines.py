@@ -2,9 +2,10 @@
 
 MONAI and TorchIO give the identity to plain arrays, and their flips, crops and resampling then
 change it like a real affine. So the size of its voxels is unknown, whatever it says now. Three
-sources tell: the affine of the file that a MetaTensor was read from, what MONAI's transforms noted
-about themselves, and where the volume lies: an array with the identity starts at voxel 0 and lies
-on whole voxels, a scan lies around the scanner's centre. It does not import torch.
+sources tell: the affine of the file that a MetaTensor was read from, the first affine by what
+MONAI's transforms noted about themselves, and, of the first affine, where the volume lies: an array
+with the identity lies on whole voxels, a scan lies around the scanner's centre. What is unknown at
+first stays unknown, and what is known stays known. It does not import torch.
 """
 
 from __future__ import annotations
@@ -41,10 +42,15 @@ def lost_affines(affine: Any, shape: Sequence[int], x: Any = None) -> list[bool]
     if not len(files) == len(notes) == len(matrices):  # cut from a batch
         return [any(stems_from_identity(matrix, shape) for matrix in matrices)]
     return [
-        (not _is_affine(file) or is_identity(file))
+        (not _is_affine(file) or may_stand_for_none(file))
         and _noted(matrix, shape, [one for one in note if isinstance(one, Mapping)])
         for matrix, file, note in zip(matrices, files, notes, strict=True)
     ]
+
+
+def may_stand_for_none(affine: np.ndarray) -> bool:
+    """Return whether an affine is the identity but for whole voxels, as where none is known."""
+    return is_identity(affine) and _whole(affine[:3, 3])
 
 
 def stems_from_identity(affine: np.ndarray, shape: Sequence[int], resampled: bool = True) -> bool:
@@ -56,7 +62,7 @@ def stems_from_identity(affine: np.ndarray, shape: Sequence[int], resampled: boo
         resampled: whether voxels may have got another size since, which keeps the centre.
     """
     if is_identity(affine):
-        return _whole(affine[:3, 3])
+        return may_stand_for_none(affine)  # who knew a position in parts of a voxel knew the voxel
     return lies_in_array(affine, shape) or (resampled and _shares_centre(affine, shape))
 
 
@@ -90,53 +96,65 @@ def _last_voxel(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 def _noted(
     affine: np.ndarray, shape: Sequence[int], operations: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Return whether the affine was the identity before the operations that MONAI noted."""
-    if not operations:
-        return stems_from_identity(affine, shape, resampled=False)
-    sizes = [one.get("orig_size") for one in operations[1:]] + [tuple(shape)]
-    first, product, resampled = None, np.eye(3), False
-    for operation, after in zip(operations, sizes, strict=True):
+    """Return whether the affine before the operations that MONAI noted says no size of a voxel."""
+    return any(_first_is_lost(affine, shape, operations, ends) for ends in (1, 0))
+
+
+def _first_is_lost(
+    affine: np.ndarray, shape: Sequence[int], operations: Sequence[Mapping[str, Any]], ends: int
+) -> bool:
+    """Return it, given whether align_corners aligns the ends of affines too, as of MONAI 1.6."""
+    sizes = [one.get("orig_size") for one in operations] + [tuple(shape)]
+    linear, shift, last = np.eye(3), np.zeros(3), affine
+    for operation, before, after in zip(operations, sizes[:-1], sizes[1:], strict=True):
         info = _info(_innermost(operation))
-        before = to_array(info.get("src_affine", info.get("original_affine")))
-        if _is_affine(before) and first is None:
-            first = _undo(before, product)
-        step = _step(operation, after)
-        product = product @ step
-        resampled |= "src_affine" in info or not _turns_only(step)
-    first = _undo(affine, product) if first is None else first
-    if np.abs(first - np.eye(3)).max() > ROUNDING:
-        return False
-    if not resampled:
-        return _whole(affine[:3, 3])  # who knew a position in parts of a voxel knew the voxel
-    centre = affine[:3, :3] @ (np.asarray(shape) - 1) / 2 + affine[:3, 3]
-    array = to_array(operations[0].get("orig_size"))
-    return array.shape != (3,) or bool((centre > -1).all() and (centre < array).all())
+        known = to_array(info.get("src_affine", info.get("original_affine")))
+        if _is_affine(known):
+            last = known
+            break
+        step, offset = _step(operation, before, after, ends)
+        if not _turns_only(linear) or np.isfinite(offset).all():
+            shift = shift + linear @ offset  # an unknown crop by whole voxels changes no answer
+        linear = linear @ step
+    first = np.eye(4)
+    first[:3, :3] = last[:3, :3] @ np.linalg.pinv(linear)
+    first[:3, 3] = last[:3, 3] - first[:3, :3] @ shift
+    if not np.array_equal(linear, np.eye(3)):
+        first = first.round(3)  # as exact as MONAI's matrices
+    size: Any = sizes[0] if to_array(sizes[0]).shape == (3,) else shape
+    if np.isnan(first[:3, 3]).any():
+        return is_identity(first)
+    return stems_from_identity(first, size, resampled=False)
 
 
-def _undo(affine: np.ndarray, product: np.ndarray) -> np.ndarray:
-    """Return the linear part of an affine before operations with this product."""
-    return affine[:3, :3] @ np.linalg.pinv(product)
-
-
-def _step(operation: Mapping[str, Any], after: Any) -> np.ndarray:
-    """Return the 3x3 matrix from voxels after an operation of MONAI to voxels before it.
+def _step(
+    operation: Mapping[str, Any], before: Any, after: Any, ends: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return matrix and offset from voxels after an operation of MONAI to voxels before it.
 
     Args:
-        operation: MONAI's note. Crops, and operations that we do not know, count as the identity.
-        after: the voxels that it left along the three axes.
+        operation: MONAI's note.
+        before: the voxels along the three axes that it got.
+        after: the voxels that it left.
+        ends: voxels less to count where the operation aligned the ends.
     """
     try:
-        matrix = _matrix(operation, after)
+        matrix, offset = _matrix(operation, to_array(before), to_array(after), ends)
     except (IndexError, KeyError, TypeError, ValueError):  # another version's note
-        return np.eye(3)
-    return matrix if matrix.shape == (3, 3) and np.isfinite(matrix).all() else np.eye(3)
+        return np.eye(3), np.full(3, np.nan)
+    good = matrix.shape == (3, 3) and np.isfinite(matrix).all() and offset.shape == (3,)
+    return (matrix, offset) if good else (np.eye(3), np.full(3, np.nan))
 
 
-def _matrix(operation: Mapping[str, Any], after: Any) -> np.ndarray:
+def _matrix(
+    operation: Mapping[str, Any], before: np.ndarray, after: np.ndarray, ends: int
+) -> tuple[np.ndarray, np.ndarray]:
     if operation.get("lazy_affine") is not None:
-        return to_array(operation["lazy_affine"])[:3, :3]
+        lazy = to_array(operation["lazy_affine"])
+        return lazy[:3, :3], lazy[:3, 3]
     inner = _innermost(operation)
     info = _info(inner)
+    crop, offset = _cropped(inner), np.zeros(3)
     matrix = np.eye(3)
     match inner.get("class"):
         case "Flip" if "axes" in info:
@@ -149,13 +167,33 @@ def _matrix(operation: Mapping[str, Any], after: Any) -> np.ndarray:
             matrix[second] *= -1
             matrix = np.linalg.matrix_power(matrix, int(info["k"]) % 4)
         case "Zoom" | "Resize" if info:
-            after = _info(info, "padcrop").get("orig_size", after)
-            matrix = np.diag(to_array(inner["orig_size"]) / np.maximum(to_array(after), 1))
+            after = to_array(_info(info, "padcrop").get("orig_size", after))
+            less = ends if info.get("align_corners") is True else 0
+            matrix = np.diag((before - less) / np.maximum(after - less, 1))
         case "Rotate":
             matrix = to_array(info["rot_mat"])[:3, :3]
         case "Affine" | "RandAffine":
-            matrix = to_array(info["affine"])[:3, :3]
-    return matrix
+            matrix, offset = to_array(info["affine"])[:3, :3], to_array(info["affine"])[:3, 3]
+        case _:
+            noted = {"cropped", "padded", "crop_info"} & info.keys() or np.array_equal(
+                before, after
+            )
+            return matrix, crop if noted else np.full(3, np.nan)
+    # all of these turn around the centre
+    return matrix, (before - 1) / 2 + offset + matrix @ (crop - (after - 1) / 2)
+
+
+def _cropped(operation: Mapping[str, Any]) -> np.ndarray:
+    """Return how many voxels a note says were cut, less those that were put, at the low ends."""
+    info = _info(operation)
+    cropped, padded = info.get("cropped"), info.get("padded")
+    voxels = np.zeros(3) if cropped is None else to_array(cropped)[:6:2]
+    if padded is not None:
+        voxels = voxels - to_array(padded)[1:4, 0]
+    for key in ("crop_info", "pad_info", "padcrop"):
+        if isinstance(info.get(key), Mapping):
+            voxels = voxels + _cropped(info[key])
+    return voxels
 
 
 def _info(note: Mapping[str, Any], key: str = "extra_info") -> Mapping[str, Any]:

@@ -2,17 +2,22 @@
 
 TorchIO gives the identity to tensors without an affine. The history holds what was done since, so
 that the identity's own way can be followed: if it ends at the affine that the image has now, that
-affine says nothing about the size of a voxel.
+affine says nothing about the size of a voxel, unless the image's file had another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tumorsynth.pipeline.lost_affines import ROUNDING, lies_in_array, stems_from_identity
+from tumorsynth.pipeline.lost_affines import (
+    ROUNDING,
+    lies_in_array,
+    may_stand_for_none,
+    stems_from_identity,
+)
 
 # positive direction of an axis: its row in RAS and its sign
 _LETTERS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
@@ -22,32 +27,46 @@ _MOVES = ("Crop", "Pad", "ToCanonical", "ToOrientation", "Transpose")  # with Re
 Step = tuple[str, Mapping[str, Any]]  # the name of a transform and its arguments
 
 
-def stems_from_default(affine: np.ndarray, shape: Sequence[int], history: Sequence[Step]) -> bool:
+def stems_from_default(
+    affine: np.ndarray,
+    shape: Sequence[int],
+    history: Sequence[Step],
+    read: Callable[[], np.ndarray | None],
+) -> bool:
     """Return whether an image's affine stems from the identity of a tensor without one.
 
     Args:
         affine: 4x4.
         shape: voxels along the three axes.
         history: of the subject, ``subject.applied_transforms``.
+        read: returns the affine of the file that the image comes from, None if there is none.
     """
     resamplings = [step for step in history if _resamples(step)]
-    if any(_spacing(arguments["target"]) is None for _, arguments in resamplings):
-        return stems_from_identity(affine, shape)  # onto the grid of another image
-    if not resamplings and not any(name in _MOVES for name, _ in history):
-        return stems_from_identity(affine, shape, resampled=False)
-    if not resamplings and lies_in_array(affine, shape):
-        return True
-    return _follow(affine, shape, history)
+    onto_image = any(_spacing(arguments["target"]) is None for _, arguments in resamplings)
+    if onto_image or not (resamplings or any(name in _MOVES for name, _ in history)):
+        lost = stems_from_identity(affine, shape, resampled=onto_image)
+    elif np.abs(_follow(history)[0] - affine[:3, :3]).max() < ROUNDING:
+        if (file := read()) is not None:
+            return may_stand_for_none(file)
+        lost = (not resamplings and lies_in_array(affine, shape)) or _fits(affine, shape, history)
+    else:
+        lost = not resamplings and lies_in_array(affine, shape)
+    return lost and ((file := read()) is None or may_stand_for_none(file))
 
 
-def _follow(affine: np.ndarray, shape: Sequence[int], history: Sequence[Step]) -> bool:
-    """Return whether the history takes an identity to this affine and shape.
+def _follow(
+    history: Sequence[Step],
+) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray | None]]]:
+    """Return what the history makes of an identity.
 
-    No step but a crop and a pad moves the centre, so that these tell how many voxels the array had
-    if its affine was the identity. Vectors are along the patient's axes.
+    Vectors are along the patient's axes.
+
+    Returns:
+        The linear part, how far the centre moved, and for each step the voxels that it added, or
+        the new size of one.
     """
     linear, moved = np.eye(3), np.zeros(3)
-    steps: list[tuple[np.ndarray, np.ndarray | None]] = []  # voxels added, or the new size of one
+    steps: list[tuple[np.ndarray, np.ndarray | None]] = []
     for name, arguments in history:
         if name in ("Crop", "Pad"):
             bounds = _bounds(arguments["cropping" if name == "Crop" else "padding"])
@@ -63,8 +82,15 @@ def _follow(affine: np.ndarray, shape: Sequence[int], history: Sequence[Step]) -
             target = _spacing(arguments["target"])
             linear = np.sign(linear) * target
             steps.append((np.zeros(3), np.abs(linear).sum(1)))
-    if np.abs(linear - affine[:3, :3]).max() > ROUNDING:
-        return False
+    return linear, moved, steps
+
+
+def _fits(affine: np.ndarray, shape: Sequence[int], history: Sequence[Step]) -> bool:
+    """Return whether the history takes an array at voxel 0 to this place and shape.
+
+    No step but a crop and a pad moves the centre, so that these tell how many voxels it had.
+    """
+    linear, moved, steps = _follow(history)
     centre = affine[:3, 3] + affine[:3, :3] @ (np.asarray(shape) - 1) / 2
     voxels = 2 * (centre - moved) + 1
     if np.abs(voxels - voxels.round()).max() > ROUNDING or voxels.min() < 1 - ROUNDING:

@@ -13,7 +13,6 @@ from torchio.transforms import Transform
 from torchio.transforms.augmentation import RandomTransform
 
 from tumorsynth.adapter import MAX_SEED, SETTINGS, Adapter
-from tumorsynth.affines import is_identity
 from tumorsynth.arguments import keywords_of
 from tumorsynth.pipeline.frames import Carried, check_grid
 from tumorsynth.torchio.history import stems_from_default
@@ -171,17 +170,16 @@ class SynthesizeTumor(_Synthesis):
 
 def _is_lost(image: Image, subject: Subject) -> list[bool]:
     """Return whether the affine stems from an identity that stands for none."""
-    history = subject.applied_transforms
-    if not stems_from_default(image.affine, image.spatial_shape, history):
-        return [False]
     kind: Any = type(image)
-    return [not (isinstance(image.path, Path) and _file_has_affine(kind, image.path))]
+    read = partial(_file_affine, kind, image.path)
+    history = subject.applied_transforms
+    return [stems_from_default(image.affine, image.spatial_shape, history, read)]
 
 
 @lru_cache(FILES_REMEMBERED)
-def _file_has_affine(kind: Any, path: Path) -> bool:
-    """Return whether a file has another affine than the identity."""
+def _file_affine(kind: Any, path: Any) -> Any:
+    """Return the affine of the file that an image comes from, None without one."""
     try:
-        return not is_identity(kind(path).affine)
+        return kind(path).affine if isinstance(path, Path) else None
     except Exception:  # the file is gone, or its reader raises an error of its own
-        return False
+        return None
