@@ -17,7 +17,8 @@ import tumorsynth as ts  # noqa: E402
 from tumorsynth.appearance.gate import Gate  # noqa: E402
 from tumorsynth.lightning import TumorSynthCallback  # noqa: E402
 
-SETTINGS = {"generator": "hu2023", "count": 1, "size_mm": (8, 10)}
+# with a contrast no tumour is skipped as too faint
+SETTINGS = {"generator": "hu2023", "count": 1, "size_mm": (8, 10), "contrast_hu": -40}
 
 
 def scans(n=4, ill=()):
@@ -291,7 +292,7 @@ def test_bad_arguments_and_repr():
     ):
         TumorSynthCallback(sise_mm=3)
     assert repr(TumorSynthCallback(p=0.5, **SETTINGS)) == (
-        "TumorSynthCallback(p=0.5, generator='hu2023', count=1, size_mm=(8, 10))"
+        "TumorSynthCallback(p=0.5, generator='hu2023', count=1, size_mm=(8, 10), contrast_hu=-40)"
     )
     assert repr(TumorSynthCallback()) == "TumorSynthCallback(p=1)"
 

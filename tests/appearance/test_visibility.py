@@ -27,6 +27,7 @@ from tumorsynth.appearance.visibility import (
 )
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.settings import Settings
+from tumorsynth.placement.rasterize import equivalent_diameter
 
 ISO = (1.0, 1.0, 1.0)
 COARSE = (3.0, 3.0, 3.0)
@@ -79,10 +80,11 @@ def test_visibility_is_the_contrast_over_the_noise_of_the_mean_of_a_section(sigm
     of_means = np.std([plane[disc].mean() for plane in planes])
     volume = torch.from_numpy(np.moveaxis(planes, 0, 2)).float()
     noise = measure_noise(volume, torch.ones_like(volume, dtype=torch.bool), spacing)
-    expected = contrast_for(1.0, 2 * radius, noise, spacing)
+    section = math.pi * radius**2
+    expected = contrast_for(1.0, section, noise, spacing)
     # near its border a disc averages more than the formula knows: a careful estimate
     assert 0.65 < of_means / expected < 1.3
-    assert visibility(-20.0, 2 * radius, noise, spacing) == pytest.approx(20.0 / expected)
+    assert visibility(-20.0, section, noise, spacing) == pytest.approx(20.0 / expected)
 
 
 def test_noise_is_the_standard_deviation_of_the_organ_without_vessels():
@@ -103,15 +105,41 @@ def test_what_cannot_be_measured_is_none():
     assert measure_noise(hu, nothing, COARSE).sd_hu is None
     assert measure_visibility(hu, organ == 1, nothing, COARSE) is None
     assert measure_visibility(hu, nothing, organ == 1, COARSE) is None
-    assert visibility(-30.0, 10.0, ScanNoise(ISO, 50.0, 0.0), ISO) is None
-    assert visibility(math.nan, 10.0, ScanNoise(ISO, 50.0, 9.0), ISO) is None
+    assert visibility(-30.0, 80.0, ScanNoise(ISO, 50.0, 0.0), ISO) is None
+    assert visibility(math.nan, 80.0, ScanNoise(ISO, 50.0, 9.0), ISO) is None
+
+
+@pytest.mark.parametrize("thick", [0, 1, 2])
+@pytest.mark.parametrize("per_slice", [(16,), (10, 6), (2, 12, 2), (5, 6, 5)])
+def test_in_thick_slices_a_tumour_is_as_visible_as_its_largest_section(thick, per_slice):
+    """The volume of all slices together would count what no slice shows."""
+    spacing = tuple(8.0 if axis == thick else 2.0 for axis in range(3))
+    hu = 100 + 11 * torch.randn(9, 40, 40, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(hu.shape, dtype=torch.bool)
+    for number, voxels in enumerate(per_slice):
+        mask[3 + number].view(-1)[800 : 800 + voxels] = True
+    hu[mask] -= 30
+    contrast = 100 - float(hu[mask].mean())
+    hu, mask = (volume.movedim(0, thick) for volume in (hu, mask))
+    found = measure_visibility(hu, mask, ~mask, spacing)
+    assert found == pytest.approx(contrast / 11 * math.sqrt(max(per_slice)), rel=0.1)
+
+
+def test_in_fine_voxels_a_tumour_is_as_visible_as_a_ball_of_its_volume():
+    hu = 100 + 11 * torch.randn(30, 30, 30, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(hu.shape, dtype=torch.bool)
+    mask[10:20, 12:17, 10:20] = True
+    found = measure_visibility(hu - 30 * mask, mask, ~mask, ISO)
+    section = math.pi / 4 * equivalent_diameter(500) ** 2
+    assert found == pytest.approx(30 / 11 * math.sqrt(section), rel=0.1)
 
 
 @pytest.mark.parametrize("voxels", [1, 40])
 def test_a_speck_is_one_sample_of_noise_at_least(voxels):
     noise = ScanNoise(ISO, 50.0, 10.0)
     diameter = (6 * voxels / math.pi) ** (1 / 3)
-    assert visibility(-20.0, diameter, noise, ISO) >= 0.5  # not below contrast over noise / 4
+    section = math.pi / 4 * diameter**2
+    assert visibility(-20.0, section, noise, ISO) >= 0.5  # not below contrast over noise / 4
 
 
 def test_most_annotated_tumours_are_visible_and_most_outlines_of_nothing_are_not(shared: Path):

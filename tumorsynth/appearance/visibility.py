@@ -6,7 +6,8 @@ The Rose model (A. Rose, J. Opt. Soc. Am. 38, 196, 1948; A. E. Burgess, J. Opt. 
     visibility = |contrast| / noise x sqrt(area / area of one independent noise sample)
 
 and is told from the noise with certainty from 5 on (the Rose criterion). The area is that of the
-tumour's section in the orthogonal plane of the finest grain, which shows it best. Filters and
+tumour's section in the orthogonal plane of the finest grain, which shows it best: that of a ball of
+its volume and, in thick slices, not more than the largest section that one slice shows. Filters and
 interpolation correlate neighbouring voxels, so that an independent sample is wider than a voxel:
 the noise of a Gaussian filter of standard deviation s is correlated over 2 sqrt(pi) s along an
 axis.
@@ -22,6 +23,7 @@ from torch import Tensor
 from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA, ScanNoise, measure_noise
 from tumorsynth.geometry import Frame, Rows3
 from tumorsynth.placement.rasterize import equivalent_diameter
+from tumorsynth.subvoxels import subvoxel_factors
 
 VISIBLE_FROM = 5.0  # the Rose criterion; 29 of 30 annotated tumours are above
 
@@ -40,18 +42,34 @@ def faint_warning(visibility: float, diameter_mm: float) -> str:
     )
 
 
+def section_mm2(tumor_mask: Tensor, diameter_mm: float, spacing: Sequence[float]) -> float:
+    """Return the area of a tumour's largest section: a ball's, or what thick slices show of it.
+
+    Args:
+        tumor_mask: bool, (X, Y, Z).
+        diameter_mm: equivalent diameter.
+        spacing: mm per voxel.
+    """
+    ball = math.pi / 4 * diameter_mm**2
+    thick = max(range(3), key=lambda axis: spacing[axis])
+    if subvoxel_factors(spacing, diameter_mm)[thick] == 1:
+        return ball
+    voxels = int(tumor_mask.sum([axis for axis in range(3) if axis != thick]).max())
+    return min(ball, voxels * math.prod(spacing) / spacing[thick])
+
+
 def visibility(
-    contrast_hu: float, diameter_mm: float, noise: ScanNoise, spacing: Sequence[float]
+    contrast_hu: float, section_mm2: float, noise: ScanNoise, spacing: Sequence[float]
 ) -> float | None:
     """Return the visibility of a tumour; None where the noise could not be measured.
 
     Args:
         contrast_hu: mean of the tumour's voxels minus the level of the tissue around.
-        diameter_mm: equivalent diameter.
+        section_mm2: of the tumour.
         noise: of the tissue around.
         spacing: mm per voxel.
     """
-    unit = contrast_for(1.0, diameter_mm, noise, spacing)
+    unit = contrast_for(1.0, section_mm2, noise, spacing)
     return None if unit is None or not math.isfinite(contrast_hu) else abs(contrast_hu) / unit
 
 
@@ -61,7 +79,7 @@ def is_faint(visibility: float | None) -> bool:
 
 
 def contrast_for(
-    visibility: float, diameter_mm: float, noise: ScanNoise, spacing: Sequence[float]
+    visibility: float, section_mm2: float, noise: ScanNoise, spacing: Sequence[float]
 ) -> float | None:
     """Return the absolute contrast in HU that gives a tumour a visibility; None as above."""
     if not noise.sd_hu:
@@ -71,7 +89,7 @@ def contrast_for(
         for s, grain in zip(spacing, noise.grain_mm, strict=True)
     )
     finest, second, _ = sorted(widths)
-    samples = max(math.pi / 4 * diameter_mm**2 / (finest * second), 1.0)
+    samples = max(section_mm2 / (finest * second), 1.0)
     return visibility * noise.sd_hu / math.sqrt(samples)
 
 
@@ -97,4 +115,5 @@ def measure_visibility(
     if noise.level_hu is None or volume_mm3 == 0:
         return None
     contrast = float(hu[tumor_mask].mean()) - noise.level_hu
-    return visibility(contrast, equivalent_diameter(volume_mm3), noise, spacing)
+    section = section_mm2(tumor_mask, equivalent_diameter(volume_mm3), spacing)
+    return visibility(contrast, section, noise, spacing)

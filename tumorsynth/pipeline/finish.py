@@ -18,6 +18,7 @@ from tumorsynth.appearance.visibility import (
     VISIBLE_FROM,
     contrast_for,
     is_faint,
+    section_mm2,
     visibility,
 )
 from tumorsynth.devices import onto
@@ -118,7 +119,8 @@ def _keep_visible(
     if not (settings.keeps_visible and is_faint(candidate.visibility)):
         return request, candidate
     spacing = request.grid.frame.spacing
-    wanted = contrast_for(RAISED_VISIBILITY, tumor.diameter_mm, noise, spacing)
+    section = section_mm2(tumor.mask, tumor.diameter_mm, spacing)
+    wanted = contrast_for(RAISED_VISIBILITY, section, noise, spacing)
     assert wanted is not None and noise.level_hu is not None
     # where other tissue was covered, the change says nothing about the generator's
     change = candidate.hu_change if request.fill is None else candidate.contrast_hu
@@ -300,7 +302,9 @@ def _measure(blend: _Blend, request: PaintRequest, intensity: Intensity) -> Cand
         shown = abs(contrast)
         if request.fill is None:  # what was darker before, as the organ's border, is no tumour
             shown = min(shown, abs(mean_change))
-        seen = visibility(shown, tumor.diameter_mm, request.noise, request.grid.frame.spacing)
+        spacing = request.grid.frame.spacing
+        section = section_mm2(tumor.mask, tumor.diameter_mm, spacing)
+        seen = visibility(shown, section, request.noise, spacing)
     has_change = changed_voxels >= MIN_CHANGED_SHARE * tumor.voxels
     return Candidate(after, peak_weight, mean_change, true_hu, shown_hu, contrast, seen, has_change)
 
