@@ -92,7 +92,7 @@ def test_blending_a_tumour_waits_once(monkeypatch):
 
         monkeypatch.setattr(finish, "blend_candidate", watched)
         SynthesizeTumor(tiny_generator(), count=2, size_mm=9.0)(image, label, spacing=1.0, seed=0)
-    assert counts == [1, 1]
+    assert len(counts) >= 2 and set(counts) == {1}  # a faint tumour is blended again
 
 
 def test_the_pretended_gpu_counts_waits(monkeypatch):
