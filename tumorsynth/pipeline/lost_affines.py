@@ -97,7 +97,8 @@ def _noted(
     affine: np.ndarray, shape: Sequence[int], operations: Sequence[Mapping[str, Any]]
 ) -> bool:
     """Return whether the affine before the operations that MONAI noted says no size of a voxel."""
-    return any(_first_is_lost(affine, shape, operations, ends) for ends in (1, 0))
+    aligned = any(_info(_innermost(one)).get("align_corners") is True for one in operations)
+    return any(_first_is_lost(affine, shape, operations, ends) for ends in range(aligned + 1))
 
 
 def _first_is_lost(
