@@ -264,6 +264,51 @@ def test_no_crop_of_a_real_scan_raises_an_alarm(shared):
             assert kind_of(image[0]) is None, (name, at, sizes)
 
 
+@pytest.mark.parametrize("factor", [1.5, 1.8, 1 / 2.5, 1 / 3])
+def test_a_factor_is_not_named_as_another(ct, factor):
+    fault = find_fault(sample_voxels(ct.image[0] * factor))
+    assert fault.kind == "scaled" and f"HU times about {factor:.2g}" in fault.found
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.2, 0.3, 0.5, 2.0])
+def test_images_like_mr_are_refused_at_any_scale(ct, factor):
+    noise = torch.from_numpy(np.random.default_rng(0).normal(5, 12, ct.image.shape)).float()
+    tissue = torch.where(ct.image < -40, 900.0, 420 + ct.image / 2)
+    image = (torch.where(ct.image < -300, 0.0, tissue) + noise).abs() * factor
+    assert kind_of(image[0]) == "no CT"
+    assert kind_of(with_bright_voxel(image)[0]) == "no CT"
+
+
+def test_a_label_map_of_many_organs_is_no_ct(ct):
+    assert kind_of(ct.label[0]) == "label map"
+
+
+@pytest.mark.parametrize("low_noise", [3, 8, 14])
+def test_hu_clipped_at_0_pass_with_and_without_the_label_of_an_organ(low_noise):
+    rng = np.random.default_rng(0)
+    for organ, muscle in ((110, 60), (120, 45), (150, 60)):
+        part = np.kron(rng.choice(3, (12, 12, 12), p=(0.4, 0.3, 0.3)), np.ones((4, 4, 4), int))
+        hu = np.array([organ, -100, muscle])[part] + rng.normal(0, low_noise, part.shape)
+        label = torch.from_numpy((part == 0).astype(np.int16))[None]
+        for image in (hu.clip(0), hu.clip(0, 200), hu.clip(0, 400), np.where(hu < -30, 0, hu)):
+            one = torch.from_numpy(image).float()[None]
+            assert kind_of(one[0]) is None and kind_with_organ(one, label) is None
+
+
+@pytest.mark.parametrize(("fluid", "wall"), [(5, 32), (5, 30), (12, 3), (8, 36)])
+def test_a_fluid_under_the_label_is_no_hu_by_10(fluid, wall):
+    image = ball(normal(fluid, 5), normal(wall, 5))
+    label = torch.from_numpy(ball(np.ones(SHAPE), np.zeros(SHAPE)))[None]
+    assert kind_with_organ(torch.from_numpy(image)[None], label) is None
+
+
+def test_noise_of_air_below_the_end_of_a_scan_passes(ct):
+    noise = torch.from_numpy(np.random.default_rng(0).normal(0, 100, ct.image.shape)).float()
+    image = ct.image.clip(-1024) + noise
+    for part in (image[0], image[0, :20, :20]):
+        assert kind_of(part) is None
+
+
 # -- the core -------------------------------------------------------------------------------------
 
 

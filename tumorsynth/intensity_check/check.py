@@ -14,7 +14,7 @@ from torch import Tensor
 from tumorsynth.intensity import HU, Intensity
 from tumorsynth.intensity_check.landmarks import Histogram
 from tumorsynth.intensity_check.rules import MIN_VALUES, find_fault, is_ct
-from tumorsynth.intensity_check.scales import contradicts_hu
+from tumorsynth.intensity_check.scales import AIR_HU, contradicts_hu
 from tumorsynth.intensity_check.shares import (
     RARE,
     Sample,
@@ -91,7 +91,7 @@ def scale_problem(values: NDArray[np.float32], intensity: Intensity) -> str | No
         return None
     ends = _in_hu(intensity, limits[0]), _in_hu(intensity, limits[1])
     least, most = all_hu.quantiles(0.005, 0.995)
-    if 0 < most - least < MIN_SPAN_HU:
+    if 0 < most - least < MIN_SPAN_HU and most > AIR_HU + 60:  # scanners clip at air
         for end, limit in zip((least, most), ends, strict=True):
             if all_hu.share(end, end) > 0.02 and abs(end - limit) > 1:
                 return f"would be {least:.4g} to {most:.4g} HU, clipped at {end:.4g} HU"

@@ -112,11 +112,31 @@ def scaled(air: float, fat: float) -> Fault:
     python, option = (sep.join(f"{n:.4g}" for n in (-4000, 4000, *ends)) for sep in (", ", ","))
     return Fault(
         "scaled",
-        f"show air at {air:.4g} and fat at {fat:.4g}, not at -1000 and -100",
+        f"show air at {air:.4g} and fat at {fat:.4g}, not at -1000 and -100: {_in_words(air, fat)}",
         _UNKNOWN,
         f"ts.Scaled(a_min, a_max, b_min, b_max) {_NUMBERS}, estimated, ts.Scaled({python})",
         f"--intensity=A,B,LOW,HIGH {_NUMBERS}, estimated, {option}",
     )
+
+
+def unclear(dark: float, fat: float) -> Fault:
+    """Return the fault of a CT whose fat and whose air, or lung, have these values."""
+    return Fault(
+        "scaled",
+        f"show air or lung at {dark:.4g} and fat at {fat:.4g}, not at -1000 and -100",
+        _UNKNOWN,
+        "ts.Scaled(a_min, a_max, b_min, b_max) with the numbers of your scaling",
+        "--intensity=A,B,LOW,HIGH with the numbers of your scaling",
+    )
+
+
+def _in_words(air: float, fat: float) -> str:
+    """Return HU -> value as a factor and a number that is added."""
+    factor = (fat - air) / 900
+    offset = fat + 100 * factor
+    if abs(offset) < 25 * factor:
+        return f"HU times about {factor:.2g}"
+    return f"about {factor:.2g} x HU {'+' if offset > 0 else '-'} {abs(offset):.3g}"
 
 
 BYTES = windowed(0, 255)
@@ -131,5 +151,5 @@ LABEL_MAP = Fault(
 NO_TISSUE = Fault(
     "no tissue",
     "lie where no tissue does",
-    "give the CT in HU: subtract what was added to them, or undo a change of sign",
+    "give the CT in HU: undo their scaling, what was added to them, or a change of sign",
 )

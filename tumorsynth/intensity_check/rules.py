@@ -37,6 +37,7 @@ from tumorsynth.intensity_check.shares import RARE, Sample, Shares
 MIN_VALUES = 1000  # voxels besides padding; fewer cannot tell
 WRAPPED_NOISE = 2.0**16 - 50  # 16-bit numbers from here on are negative noise
 CT_RANGE_HU = (-1100.0, 3200.0)
+MAX_LABEL = 39  # of the label maps that are told from a fluid
 # upper ends of windows from -1000 HU on: each 5 % wider than the one before
 BYTE_WINDOW_ENDS_HU = tuple(1400 * 1.05**k - 1000 for k in range(23))
 
@@ -79,7 +80,8 @@ def _faults(sample: Sample) -> Iterator[Fault]:
             yield DIVIDED[by]
     if fractional and _is_fat_and_tissue(inner.mapped(10)):
         yield DIVIDED[10]
-    if inner.share(860, 980) > 0.005 and is_ct(sample.mapped(1, -1024)):  # fat, too
+    has_tissue = inner.share(860, 980) > 0.005 and inner.share(1024, 1274) > 0.03
+    if has_tissue and is_ct(sample.mapped(1, -1024)):
         yield SHIFTED
     if whole.share(600, 1040) > 0.07 and is_ct(sample.mapped(-1)):  # more than bone
         yield FLIPPED
@@ -98,7 +100,9 @@ def _faults(sample: Sample) -> Iterator[Fault]:
         if _is_positive(whole, inner):
             yield NOT_CT
     if _is_too_dark(inner):
-        yield next((fault for fault, hu in _darker(sample) if is_ct(hu)), NO_TISSUE)
+        yield next(
+            (fault for fault, hu in _darker(sample) if is_ct(hu) and _has_air(hu)), NO_TISSUE
+        )
     (middle,) = inner.quantiles(0.5)
     if not -1100 < middle < 800:
         yield NO_TISSUE
@@ -109,8 +113,8 @@ def _is_too_dark(inner: Shares) -> bool:
     dark = Shares(inner.values[: np.searchsorted(inner.values, np.float32(-1200))])
     if len(dark.values) < 0.03 * len(inner.values):
         return False
-    first, third = dark.quantiles(0.25, 0.75)
-    return third > first
+    first, middle, third = dark.quantiles(0.25, 0.5, 0.75)
+    return third > first and middle < -1300  # or noise of air at -1024
 
 
 def _darker(sample: Sample) -> Iterator[tuple[Fault, Sample]]:
@@ -133,6 +137,11 @@ def is_ct(sample: Sample) -> bool:
     return sample.inner.share(*CT_RANGE_HU) > 1 - RARE
 
 
+def _has_air(hu: Sample) -> bool:
+    """Whether values lie at that of air, not of lung: another factor would put none there."""
+    return hu.all.share(-1080, -930) > 0.02
+
+
 def _may_be_shifted(hu: Shares) -> bool:
     """Whether the darkest voxels are brighter than air."""
     (lowest,) = hu.quantiles(RARE)
@@ -140,9 +149,24 @@ def _may_be_shifted(hu: Shares) -> bool:
 
 
 def _is_label_map(whole: Shares) -> bool:
-    """Whether the values are 0, 1, 2 and 3, but for a few."""
+    """Whether the values are 0, 1, 2 and so on, but for a few, unlike one fluid with its noise."""
+    zeros = whole.share(0, 0)
     marked = sum(whole.share(value, value) for value in (1, 2, 3))
-    return marked > 0.02 and 1 - marked - whole.share(0, 0) < RARE
+    if marked > 0.02 and 1 - marked - zeros < RARE:
+        return True
+    if not 0.02 < zeros < 0.9 or whole.below(0) > 0 or whole.above(MAX_LABEL) > RARE:
+        return False
+    shares = [whole.share(value, value) for value in range(1, MAX_LABEL + 1)]
+    if 1 - zeros - sum(shares) > RARE or shares[0] == 0:
+        return False
+    if sum(shares[:9]) > max(0.3, 1 - zeros - RARE):
+        return True
+    lowest = shares[0]
+    for share in shares:  # noise falls off, classes go up and down
+        if share > 3 * lowest + 0.01:
+            return True
+        lowest = min(lowest, share)
+    return False
 
 
 def _is_clipped_at_fat(sample: Sample) -> bool:
@@ -236,6 +260,10 @@ def _is_wide_window(inner: Shares) -> bool:
 
 def _is_positive(whole: Shares, inner: Shares) -> bool:
     """Whether positive values reach from a dark background to where few tissues lie in HU."""
-    if inner.share(0, 15) > 0.05:  # noise of the background, which is above 0 in MR alone
+    (high,) = whole.quantiles(0.95)
+    zeros, dark = whole.share(0, 0), whole.share(1e-6, 0.05 * high)
+    if high > 20 and dark > 0.15 and zeros < 0.3 * dark and whole.below(0) == 0:
+        return True  # noise of the background, which is above 0 in MR alone
+    if inner.share(0, 15) > max(0.05, zeros):  # or HU clipped at 0
         return inner.above(300) > 0.25 and inner.share(15, 300) > 0.1
     return whole.share(0, 0) > 0.05 and inner.above(600) > 0.15 and inner.share(15, 300) > 0.1

@@ -13,6 +13,7 @@ from tumorsynth.intensity_check.faults import (
     SHIFTED,
     Fault,
     scaled,
+    unclear,
     windowed,
 )
 from tumorsynth.intensity_check.landmarks import Histogram, Landmarks
@@ -21,8 +22,8 @@ from tumorsynth.intensity_check.shares import RARE, Shares
 AIR_HU, FAT_HU = -1000.0, -100.0
 FAT_RANGE_HU = (-140.0, -55.0)
 AIR_RANGE_HU = (-1080.0, -930.0)  # scanners and files that end at -1024 or at -1000
-LUNG_RANGE_HU = (-1080.0, -700.0)
 WINDOW_TOPS = (100.0, 255.0, 1000.0, 1023.0, 4095.0, 65535.0)  # of images windowed from 0 on
+MIN_AT_TOP = 0.0003  # share of voxels at the end of a window, as bone is
 FAT_IN_WINDOW, TISSUE_IN_WINDOW = (0.08, 0.2), (0.4, 0.85)  # shares of the window's width
 KNOWN = (  # fault, HU in one unit of the image, HU of 0
     *((fault, float(by), 0.0) for by, fault in DIVIDED.items()),
@@ -61,7 +62,8 @@ def contradicts_hu(
                 return False
             bright = histogram.at_highest > 0.01 and abs(histogram.highest - clip_hu[1]) < 1
             return fat > -600 or (fat > -720 and bright)
-        return air < -140 and marks.tissue - fat < 60 and marks.gap_share < 0.2
+        close = fat > 0 and marks.tissue - fat < 56  # or fat itself, muscle and an enhanced organ
+        return air < -140 and close and marks.gap_share < 0.2
     if air < -1060:  # or padding, below lung or fat
         too_dark = histogram.inner.below(-1200) > 0.01
         no_lung = fat < -1060 or fat > -600 and histogram.inner.share(-1000, -550) < 0.06
@@ -87,7 +89,7 @@ def _shows_fat(histogram: Histogram, marks: Landmarks) -> bool:
     brighter = marks.fat > FAT_RANGE_HU[1]
     return (
         brighter
-        and inner.share(-130, -85) / 45 > 0.15 * inner.share(marks.fat - 10, marks.fat + 10) / 20
+        and inner.share(-130, -85) / 45 > 0.08 * inner.share(marks.fat - 10, marks.fat + 10) / 20
     )
 
 
@@ -101,9 +103,10 @@ def _is_shifted(histogram: Histogram, marks: Landmarks) -> bool:
     return any(abs(end - shift) < near and end % 5 == 0 for end in ends)
 
 
-def _is_sharp(histogram: Histogram, air: float) -> bool:
+def _is_sharp(histogram: Histogram, air: float, per_hu: float = 1.0) -> bool:
     """Whether many values spread as little as those of air, unlike lung."""
-    near, wide = (histogram.inner.share(air - w, air + w) for w in (20, 80))
+    widths = 20 * per_hu, 80 * per_hu
+    near, wide = (histogram.inner.share(air - w, air + w) for w in widths)
     return near > 0.15 and near > 0.65 * wide
 
 
@@ -111,12 +114,13 @@ def _name(histogram: Histogram, marks: Landmarks) -> Fault:
     """Return the scale in which air and fat lie here."""
     for fault, unit, offset in KNOWN:
         fat, air = (value * unit + offset for value in (marks.fat, marks.air))
-        darkest, brightest = AIR_RANGE_HU if marks.clipped else LUNG_RANGE_HU
-        if FAT_RANGE_HU[0] <= fat <= FAT_RANGE_HU[1] and darkest <= air <= brightest:
+        if -130 <= fat <= -75 and AIR_RANGE_HU[0] <= air <= AIR_RANGE_HU[1]:
             return fault
     if histogram.lowest >= 0 and histogram.highest <= 255.01:
         return BYTES
-    return scaled(marks.air, marks.fat)
+    if marks.clipped or _is_sharp(histogram, marks.air, (marks.fat - marks.air) / 900):
+        return scaled(marks.air, marks.fat)
+    return unclear(marks.air, marks.fat)
 
 
 def _name_window(histogram: Histogram) -> Fault | None:
@@ -126,6 +130,9 @@ def _name_window(histogram: Histogram) -> Fault | None:
     if marks is None or histogram.lowest != 0 or top is None:
         return None
     if histogram.at_highest > RARE and highest < top - 0.01:  # HU that are clipped there
+        return None
+    at_top = histogram.all.share(top - 0.01, top + 0.01)
+    if at_top < MIN_AT_TOP and histogram.at_lowest > 0.03:  # or HU that are clipped at 0 alone
         return None
     fat, tissue = marks.fat / top, marks.tissue / top
     if not FAT_IN_WINDOW[0] <= fat <= FAT_IN_WINDOW[1]:
@@ -164,8 +171,8 @@ def name_by_organ(whole: Shares, organ: Shares) -> Fault | None:
         return None
     first, middle, third = organ.quantiles(0.25, 0.5, 0.75)
     low, high = whole.quantiles(0.05, 0.95)
-    quiet = third - first < 7
-    if quiet and -5 < middle < 32 and -18 < low and high < 38 and whole.share(-16, -3) > 0.02:
+    quiet = third - first < 4.5
+    if quiet and -5 < middle < 32 and -18 < low and high < 38 and whole.share(-16, -6) > 0.02:
         return DIVIDED[10]
     lowest, highest = whole.quantiles(RARE, 1 - RARE)
     zeros = whole.share(0, 0)
@@ -176,6 +183,10 @@ def name_by_organ(whole: Shares, organ: Shares) -> Fault | None:
     top = next((top for top in (100.0, 255.0) if highest <= top + 0.01), None)
     if top is None or (whole.share(highest, highest) > RARE and highest < top - 0.01):
         return None  # or HU that are clipped there
+    at_top = whole.share(top - 0.01, top + 0.01)
+    shown = at_top >= MIN_AT_TOP or zeros < 0.03  # else HU that are clipped at 0 alone
+    if not shown or whole.above(top + 0.01) > max(at_top, MIN_AT_TOP):
+        return None
     if not 0.41 <= middle / top <= 0.92 or third - first > 0.2 * top:
         return None
     if third - first < 0.04 * top and whole.share(0.002 * top, 0.24 * top) > 0.01:
