@@ -18,6 +18,7 @@ MIN_HEIGHT = 0.03  # of a peak, as a share of the highest
 MAX_VALLEY = 0.75  # between two peaks, as a share of the lower one
 MIN_FAT = 0.15  # density of fat, as a share of that of soft tissue
 MIN_VALUES = 1000
+MAX_ZEROS = 0.05  # from here on, padding
 GAP = (0.55, 0.85)  # of the way from air to fat: -505 to -235 HU
 AIR_TO_FAT_PER_FAT_TO_TISSUE = (3.0, 11.0)
 WINDOWED = (0.15, 3.0)  # the same where the values are clipped between air and fat
@@ -69,6 +70,8 @@ class Histogram:
         if self.at_highest > RARE:
             last = int(ordered.searchsorted(np.float32(self.highest), "left"))
         self.inner = Shares(ordered[first:last])
+        if self.lowest < 0 < self.highest and self.inner.share(0, 0) > MAX_ZEROS:
+            self.inner = Shares(self.inner.values[self.inner.values != 0])
         windowed = self.at_lowest >= MIN_CLIPPED and self.at_highest > RARE
         points = WINDOW_POINTS if windowed else POINTS
         enough = len(self.inner.values) >= MIN_VALUES

@@ -38,8 +38,9 @@ def name_scale(histogram: Histogram) -> Fault | None:
     marks = histogram.landmarks()
     if marks is not None and contradicts_hu(histogram, marks):
         return _name(histogram, marks)
-    if histogram.lowest == -128 and histogram.at_lowest > 0.02 and histogram.highest <= 127.01:
-        return windowed(-128, 127)
+    if histogram.lowest == -128 and histogram.highest <= 127.01:
+        if histogram.at_lowest > max(0.02, histogram.inner.share(-128, -112)):  # or fat in steps
+            return windowed(-128, 127)
     return _name_window(histogram) or _name_by_air(histogram)
 
 
@@ -66,14 +67,17 @@ def contradicts_hu(
         return air < -140 and close and marks.gap_share < 0.2
     if air < -1060:  # or padding, below lung or fat
         too_dark = histogram.inner.below(-1200) > 0.01
-        no_lung = fat < -1060 or fat > -600 and histogram.inner.share(-1000, -550) < 0.06
-        return too_dark or fat < FAT_RANGE_HU[0] and no_lung
+        return too_dark or fat < -1060 or -280 < fat < FAT_RANGE_HU[0]
     if air < -960:
         return False
     if air < -600:  # or lung
         return _is_shifted(histogram, marks)
     if air < -140:  # or clipped there by someone: at a round number
-        return not marks.clipped or fat < -20 or (air < -300 and air % 5 != 0)
+        if fat > -20:  # or two soft tissues beside dense lung
+            if marks.clipped:
+                return air < -300 and air % 5 != 0
+            return marks.gap_share < 0.03 or _is_sharp(histogram, air)
+        return not marks.clipped or air % 50 != 0 or _below_fat(histogram, fat) < 0.05
     if air < -60:  # or fat
         return -30 < fat < -3 and marks.tissue < 40
     if not marks.clipped:
@@ -85,12 +89,13 @@ def _shows_fat(histogram: Histogram, marks: Landmarks) -> bool:
     """Whether fat lies at -100 HU as well: what was taken for fat is another tissue."""
     if any(FAT_RANGE_HU[0] <= peak <= FAT_RANGE_HU[1] for peak, _ in histogram.peaks):
         return True
-    inner = histogram.inner
-    brighter = marks.fat > FAT_RANGE_HU[1]
-    return (
-        brighter
-        and inner.share(-130, -85) / 45 > 0.08 * inner.share(marks.fat - 10, marks.fat + 10) / 20
-    )
+    return marks.fat > FAT_RANGE_HU[1] and _below_fat(histogram, marks.fat) > 0.08
+
+
+def _below_fat(histogram: Histogram, fat: float) -> float:
+    """Return the density of voxels at the lower end of fat in HU, as a share of that at ``fat``."""
+    at_peak = histogram.inner.share(fat - 10, fat + 10) / 20
+    return histogram.inner.share(-130, -85) / 45 / max(at_peak, 1e-9)
 
 
 def _is_shifted(histogram: Histogram, marks: Landmarks) -> bool:
@@ -171,7 +176,7 @@ def name_by_organ(whole: Shares, organ: Shares) -> Fault | None:
         return None
     first, middle, third = organ.quantiles(0.25, 0.5, 0.75)
     low, high = whole.quantiles(0.05, 0.95)
-    quiet = third - first < 4.5
+    quiet = third - first < (4.5 if middle < 14 else 7)  # fluids are darker
     if quiet and -5 < middle < 32 and -18 < low and high < 38 and whole.share(-16, -6) > 0.02:
         return DIVIDED[10]
     lowest, highest = whole.quantiles(RARE, 1 - RARE)
@@ -184,7 +189,9 @@ def name_by_organ(whole: Shares, organ: Shares) -> Fault | None:
     if top is None or (whole.share(highest, highest) > RARE and highest < top - 0.01):
         return None  # or HU that are clipped there
     at_top = whole.share(top - 0.01, top + 0.01)
-    shown = at_top >= MIN_AT_TOP or zeros < 0.03  # else HU that are clipped at 0 alone
+    # else HU that are clipped at 0 alone, in which muscle is brighter than fat is in a window
+    has_fat = whole.share(0.08 * top, 0.172 * top) > 1.25 * whole.share(0.172 * top, 0.267 * top)
+    shown = at_top >= MIN_AT_TOP or zeros < 0.03 or has_fat
     if not shown or whole.above(top + 0.01) > max(at_top, MIN_AT_TOP):
         return None
     if not 0.41 <= middle / top <= 0.92 or third - first > 0.2 * top:
