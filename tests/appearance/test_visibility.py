@@ -316,7 +316,7 @@ def accepts_half(hu, tumor_mask, spacing):
         {"gate": Gate(scorer=accepts_half, off_hu=None)},
         {"gate": Gate(scorer=accepts_half, tries=1), "contrast_hu": (-60, -30)},
         {"gate": Gate(scorer=accepts_half, tries=2), "contrast_hu": "liver-portal"},
-        {"gate": Gate(scorer=accepts_half), "blend": "difftumor"},
+        {"gate": Gate(scorer=accepts_half, visibility=None), "blend": "difftumor"},
     ],
 )
 def test_a_replay_forms_the_batches_of_the_call(changes, mass_effect, monkeypatch):
