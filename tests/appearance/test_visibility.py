@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pickle
@@ -23,6 +24,7 @@ from tumorsynth.appearance.visibility import (
     FaintTumorWarning,
     contrast_for,
     measure_visibility,
+    section_mm2,
     visibility,
 )
 from tumorsynth.pipeline.paint import Painter
@@ -123,6 +125,19 @@ def test_in_thick_slices_a_tumour_is_as_visible_as_its_largest_section(thick, pe
     hu, mask = (volume.movedim(0, thick) for volume in (hu, mask))
     found = measure_visibility(hu, mask, ~mask, spacing)
     assert found == pytest.approx(contrast / 11 * math.sqrt(max(per_slice)), rel=0.1)
+
+
+def test_the_section_does_not_depend_on_the_order_of_axes():
+    mask = torch.zeros(9, 9, 9, dtype=torch.bool)
+    mask[2, 2:5, 2:7] = True
+    mask[3, 3, 3] = True
+    for spacing in ((3.0, 3.0, 3.0), (3.0, 3.0, 5.0), (2.0, 5.0, 5.0)):
+        areas = {
+            round(section_mm2(mask.permute(order), 12.0, [spacing[a] for a in order]), 6)
+            for order in itertools.permutations(range(3))
+        }
+        assert len(areas) == 1
+    assert section_mm2(mask, 14.0, (3.0, 3.0, 3.0)) == 15 * 9  # of the three planes the best
 
 
 def test_in_fine_voxels_a_tumour_is_as_visible_as_a_ball_of_its_volume():
@@ -316,7 +331,7 @@ def accepts_half(hu, tumor_mask, spacing):
         {"gate": Gate(scorer=accepts_half, off_hu=None)},
         {"gate": Gate(scorer=accepts_half, tries=1), "contrast_hu": (-60, -30)},
         {"gate": Gate(scorer=accepts_half, tries=2), "contrast_hu": "liver-portal"},
-        {"gate": Gate(scorer=accepts_half), "blend": "difftumor"},
+        {"gate": Gate(scorer=accepts_half, visibility=None), "blend": "difftumor"},
     ],
 )
 def test_a_replay_forms_the_batches_of_the_call(changes, mass_effect, monkeypatch):

@@ -25,7 +25,7 @@ from tumorsynth.geometry import Frame, Rows3
 from tumorsynth.placement.rasterize import equivalent_diameter
 from tumorsynth.subvoxels import subvoxel_factors
 
-VISIBLE_FROM = 5.0  # the Rose criterion; 29 of 30 annotated tumours are above
+VISIBLE_FROM = 5.0  # the Rose criterion; 28 of 30 annotated tumours are above
 
 
 class FaintTumorWarning(UserWarning):
@@ -50,12 +50,14 @@ def section_mm2(tumor_mask: Tensor, diameter_mm: float, spacing: Sequence[float]
         diameter_mm: equivalent diameter.
         spacing: mm per voxel.
     """
-    ball = math.pi / 4 * diameter_mm**2
-    thick = max(range(3), key=lambda axis: spacing[axis])
-    if subvoxel_factors(spacing, diameter_mm)[thick] == 1:
+    ball, thickest = math.pi / 4 * diameter_mm**2, max(spacing)
+    if max(subvoxel_factors(spacing, diameter_mm)) == 1:
         return ball
-    voxels = int(tumor_mask.sum([axis for axis in range(3) if axis != thick]).max())
-    return min(ball, voxels * math.prod(spacing) / spacing[thick])
+    across = [axis for axis in range(3) if spacing[axis] > 0.99 * thickest]
+    voxels = max(
+        int(tumor_mask.sum([other for other in range(3) if other != axis]).max()) for axis in across
+    )
+    return min(ball, voxels * math.prod(spacing) / thickest)
 
 
 def visibility(
