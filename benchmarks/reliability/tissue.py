@@ -140,17 +140,16 @@ def row(generator: str, image: Tensor, label: Tensor, value: int, spacing: Any, 
 
 def places(generator: str, image: Tensor, label: Tensor, value: int, spacing: Any, seeds: int):
     """Count the tumours whose first place is unsuited, and those that find no other."""
+    from tumorsynth.geometry import frame_from_spacing
     from tumorsynth.pipeline.place_batch import organ_region
     from tumorsynth.pipeline.records import split_batch
     from tumorsynth.pipeline.tissue_check import TissueCheck
-    from tumorsynth.pipeline.validation import check_batch
     from tumorsynth.placement.place import place
 
     synth = ts.SynthesizeTumor(generator, organ_labels=value, tumor_label=TUMOR_LABEL, count=1)
     settings = synth.settings
     check = TissueCheck.of(settings, synth.handle.get("cpu"))
-    frames = check_batch(image, label, TUMOR_LABEL, spacing, None)
-    (sample,) = split_batch(image, label, frames)
+    (sample,) = split_batch(image, label, [frame_from_spacing(spacing)])
     region = organ_region(settings, sample, check)
     objections = []
 
