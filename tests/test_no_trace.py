@@ -81,7 +81,7 @@ def test_patches_of_the_phantom_away_from_tumours(phantom, organ, generator, ble
         for shift in [np.array(shift) * SIDE - (14, 14, 10)]
     ]  # all within the crops that went through the generator
     before, after = features(phantom.image, away, corners), features(image, away, corners)
-    assert len(after) > 24
+    assert len(after) > 16
     assert told_apart(before, after) == 0.5
     if generator != "hu2023" and blend == "change":
         # what the same classifier finds where a whole decoded crop is written back

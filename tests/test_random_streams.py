@@ -26,6 +26,7 @@ def test_salts_are_distinct_and_stay_as_they_are():
         "contrast_condition": 0x636F6E74,
         "bulge": 0x62756C67,
         "fill_noise": 0x66696C6C,
+        "lesion": 0x6C657369,
     }
     assert len(set(STREAM_SALTS.values())) == len(STREAM_SALTS)
 

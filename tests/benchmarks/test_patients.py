@@ -196,6 +196,7 @@ def test_the_run_reports_unseen_patients_apart(folder, tmp_path, monkeypatch, ca
     arguments = [str(folder), "--annotations", str(tmp_path), "--each", "1", "--permutations", "9"]
     arguments += ["--generator", "one=hu2023", "--generator", "two=hu2023"]
     arguments += ["--trained-on", "one=none", "--trained-on", "two=anna"]
+    monkeypatch.setenv("BENCHMARK_COMMIT", "1234567")  # the folder above is no repository
     results = patients.main(arguments)
     assert results["patients"] == 3 and results["tumours"] == 6
     groups = results["groups"]

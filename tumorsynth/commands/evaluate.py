@@ -18,7 +18,6 @@ from tumorsynth.commands.shared import Geometry, SameGrid, say
 from tumorsynth.scans import nifti
 from tumorsynth.scans.errors import describe_error
 from tumorsynth.scans.nifti import Reading
-from tumorsynth.scans.preview import require_matplotlib
 
 TumorLabel = Annotated[int, typer.Option(help="Label value of tumours.")]
 OrganLabel = Annotated[
@@ -127,6 +126,8 @@ def evaluate(
         _check_new(path, overwrite)
     if froc_plot is not None:
         check_plot_path(froc_plot)
+        from tumorsynth.scans.preview import require_matplotlib  # imports torch
+
         require_matplotlib()
     pairs, waiting = find_comparisons(predictions, labels, inside)
     settings = {"early_mm": early_mm, "tolerance_mm": tolerance_mm, "least_iou": least_iou}
