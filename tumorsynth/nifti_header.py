@@ -3,7 +3,7 @@
 A header has up to three sources: sform, a whole affine; qform, a rotation and an origin that take
 the voxel sizes of pixdim; and pixdim alone. nibabel and this package prefer them in this order, ITK
 and MONAI do otherwise, so that a contradiction means another voxel size in each tool. This module
-imports neither nibabel nor, before it is called, torch.
+imports neither nibabel nor torch before it is called.
 """
 
 from __future__ import annotations
@@ -17,6 +17,17 @@ from tumorsynth.affines import directions_agree, is_identity, sizes_agree, voxel
 GEOMETRIES = ("sform", "qform", "pixdim")
 MAX_ORIGIN_VOXELS = 0.5  # between sform and qform, whose quaternion is rounded to float32
 UNITS = {1: "metres", 3: "micrometres"}  # of xyzt_units that are not mm; 0 is unknown
+
+
+def require_nibabel() -> Any:
+    """Import nibabel; if it is missing, the error says how to install it."""
+    try:
+        import nibabel
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "NIfTI files need nibabel; install it with: pip install 'tumorsynth[io]'"
+        ) from error
+    return nibabel
 
 
 def check_geometry(geometry: str | None) -> None:

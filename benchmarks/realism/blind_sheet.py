@@ -34,7 +34,7 @@ from benchmarks.common import HERE, environment
 from benchmarks.realism.generators import Entry, load
 from benchmarks.realism.paired import Tumor, make, real_tumors
 from benchmarks.realism.scans import ANNOTATIONS, REAL, Scan, liver_scans
-from tumorsynth.scans.nifti import write_atomic
+from tumorsynth.atomic_writes import write_atomic
 
 WINDOWS_HU = ((-160.0, 240.0), (30.0, 190.0))  # abdomen, liver
 FIELD_MM, PIXELS_PER_MM = 84.0, 3.5

@@ -8,12 +8,12 @@ import os
 import numpy as np
 import pytest
 
+from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.scans.nifti import (
     check_same_grid,
     new_volume,
     read_pair,
     read_volume,
-    write_atomic,
     write_volume,
 )
 

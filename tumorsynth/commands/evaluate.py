@@ -13,9 +13,9 @@ from rich.progress import track
 from rich.table import Table
 
 import tumorsynth
+from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.commands.score_tables import case_table, froc_table, right, summary_table
 from tumorsynth.commands.shared import Geometry, SameGrid, say
-from tumorsynth.scans import nifti
 from tumorsynth.scans.errors import describe_error
 from tumorsynth.scans.nifti import Reading
 
@@ -313,7 +313,7 @@ def _check_new(path: Path | None, overwrite: bool) -> None:
 
 def _write(path: Path, document: dict[str, Any]) -> None:
     text = json.dumps(document, indent=2) + "\n"
-    nifti.write_atomic(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode()))
     print(f"wrote {path}")
 
 

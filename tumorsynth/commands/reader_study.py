@@ -167,9 +167,9 @@ def results(
 
     Counts the readers who have answered all cases and finished.
     """
+    from tumorsynth.atomic_writes import write_atomic
     from tumorsynth.reader_study.results import study_results
     from tumorsynth.reader_study.store import Store
-    from tumorsynth.scans.nifti import write_atomic
 
     with contextlib.closing(Store(db, write=False)) as store:
         found = study_results(store, positive=positive, interval=interval)

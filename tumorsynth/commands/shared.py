@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tumorsynth.scans import nifti
+from tumorsynth.nifti_header import require_nibabel
 
 if TYPE_CHECKING:
     from tumorsynth.appearance.gate import Gate
@@ -124,7 +124,7 @@ def build_synthesizer(
     *, generator: str | None, device: str, threads: int | None = None, **options: Any
 ) -> SynthesizeTumor:
     """Build the transform, and fail fast on missing packages, devices and damaged weights."""
-    nifti.require_nibabel()
+    require_nibabel()
     from tumorsynth.scans.preview import require_matplotlib
 
     require_matplotlib()

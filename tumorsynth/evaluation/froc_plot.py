@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.evaluation.detection import ScanMatches
 from tumorsynth.evaluation.froc import RATES, froc_curve, sensitivity_at
-from tumorsynth.scans.nifti import write_atomic
 from tumorsynth.scans.preview import require_matplotlib
 
 FORMATS = ("png", "svg", "pdf")

@@ -16,7 +16,7 @@ from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
 from tumorsynth.intensity import Intensity
 from tumorsynth.intensity_check import check_intensity
 from tumorsynth.label_values import round_labels
-from tumorsynth.nifti_header import read_affine
+from tumorsynth.nifti_header import read_affine, require_nibabel
 
 EXAMPLE = 'for example [("case_ct.nii.gz", "case_label.nii.gz")], or (image, label, spacing)'
 
@@ -132,12 +132,7 @@ def _volume(values: np.ndarray) -> np.ndarray:
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the values and the affine of a NIfTI file."""
-    try:
-        import nibabel
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "NIfTI files need nibabel; install it with: pip install 'tumorsynth[io]'"
-        ) from error
+    nibabel = require_nibabel()
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}; correct its path")
     try:

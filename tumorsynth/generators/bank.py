@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
+from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.generators.lesions import Lesion
 
 SUFFIX = ".safetensors"
@@ -68,17 +69,7 @@ def write_bank(
     ]
     document = {**card, "kind": KIND, "format": FORMAT, "lesions": entries}
     raw = save(_tensors(lesions), {"card": json.dumps(document, allow_nan=False)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.unlink(missing_ok=True)
-    try:
-        with temporary.open("xb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomic(path, lambda file: file.write(raw))
 
 
 def read_bank(path: str | os.PathLike[str]) -> tuple[list[Lesion], dict[str, Any]]:

@@ -15,7 +15,6 @@ This implementation is written from the papers, and differs in three points:
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -39,6 +38,7 @@ from tumorsynth.intensity import HU, HU_HIGH, HU_LOW, Intensity
 from tumorsynth.models.slabs import Near
 from tumorsynth.once import Once
 from tumorsynth.placement.arguments import check_organ_labels
+from tumorsynth.placement.rasterize import equivalent_diameter
 from tumorsynth.placement.sample_tumor import choose_like_size
 from tumorsynth.placement.settings import OwnShape
 from tumorsynth.random_streams import substream
@@ -275,7 +275,7 @@ class CopyPaste:
             to_shape = pose.to_shape * (lesion.diameter_mm / pose.diameter_mm)
         else:
             rng = substream(seed, "lesion")
-            diameter_mm = (6 / math.pi * int(mask.sum())) ** (1 / 3)
+            diameter_mm = equivalent_diameter(int(mask.sum()))
             u = float(torch.rand((), generator=rng, dtype=torch.float64))
             lesion = self.lesions[choose_like_size(self._sizes_mm, diameter_mm, u)]
             # the factor of a random matrix: a rotation or a mirror image

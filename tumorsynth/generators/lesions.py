@@ -16,6 +16,7 @@ from tumorsynth.appearance.tissue import AIR_HU, SOFT_TISSUE
 from tumorsynth.geometry import THICK_SLICES, Box, Frame, Rows3, bounding_box
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.components import flood
+from tumorsynth.placement.rasterize import equivalent_diameter
 from tumorsynth.placement.user_shapes import MIN_MASK_VOXELS, measure_outline
 
 FIRST_REACH_VOXELS = 16  # from a voxel, within which its lesion is looked for; doubled as needed
@@ -212,7 +213,7 @@ class _Found:
             to_mm=to_mm,
             centre=outline.centre - torch.tensor(box.start),
             outline=outline.text,
-            diameter_mm=(6 / math.pi * volume) ** (1 / 3),
+            diameter_mm=equivalent_diameter(volume),
             level_hu=level,
             contrast_hu=float(hu[core].mean()) - level,
             edge_mm=_edge_mm(hu - level, mask, nearby, spacing),

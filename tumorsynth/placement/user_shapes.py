@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.geometry import Rows3, shear_of
-from tumorsynth.nifti_header import check_header
+from tumorsynth.nifti_header import check_header, require_nibabel
 from tumorsynth.placement.components import flood
 from tumorsynth.placement.shape import OUTLINE_RINGS
 
@@ -206,12 +206,7 @@ def _masks_in_folder(folder: Path) -> list[Any]:
 
 
 def _outline_of_file(path: Path) -> str:
-    try:
-        import nibabel
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "NIfTI files need nibabel; install it with: pip install 'tumorsynth[io]'"
-        ) from error
+    nibabel = require_nibabel()
     if not path.is_file():
         raise FileNotFoundError(
             f"shapes must be existing masks, but there is no file {path}; leave it out, or correct "

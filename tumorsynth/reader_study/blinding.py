@@ -19,6 +19,7 @@ import numpy as np
 
 from tumorsynth.affines import voxel_sizes
 from tumorsynth.geometry import Frame, shear_of
+from tumorsynth.nifti_header import require_nibabel
 from tumorsynth.scans import nifti
 from tumorsynth.scans.file_kinds import describe_folder
 from tumorsynth.scans.pairing import find_files, find_pairs, has_ending
@@ -73,7 +74,7 @@ class Case:
         """Return an uncompressed NIfTI file, whose size depends on the shape alone."""
         affine = np.diag([*self.spacing, 1.0])
         affine[:3, 3] = -(np.array(self.hu.shape) - 1) / 2 * self.spacing
-        image = nifti.require_nibabel().Nifti1Image(self.hu, affine, dtype=np.int16)
+        image = require_nibabel().Nifti1Image(self.hu, affine, dtype=np.int16)
         image.header.set_xyzt_units("mm")
         return image.to_bytes()
 
@@ -171,7 +172,7 @@ def blind(
         raise ValueError(f"--lesions must be {' or '.join(LESIONS)}, got {lesions!r}")
     if field_mm is not None and not 0 < field_mm < float("inf"):
         raise ValueError(f"--field-mm must be more than 0 mm and finite, got {field_mm:g}; try 120")
-    orientations = nifti.require_nibabel().orientations
+    orientations = require_nibabel().orientations
     if scan.label is None:
         volume, label = nifti.read_volume(scan.ct, reading), None
     else:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import errno
 import gzip
 import math
-import os
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, voxel_sizes
-from tumorsynth.nifti_header import check_geometry, read_affine
+from tumorsynth.atomic_writes import write_atomic
+from tumorsynth.nifti_header import check_geometry, read_affine, require_nibabel
 from tumorsynth.scans.file_kinds import check_is_file
 from tumorsynth.scans.opening import open_nifti
 from tumorsynth.scans.volume import Volume
@@ -42,17 +41,6 @@ class Reading:
 
     def __post_init__(self) -> None:
         check_geometry(self.geometry)
-
-
-def require_nibabel() -> Any:
-    """Import nibabel; if it is missing, the error says how to install it."""
-    try:
-        import nibabel
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "NIfTI files need nibabel; install it with: pip install 'tumorsynth[io]'"
-        ) from error
-    return nibabel
 
 
 class _Truncated(Exception):
@@ -249,29 +237,3 @@ def new_volume(name: str, values: np.ndarray, affine: np.ndarray) -> Volume:
     image = require_nibabel().Nifti1Image(values, affine, dtype=values.dtype)
     image.header.set_xyzt_units("mm", "sec")
     return Volume(name, values, 1.0, 0.0, np.asarray(affine, np.float64), image.header)
-
-
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file beside ``path``, then rename it to ``path``.
-
-    A kill at any moment leaves the old file or the new one, never part of one. An OSError names
-    ``path``.
-
-    Args:
-        path: the file to write or replace.
-        write: called with the open temporary file.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.unlink(missing_ok=True)  # left by a dead process of the same id
-    try:
-        with temporary.open("xb") as file:  # "x": never through a link that somebody put there
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # as for a full disk
-            error.filename = str(path)
-        raise

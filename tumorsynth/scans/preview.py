@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.geometry import frame_from_affine
-from tumorsynth.scans.nifti import write_atomic
 
 PANEL, GAP, HEADER, MARGIN = 2.3, 0.05, 0.32, 0.3  # inches
 COLUMNS = ("whole slice", "before", "after", "difference", "outline")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.scans import nifti
 from tumorsynth.scans.outputs import output_paths, unfinished_marker
 from tumorsynth.scans.run_settings import run_settings, to_json_types, voxels_sha256
@@ -102,7 +103,7 @@ def synthesize_scan(
     hu = [synth.intensity.to_hu(torch.from_numpy(v)).numpy() for v in (before, after)]
     save_preview(paths["preview"], *hu, tumor, image.affine, records, title=f"{name}, seed {seed}")
     text = json.dumps(report, indent=2, default=to_json_types) + "\n"
-    nifti.write_atomic(paths["report"], lambda file: file.write(text.encode()))
+    write_atomic(paths["report"], lambda file: file.write(text.encode()))
     marker.unlink(missing_ok=True)
     step()
     return report

@@ -8,7 +8,7 @@ affine says nothing about the size of a voxel, unless the image's file had anoth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,26 +45,24 @@ def stems_from_default(
     onto_image = any(_spacing(arguments["target"]) is None for _, arguments in resamplings)
     if onto_image or not (resamplings or any(name in _MOVES for name, _ in history)):
         lost = stems_from_identity(affine, shape, resampled=onto_image)
-    elif np.abs(_follow(history)[0] - affine[:3, :3]).max() < ROUNDING:
+    elif np.abs((way := _follow(history)).linear - affine[:3, :3]).max() < ROUNDING:
         if (file := read()) is not None:
             return may_stand_for_none(file)
-        lost = (not resamplings and lies_in_array(affine, shape)) or _fits(affine, shape, history)
+        lost = (not resamplings and lies_in_array(affine, shape)) or _fits(affine, shape, way)
     else:
         lost = not resamplings and lies_in_array(affine, shape)
     return lost and ((file := read()) is None or may_stand_for_none(file))
 
 
-def _follow(
-    history: Sequence[Step],
-) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray | None]]]:
-    """Return what the history makes of an identity.
+class _Way(NamedTuple):
+    """What a history makes of an identity; vectors are along the patient's axes."""
 
-    Vectors are along the patient's axes.
+    linear: np.ndarray
+    moved: np.ndarray  # the centre
+    steps: list[tuple[np.ndarray, np.ndarray | None]]  # voxels added, or the new size of one
 
-    Returns:
-        The linear part, how far the centre moved, and for each step the voxels that it added, or
-        the new size of one.
-    """
+
+def _follow(history: Sequence[Step]) -> _Way:
     linear, moved = np.eye(3), np.zeros(3)
     steps: list[tuple[np.ndarray, np.ndarray | None]] = []
     for name, arguments in history:
@@ -82,15 +80,15 @@ def _follow(
             target = _spacing(arguments["target"])
             linear = np.sign(linear) * target
             steps.append((np.zeros(3), np.abs(linear).sum(1)))
-    return linear, moved, steps
+    return _Way(linear, moved, steps)
 
 
-def _fits(affine: np.ndarray, shape: Sequence[int], history: Sequence[Step]) -> bool:
-    """Return whether the history takes an array at voxel 0 to this place and shape.
+def _fits(affine: np.ndarray, shape: Sequence[int], way: _Way) -> bool:
+    """Return whether a history takes an array at voxel 0 to this place and shape.
 
     No step but a crop and a pad moves the centre, so that these tell how many voxels it had.
     """
-    linear, moved, steps = _follow(history)
+    linear, moved, steps = way
     centre = affine[:3, 3] + affine[:3, :3] @ (np.asarray(shape) - 1) / 2
     voxels = 2 * (centre - moved) + 1
     if np.abs(voxels - voxels.round()).max() > ROUNDING or voxels.min() < 1 - ROUNDING:

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.intensity_check import describe, find_fault, sample_voxels
-from tumorsynth.scans.nifti import write_atomic
 
 PACKED_HU = (-1024, 600)  # HU range of a pack: at least the window of any generator
 MIN_HU_SPAN = 50  # between the darkest and the brightest voxel of a scan, even of soft tissue alone
