@@ -178,7 +178,7 @@ def paste(part: Tensor, background: Tensor, box: Near) -> Tensor:
     if part.shape == background.shape:
         return part
     background = background.clone()
-    background[(..., *box)] = part.to(background.dtype)
+    background[..., box[0], box[1], box[2]] = part.to(background.dtype)
     return background
 
 

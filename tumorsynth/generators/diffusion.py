@@ -175,8 +175,8 @@ class Generator:
         decoded = self.decode_latent(self.autoencoder.denormalize(latent), box)
         if self.autoencoder.config.detail_channels:
             healthy = self.decode_latent(self.encode_volume(volume), box)
-            detail = self.autoencoder.detail((volume[(..., *box)] + 1) / 2 - healthy)
-            decoded = (decoded + detail).clamp(0, 1)
+            there = volume[..., box[0], box[1], box[2]]
+            decoded = (decoded + self.autoencoder.detail((there + 1) / 2 - healthy)).clamp(0, 1)
         painted = to_xyz(paste(decoded, (volume + 1) / 2, box))
         if inputs.target is None:
             return painted
@@ -305,7 +305,7 @@ class Generator:
             decoded = self.run_network(decoder, quantised, box)
         else:  # compile for the whole crop, not for every box
             decoded = self.run_network(decoder, quantised)
-            decoded = decoded if box is None else decoded[(..., *box)]
+            decoded = decoded if box is None else decoded[..., box[0], box[1], box[2]]
         return ((decoded + 1) / 2).clamp(0, 1)
 
     def run_network(

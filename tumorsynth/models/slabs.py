@@ -69,7 +69,7 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, near: Near | None = None)
     if tail:
         assert near is not None
         return _run_tail(tail[0], tail[1], x, half, sums, near)  # type: ignore[arg-type]
-    return x if near is None else x[(..., *near)]
+    return x if near is None else x[..., near[0], near[1], near[2]]
 
 
 def _run_tail(
@@ -94,7 +94,7 @@ def _run_tail(
     normed = F.silu(torch.addcmul(shift, half[here].float(), scale)).to(half.dtype)
     out = last(block.conv2(normed) + x[here])
     inner = [slice(n.start - b.start, n.stop - b.start) for n, b in zip(near, box, strict=True)]
-    return out[(..., *inner)]
+    return out[..., inner[0], inner[1], inner[2]]
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

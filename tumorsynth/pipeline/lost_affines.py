@@ -155,7 +155,8 @@ def _matrix(
         return lazy[:3, :3], lazy[:3, 3]
     inner = _innermost(operation)
     info = _info(inner)
-    crop, offset = _cropped(inner), np.zeros(3)
+    crop = _cropped(inner)
+    offset: np.ndarray = np.zeros(3)
     matrix = np.eye(3)
     match inner.get("class"):
         case "Flip" if "axes" in info:
