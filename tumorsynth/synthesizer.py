@@ -26,6 +26,7 @@ from tumorsynth.pipeline.displace import displace_and_paint
 from tumorsynth.pipeline.finish import paint_and_finish
 from tumorsynth.pipeline.frames import Carried, find_frames
 from tumorsynth.pipeline.paint import Painter
+from tumorsynth.pipeline.params_grid import replay_frames
 from tumorsynth.pipeline.place_batch import PlacedSample, not_selected, place_samples
 from tumorsynth.pipeline.records import Record, Sample, TumorRecord, split_batch
 from tumorsynth.pipeline.requests import request_tumors, skip_records
@@ -166,7 +167,8 @@ class SynthesizeTumor(nn.Module):
                 identity of plain arrays.
             seed: one int (sample b uses seed + b) or one per sample; None draws it from torch's
                 global generator. A sample's tumours depend on its own seed alone, not on the batch.
-            params: ``synth.params`` of an earlier call, to repeat it bit by bit.
+            params: ``synth.params`` of an earlier call, to repeat it bit by bit, on a grid of the
+                same shape, voxel size, orientation and place.
 
         Returns:
             Image and label, of the inputs' shapes, dtypes and devices.
@@ -229,6 +231,7 @@ class SynthesizeTumor(nn.Module):
         )
         if params is not None:
             check_params(params, len(frames), seed)
+            frames = replay_frames(params, image.shape[-3:], frames, exclude)
         elif settings.p == 0:  # draw nothing and load no generator
             placed = [PlacedSample(not_selected(settings, None), []) for _ in frames]
             return Synthesis.of(image, label, skip_records(placed), placed)

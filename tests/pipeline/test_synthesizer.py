@@ -509,8 +509,12 @@ def test_params_of_another_volume_are_refused():
     image, label = scan((56, 52, 48))
     transform = synth(count=3)
     transform(image, label, seed=0)
+    part = image[:, :8, :8, :8], label[:, :8, :8, :8]
+    with pytest.raises(ValueError, match="of 56 x 52 x 48 voxels, got one of 8 x 8 x 8; pass"):
+        transform(*part, params=transform.params)
+    earlier = [{k: v for k, v in transform.params[0].items() if k != "grid"}]
     with pytest.raises(ValueError, match="outside the label"):
-        transform(image[:, :8, :8, :8], label[:, :8, :8, :8], params=transform.params)
+        transform(*part, params=earlier)
 
 
 # -- orientation -----------------------------------------------------------------------------------

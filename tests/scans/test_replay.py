@@ -105,3 +105,44 @@ def test_what_does_not_fit_is_refused(pair, tmp_path, capsys):
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1, error
         assert not two.exists() or not list(two.iterdir())
+
+
+def resaved(pair, folder, affine=None, shape=None):
+    folder.mkdir()
+    paths = []
+    for path in pair:
+        image = nib.load(path)
+        data = np.asarray(image.dataobj)
+        data = data if shape is None else data[tuple(slice(n) for n in shape)]
+        paths.append(folder / path.name)
+        nib.save(nib.Nifti1Image(data, image.affine if affine is None else affine), paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"affine": np.diag([1, 1, 1, 1])}, "of voxels of 2 x 2 x 2 mm, got one of 1 x 1 x 1 mm"),
+        ({"affine": np.diag([2, 2, 5, 1])}, "got one of 2 x 2 x 5 mm"),
+        ({"affine": np.diag([-2, 2, 2, 1])}, "with axes RAS, got one with axes LAS"),
+        ({"affine": np.diag([2, 2, 2, 1]) + np.eye(4, k=3) * 9}, "up to 4.5 voxels away"),
+        ({"shape": (32, 32, 30)}, "of 32 x 32 x 32 voxels, got one of 32 x 32 x 30"),
+    ],
+)
+def test_the_same_voxels_in_another_place_are_refused(pair, tmp_path, capsys, change, says):
+    """A header that another program wrote; the hashes are of the voxels alone."""
+    assert run("synthesize", *pair, "-o", tmp_path / "one", "--generator", "hu2023") == 0
+    report = json.loads((tmp_path / "one/a_report.json").read_text())
+    assert report["params"][0]["grid"]["shape"] == [32, 32, 32]
+    if "shape" in change:
+        del report["voxels_sha256"]
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    capsys.readouterr()
+    others = resaved(pair, tmp_path / "other", **change)
+    assert run("replay", path, *others, "-o", tmp_path / "two") == 2
+    error = capsys.readouterr().err
+    assert "params must be replayed on the grid" in error and says in error
+    assert error.count("\n") == 1 and not (tmp_path / "two").exists()
+    same = resaved(pair, tmp_path / "same")
+    assert run("replay", path, *same, "-o", tmp_path / "two") == 0

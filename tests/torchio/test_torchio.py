@@ -370,3 +370,19 @@ def test_bad_arguments():
         transform(count=True)
     with pytest.raises(ValueError, match="size_mm"):
         transform(size_mm=(5, 2))
+
+
+def test_history_replays_on_the_grid_of_its_subject_alone():
+    torch.manual_seed(0)
+    out = transform()(subject(OBLIQUE))
+    replay = out.get_composed_history()
+    assert equal(replay(subject(OBLIQUE)), out)
+    flipped = OBLIQUE @ np.diag([-1, 1, 1, 1])
+    for other, says in [
+        (subject(OBLIQUE @ np.diag([2, 1, 1, 1])), "got one of 1.6 x 1.49991 x 1.49991 mm"),
+        (subject(flipped), "with axes L.., got one with axes R.."),
+        (tio.CropOrPad((40, 48, 48))(subject(OBLIQUE)), "voxels, got one of 40 x 48 x 48"),
+        (tio.ToCanonical()(subject(OBLIQUE)), "got one"),
+    ]:
+        with pytest.raises(ValueError, match=f"params must be replayed on the grid .*{says}"):
+            replay(other)

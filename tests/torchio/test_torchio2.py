@@ -165,3 +165,16 @@ def test_errors_and_repr():
     with pytest.raises(ValueError, match="must share one grid"):
         transform()(tio.Subject(image=given["image"], label=moved))
     assert repr(transform(p=0.5)).endswith("p=0.5, generator='hu2023', count=1, size_mm=(8, 10))")
+
+
+def test_history_replays_on_the_grid_of_its_subject_alone():
+    torch.manual_seed(0)
+    out = transform()(subject(OBLIQUE))
+    replay = SynthesizeTumor(**json.loads(json.dumps(out.applied_transforms[0].params)))
+    assert equal(replay(subject(OBLIQUE)), out)
+    for other, says in [
+        (subject(OBLIQUE @ np.diag([2, 1, 1, 1])), "got one of 1.6 x 1.49991 x 1.49991 mm"),
+        (subject(OBLIQUE @ np.diag([-1, 1, 1, 1])), "with axes L.., got one with axes R.."),
+    ]:
+        with pytest.raises(ValueError, match=f"params must be replayed on the grid .*{says}"):
+            replay(other)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tumorsynth.devices import or_on_cpu
-from tumorsynth.geometry import Box
+from tumorsynth.geometry import Box, ints3
 from tumorsynth.intensity_check import check_intensity
+from tumorsynth.pipeline.params_grid import ParamsGrid
 from tumorsynth.pipeline.records import Sample, SampleParams
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.pipeline.tissue_check import TissueCheck
@@ -137,7 +138,8 @@ def place_sample(
             results = _explained(results, sample, tissue, box)
     results = [r if isinstance(r, Skip) else _with_displacement(settings, r) for r in results]
     tumors = [result.params for result in results if isinstance(result, LocalMask)]
-    params = SampleParams(seed, tumors=tumors)
+    grid = ParamsGrid(ints3(sample.label.shape), frame)
+    params = SampleParams(seed, tumors=tumors, grid=grid)
     return PlacedSample(params, results, tumor_box=region.tumor_box)
 
 

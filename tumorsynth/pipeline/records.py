@@ -19,6 +19,7 @@ from tumorsynth.appearance.noise import (
 )
 from tumorsynth.crop_grid import CropGrid
 from tumorsynth.geometry import Box, Floats3, Frame
+from tumorsynth.pipeline.params_grid import ParamsGrid
 from tumorsynth.pipeline.validation import plain
 from tumorsynth.placement.types import LocalMask, SkipCode, TumorParams
 from tumorsynth.subvoxels import refine_box
@@ -293,6 +294,7 @@ class SampleParams:
         reason: the same for people.
         tumors: params of its tumours.
         rejected: the tumours that were placed and then rejected.
+        grid: of the sample.
     """
 
     seed: int | None
@@ -300,6 +302,7 @@ class SampleParams:
     reason: str = ""
     tumors: list[TumorParams] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
+    grid: ParamsGrid | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``params``."""
@@ -310,6 +313,8 @@ class SampleParams:
         }
         if self.code is not None:
             entry |= {"code": self.code.value, "reason": self.reason}
+        if self.tumors and self.grid is not None:
+            entry["grid"] = self.grid.to_dict()
         if self.rejected:
             entry["rejected"] = [
                 [one.number, one.reason, *([] if one.code is SkipCode.GATE else [one.code.value])]
@@ -330,4 +335,5 @@ class SampleParams:
                 Rejection(int(number), reason, SkipCode(*code or [SkipCode.GATE]))
                 for number, reason, *code in entry.get("rejected", ())
             ],
+            ParamsGrid.of_record(entry),
         )

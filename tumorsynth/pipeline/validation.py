@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tumorsynth.arguments import is_bool
 from tumorsynth.label_values import ROUNDING, describe_fraction
+from tumorsynth.pipeline.params_grid import ParamsGrid
 from tumorsynth.placement.arguments import MAX_COUNT
 from tumorsynth.placement.organ import holds
 from tumorsynth.placement.types import SkipCode, TumorParams
@@ -211,6 +212,7 @@ def _check_record(record: dict[str, Any]) -> None:
         )
     for values in tumors:
         TumorParams.from_dict(values)
+    ParamsGrid.of_record(record)
     try:
         valid = all(
             0 <= int(number) < len(tumors)

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tumorsynth.geometry import frame_from_affine, ints3
 from tumorsynth.nifti_header import check_geometry
+from tumorsynth.pipeline.params_grid import replay_frames
 from tumorsynth.pipeline.validation import check_params
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.run_settings import option_names, voxels_sha256
@@ -81,6 +83,8 @@ def check_scan(report: dict[str, Any], image: Volume, label: Volume) -> None:
                 f"{volume.name} must have the voxels that the report was made from "
                 f"({report.get(key)}), but has others; give that file"
             )
+    shape, frame = ints3(image.stored.shape), frame_from_affine(image.affine)
+    replay_frames(report["params"], shape, [frame])
 
 
 def bundled_generator(report: dict[str, Any]) -> str:
