@@ -27,6 +27,8 @@ from tumorsynth.appearance.visibility import (
     section_mm2,
     visibility,
 )
+from tumorsynth.geometry import bounding_box
+from tumorsynth.phantom.landmarks import LABELS
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.settings import Settings
 from tumorsynth.placement.rasterize import equivalent_diameter
@@ -266,6 +268,62 @@ def test_the_default_contrast_is_visible_or_the_tumour_is_skipped(generator):
         # solid tissue does not become fluid
         assert float((new_image - image)[new_label == 2].mean()) > -45
     assert raised and kept and raised + kept > skipped
+
+
+class Changes:
+    """Adds ``by`` HU to the mask, or what is asked for."""
+
+    name, window, crop_size, crop_multiple = "changes", (-175.0, 250.0), 64, 1
+    own_edge, even, keeps_detail = False, False, True
+    device, card = torch.device("cpu"), {"name": "changes"}
+
+    def __init__(self, by, **more):
+        self.by = by
+        vars(self).update(more)
+
+    def to(self, device):
+        return self
+
+    def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        return tumor_mask * ((contrast_hu or [self.by])[0] / 425)
+
+    def inpaint(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        return crop + self.change(crop, tumor_mask, seed, contrast_hu)
+
+
+def raised_contrasts(generator, level=60.0, seeds=range(4)):
+    """The contrasts to which faint tumours were raised in lumpy tissue."""
+    found = []
+    for seed in seeds:
+        image, label = scan(level=level, noise=10.0, seed=seed)
+        lumps = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(seed))
+        image += 12 * torch.nn.functional.interpolate(lumps, image.shape[1:], mode="trilinear")[0]
+        transform = synth(generator)
+        call(transform, image, label, seed=seed)
+        found += [tumor.get("raised_hu") for tumor in transform.params[0]["tumors"]]
+    return [contrast for contrast in found if contrast is not None]
+
+
+def test_a_faint_tumour_is_raised_the_way_its_generator_goes():
+    assert max(raised_contrasts(Changes(-15.0))) < 0 < min(raised_contrasts(Changes(15.0)))
+    for by in (-15.0, 0.1, 3.0):  # the last is less than the lumps
+        raised = raised_contrasts(Changes(by, darkens=True))
+        assert raised and max(raised) < 0
+    assert min(raised_contrasts(Changes(3.0))) < 0  # where the place is darker than the tissue
+
+
+@pytest.mark.parametrize("generator", ["hu2023", "liver-early"])
+def test_dark_tumours_never_become_bright_ones(generator):
+    """In bile and stool, whose lumps are darker and brighter than any such tumour."""
+    assert ts.load_generator(generator).darkens and not ts.load_generator("lung").darkens
+    ct = ts.make_phantom(spacing=(1.5, 1.5, 1.5))
+    for organ in (LABELS["gallbladder"], LABELS["colon"]):
+        box = bounding_box(ct.label[0] == organ, 24)
+        part = (0, *box.slices)
+        transform = synth(generator, organ_labels=organ, tumor_label=99, count=1, size_mm=(6, 18))
+        for seed in (0, 2):
+            call(transform, ct.image[part][None], ct.label[part][None], seed, (1.5, 1.5, 1.5))
+            assert all(record.get("hu_change", 0) < 10 for record in transform.report)
 
 
 def test_visible_tumours_keep_every_bit():

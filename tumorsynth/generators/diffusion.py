@@ -103,6 +103,12 @@ class Generator:
         return self.autoencoder.config.detail_channels > 0
 
     @property
+    def darkens(self) -> bool:
+        """Whether tumours are always darker than the tissue around, unless asked otherwise."""
+        contrast = self.sampler.contrast
+        return contrast is not None and contrast.high <= 0
+
+    @property
     def parameter_count(self) -> int:
         """Parameters of both networks."""
         networks = (self.autoencoder, self.denoiser)

@@ -116,6 +116,7 @@ class HandcraftedGenerator:
     crop_multiple = 1
     own_edge = False  # a change continues beyond the mask
     even = False
+    darkens = True
     parameter_count = 0  # it has no network
     keeps_detail = True
     window = (HU_LOW, HU_HIGH)

@@ -46,6 +46,8 @@ class TumorGenerator(Protocol):
         card: name, source, licence; free-form but for ``name`` and, if it has one,
             ``tissue_range``: for which tissue it is (`tumorsynth.appearance.tissue.TissueRange`).
             Reports quote it.
+        darkens: optional; true where, without ``contrast_hu``, tumours are always darker than the
+            tissue around. A faint one, whose contrast is raised, then becomes darker as well.
         parameter_count: optional, of its networks: small ones run on one CPU thread.
         own_shapes: optional, shapes that it brings along, a sequence of
             `tumorsynth.placement.settings.OwnShape`. Tumours get one of about their size, unless

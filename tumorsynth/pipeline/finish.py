@@ -122,9 +122,8 @@ def _keep_visible(
     section = section_mm2(tumor.mask, tumor.diameter_mm, spacing)
     wanted = contrast_for(RAISED_VISIBILITY, section, noise, spacing)
     assert wanted is not None and noise.level_hu is not None
-    # where other tissue was covered, the change says nothing about the generator's
-    change = candidate.hu_change if request.fill is None else candidate.contrast_hu
-    sign = 1.0 if change is not None and change > 0 else -1.0
+    darkens = getattr(call.generator, "darkens", False)
+    sign = 1.0 if not darkens and candidate.is_brighter(request) else -1.0
     most = MAX_RAISED_CONTRAST_HU
     if sign < 0:
         most = min(most, max(noise.level_hu - FLUID_HU, 0.0))

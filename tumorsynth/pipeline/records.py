@@ -170,6 +170,15 @@ class Candidate:
     visibility: float | None
     has_change: bool
 
+    def is_brighter(self, request: PaintRequest) -> bool:
+        """Whether the tumour is brighter than the tissue around it, and than what it replaced.
+
+        Either alone may be the noise of a faint tumour's place. Where other tissue was covered,
+        the second says nothing about the generator.
+        """
+        changes = [self.contrast_hu, *([self.hu_change] if request.fill is None else [])]
+        return all(change is not None and change > 0 for change in changes)
+
 
 @dataclass(frozen=True)
 class SkipRecord:
