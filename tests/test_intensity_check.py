@@ -607,6 +607,16 @@ def test_the_command_line_names_file_and_option(ct, kind, tmp_path, capsys):
         assert ("--intensity" in said) == (kind in ("0-255", "z-scores"))
 
 
+@pytest.mark.parametrize("numbers", ["-160,240,-1,1", "-160,240,0,255"])
+def test_the_command_line_refuses_another_range_than_the_files(ct, numbers, tmp_path, capsys):
+    pair = write_pair(tmp_path, windowed(ct.image, -160, 240, 0, 1), ct)
+    words = [*map(str, pair), "--generator", "hu2023", "--tumor-label", "20", "--count", "1"]
+    assert main(["synthesize", *words, "-o", str(tmp_path / "a"), f"--intensity={numbers}"]) == 2
+    assert "must be in the scale of intensity=Scaled" in capsys.readouterr().err
+    assert not list((tmp_path / "a").glob("*"))
+    assert main(["synthesize", *words, "-o", str(tmp_path / "b"), "--intensity=-160,240,0,1"]) == 0
+
+
 @pytest.mark.parametrize("kind", ["HU/10", "HU/100", "0-255", "z-scores", "sign", "HU+1024"])
 def test_training_names_the_conversion(ct, kind, tmp_path, capsys):
     pytest.importorskip("monai")
