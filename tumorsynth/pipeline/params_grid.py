@@ -56,7 +56,7 @@ class ParamsGrid:
             return cls(ints3(shape), frame_from_spacing(entry["spacing"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"a record's grid must hold a shape of three whole numbers and an affine or a "
+                "a record's grid must hold a shape of three whole numbers and an affine or a "
                 f"spacing, got {entry!r:.80}; pass synth.params of an earlier call"
             ) from error
 
