@@ -6,7 +6,8 @@ Each organ of the phantom and of every annotated scan in ``--data`` (those of it
 tumour of 6 to 18 mm for each seed and generator. A row counts the tumours made and skipped, their
 change and what their voxels were before; ``brighter`` counts tumours that a generator of dark ones
 made brighter than their tissue by more than 10 HU, ``bone`` those of more than 250 HU made of less,
-``gas`` those that hold voxels below -250 HU in an organ of the abdomen (padding, gas, air).
+``gas`` those that hold voxels below -250 HU in an organ of the abdomen (padding, gas, air). The table
+says as well how many were skipped since the scan's noise would hide them (``faint``).
 
 ``places`` counts, over more seeds and without painting, how many tumours of each organ find their
 first place unsuited, and how many find no other and are skipped. With sources named, the other rows
@@ -184,14 +185,17 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def _cell(rows: list[dict[str, Any]]) -> str:
-    """Tumours made, the range of their change, and how many went wrong."""
-    made = sum(row.get("applied", 0) for row in rows)
+    """Tumours made, the range of their change, how many went wrong, and how many were too faint."""
+    made, faint = (sum(row.get(code, 0) for row in rows) for code in ("applied", "faint"))
+    skipped = [f"{faint} faint"] if faint else []
     if not made:
-        return "none"
+        return ", ".join(["none", *skipped])
     ends = np.array([row["hu_change_range"] for row in rows if row["hu_change_range"]])
     wrong = {kind: sum(row.get(kind, 0) for row in rows) for kind in ("brighter", "bone", "gas")}
     words = [f"**{count} {kind}**" for kind, count in wrong.items() if count]
-    return ", ".join([f"{made}: {ends[:, 0].min():+.0f} to {ends[:, 1].max():+.0f} HU", *words])
+    return ", ".join(
+        [f"{made}: {ends[:, 0].min():+.0f} to {ends[:, 1].max():+.0f} HU", *words, *skipped]
+    )
 
 
 def main() -> None:
