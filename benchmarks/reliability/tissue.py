@@ -6,8 +6,8 @@ Each organ of the phantom and of every annotated scan in ``--data`` (those of it
 tumour of 6 to 18 mm for each seed and generator. A row counts the tumours made and skipped, their
 change and what their voxels were before; ``brighter`` counts tumours that a generator of dark ones
 made brighter than their tissue by more than 10 HU, ``bone`` those of more than 250 HU made of less,
-``gas`` those that hold voxels below -250 HU in an organ of the abdomen (padding, gas, air). The table
-says as well how many were skipped since the scan's noise would hide them (``faint``).
+``gas`` those that hold voxels below -250 HU in an organ of the abdomen (padding, gas, air),
+``faint`` those skipped since the scan's noise would hide them.
 
 ``places`` counts, over more seeds and without painting, how many tumours of each organ find their
 first place unsuited, and how many find no other and are skipped. With sources named, the other rows
