@@ -33,6 +33,17 @@ def no_organ(organ_labels: Sequence[int]) -> str:
     return f"no organ: no voxel has a label of {tuple(organ_labels)}"
 
 
+def no_named_organ(organ: str, label_map: str, found: str) -> str:
+    """Return the reason where an organ that was given by name is missing.
+
+    Args:
+        organ: its values with their names.
+        label_map: what the user calls the map.
+        found: the values that the label holds.
+    """
+    return f"no organ: no voxel has a label of {organ} of label_map {label_map!r}; it holds {found}"
+
+
 def not_finite(share: float) -> str:
     """Return the reason where this share of the organ's voxels is NaN or infinite."""
     return (
