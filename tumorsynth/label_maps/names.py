@@ -113,8 +113,8 @@ class LabelMap:
         foreign = self.foreign(listed, tumor_label)
         if foreign:
             raise ValueError(
-                f"label_map {self.source!r} must be that of {label}, but it ends at {self.free_value() - 1} and "
-                f"{label} holds {', '.join(map(str, foreign[:MAX_LISTED]))} (of "
+                f"label_map {self.source!r} must be that of {label}, but it ends at "
+                f"{self.free_value() - 1} and {label} holds {', '.join(map(str, foreign[:MAX_LISTED]))} (of "
                 f"{', '.join(map(str, listed[:MAX_LISTED]))}); give the map that it was made with, "
                 "or your own, as in label_map={'liver': 6}"
             )

@@ -1,6 +1,6 @@
 """Label values of public data sets, as the sets publish them.
 
-Each list names the values 1, 2, 3, ... in order; 0 is the background. The spelling is the set's own.
+Each list names the values 1, 2, 3, ... in order; 0 is the background. The spelling is the set's.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _FLARE22 = """
     adrenal gland, gallbladder, esophagus, stomach, duodenum, left kidney
 """
 
-# github.com/MrGiovanni/AbdomenAtlas, README: the class map of 1.1, whose first nine are that of 1.0.
+# github.com/MrGiovanni/AbdomenAtlas, README: the class map of 1.1; its first nine are that of 1.0.
 _ABDOMENATLAS = """
     aorta, gall_bladder, kidney_left, kidney_right, liver, pancreas, postcava, spleen, stomach,
     adrenal_gland_left, adrenal_gland_right, bladder, celiac_trunk, colon, duodenum, esophagus,

@@ -151,7 +151,7 @@ def _label_values(setting: str, which: Any, labels: dict[str, Any]) -> list[int]
     if isinstance(which, str) and which in labels:
         value = labels[which]
         return sorted(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
-    if isinstance(which, str):
+    if isinstance(which, str) and setting == "organ_labels":
         names = matching_names(which, labels.keys() - {"background"})
         return _label_values(setting, names, labels) if names else _unknown(setting, which, labels)
     held = {int(v) for x in labels.values() for v in (x if isinstance(x, list | tuple) else [x])}
@@ -161,7 +161,7 @@ def _label_values(setting: str, which: Any, labels: dict[str, Any]) -> list[int]
 
 
 def _unknown(setting: str, which: Any, labels: dict[str, Any]) -> NoReturn:
-    near = suggestion([which], labels) if isinstance(which, str) else ""
+    near = suggestion([str(which)], labels) if setting == "organ_labels" else ""
     raise ValueError(
         f"{setting} must be names or values of the dataset's labels, got {which!r}; {near}"
         f"it has {labels}"
