@@ -112,11 +112,13 @@ class LabelMap:
         listed = sorted(found)
         foreign = self.foreign(listed, tumor_label)
         if foreign:
+            beyond, held = (
+                ", ".join(map(str, values[:MAX_LISTED])) for values in (foreign, listed)
+            )
             raise ValueError(
                 f"label_map {self.source!r} must be that of {label}, but it ends at "
-                f"{self.free_value() - 1} and {label} holds {', '.join(map(str, foreign[:MAX_LISTED]))} (of "
-                f"{', '.join(map(str, listed[:MAX_LISTED]))}); give the map that it was made with, "
-                "or your own, as in label_map={'liver': 6}"
+                f"{self.free_value() - 1} and {label} holds {beyond} (of {held}); give the map "
+                "that it was made with, or your own, as in label_map={'liver': 6}"
             )
 
 

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,11 +24,17 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from tumorsynth.nifti_header import is_default
-from tumorsynth.scans import nifti
 from tumorsynth.scans.errors import describe_error, is_fatal
 from tumorsynth.scans.nifti import Reading
+from tumorsynth.scans.organ_masks import OrganMasks, read_scan
 from tumorsynth.scans.pairing import Pair
-from tumorsynth.scans.scan import check_organ, check_taken_label, synthesize_scan
+from tumorsynth.scans.scan import (
+    check_label_map,
+    check_organ,
+    check_taken_label,
+    synthesize_scan,
+)
+from tumorsynth.scans.segmentation import Segmenter
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -50,6 +56,8 @@ class Task:
         reading: how to read the files.
         if_taken: what to do if the label map holds the tumours' value (see `check_taken_label`).
         organ_required: whether a label map without the organ is an error.
+        masks: which files matter where the label is a folder of one file per organ.
+        segmenter: makes the label map; None where there is one.
     """
 
     pair: Pair
@@ -57,6 +65,8 @@ class Task:
     reading: Reading = Reading()
     if_taken: str = "refuse"
     organ_required: bool = False
+    masks: OrganMasks | None = None
+    segmenter: Segmenter | None = None
 
 
 @dataclass(frozen=True)
@@ -98,17 +108,36 @@ def process_scan(
     Raises:
         ValueError: for files that cannot be used; nothing is written.
     """
-    image, label = nifti.read_pair(task.pair.ct, task.pair.label, task.reading)
+    pair, about_label = task.pair, None
+    if task.segmenter is not None:
+        made, about_label = task.segmenter.label_of(pair.ct, out, pair.name)
+        pair = replace(pair, label=made)
+    image, label = read_scan(pair.ct, pair.label, task.reading, task.masks)
+    check_label_map(label, synth)
     label.check_label_fits(synth.tumor_label)
     if task.organ_required:
-        check_organ(label, synth.organ_labels)
-    taken = check_taken_label(label, synth.organ_labels, synth.tumor_label, task.if_taken)
+        check_organ(label, synth)
+    if task.masks is not None:
+        task.masks.check_free(label, add=task.if_taken == "add")
+        taken = None
+    else:
+        taken = check_taken_label(label, synth.organ_labels, synth.tumor_label, task.if_taken)
     synth.taken_label.close()  # as checked here
     notes = _notes(synth, image, label, task.reading)
     for note in (*([taken] if taken else []), *notes):
         print(f"tumorsynth: {task.pair.name}: {note}", file=sys.stderr)
     report = synthesize_scan(
-        synth, image, label, out, task.pair.name, task.seed, step, geometry=task.reading.geometry
+        synth,
+        image,
+        label,
+        out,
+        pair.name,
+        task.seed,
+        step,
+        geometry=task.reading.geometry,
+        masks=task.masks,
+        pair=pair,
+        about_label=about_label,
     )
     return report["tumors"]
 

@@ -208,7 +208,7 @@ def write_volume(path: Path, like: Volume, stored: np.ndarray) -> None:
     The file appears complete or not at all.
 
     Args:
-        path: ends in .nii.gz.
+        path: the file; compressed if its name ends in .gz.
         like: the volume that was read.
         stored: (X, Y, Z), in the numbers of ``like.stored``.
     """
@@ -225,6 +225,9 @@ def write_volume(path: Path, like: Volume, stored: np.ndarray) -> None:
     image.header["scl_slope"], image.header["scl_inter"] = scale
 
     def write(file: BinaryIO) -> None:
+        if path.suffix != ".gz":
+            image.to_stream(file)
+            return
         # without name and time, equal volumes give equal files
         with gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) as zipped:
             image.to_stream(zipped)

@@ -8,18 +8,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tumorsynth.scans.pairing import Pair
+from tumorsynth.scans.pairing import Pair, Places
 
 
-def output_paths(out: Path, name: str) -> dict[str, Path]:
-    """The files of one scan: ct, label, report and preview."""
+def output_paths(out: Path, name: str, places: Places | None = None) -> dict[str, Path]:
+    """The files of one scan: ct, label, report and preview.
+
+    Args:
+        out: the folder of the results.
+        name: of the scan.
+        places: of CT and label, where they keep a layout.
+    """
     endings = {
         "ct": "ct.nii.gz",
         "label": "label.nii.gz",
         "report": "report.json",
         "preview": "preview.png",
     }
-    return {key: out / f"{name}_{ending}" for key, ending in endings.items()}
+    paths = {key: out / f"{name}_{ending}" for key, ending in endings.items()}
+    return (
+        paths if places is None else {**paths, "ct": out / places.ct, "label": out / places.label}
+    )
 
 
 def unfinished_marker(out: Path, name: str) -> Path:
@@ -66,7 +75,7 @@ def find_unfinished(
     unfinished: list[int] = []
     reason = ""
     for k, pair in enumerate(pairs):
-        paths = output_paths(out, pair.name)
+        paths = output_paths(out, pair.name, pair.places)
         for path in paths.values():
             if path.resolve() in inputs:
                 raise ValueError(f"{path} is an input and would be replaced; choose another --out")
@@ -134,7 +143,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 def mark_unfinished(pairs: Sequence[Pair], out: Path) -> None:
     """Mark existing results as unfinished, so that an interrupted --overwrite can resume."""
     for pair in pairs:
-        paths = output_paths(out, pair.name)
+        paths = output_paths(out, pair.name, pair.places)
         if any(path.exists() for path in paths.values()):
             unfinished_marker(out, pair.name).touch()
             paths["report"].unlink(missing_ok=True)
@@ -142,9 +151,11 @@ def mark_unfinished(pairs: Sequence[Pair], out: Path) -> None:
 
 def remove_partial_files(pairs: Sequence[Pair], out: Path) -> None:
     """Remove the temporary files of an interrupted run. Call before writing anything."""
-    names = {path.name for pair in pairs for path in output_paths(out, pair.name).values()}
-    for path in list(out.iterdir()) if out.is_dir() else []:
-        name, _, process = path.name.removeprefix(".").removesuffix(".part").rpartition(".")
-        is_partial = path.name == f".{name}.{process}.part" and process.isdigit()
-        if is_partial and name in names:
-            path.unlink(missing_ok=True)
+    results = [p for pair in pairs for p in output_paths(out, pair.name, pair.places).values()]
+    names = {path.name for path in results}
+    for folder in {out, *(path.parent for path in results)}:
+        for path in list(folder.iterdir()) if folder.is_dir() else []:
+            name, _, process = path.name.removeprefix(".").removesuffix(".part").rpartition(".")
+            is_partial = path.name == f".{name}.{process}.part" and process.isdigit()
+            if is_partial and name in names:
+                path.unlink(missing_ok=True)

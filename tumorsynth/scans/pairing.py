@@ -22,12 +22,35 @@ FORMATS = [
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the results of a scan go beneath OUT, in the layout that the scan came in.
+
+    Attributes:
+        ct: path of the new CT.
+        label: path of the new label map, or of its folder of one file per organ.
+        copies: files that stay as they are, and their paths: further channels.
+    """
+
+    ct: str
+    label: str
+    copies: tuple[tuple[Path, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Pair:
-    """A CT file and its label map. The results are named after ``name``."""
+    """A CT file and its label map. The results are named after ``name``.
+
+    Attributes:
+        name: of the scan.
+        ct: the CT.
+        label: its label map, or a folder with one file per organ.
+        places: where the results go; None for NAME_ct.nii.gz and NAME_label.nii.gz.
+    """
 
     name: str
     ct: Path
     label: Path
+    places: Places | None = None
 
 
 def find_pairs(ct: Path, label: Path | None) -> list[Pair]:

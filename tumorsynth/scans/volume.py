@@ -10,6 +10,7 @@ import numpy as np
 
 from tumorsynth.label_values import ROUNDING, round_labels
 
+MAX_COUNTED = 1 << 16  # values of a label that are counted one by one
 LABEL_DTYPES = ("uint8", "int16", "int32")  # of a map whose own dtype cannot hold its values
 
 
@@ -81,6 +82,15 @@ class Volume:
                 "label map, not the CT"
             )
         return whole.astype(np.int32)
+
+    def held_values(self) -> list[int]:
+        """The values that a label map holds, ascending."""
+        whole = self.integers()
+        low, high = int(whole.min()), int(whole.max())
+        if high - low < MAX_COUNTED:  # much faster than sorting
+            counts = np.bincount((whole - low).ravel())
+            return [int(v) + low for v in np.flatnonzero(counts)]
+        return [int(v) for v in np.unique(whole)]
 
     def _rounding(self) -> float:
         """How far from a whole number a quantised label may lie: half a step of the scale.
