@@ -41,6 +41,34 @@ LabelMapOption = Annotated[
         show_default=False,
     ),
 ]
+TumorLabel = Annotated[
+    int | None,
+    typer.Option(
+        help="Label value for the tumours, free in the label maps. [default: 2; with a label map "
+        "or a dataset.json, the value of its tumours or the first free one]",
+        show_default=False,
+    ),
+]
+Pattern = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        metavar="CT LABEL",
+        help="Names of CT and label below the folders where no known layout fits, for example "
+        "'img/{name}.nii.gz' 'seg/{name}_mask.nii.gz'.",
+        show_default=False,
+    ),
+]
+Segment = Annotated[
+    bool,
+    typer.Option(
+        "--segment",
+        help="Make the label maps with TotalSegmentator, which has to be installed; needs --organ "
+        "NAME. OUT/segmentations keeps them.",
+    ),
+]
+SegmentFast = Annotated[
+    bool, typer.Option("--segment-fast", help="--segment with the faster model for 3 mm.")
+]
 
 
 @dataclass(frozen=True)
@@ -109,7 +137,7 @@ def choose_organs(
     labels: tuple[Any, ...]
     if named is None:
         labels = tuple(organ_label or DEFAULT_ORGAN_LABEL)
-        value = _default_tumor_label(found, None) if tumor_label is None else tumor_label
+        value = _default_tumor_label(found, None, labels) if tumor_label is None else tumor_label
     else:
         labels = tuple(organ or ())
         value = _default_tumor_label(found, named) if tumor_label is None else tumor_label
@@ -161,14 +189,16 @@ def _map_for(organ: Sequence[str], label_map: str | None, found: Found | None = 
     )
 
 
-def _default_tumor_label(found: Found, named: LabelMap | None) -> int:
+def _default_tumor_label(
+    found: Found, named: LabelMap | None, organ_labels: tuple[int, ...] = DEFAULT_ORGAN_LABEL
+) -> int:
     """The value for tumours: that of a data set's own tumours, or the first free one."""
     if named is None and found.dataset is not None:
         from tumorsynth.scans.dataset_json import label_map
 
         named = label_map(found.dataset)
     if named is None:
-        return _default_in_layout(found)
+        return _default_in_layout(found, organ_labels)
     own = named.tumor_value()
     if own is not None:
         return own
@@ -176,7 +206,7 @@ def _default_tumor_label(found: Found, named: LabelMap | None) -> int:
     return DEFAULT_TUMOR_LABEL if name is None and not named.is_complete else named.free_value()
 
 
-def _default_in_layout(found: Found) -> int:
+def _default_in_layout(found: Found, organ_labels: tuple[int, ...]) -> int:
     """The usual value; the first free one where the first map of a public layout has organs there.
 
     Other maps are checked when they are read.
@@ -189,8 +219,7 @@ def _default_in_layout(found: Found) -> int:
         return DEFAULT_TUMOR_LABEL
     try:
         label = read_volume(first.label)
-        labels = DEFAULT_ORGAN_LABEL, DEFAULT_TUMOR_LABEL
-        if not is_another_organ(label, *labels, clearly=False):
+        if not is_another_organ(label, organ_labels, DEFAULT_TUMOR_LABEL, clearly=False):
             return DEFAULT_TUMOR_LABEL
         free = label.held_values()[-1] + 1
     except (ValueError, OSError):  # reported when its turn comes

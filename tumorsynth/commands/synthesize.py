@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tumorsynth.commands.organs import LabelMapOption, Organ, OrganLabel, choose_organs
+from tumorsynth.commands.organs import (
+    LabelMapOption,
+    Organ,
+    OrganLabel,
+    Pattern,
+    Segment,
+    SegmentFast,
+    TumorLabel,
+    choose_organs,
+)
 from tumorsynth.commands.progress import (
     Steps,
     faint_note,
@@ -80,34 +89,10 @@ def synthesize(
     organ_label: OrganLabel = None,
     organ: Organ = None,
     label_map: LabelMapOption = None,
-    tumor_label: Annotated[
-        int | None,
-        typer.Option(
-            help="Label value for the tumours, free in the label maps. [default: 2; with a label "
-            "map or a dataset.json, the value of its tumours or the first free one]",
-            show_default=False,
-        ),
-    ] = None,
-    pattern: Annotated[
-        tuple[str, str] | None,
-        typer.Option(
-            metavar="CT LABEL",
-            help="Names of CT and label below the folders where no known layout fits, for example "
-            "'img/{name}.nii.gz' 'seg/{name}_mask.nii.gz'.",
-            show_default=False,
-        ),
-    ] = None,
-    segment: Annotated[
-        bool,
-        typer.Option(
-            "--segment",
-            help="Make the label maps with TotalSegmentator, which has to be installed; needs "
-            "--organ NAME. OUT/segmentations keeps them.",
-        ),
-    ] = False,
-    segment_fast: Annotated[
-        bool, typer.Option("--segment-fast", help="--segment with the faster model for 3 mm.")
-    ] = False,
+    tumor_label: TumorLabel = None,
+    pattern: Pattern = None,
+    segment: Segment = False,
+    segment_fast: SegmentFast = False,
     add_to_label: Annotated[
         bool,
         typer.Option(

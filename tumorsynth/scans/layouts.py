@@ -32,6 +32,10 @@ LOOKED_FOR = (
 )
 
 
+class NothingPaired(ValueError):
+    """A folder holds no scans with labels in any layout."""
+
+
 @dataclass(frozen=True)
 class Found:
     """The scans that were found.
@@ -67,7 +71,8 @@ def find_scans(
 
     Raises:
         FileNotFoundError: if ``ct`` or ``label`` does not exist.
-        ValueError: if nothing can be paired; the message says which pairs were looked for.
+        NothingPaired: if nothing can be paired; the message says which pairs were looked for.
+        ValueError: if the paths or names contradict each other.
     """
     for path in (ct, label):
         if path is not None:
@@ -121,7 +126,7 @@ def _in_one_folder(root: Path, without: Path | None) -> Found:
     if what := describe_folder(root):
         raise ValueError(f"the CTs must be NIfTI files, but {root} is a folder{what}")
     held = ", ".join(sorted(path.name for path in root.iterdir())[:3]) or "nothing"
-    raise ValueError(
+    raise NothingPaired(
         f"the folder {root} holds no NAME_ct.nii.gz, and no scan with its label in another known "
         f"layout, but {held}; looked for {LOOKED_FOR}; give the folder of the CTs and then that of "
         "the label maps, --pattern with their names, or --segment for CTs without labels"
