@@ -38,6 +38,11 @@ class OrganMasks:
     context: bool = False
     moves: bool = False
 
+    def __post_init__(self) -> None:
+        for name in (*self.organs, self.tumor):
+            if not name or Path(name).name != name:  # a report may come from anybody
+                raise ValueError(f"masks must have plain file names, got {name!r}; rename the file")
+
     @property
     def organ_labels(self) -> tuple[int, ...]:
         """Values of the wanted organs in the label map."""

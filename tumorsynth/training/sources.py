@@ -112,7 +112,7 @@ def _in_folders(images: Path, labels: Path | None) -> list[Source]:
         if labels is not None:
             raise
     else:
-        if found.dataset is not None and dataset_json.lists_cases(found.dataset):
+        if labels is None and found.dataset and dataset_json.lists_cases(found.dataset):
             return find_sources(found.dataset)
         return [Source(c.name, c.ct, c.label) for c in found.pairs]
     files = find_files(images, "")
