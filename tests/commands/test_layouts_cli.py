@@ -194,7 +194,7 @@ def test_one_file_per_organ(tmp_path, ct, capsys, single):
     np.testing.assert_array_equal(old, new)
     tumor, file = load(made / "liver_tumor.nii.gz")
     assert set(np.unique(tumor)) == {0, 1} and old[tumor == 1].all()
-    np.testing.assert_array_equal(file.affine, ct.affine)
+    np.testing.assert_array_equal(file.affine, nib.load(case / "ct.nii.gz").affine)
     changed = load(made.parent / "ct.nii.gz")[0] != image(ct)
     assert changed[tumor == 1].mean() > 0.5
     (report,) = out.glob("*_report.json")
@@ -244,7 +244,7 @@ def test_tumours_that_are_there_stay_or_are_refused(tmp_path, ct, capsys):
     assert "liver_tumor.nii.gz in it holds 1 voxels" in capsys.readouterr().err
     assert synthesize(*words, "--add-to-label") == 0
     made = load(tmp_path / "out/s1/segmentations/liver_tumor.nii.gz")[0]
-    assert made[annotated == 1].all() and made.sum() > 100
+    assert made[annotated == 1].all() and made.sum() > 20
 
 
 def test_one_organ_file_is_enough(tmp_path, ct, capsys):

@@ -106,7 +106,8 @@ def _pair_of_files(ct: Path, label: Path | None) -> Pair:
     if label is None or label.is_dir():
         got = "none" if label is None else f"the folder {label}"
         raise ValueError(
-            f"CT {ct.name} needs its label file as second argument, got {got}; give its label map"
+            f"CT {ct.name} needs its label file as second argument, got {got}; give its label "
+            "map, or --segment to make one with TotalSegmentator"
         )
     return Pair(name_of(ct, "_ct") or ct.stem or ct.name, ct, label)
 
