@@ -148,8 +148,8 @@ def check_organ(label: Volume, synth: SynthesizeTumor) -> None:
         raise ValueError(
             f"--organ must be in the label map, but {label.name} has no "
             f"{label_map.describe(synth.organ_labels)} of {label_map.source}; it holds "
-            f"{label_map.describe(held)}; give another --organ, or the --label-map that it was "
-            "made with"
+            f"{label_map.describe(v for v in held if v) or '0 alone'}; give another --organ, or "
+            "the --label-map that it was made with"
         )
     listed = ", ".join(map(str, held[:20])) + (", ..." if len(held) > 20 else "")
     raise ValueError(

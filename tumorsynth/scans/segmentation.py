@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,5 +128,6 @@ def _read(path: Path) -> Any:
 
 
 def _last_line(*texts: str) -> str:
-    lines: Sequence[str] = [line.strip() for text in texts for line in text.splitlines()[-1:]]
-    return " ".join(lines)[-300:] or "it said nothing"
+    """The last line of the first text that has one."""
+    lines = [text.strip().splitlines()[-1] for text in texts if text.strip()]
+    return lines[0].strip()[-300:] if lines else "it said nothing"
