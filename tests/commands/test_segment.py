@@ -113,7 +113,7 @@ def test_the_label_map_is_made_once_for_a_scan_a_version_and_a_model(tmp_path, c
 
 def test_in_a_folder_a_scan_that_it_fails_on_is_named(tmp_path, ct, program, capsys):
     image = ct.image[0].short().numpy()
-    save(tmp_path / "in/a.nii.gz", image, ct.affine)
+    save(tmp_path / "in/a_ct.nii.gz", image, ct.affine)
     save(tmp_path / "in/b.nii.gz", image[:30], ct.affine)
     words = tmp_path / "in", "-o", tmp_path / "out", "--segment", "--organ", "liver"
     assert synthesize(*words) == 1
@@ -121,7 +121,7 @@ def test_in_a_folder_a_scan_that_it_fails_on_is_named(tmp_path, ct, program, cap
     assert "b: TotalSegmentator failed for b.nii.gz (RuntimeError: out of memory)" in said.err
     assert (tmp_path / "out/a_report.json").exists()
     assert synthesize(*words) == 1  # resumes: a is finished
-    assert len([call for call in program.calls() if "a.nii.gz" in call.split()[1]]) == 1
+    assert len([call for call in program.calls() if "a_ct.nii.gz" in call.split()[1]]) == 1
 
 
 def test_without_the_program_the_message_says_how_to_get_a_label(tmp_path, ct, capsys, monkeypatch):

@@ -47,6 +47,16 @@ LIVER_FILES = "imagesTr/l_1_0000.nii.gz", "imagesTr/l_2_0000.nii.gz", "labelsTr/
             id="nnU-Net",
         ),
         pytest.param(
+            ["images/T_0001_0000.nii.gz", "labels/T_0001.nii.gz"],
+            [("T_0001", "images/T_0001_0000.nii.gz", "labels/T_0001.nii.gz")],
+            id="FLARE22",
+        ),
+        pytest.param(
+            ["images/a.nii.gz", "labels/a.nii.gz"],
+            [("a", "images/a.nii.gz", "labels/a.nii.gz")],
+            id="equal names",
+        ),
+        pytest.param(
             ["s1/ct.nii.gz", "s1/segmentations/liver.nii.gz", "s0/ct.nii.gz",
              "s0/segmentations/liver.nii.gz", "meta.csv"],
             [(s, f"{s}/ct.nii.gz", f"{s}/segmentations") for s in ("s0", "s1")],
@@ -241,8 +251,11 @@ def test_a_label_that_two_folders_hold_is_not_guessed(tmp_path):
 
 def test_cts_without_labels_for_segmentation(tmp_path):
     root = touch(tmp_path / "x", "a.nii.gz", "b_ct.nii.gz")
-    assert [pair.name for pair in find_unlabelled(root, None).pairs] == ["a", "b"]
+    assert [(p.name, p.label.name) for p in find_unlabelled(root, None, tmp_path).pairs] == [
+        ("a", "a.nii.gz"),
+        ("b", "b.nii.gz"),
+    ]
     with pytest.raises(ValueError, match="leave one of them out"):
-        find_unlabelled(root, root)
+        find_unlabelled(root, root, tmp_path)
     with pytest.raises(ValueError, match="holds no .nii.gz"):
-        find_unlabelled(touch(tmp_path / "y", "a.txt"), None)
+        find_unlabelled(touch(tmp_path / "y", "a.txt"), None, tmp_path)

@@ -270,4 +270,5 @@ def _of_masks(
             )
     folders = [pair.label for pair in found.pairs]
     masks = choose_masks(folders, organ or (), context=grows, moves=moves)
-    return Organs(masks.organ_labels, masks.tumor_label, masks=masks)
+    values = dict(zip(masks.organs, ((v,) for v in masks.organ_labels), strict=True))
+    return Organs(masks.organs, masks.tumor_label, LabelMap("the masks", values), masks)

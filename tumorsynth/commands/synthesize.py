@@ -68,7 +68,7 @@ from tumorsynth.scans.outputs import (
 )
 from tumorsynth.scans.pairing import Pair
 from tumorsynth.scans.run_settings import explain_mismatch, run_settings
-from tumorsynth.scans.segmentation import find_segmenter
+from tumorsynth.scans.segmentation import SEGMENTATIONS, find_segmenter
 
 if TYPE_CHECKING:
     from tumorsynth.scans.organ_masks import OrganMasks
@@ -217,7 +217,7 @@ def synthesize(
         import tumorsynth.scans.ray  # noqa: F401 (fail fast on a missing package)
     reading = Reading(geometry, same_grid)
     if segment or segment_fast:
-        found = find_unlabelled(ct, label)
+        found = find_unlabelled(ct, label, out / SEGMENTATIONS)
         segmenter = find_segmenter(device.split(",")[0], fast=segment_fast)
     else:
         found, segmenter = find_scans(ct, label, pattern, without=out), None

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -108,10 +108,9 @@ def process_scan(
     Raises:
         ValueError: for files that cannot be used; nothing is written.
     """
-    pair, about_label = task.pair, None
+    pair, about_label = task.pair, None  # what is known about a label map made here
     if task.segmenter is not None:
-        made, about_label = task.segmenter.label_of(pair.ct, out, pair.name)
-        pair = replace(pair, label=made)
+        about_label = task.segmenter.make_label(pair.ct, pair.label)
     image, label = read_scan(pair.ct, pair.label, task.reading, task.masks)
     check_label_map(label, synth)
     label.check_label_fits(synth.tumor_label)

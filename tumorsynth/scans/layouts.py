@@ -24,6 +24,7 @@ NUMBERED = [
     (re.compile(r"volume-(\d+)$", re.I), re.compile(r"segmentation-(\d+)$", re.I)),
     (re.compile(r"img(\d+)$", re.I), re.compile(r"label(\d+)$", re.I)),
 ]
+TWO_FOLDERS = [("imagesTr", "labelsTr"), ("images", "labels")]  # of a data set
 LOOKED_FOR = (
     "NAME_ct with NAME_label, equal names in two folders, imagesTr/NAME_0000 with labelsTr/NAME "
     "(nnU-Net), a dataset.json (Decathlon), ct beside the folder segmentations (TotalSegmentator, "
@@ -90,8 +91,13 @@ def find_scans(
     return _in_two_folders(ct, label)
 
 
-def find_unlabelled(ct: Path, label: Path | None) -> Found:
+def find_unlabelled(ct: Path, label: Path | None, made: Path) -> Found:
     """Find CTs whose label maps are to be made: one file, or all of a folder.
+
+    Args:
+        ct: the file or the folder.
+        label: what the user gave as label.
+        made: the folder for the label maps.
 
     Raises:
         FileNotFoundError: if ``ct`` does not exist.
@@ -103,11 +109,14 @@ def find_unlabelled(ct: Path, label: Path | None) -> Found:
             f"--segment makes the label maps, but LABEL is {label}; leave one of them out"
         )
     if not ct.is_dir():
-        return Found([Pair(name_of(ct, "_ct") or ct.stem or ct.name, ct, ct)])
+        name = name_of(ct, "_ct") or ct.stem or ct.name
+        return Found([Pair(name, ct, made / f"{name}.nii.gz")])
     files = {n: p for n, p in find_files(ct, "_ct").items() if not has_ending(p, "_label")}
     if not files:
         raise ValueError(f"the folder {ct} holds no .nii.gz; give the folder of the CTs")
-    return Found([Pair(name, path, path) for name, path in sorted(files.items())])
+    return Found(
+        [Pair(name, path, made / f"{name}.nii.gz") for name, path in sorted(files.items())]
+    )
 
 
 def _in_one_folder(root: Path, without: Path | None) -> Found:
@@ -116,9 +125,10 @@ def _in_one_folder(root: Path, without: Path | None) -> Found:
     dataset = root / dataset_json.NAME
     if dataset.is_file() and dataset_json.lists_cases(dataset):
         return Found(_named(dataset_json.listed_pairs(dataset)), dataset)
-    images, labels = root / "imagesTr", root / "labelsTr"
-    if images.is_dir() and labels.is_dir():
-        return _in_two_folders(images, labels)
+    for names in TWO_FOLDERS:
+        images, labels = (root / name for name in names)
+        if images.is_dir() and labels.is_dir():
+            return _in_two_folders(images, labels, keep=True)
     folders = list(_folders(root, without))
     for find in (_cases_with_masks, _cases_like_kits, _numbered_in):
         if pairs := find(root, folders):
@@ -133,7 +143,8 @@ def _in_one_folder(root: Path, without: Path | None) -> Found:
     )
 
 
-def _in_two_folders(cts: Path, labels: Path) -> Found:
+def _in_two_folders(cts: Path, labels: Path, *, keep: bool = False) -> Found:
+    """Pair the files of two folders. keep: keep their layout also where names are equal."""
     if not labels.is_dir():
         return Found(find_pairs(cts, labels))  # says what is wrong
     dataset = _dataset_of(cts, labels)
@@ -153,7 +164,7 @@ def _in_two_folders(cts: Path, labels: Path) -> Found:
             "--pattern with their names"
         )
     pairs = ways[best]
-    if best == 0 and dataset is None:
+    if best == 0 and dataset is None and not keep:
         return Found(pairs)
     if best == 0:
         pairs = [replace(p, places=_places(p, _folder_names(cts, labels))) for p in pairs]

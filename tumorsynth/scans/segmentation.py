@@ -16,7 +16,7 @@ from typing import Any
 from tumorsynth.atomic_writes import write_atomic
 
 PROGRAM, TASK = "TotalSegmentator", "total"
-FOLDER = "segmentations"  # of OUT
+SEGMENTATIONS = "segmentations"  # the folder of OUT that keeps the label maps
 LEAST_VERSION = 2  # before, values had other names
 HOW_TO_GET_A_LABEL = (
     f"install it with: pip install {PROGRAM} (an environment of its own is fine, on PATH), or run "
@@ -41,18 +41,18 @@ class Segmenter:
     device: str = "cpu"
     fast: bool = False
 
-    def label_of(self, ct: Path, out: Path, name: str) -> tuple[Path, dict[str, Any]]:
-        """Return the label map of a CT, made before or now, and what is known about it.
+    def make_label(self, ct: Path, label: Path) -> dict[str, Any]:
+        """Make the label map of a CT, unless it is there; returns what is known about it.
 
         Args:
             ct: the CT.
-            out: folder of the results, which keeps the label map.
-            name: of the scan.
+            label: the file to write; a .json beside it says how it was made.
 
         Raises:
             ValueError: if the program fails.
         """
-        label, notes = out / FOLDER / f"{name}.nii.gz", out / FOLDER / f"{name}.json"
+        name = label.name.removesuffix(".nii.gz")
+        notes = label.with_name(f"{name}.json")
         about = {
             "program": PROGRAM,
             "version": self.version,
@@ -61,7 +61,7 @@ class Segmenter:
             "ct_sha256": _sha256(ct),
         }
         if label.is_file() and _read(notes) == about:
-            return label, about
+            return about
         label.parent.mkdir(parents=True, exist_ok=True)
         notes.unlink(missing_ok=True)
         made = label.with_name(f"{name}_unfinished_{os.getpid()}.nii.gz")
@@ -79,7 +79,7 @@ class Segmenter:
             made.unlink(missing_ok=True)
         text = json.dumps(about, indent=2) + "\n"
         write_atomic(notes, lambda file: file.write(text.encode()))
-        return label, about
+        return about
 
 
 def find_segmenter(device: str, *, fast: bool = False) -> Segmenter:
