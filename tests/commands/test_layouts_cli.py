@@ -78,6 +78,22 @@ def test_label_maps_keep_their_layout(tmp_path, ct, ct_name, label_name):
     assert synthesize(out, "-o", tmp_path / "again", "--tumor-label", 3) == 0
 
 
+@pytest.mark.parametrize(
+    ("ct_name", "label_name", "organ", "value"),
+    [
+        ("volume-0.nii", "segmentation-0.nii", "liver", 2),
+        ("img/img0001.nii.gz", "label/label0001.nii.gz", "liver", 14),
+        ("case_0/imaging.nii.gz", "case_0/segmentation.nii.gz", "kidney", 2),
+    ],
+)
+def test_a_sets_own_layout_tells_its_label_map(tmp_path, ct, ct_name, label_name, organ, value):
+    source, out = tmp_path / "set", tmp_path / "out"
+    save(source / ct_name, image(ct), ct.affine)
+    save(source / label_name, liver(ct) * (6 if value == 14 else 1), ct.affine)
+    assert synthesize(source, "-o", out, "--organ", organ) == 0
+    check_result(source / label_name, out / label_name, tumor=value)
+
+
 def test_a_run_resumes_and_a_pattern_keeps_names(tmp_path, ct, capsys):
     for k in range(2):
         save(tmp_path / f"set/p{k}/scan.nii.gz", image(ct), ct.affine)
@@ -156,12 +172,28 @@ def test_the_decathlon_lists_the_results(tmp_path, ct):
     check_result(root / "labelsTr/l_0.nii.gz", out / "labelsTr/l_0.nii.gz")
 
 
+def test_a_list_of_files_without_labels_is_enough(tmp_path, ct):
+    save(tmp_path / "a.nii.gz", image(ct), ct.affine)
+    save(tmp_path / "b.nii.gz", liver(ct), ct.affine)
+    cases = [{"image": "a.nii.gz", "label": "b.nii.gz"}]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": cases}))
+    assert synthesize(tmp_path / "dataset.json", "-o", tmp_path / "out") == 0
+    check_result(tmp_path / "b.nii.gz", tmp_path / "out/b.nii.gz")
+    made = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert made == {"training": [{"image": "./a.nii.gz", "label": "./b.nii.gz"}]}
+
+
 @pytest.mark.parametrize(
     ("content", "words", "says"),
     [
         ({}, ["--tumor-label", 5], "--tumor-label 2"),
         ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, [], "ignore label"),
         ({"labels": {"background": 0, "liver": [1]}, "regions_class_order": [1]}, [], "regions"),
+        (
+            {"labels": {"background": 0, "liver": 1, "spleen": 2}},
+            ["--tumor-label", 2],
+            "2 is spleen",
+        ),
         ({}, ["--organ", "spleen"], "did you mean|it has liver"),
         ({"channel_names": {"0": "MR", "1": "PET"}}, [], None),  # one channel: it is the CT
     ],

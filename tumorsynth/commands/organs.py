@@ -134,19 +134,18 @@ def choose_organs(
     if found.has_masks:
         return _of_masks(found, organ_label, organ, label_map, tumor_label, grows, moves)
     named = _map_for(organ, label_map, found) if organ else None
-    labels: tuple[Any, ...]
-    if named is None:
-        labels = tuple(organ_label or DEFAULT_ORGAN_LABEL)
-        value = _default_tumor_label(found, None, labels) if tumor_label is None else tumor_label
+    labels: tuple[Any, ...] = tuple(organ or organ_label or DEFAULT_ORGAN_LABEL)
+    known = named or _map_of_dataset(found)
+    if tumor_label is not None:
+        value = tumor_label
     else:
-        labels = tuple(organ or ())
-        value = _default_tumor_label(found, named) if tumor_label is None else tumor_label
-        name = named.name_of(value)
-        if name is not None and not named.is_tumor(name):
-            raise ValueError(
-                f"--tumor-label must be free in the label maps, but {value} is {name} in "
-                f"{named.source}; give --tumor-label {named.free_value()}"
-            )
+        value = _default_in_layout(found, labels) if known is None else _default_tumor_label(known)
+    name = None if known is None else known.name_of(value)
+    if known is not None and name is not None and not known.is_tumor(name):
+        raise ValueError(
+            f"--tumor-label must be free in the label maps, but {value} is {name} in "
+            f"{known.source}; give --tumor-label {known.free_value()}"
+        )
     if found.dataset is not None:
         from tumorsynth.scans.dataset_json import check_tumor_label
 
@@ -172,10 +171,10 @@ def _map_for(organ: Sequence[str], label_map: str | None, found: Found | None = 
         named = read_label_map(label_map)
         assert named is not None
         return named
-    if found is not None and found.dataset is not None:
-        from tumorsynth.scans.dataset_json import label_map as of_dataset
-
-        return of_dataset(found.dataset)
+    if found is not None and (named := _map_of_dataset(found)) is not None:
+        return named
+    if found is not None and found.label_map is not None:
+        return _map_for(organ, found.label_map)
     if found is not None and len(organ) == 1:
         from tumorsynth.label_maps import matching_names
         from tumorsynth.scans.pairing import name_of
@@ -189,16 +188,16 @@ def _map_for(organ: Sequence[str], label_map: str | None, found: Found | None = 
     )
 
 
-def _default_tumor_label(
-    found: Found, named: LabelMap | None, organ_labels: tuple[int, ...] = DEFAULT_ORGAN_LABEL
-) -> int:
-    """The value for tumours: that of a data set's own tumours, or the first free one."""
-    if named is None and found.dataset is not None:
-        from tumorsynth.scans.dataset_json import label_map
+def _map_of_dataset(found: Found) -> LabelMap | None:
+    if found.dataset is None:
+        return None
+    from tumorsynth.scans.dataset_json import label_map
 
-        named = label_map(found.dataset)
-    if named is None:
-        return _default_in_layout(found, organ_labels)
+    return label_map(found.dataset)
+
+
+def _default_tumor_label(named: LabelMap) -> int:
+    """The value for tumours: that of the map's own tumours, or the first free one."""
     own = named.tumor_value()
     if own is not None:
         return own

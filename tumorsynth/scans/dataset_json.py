@@ -97,8 +97,10 @@ def ct_channel(path: Path | None, numbers: Iterable[int]) -> int:
     return cts[0]
 
 
-def label_map(path: Path) -> LabelMap:
-    """The names of a dataset's label values."""
+def label_map(path: Path) -> LabelMap | None:
+    """The names of a dataset's label values; None if it has no labels."""
+    if "labels" not in read(path):
+        return None
     labels = read_dataset_labels(path)
     return LabelMap(path.name, {k: v for k, v in labels.items() if k.lower() != "background"})
 
@@ -111,6 +113,8 @@ def check_tumor_label(path: Path, value: int) -> None:
         value: that the tumours get.
     """
     content = read(path)
+    if "labels" not in content:
+        return
     labels = read_dataset_labels(path)
     held = {v for values in labels.values() for v in values}
     if value in held or "channel_names" not in content:  # the Decathlon has no such rules
@@ -149,7 +153,8 @@ def write_for_results(source: Path, out: Path, pairs: Iterable[Pair], tumor_labe
             content[other] = []
     if "numTest" in content:
         content["numTest"] = 0
-    content["labels"] = _with_tumor(content["labels"], tumor_label)
+    if "labels" in content:
+        content["labels"] = _with_tumor(content["labels"], tumor_label)
     if places and "file_ending" in content:
         content["file_ending"] = ".nii" if places[0].label.endswith(".nii") else ".nii.gz"
     text = json.dumps(content, indent=2) + "\n"

@@ -19,11 +19,12 @@ from tumorsynth.scans.patterns import find_by_pattern
 MASKS = "segmentations"  # the folder of one file per organ, in TotalSegmentator and AbdomenAtlas
 MAX_DEPTH = 3  # folders below the given one that are searched
 CHANNEL = re.compile(r"_(\d{4})$")
-# The CT's and the label's name, which end in the same number.
-NUMBERED = [
-    (re.compile(r"volume-(\d+)$", re.I), re.compile(r"segmentation-(\d+)$", re.I)),
-    (re.compile(r"img(\d+)$", re.I), re.compile(r"label(\d+)$", re.I)),
-]
+# The CT's and the label's name, which end in the same number, by the set's label map.
+NUMBERED = {
+    "lits": (re.compile(r"volume-(\d+)$", re.I), re.compile(r"segmentation-(\d+)$", re.I)),
+    "btcv": (re.compile(r"img(\d+)$", re.I), re.compile(r"label(\d+)$", re.I)),
+}
+KITS = ("imaging", "segmentation")
 TWO_FOLDERS = [("imagesTr", "labelsTr"), ("images", "labels")]  # of a data set
 LOOKED_FOR = (
     "NAME_ct with NAME_label, equal names in two folders, imagesTr/NAME_0000 with labelsTr/NAME "
@@ -53,6 +54,19 @@ class Found:
     def has_masks(self) -> bool:
         """Whether the labels are folders of one file per organ."""
         return any(pair.label.is_dir() for pair in self.pairs)
+
+    @property
+    def label_map(self) -> str | None:
+        """The label map of the public set whose layout this is, if the layout is one set's own."""
+        stems = name_of(self.pairs[0].ct) or "", name_of(self.pairs[0].label) or ""
+        if stems == KITS:
+            return "kits"
+        matching = (
+            known
+            for known, names in NUMBERED.items()
+            if all(name.match(stem) for name, stem in zip(names, stems, strict=True))
+        )
+        return next(matching, None)
 
 
 def find_scans(
@@ -271,7 +285,7 @@ def _numbered(folders: Sequence[Path], places: Mapping[Path, str]) -> list[Pair]
         places: the paths of these folders beneath OUT.
     """
     files = [(folder, stem, path) for folder in folders for stem, path in _volumes(folder)]
-    for ct_name, label_name in NUMBERED:
+    for ct_name, label_name in NUMBERED.values():
         labels: dict[str, dict[Path, Path]] = {}
         for folder, stem, path in files:
             if match := label_name.match(stem):
