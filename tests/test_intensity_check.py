@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -20,10 +21,11 @@ from tumorsynth.intensity_check import (
     sample_organ,
     sample_voxels,
 )
-from tumorsynth.intensity_check.check import scale_problem
+from tumorsynth.intensity_check.check import check_intensity, scale_problem
 
 SETTINGS = {"generator": "hu2023", "organ_labels": 1, "tumor_label": 20, "count": 1, "size_mm": 15}
 SHAPE = (48, 48, 48)
+RANGES = [(-1, 1), (0, 1), (0, 100), (0, 255)]  # of scaled images
 SPACING = (3.0, 3.0, 4.0)
 
 
@@ -264,6 +266,27 @@ def test_no_crop_of_a_real_scan_raises_an_alarm(shared):
             assert kind_of(image[0]) is None, (name, at, sizes)
 
 
+@pytest.mark.parametrize("window", [(-160, 240), (-175, 250), (-1000, 1000)])
+def test_crops_of_real_scans_are_in_the_range_that_is_said_and_in_no_other(shared, window):
+    nib = pytest.importorskip("nibabel")
+    rng, refused, shown = np.random.default_rng(0), 0, 0
+    for name in ("totalseg_aorta_crop", "totalseg_example", "ibsi_lung_p1"):
+        scan = np.asanyarray(nib.load(shared / f"data/ct/{name}_ct.nii.gz").dataobj)
+        for _ in range(12):
+            at = [int(rng.integers(0, max(1, n - 63))) for n in scan.shape]
+            part = scan[tuple(slice(a, a + 64) for a in at)].astype(np.float32)
+            hu, label = torch.from_numpy(part), torch.zeros(part.shape, dtype=torch.uint8)
+            for made in RANGES:
+                image = windowed(hu, *window, *made)
+                check_intensity(image, ts.Scaled(*window, *made), label, (1,))
+            shown += 1
+            try:
+                check_intensity((image / 255), ts.Scaled(*window, -1, 1), label, (1,))
+            except ValueError:
+                refused += 1
+    assert window[0] < -900 or refused > 0.8 * shown
+
+
 @pytest.mark.parametrize("factor", [1.5, 1.8, 1 / 2.5, 1 / 3])
 def test_a_factor_is_not_named_as_another(ct, factor):
     fault = find_fault(sample_voxels(ct.image[0] * factor))
@@ -396,6 +419,45 @@ def test_values_beyond_the_ends_of_a_scale_are_refused_but_padding_and_noise_are
         assert synth.report[0]["applied"]
 
 
+@pytest.mark.parametrize("window", [(-160, 240), (-175, 250), (-200, 300), (-100, 240)])
+def test_an_image_that_fills_another_range_than_said_is_refused(ct, window):
+    """The right window with the wrong numbers of the result: [0, 1] for [-1, 1]."""
+    part, part_label = ct.image[..., 20:60, 20:60, 10:40], ct.label[..., 20:60, 20:60, 10:40]
+    for image, label in ((ct.image, ct.label), (part, part_label)):
+        for made, said in itertools.product(RANGES, RANGES):
+            values, scale = windowed(image, *window, *made)[0], ts.Scaled(*window, *said)
+            if made == said:
+                check_intensity(values, scale, label[0], (1,))
+                continue
+            with pytest.raises(ValueError, match="must be in the scale of intensity=Scaled"):
+                check_intensity(values, scale, label[0], (1,))
+
+
+@pytest.mark.parametrize("said", [(-160, 240, -1, 1), (-175, 250, -1, 1), (-1000, 1000, -1, 1)])
+def test_padding_with_0_and_organs_cut_out_are_in_the_range_that_is_said(ct, said):
+    values, organ = windowed(ct.image, *said)[0], ct.label[0] == 1
+    cut_out = torch.where(organ, values, 0)
+    around = around_organ(ct, 16)
+    part = torch.nn.functional.pad(windowed(around[0], *said)[0], [6] * 6)
+    part_label = torch.nn.functional.pad(around[1][0], [6] * 6)
+    for image, label in ((cut_out, ct.label[0]), (part, part_label)):
+        check_intensity(image, ts.Scaled(*said), label, (1,))
+
+
+def test_a_range_of_another_end_says_what_shows_it(ct):
+    half, tiny = ts.Scaled(-160, 240, -1, 1), ts.Scaled(-160, 240, 0, 255)
+    unit = windowed(ct.image, -160, 240, 0, 1)
+    hundred = 100 * unit
+    synth = {scale: ts.SynthesizeTumor(**SETTINGS, intensity=scale) for scale in (half, tiny)}
+    for scale, image, says in [
+        (half, unit, "would be 40 HU and more, clipped above the level of fluids"),
+        (tiny, hundred, "HU and less, clipped below the level of organs"),
+        (tiny, unit, "HU"),
+    ]:
+        with pytest.raises(ValueError, match=f"{says}.*; pass intensity=HU"):
+            synth[scale](image, ct.label, spacing=SPACING, seed=0)
+
+
 @pytest.mark.parametrize("said", SAID)
 def test_no_crop_in_the_scale_that_is_said_raises_an_alarm(ct, said):
     rng = np.random.default_rng(1)
@@ -431,6 +493,15 @@ def test_hu_under_another_scale_are_refused(ct, intensity, crop):
         scaled = scaled.clip(*intensity.limits)
     for one in (scaled, with_bright_voxel(scaled, 3000.0)):
         synth(one, label, spacing=SPACING, seed=0)
+
+
+def test_hu_clipped_to_a_byte_are_told_the_way_out(ct):
+    image = ct.image.clip(0, 255)
+    with pytest.raises(ValueError, match=r"if HU were clipped .*, ts.Scaled\(0, 255, 0, 255\)$"):
+        ts.SynthesizeTumor(**SETTINGS)(image, ct.label, spacing=SPACING, seed=0)
+    synth = ts.SynthesizeTumor(**SETTINGS, intensity=ts.Scaled(0, 255, 0, 255))
+    new, _ = synth(image, ct.label, spacing=SPACING, seed=0)
+    assert synth.report[0]["applied"] and 0 <= float(new.min()) and float(new.max()) <= 255
 
 
 def test_the_identity_as_a_scale_is_the_way_out(ct):
@@ -534,6 +605,16 @@ def test_the_command_line_names_file_and_option(ct, kind, tmp_path, capsys):
     else:
         assert option is None
         assert ("--intensity" in said) == (kind in ("0-255", "z-scores"))
+
+
+@pytest.mark.parametrize("numbers", ["-160,240,-1,1", "-160,240,0,255"])
+def test_the_command_line_refuses_another_range_than_the_files(ct, numbers, tmp_path, capsys):
+    pair = write_pair(tmp_path, windowed(ct.image, -160, 240, 0, 1), ct)
+    words = [*map(str, pair), "--generator", "hu2023", "--tumor-label", "20", "--count", "1"]
+    assert main(["synthesize", *words, "-o", str(tmp_path / "a"), f"--intensity={numbers}"]) == 2
+    assert "must be in the scale of intensity=Scaled" in capsys.readouterr().err
+    assert not list((tmp_path / "a").glob("*"))
+    assert main(["synthesize", *words, "-o", str(tmp_path / "b"), "--intensity=-160,240,0,1"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["HU/10", "HU/100", "0-255", "z-scores", "sign", "HU+1024"])

@@ -100,8 +100,10 @@ def windowed(low: float, high: float) -> Fault:
         f"look like a CT windowed to {low:g} to {high:g}",
         _UNKNOWN,
         f"ts.Scaled(a_min, a_max, {low:g}, {high:g}) {_NUMBERS} "
-        f"ts.Scaled(-160, 240, {low:g}, {high:g})",
-        f"--intensity=HU_LOW,HU_HIGH,{low:g},{high:g} {_NUMBERS} -160,240,{low:g},{high:g}",
+        f"ts.Scaled(-160, 240, {low:g}, {high:g}), or, if HU were clipped to this range, "
+        f"ts.Scaled({low:g}, {high:g}, {low:g}, {high:g})",
+        f"--intensity=HU_LOW,HU_HIGH,{low:g},{high:g} {_NUMBERS} -160,240,{low:g},{high:g}, or, if "
+        f"HU were clipped to this range, {low:g},{high:g},{low:g},{high:g}",
     )
 
 

@@ -48,15 +48,15 @@ class ParamsGrid:
         if entry is None:
             return None
         try:
-            shape, *geometry = entry["shape"], *(entry.keys() - {"shape"})
-            if len(shape) != 3 or not all(_is_count(n) for n in shape):
-                raise TypeError("no shape")
-            (kind,) = geometry
-            make = {"affine": frame_from_affine, "spacing": frame_from_spacing}[kind]
-            return cls(ints3(shape), make(entry[kind]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            shape = entry["shape"]
+            if len(shape) != 3 or not all(_is_count(n) for n in shape) or len(entry) != 2:
+                raise TypeError("no shape, or not one geometry")
+            if "affine" in entry:
+                return cls(ints3(shape), frame_from_affine(entry["affine"]))
+            return cls(ints3(shape), frame_from_spacing(entry["spacing"]))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"a record's grid must hold a shape of three whole numbers and an affine or a "
+                "a record's grid must hold a shape of three whole numbers and an affine or a "
                 f"spacing, got {entry!r:.80}; pass synth.params of an earlier call"
             ) from error
 
