@@ -39,6 +39,7 @@ MIN_SOFTENING_MM = 0.2  # smaller differences in sharpness count as none
 PROFILE_SIGMA_MM = 2.5  # of the filtered mask that stands for a voxel's depth in the tumour
 SLOW_SIGMA_MM = 1.5  # what a Gaussian of this width leaves varies slowly
 MAX_SLOW_SDS = 2.5  # of a scan's slow variation that is kept; beyond are vessels
+VESSEL_SDS = 1.25  # of it: where the scan is brighter than this, less of its noise is kept
 MIN_EVENED_VOXELS = 64  # a smaller tumour has no inside to even out
 MAX_OWN_VARIATION = 3.0  # of a tumour, over the slow variation of its scan
 MAX_OWN_SHARE = 0.25  # of a tumour's mean change, which its own variation stays below
@@ -272,8 +273,8 @@ def _evening(
     painted = healthy + slow_change
     sd = MAD_TO_SD * healthy[where].abs().median()
     without_vessels = healthy.clamp(-MAX_SLOW_SDS * sd, MAX_SLOW_SDS * sd)
-    # the change takes away the fine part of vessels, too: there it stays
-    no_vessel = MAX_SLOW_SDS * sd / healthy.abs().clamp(min=MAX_SLOW_SDS * sd + 1e-6)
+    # where there are vessels, their fine part must not return with the noise
+    no_vessel = (VESSEL_SDS * sd / healthy.clamp(min=1e-6)).clamp(max=1).square()
     own_sd = torch.minimum(own_variation * sd, MAX_OWN_SHARE * change[where].mean().abs())
     gain = (own_sd / painted[where].std().clamp(min=1e-6)).clamp(max=MAX_OWN_GAIN)
     slow = without_vessels - painted + gain * painted
