@@ -246,7 +246,7 @@ class _DepthProfile(NamedTuple):
         return cls(powers, powers.T @ powers + ridge)
 
     def residual(self, values: Tensor) -> Tensor:
-        """What the profile does not explain of values (N,)."""
+        """What the profile does not explain of values (N, K)."""
         # solve would synchronise for its check
         fitted, _ = torch.linalg.solve_ex(self.normal, self.powers.T @ values)
         return values - self.powers @ fitted
@@ -263,19 +263,19 @@ def _evening(
     profile = _DepthProfile.of(inside, where)
     share = gaussian_filter(inside, [SLOW_SIGMA_MM] * 3).clamp(min=1e-3)
 
-    def variation(values: Tensor) -> tuple[Tensor, Tensor]:
-        """All of it around the profile, and the slow part."""
-        field = torch.zeros_like(inside)
-        field[where] = profile.residual(values[where].double()).float()
-        return field, gaussian_filter(field, [SLOW_SIGMA_MM] * 3) / share
-
-    (_, healthy), (all_change, slow_change) = variation(hu), variation(change)
+    # scan and change at once, which takes fewer operators
+    both = (slice(None), *where)
+    values = torch.stack([hu, change])[both]
+    variation = inside.new_zeros(2, *inside.shape)
+    variation[both] = profile.residual(values.double().T).T.float()
+    all_change = variation[1]
+    healthy, slow_change = gaussian_filter(variation, [0.0, *[SLOW_SIGMA_MM] * 3]) / share
     painted = healthy + slow_change
     sd = MAD_TO_SD * healthy[where].abs().median()
     without_vessels = healthy.clamp(-MAX_SLOW_SDS * sd, MAX_SLOW_SDS * sd)
     # where there are vessels, their fine part must not return with the noise
     no_vessel = (VESSEL_SDS * sd / healthy.clamp(min=1e-6)).clamp(max=1).square()
-    own_sd = torch.minimum(own_variation * sd, MAX_OWN_SHARE * change[where].mean().abs())
+    own_sd = torch.minimum(own_variation * sd, MAX_OWN_SHARE * values[1].mean().abs())
     gain = (own_sd / painted[where].std().clamp(min=1e-6)).clamp(max=MAX_OWN_GAIN)
     slow = without_vessels - painted + gain * painted
     fine = no_vessel * (slow_change - all_change)
