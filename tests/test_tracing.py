@@ -45,7 +45,7 @@ def test_a_compiled_function_makes_the_same_tumours(scan, backend):
         image, label = synth(image, label, spacing=scan.spacing, **call)
         return net(image[None]).mean(), image, label
 
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         loss, *made = step(scan.image, scan.label, seed=seed)
         loss.backward()
         params = synth.params
