@@ -24,6 +24,10 @@ LONG_FILES = (
     "test_collection.py",
     "test_training_cli.py",
     "test_gpu_session.py",
+    "test_docs.py",
+    "test_cli.py",
+    "test_training_denoiser.py",
+    "test_training_evaluate.py",
 )
 
 
