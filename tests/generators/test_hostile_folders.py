@@ -79,7 +79,6 @@ def test_links_in_the_folder_of_results(folder, tmp_path, capsys):
     assert not any(path.is_symlink() for path in out.iterdir())
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_names_that_differ_by_case_alone(tmp_path, capsys):
     for name in ("Case1", "case1"):
         write(tmp_path / "in", name, *scan(0, SMALL))
