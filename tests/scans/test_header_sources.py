@@ -14,6 +14,7 @@ from tumorsynth.nifti_header import is_default, read_affine
 from tumorsynth.scans.nifti import Reading, read_pair, read_volume
 
 nib = pytest.importorskip("nibabel")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 AFFINE = np.array([[-2.0, 0, 0, 60.5], [0, -2, 0, 50], [0, 0, 2, -400], [0, 0, 0, 1]])
 SHAPE = (40, 40, 36)
