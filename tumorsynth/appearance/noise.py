@@ -264,7 +264,7 @@ def _evening(
     share = gaussian_filter(inside, [SLOW_SIGMA_MM] * 3).clamp(min=1e-3)
 
     # scan and change at once, which takes fewer operators
-    both = (slice(None), *where)
+    both: tuple[slice | Tensor, ...] = (slice(None), *where)
     values = torch.stack([hu, change])[both]
     variation = inside.new_zeros(2, *inside.shape)
     variation[both] = profile.residual(values.double().T).T.float()
