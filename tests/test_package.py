@@ -16,6 +16,7 @@ import tumorsynth as ts
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = [name for name in ts.__all__ if name != "__version__"]
 EXTRAS = [
+    "SimpleITK",
     "huggingface_hub",
     "lightning",
     "matplotlib",

@@ -63,7 +63,7 @@ def read_affine(name: str, header: Any, geometry: str | None = None) -> np.ndarr
                 f"{_rule(name, found)}; choose with --geometry sform, qform or pixdim, or repair "
                 "its header"
             )
-        _check_affine(name, affine)
+        check_affine(name, affine)
     return affine
 
 
@@ -174,7 +174,7 @@ def _chosen(name: str, geometry: str, source: np.ndarray | None, best: np.ndarra
     return affine
 
 
-def _check_affine(name: str, affine: np.ndarray) -> None:
+def check_affine(name: str, affine: np.ndarray) -> None:
     """Raise ValueError, with the file's name, unless an affine can be used."""
     from tumorsynth.geometry import SPACING_RANGE_MM, frame_from_affine  # imports torch
 

@@ -11,7 +11,8 @@ import pytest
 import tumorsynth as ts
 from tumorsynth.commands.main import main
 from tumorsynth.nifti_header import is_default, read_affine
-from tumorsynth.scans.nifti import Reading, read_pair, read_volume
+from tumorsynth.scans.nifti import Reading, read_volume
+from tumorsynth.scans.volume_files import read_pair
 
 nib = pytest.importorskip("nibabel")
 pytestmark = pytest.mark.usefixtures("undrawn")

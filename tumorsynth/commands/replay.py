@@ -12,7 +12,7 @@ from tumorsynth.commands.progress import progress_bar, summary
 from tumorsynth.commands.shared import Out, Overwrite, build_synthesizer, fail, say
 from tumorsynth.scans.layouts import find_scans
 from tumorsynth.scans.organ_masks import read_scan
-from tumorsynth.scans.outputs import find_unfinished, output_paths, remove_partial_files
+from tumorsynth.scans.outputs import find_unfinished, output_paths_of, remove_partial_files
 from tumorsynth.scans.scan import synthesize_scan
 
 
@@ -86,7 +86,7 @@ def replay(
         )
         progress.end()
     print(summary(pair.name, new["tumors"]))
-    for path in output_paths(out, pair.name, pair.places).values():
+    for path in output_paths_of(pair, out).values():
         print(path)
     if old["tumorsynth"] != tumorsynth.__version__:
         say(f"note: made by version {old['tumorsynth']}, now {tumorsynth.__version__}")

@@ -18,6 +18,7 @@ from tumorsynth.commands.organs import (
     TumorLabel,
     choose_organs,
 )
+from tumorsynth.commands.pictures import ContactSheet, Html, without_view, write_pictures
 from tumorsynth.commands.progress import (
     Steps,
     faint_note,
@@ -66,7 +67,7 @@ from tumorsynth.scans.outputs import (
     output_paths,
     remove_partial_files,
 )
-from tumorsynth.scans.pairing import Pair
+from tumorsynth.scans.pairing import Pair, is_collection
 from tumorsynth.scans.run_settings import explain_mismatch, run_settings
 from tumorsynth.scans.segmentation import SEGMENTATIONS, find_segmenter
 
@@ -79,7 +80,7 @@ NOT_SELECTED = "not_selected"  # the skip code of what p, count or the caller le
 
 def synthesize(
     context: typer.Context,
-    ct: Annotated[Path, typer.Argument(help="A CT (.nii or .nii.gz) or a folder, see above.")],
+    ct: Annotated[Path, typer.Argument(help="A CT or a folder, see above.")],
     label: Annotated[
         Path | None,
         typer.Argument(help="The label map, on the same grid, or the folder of the label maps."),
@@ -187,6 +188,8 @@ def synthesize(
             "local one."
         ),
     ] = "processes",
+    html: Html = False,
+    contact_sheet: ContactSheet = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Synthesise tumours in one scan or in a folder of scans.
@@ -199,13 +202,16 @@ def synthesize(
       CT_FOLDER LABEL_FOLDER   every .nii[.gz] in the first, with the same name in the second
       FOLDER or dataset.json   nnU-Net raw, Decathlon, TotalSegmentator, AbdomenAtlas, KiTS, LiTS
                                or BTCV, as downloaded; results keep the layout (docs/layouts.md)
-    Names are compared without .nii[.gz] and without a trailing _ct or _label.
+    Names are compared without .nii[.gz] and without a trailing _ct or _label. With the extra itk,
+    .nrrd, .mha and .mhd stand for .nii.gz, and a folder of DICOM slices for a CT.
 
     \b
     Writes for each scan:
-      OUT/NAME_ct.nii.gz, OUT/NAME_label.nii.gz   affine, dtype and header kept
+      OUT/NAME_ct.nii.gz, OUT/NAME_label.nii.gz   affine, dtype and header kept; as .nrrd, .mha or
+                                                  .mhd if they came so
       OUT/NAME_report.json                        each tumour, and what replay needs
       OUT/NAME_preview.png                        each tumour in three planes, before and after
+    and with --html OUT/view.html, with --contact-sheet OUT/contact_sheet.png.
 
     In a folder, the k-th scan by name (k = 0, 1, ...) uses seed + k, and the files are the same for
     any number of --workers. A scan that fails is reported and skipped, and the exit code is 1. To
@@ -237,7 +243,7 @@ def synthesize(
         check_device(name)
     if workers is not None and workers < 1 or threads < 1:
         raise ValueError(f"--workers and --threads must be 1 or more, got {workers}, {threads}")
-    several = ct.is_dir() or len(pairs) > 1
+    several = is_collection(ct) or len(pairs) > 1
     bulges, effect = parse_bulge(bulge), parse_mass_effect(mass_effect)
     organs = choose_organs(
         found,
@@ -277,11 +283,14 @@ def synthesize(
         out.mkdir(parents=True, exist_ok=True)
         remove_partial_files(pairs, out)
         unfinished = [0]
+    names = [pair.name for pair in pairs]
+    if html:
+        unfinished = sorted({*unfinished, *without_view(out, names)})
     if len(unfinished) < len(pairs):
         print(f"{len(pairs) - len(unfinished)} of {len(pairs)} scans are finished already")
     if_taken = "add" if add_to_label else "refuse" if tumor_label is None else "judge"
     tasks = [
-        Task(pairs[k], seed + k, reading, if_taken, not several, organs.masks, segmenter)
+        Task(pairs[k], seed + k, reading, if_taken, not several, organs.masks, segmenter, html)
         for k in unfinished
     ]
     debug = context.find_root().params["debug"]
@@ -307,6 +316,7 @@ def synthesize(
             if found.dataset is not None:
                 finished = [p for p in pairs if output_paths(out, p.name)["report"].exists()]
                 write_for_results(found.dataset, out, finished, organs.tumor_label)
+            write_pictures(out, names, html=html, contact_sheet=contact_sheet)
 
 
 def _prepare_folder(

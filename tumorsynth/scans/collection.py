@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from tumorsynth.nifti_header import is_default
 from tumorsynth.scans.errors import describe_error, is_fatal
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.organ_masks import OrganMasks, read_scan
@@ -35,6 +34,7 @@ from tumorsynth.scans.scan import (
     synthesize_scan,
 )
 from tumorsynth.scans.segmentation import Segmenter
+from tumorsynth.scans.volume_files import lacks_geometry
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -58,6 +58,7 @@ class Task:
         organ_required: whether a label map without the organ is an error.
         masks: which files matter where the label is a folder of one file per organ.
         segmenter: makes the label map; None where there is one.
+        view: whether to write its part of the page before and after.
     """
 
     pair: Pair
@@ -67,6 +68,7 @@ class Task:
     organ_required: bool = False
     masks: OrganMasks | None = None
     segmenter: Segmenter | None = None
+    view: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,14 @@ def process_scan(
         masks=task.masks,
         pair=pair,
         about_label=about_label,
+        view=task.view,
     )
     return report["tumors"]
 
 
 def _notes(synth: SynthesizeTumor, image: Volume, label: Volume, reading: Reading) -> Iterator[str]:
     """What is unusual about a scan, and need not be wrong."""
-    if reading.geometry is None and is_default(image.header) and synth.unknown_size.first():
+    if reading.geometry is None and lacks_geometry(image) and synth.unknown_size.first():
         yield (  # once for each process
             f"the header of {image.name} says voxels of 1 mm and no position, as libraries write "
             "that know neither; where voxels have another size, so will the tumours: repair the "

@@ -12,6 +12,7 @@ from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.label_maps import LabelMap
 from tumorsynth.label_maps.reading import read_dataset_labels
 from tumorsynth.scans.pairing import Pair, Places, name_of
+from tumorsynth.scans.volume_files import written_suffix
 
 NAME = "dataset.json"
 CHANNEL_KEYS = ("channel_names", "modality")  # of versions 2 and 1 of nnU-Net
@@ -67,7 +68,8 @@ def _beneath(path: str, otherwise: str) -> str:
     file = PurePosixPath(path)
     inside = not file.is_absolute() and ".." not in file.parts
     place = file if inside else PurePosixPath(otherwise) / file.name
-    return str(place if place.name.endswith((".nii", ".nii.gz")) else place.with_suffix(".nii.gz"))
+    kept = place.name.endswith((".nii", written_suffix(place.name)))
+    return str(place if kept else place.with_suffix(".nii.gz"))
 
 
 def ct_channel(path: Path | None, numbers: Iterable[int]) -> int:
@@ -156,7 +158,8 @@ def write_for_results(source: Path, out: Path, pairs: Iterable[Pair], tumor_labe
     if "labels" in content:
         content["labels"] = _with_tumor(content["labels"], tumor_label)
     if places and "file_ending" in content:
-        content["file_ending"] = ".nii" if places[0].label.endswith(".nii") else ".nii.gz"
+        label = places[0].label
+        content["file_ending"] = ".nii" if label.endswith(".nii") else written_suffix(label)
     text = json.dumps(content, indent=2) + "\n"
     write_atomic(out / NAME, lambda file: file.write(text.encode()))
 

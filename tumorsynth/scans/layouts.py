@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,17 @@ from pathlib import Path, PurePosixPath
 
 from tumorsynth.scans import dataset_json
 from tumorsynth.scans.file_kinds import check_is_there, describe_folder
-from tumorsynth.scans.pairing import Pair, Places, find_files, find_pairs, has_ending, name_of
+from tumorsynth.scans.pairing import (
+    Pair,
+    Places,
+    find_files,
+    find_pairs,
+    has_ending,
+    is_collection,
+    name_of,
+)
 from tumorsynth.scans.patterns import find_by_pattern
+from tumorsynth.scans.volume_files import written_suffix
 
 MASKS = "segmentations"  # the folder of one file per organ, in TotalSegmentator and AbdomenAtlas
 MAX_DEPTH = 3  # folders below the given one that are searched
@@ -94,7 +104,7 @@ def find_scans(
             check_is_there(path)
     if pattern is not None:
         return Found(_named(find_by_pattern(ct, label, pattern)))
-    if not ct.is_dir():
+    if not is_collection(ct):
         if label is None and ct.suffix.lower() == ".json":
             return Found(_named(dataset_json.listed_pairs(ct)), ct)
         if label is not None and label.is_dir():
@@ -122,7 +132,8 @@ def find_unlabelled(ct: Path, label: Path | None, made: Path) -> Found:
         raise ValueError(
             f"--segment makes the label maps, but LABEL is {label}; leave one of them out"
         )
-    if not ct.is_dir():
+    if not is_collection(ct):
+        ct = Path(os.path.abspath(ct)) if ct.is_dir() else ct  # "." has no name
         name = name_of(ct, "_ct") or ct.stem or ct.name
         return Found([Pair(name, ct, made / f"{name}.nii.gz")])
     files = {n: p for n, p in find_files(ct, "_ct").items() if not has_ending(p, "_label")}
@@ -148,7 +159,7 @@ def _in_one_folder(root: Path, without: Path | None) -> Found:
         if pairs := find(root, folders):
             return Found(_named(pairs))
     if what := describe_folder(root):
-        raise ValueError(f"the CTs must be NIfTI files, but {root} is a folder{what}")
+        raise ValueError(f"the CTs must be several scans, but {root} is a folder{what}")
     held = ", ".join(sorted(path.name for path in root.iterdir())[:3]) or "nothing"
     raise NothingPaired(
         f"the folder {root} holds no NAME_ct.nii.gz, and no scan with its label in another known "
@@ -336,10 +347,10 @@ def _places(pair: Pair, folders: tuple[str, str], roots: tuple[Path, Path] | Non
 
 
 def written_name(path: Path) -> str:
-    """The name under which a volume is written: its own where that is .nii or .nii.gz."""
+    """The name under which a volume is written: in its own format where that can be."""
     if path.name.endswith((".nii", ".nii.gz")):
         return path.name
-    return f"{name_of(path) or path.stem}.nii.gz"
+    return f"{name_of(path) or path.stem}{written_suffix(path.name)}"
 
 
 def _named(pairs: Sequence[Pair]) -> list[Pair]:

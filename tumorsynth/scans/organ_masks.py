@@ -15,10 +15,16 @@ import numpy as np
 
 from tumorsynth.atomic_writes import copy_file
 from tumorsynth.label_maps import matching_names, suggest
-from tumorsynth.scans import nifti
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.pairing import find_files
 from tumorsynth.scans.volume import Volume
+from tumorsynth.scans.volume_files import (
+    check_same_grid,
+    read_pair,
+    read_volume,
+    write_volume,
+    written_suffix,
+)
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,8 @@ class OrganMasks:
         voxels = np.zeros(image.stored.shape, np.int16)
         values = self._values(files)
         for name, value in values.items():
-            mask = nifti.read_volume(files[name], reading)
-            nifti.check_same_grid(image, mask, reading=reading)
+            mask = read_volume(files[name], reading)
+            check_same_grid(image, mask, reading=reading)
             inside = mask.integers() > 0
             if self.moves and name != self.tumor and voxels[inside].any():
                 raise ValueError(
@@ -87,9 +93,7 @@ class OrganMasks:
             voxels[inside] = value
             label = mask.as_label()
         dtype = np.uint8 if max(values.values()) <= 255 else np.int16
-        header = label.header.copy()
-        header.set_data_dtype(dtype)
-        return replace(label, name=folder.name, stored=voxels.astype(dtype), header=header)
+        return replace(label, name=folder.name, stored=voxels.astype(dtype))
 
     def check_free(self, label: Volume, *, add: bool) -> None:
         """Raise ValueError if a scan has tumours already, unless others are to be added."""
@@ -131,19 +135,13 @@ class OrganMasks:
             if not moved:
                 copy_file(path, folder / path.name)
                 continue
-            mask = nifti.read_volume(path).as_label()
+            mask = read_volume(path).as_label()
             inside = new == values[name]
             if name in self.organs:
                 inside |= tumor & (mask.stored > 0)
-            nifti.write_volume(folder / path.name, mask, inside.astype(mask.stored.dtype))
-        like = _binary_like(label)
-        nifti.write_volume(folder / f"{self.tumor}.nii.gz", like, tumor.astype(np.uint8))
-
-
-def _binary_like(label: Volume) -> Volume:
-    header = label.header.copy()
-    header.set_data_dtype(np.uint8)
-    return replace(label, header=header)
+            write_volume(folder / path.name, mask, inside.astype(mask.stored.dtype))
+        suffix = written_suffix(next(iter(files.values())).name)
+        write_volume(folder / f"{self.tumor}{suffix}", label, tumor.astype(np.uint8))
 
 
 def choose_masks(
@@ -194,9 +192,9 @@ def read_scan(
     """Read a CT, and its label map or its folder of one file per organ.
 
     Raises:
-        ValueError: as for `nifti.read_pair` and `OrganMasks.read`.
+        ValueError: as for `volume_files.read_pair` and `OrganMasks.read`.
     """
     if masks is None or not label.is_dir():
-        return nifti.read_pair(ct, label, reading)
-    image = nifti.read_volume(ct, reading)
+        return read_pair(ct, label, reading)
+    image = read_volume(ct, reading)
     return image, masks.read(label, image, reading)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tumorsynth.atomic_writes import copy_file, write_atomic
-from tumorsynth.scans import nifti
-from tumorsynth.scans.outputs import output_paths, unfinished_marker
+from tumorsynth.scans.outputs import output_paths, output_paths_of, unfinished_marker
 from tumorsynth.scans.run_settings import run_settings, to_json_types, voxels_sha256
 from tumorsynth.scans.volume import Volume
+from tumorsynth.scans.volume_files import write_volume
 
 if TYPE_CHECKING:
     from tumorsynth.scans.organ_masks import OrganMasks
@@ -36,6 +36,7 @@ def synthesize_scan(
     masks: OrganMasks | None = None,
     pair: Pair | None = None,
     about_label: dict[str, Any] | None = None,
+    view: bool = False,
 ) -> dict[str, Any]:
     """Synthesise tumours in one scan and write its CT, label map, preview and report.
 
@@ -54,6 +55,7 @@ def synthesize_scan(
         masks: how a folder of one file per organ became the label map.
         pair: the files, where the results keep their layout.
         about_label: which program made the label map, for the report.
+        view: whether to write the scan's part of the page of `tumorsynth.scans.view`.
 
     Returns:
         The report, as written.
@@ -66,6 +68,7 @@ def synthesize_scan(
 
     from tumorsynth.appearance.visibility import FaintTumorWarning
     from tumorsynth.scans.preview import save_preview
+    from tumorsynth.scans.view import save_view
 
     whole_label = label.as_label()
     before, old = image.values(), label.integers()
@@ -104,24 +107,28 @@ def synthesize_scan(
         "params": synth.params,
     }
     places = None if pair is None else pair.places
-    paths = output_paths(out, name, places)
+    paths = output_paths(out, name) if pair is None else output_paths_of(pair, out)
     # if the run is killed before the report is written, the marker says that these files are ours
     marker = unfinished_marker(out, name)
     marker.touch()
     paths["report"].unlink(missing_ok=True)
     for path in (paths["ct"], paths["label"]):
         path.parent.mkdir(parents=True, exist_ok=True)
-    nifti.write_volume(paths["ct"], image, new_ct)
+    write_volume(paths["ct"], image, new_ct)
     if pair is not None and masks is not None:
         masks.write(paths["label"], pair.label, whole_label, new_label)
     else:
-        nifti.write_volume(paths["label"], whole_label, new_label)
+        write_volume(paths["label"], whole_label, new_label)
     for source, place in () if places is None else places.copies:
         copy_file(source, out / place)
     step()
     tumor = relabelled & (new == synth.tumor_label)
-    hu = [synth.intensity.to_hu(torch.from_numpy(v)).numpy() for v in (before, after)]
-    save_preview(paths["preview"], *hu, tumor, image.affine, records, title=f"{name}, seed {seed}")
+    hu, new_hu = (synth.intensity.to_hu(torch.from_numpy(v)).numpy() for v in (before, after))
+    save_preview(
+        paths["preview"], hu, new_hu, tumor, image.affine, records, title=f"{name}, seed {seed}"
+    )
+    if view:
+        save_view(out, name, hu, new_hu, tumor, image.affine, report)
     text = json.dumps(report, indent=2, default=to_json_types) + "\n"
     write_atomic(paths["report"], lambda file: file.write(text.encode()))
     marker.unlink(missing_ok=True)

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from tumorsynth.atomic_writes import write_atomic
+from tumorsynth.itk_formats.recognize import format_of
+from tumorsynth.scans.volume_files import read_volume, write_volume
 
 PROGRAM, TASK = "TotalSegmentator", "total"
 SEGMENTATIONS = "segmentations"  # the folder of OUT that keeps the label maps
+VOXELS_BESIDE = (".raw", ".zraw", ".raw.gz")  # of a header in NRRD or MetaImage
 LEAST_VERSION = 2  # before, values had other names
 HOW_TO_GET_A_LABEL = (
     f"install it with: pip install {PROGRAM} (an environment of its own is fine, on PATH), or run "
@@ -65,7 +68,13 @@ class Segmenter:
         label.parent.mkdir(parents=True, exist_ok=True)
         notes.unlink(missing_ok=True)
         made = label.with_name(f"{name}_unfinished_{os.getpid()}.nii.gz")
-        command = [self.program, "-i", str(ct), "-o", str(made), "--ml", "--task", TASK]
+        converted = label.with_name(f"{name}_ct_{os.getpid()}.nii.gz")
+        scan = ct
+        if format_of(ct) is not None:  # so that label and CT share one grid
+            scan = converted
+            volume = read_volume(ct)
+            write_volume(converted, volume, volume.stored)
+        command = [self.program, "-i", str(scan), "-o", str(made), "--ml", "--task", TASK]
         command += ["--device", self.device, "--quiet"] + ["--fast"] * self.fast
         try:
             run = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -77,6 +86,7 @@ class Segmenter:
             os.replace(made, label)
         finally:
             made.unlink(missing_ok=True)
+            converted.unlink(missing_ok=True)
         text = json.dumps(about, indent=2) + "\n"
         write_atomic(notes, lambda file: file.write(text.encode()))
         return about
@@ -113,10 +123,14 @@ def find_segmenter(device: str, *, fast: bool = False) -> Segmenter:
 
 
 def _sha256(path: Path) -> str:
+    """Hash a file, with the voxels beside a header, or all files of a folder of slices."""
+    files = [path, *(path.with_suffix(suffix) for suffix in VOXELS_BESIDE)]
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
+    for one in sorted(path.iterdir()) if path.is_dir() else files:
+        if one.is_file():
+            with one.open("rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ LABEL_DTYPES = ("uint8", "int16", "int32")  # of a map whose own dtype cannot ho
 
 @dataclass(frozen=True)
 class Volume:
-    """One NIfTI image: the numbers as stored, and what is needed to write them back.
+    """The image of one file: the numbers as stored, and what is needed to write them back.
 
     Attributes:
         name: of the file, for messages.
@@ -24,7 +24,7 @@ class Volume:
         slope: value = stored * slope + inter.
         inter: see ``slope``.
         affine: (4, 4) float64, voxel to mm (RAS).
-        header: nibabel header, including the dtype and the shape on disk.
+        header: nibabel's of a NIfTI; the further entries (a dict) of an NRRD or a MetaImage.
     """
 
     name: str
@@ -122,11 +122,7 @@ class Volume:
         stored = whole.astype(dtype)
         if not self.is_scaled and np.array_equal(stored, self.stored):
             return self
-        header = self.header.copy()
-        header.set_data_dtype(dtype)
-        if self.is_scaled:
-            header["scl_slope"], header["scl_inter"] = 1, 0
-        return replace(self, stored=stored, slope=1.0, inter=0.0, header=header)
+        return replace(self, stored=stored, slope=1.0, inter=0.0)
 
     def store(self, value: np.ndarray) -> np.ndarray:
         """Convert values to this file's stored numbers: unscaled, rounded to nearest, clipped."""

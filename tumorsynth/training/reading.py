@@ -1,4 +1,4 @@
-"""Read scans from NIfTI files onto the generator's grid: RAS, 1 mm, HU. Needs MONAI.
+"""Read scans from files onto the generator's grid: RAS, 1 mm, HU. Needs MONAI.
 
 All cases are read and checked before anything is trained, and one error lists all problems.
 """
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, to_array, voxel_sizes
-from tumorsynth.nifti_header import is_default
-from tumorsynth.scans import nifti
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.organ_masks import read_scan
 from tumorsynth.scans.volume import Volume
+from tumorsynth.scans.volume_files import file_lacks_geometry, read_volume
 from tumorsynth.training.data import (
     PACKED_HU,
     Case,
@@ -113,7 +112,7 @@ def read_cases(
 def _warn_of_default_headers(sources: list[Source]) -> None:
     """Warn of CTs whose header says 1 mm only because the library that wrote it knew no size."""
     files = [source.image for source in sources]
-    named = [path.name for path in files if is_default(nifti.read_header(path))]
+    named = [path.name for path in files if file_lacks_geometry(path)]
     if named:
         more = f" and {len(named) - 1} more" if len(named) > 1 else ""
         warnings.warn(
@@ -175,7 +174,7 @@ def _read(source: Source, reading: Reading, grid: Any) -> Case:
 
 def _load(path: Path, reading: Reading) -> Any:
     """Read a CT as a MetaTensor (1, X, Y, Z) of float32."""
-    volume = nifti.read_volume(path, reading)
+    volume = read_volume(path, reading)
     return _as_tensor(volume, volume.values())
 
 
@@ -184,7 +183,7 @@ def _load_label(source: Source, reading: Reading) -> Any:
     if source.label is None:
         return None
     if source.masks is None:
-        volume = nifti.read_volume(source.label, reading)
+        volume = read_volume(source.label, reading)
     else:
         _, volume = read_scan(source.image, source.label, reading, source.masks)
     return _as_tensor(volume, volume.integers().astype(np.float32))

@@ -119,7 +119,7 @@ def _in_folders(images: Path, labels: Path | None) -> list[Source]:
     if files:
         return [Source(name, path, None) for name, path in files.items()]
     if what := describe_folder(images):
-        raise ValueError(f"the CTs must be NIfTI files, but {images} is a folder{what}")
+        raise ValueError(f"the CTs must be several scans, but {images} is a folder{what}")
     raise ValueError(f"{images} holds no .nii or .nii.gz files; pass the folder of the CTs")
 
 
