@@ -161,6 +161,19 @@ def evaluate(
             f"false positives are scored ({label.name} holds {held}); if the scans have tumours, "
             "give their value"
         )
+    others = [pair for pair in pairs if pair.name in cases and cases[pair.name].holds_other]
+    if (
+        others
+        and scores["cases_with_tumor"]
+        and not any(case.holds_tumor for case in cases.values())
+    ):
+        prediction = others[0].prediction
+        held = ", ".join(map(str, label_values(prediction, reading)))
+        say(
+            f"note: no prediction holds {tumor_label} = --tumor-label, so that no tumour counts as "
+            f"found ({prediction.name} holds {held}); if tumours are predicted, write them with "
+            "the value that the labels give them"
+        )
     if froc is not None:
         if each:
             Console().print(case_table({name: case.scores for name, case in cases.items()}))

@@ -38,10 +38,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of one pair: of its masks, and of its candidates."""
+    """Scores of one pair: of its masks, and of its candidates.
+
+    Attributes:
+        scores: of the masks.
+        matches: of the candidates.
+        holds_tumor: whether a voxel is predicted as tumour.
+        holds_other: whether the predicted map holds another value than 0 and the tumour's.
+    """
 
     scores: CaseScores
     matches: ScanMatches
+    holds_tumor: bool
+    holds_other: bool
 
 
 def find_comparisons(
@@ -177,7 +186,9 @@ def score(
     of_masks = scores(predicted_map, values, organ_labels=organ_labels, early_mm=early_mm, **common)
     if probabilities:  # which say nothing about the organ
         of_masks = replace(of_masks, organ_dsc=None)
-    return PairScores(of_masks, matches)
+    is_tumor = predicted_map == tumor_label
+    holds_other = bool(((predicted_map != 0) & ~is_tumor).any())
+    return PairScores(of_masks, matches, bool(is_tumor.any()), holds_other)
 
 
 def _inside(region: Volume, wanted: Sequence[int]) -> np.ndarray:
