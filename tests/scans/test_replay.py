@@ -11,6 +11,7 @@ from tiny import tiny_generator
 from tumorsynth.commands.main import main
 
 nib = pytest.importorskip("nibabel")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def run(*words):
@@ -42,7 +43,6 @@ def voxels(out):
         ("--generator", "hu2023", "--contrast-prior", "kidney-arterial", "--bulge", "0.2-0.4"),
     ],
 )
-@pytest.mark.usefixtures("undrawn")
 def test_the_same_tumours_again(pair, tmp_path, capsys, options):
     folder = tmp_path / "gen"
     if "folder" in options:
@@ -73,7 +73,6 @@ def test_a_replay_that_differs_says_so(pair, tmp_path, capsys):
     assert "version 0.0.1" in error and "not the report's to the last voxel" in error
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_what_does_not_fit_is_refused(pair, tmp_path, capsys):
     folder, other = tiny_generator(0).save(tmp_path / "g0"), tiny_generator(1).save(tmp_path / "g1")
     out, two = tmp_path / "one", tmp_path / "two"
