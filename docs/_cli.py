@@ -17,6 +17,7 @@ VALUES = {
     str: "TEXT",
     Path: "PATH",
     list[int]: "INT",
+    list[str]: "TEXT",
     list[float]: "FLOAT",
 }
 # the names that typer before 0.20 has for the same types

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+
+from tumorsynth.atomic_writes import write_atomic
 
 if TYPE_CHECKING:
     from tumorsynth.phantom import Phantom
@@ -21,6 +24,10 @@ LONG_FILES = (
     "test_collection.py",
     "test_training_cli.py",
     "test_gpu_session.py",
+    "test_docs.py",
+    "test_cli.py",
+    "test_training_denoiser.py",
+    "test_training_evaluate.py",
 )
 
 
@@ -58,6 +65,22 @@ def phantom() -> Phantom:
     from tumorsynth.phantom import make_phantom
 
     return make_phantom(spacing=(3.0, 3.0, 3.0), seed=0)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a digest of what a preview would show; drawing takes most of the time of a small scan.
+
+    In this process alone: the commands' own processes draw.
+    """
+
+    def save(path: Path, *shown: object, **options: object) -> None:
+        parts = (one.tobytes() if isinstance(one, np.ndarray) else repr(one).encode()
+                 for one in (*shown, options))  # fmt: skip
+        digest = hashlib.sha256(b"".join(parts)).digest()
+        write_atomic(path, lambda file: file.write(digest))
+
+    monkeypatch.setattr("tumorsynth.scans.preview.save_preview", save)
 
 
 @pytest.fixture

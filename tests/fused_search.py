@@ -38,16 +38,17 @@ def exact(latent: Tensor, codes: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "shape, size",
+    "shape, size, dtype",
     [
-        ((1, 8, 4, 4, 4), 256),
-        ((3, 8, 3, 5, 7), 2 * BLOCK_CODES + 1),
-        ((2, 8, 1, 1, BLOCK_VOXELS + 1), BLOCK_CODES - 1),
-        ((2, 3, 2, 3, 4), 100),
-        ((5, 1, 1, 1, 1), 1),
+        ((1, 8, 4, 4, 4), 256, torch.float32),
+        ((3, 8, 3, 5, 7), 2 * BLOCK_CODES + 1, torch.float32),
+        ((2, 8, 1, 1, BLOCK_VOXELS + 1), BLOCK_CODES - 1, torch.bfloat16),
+        ((2, 8, 1, 1, BLOCK_VOXELS + 1), BLOCK_CODES - 1, torch.float16),
+        ((2, 3, 2, 3, 4), 100, torch.float32),
+        ((2, 3, 2, 3, 4), 100, torch.bfloat16),
+        ((5, 1, 1, 1, 1), 1, torch.float16),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_voxel_gets_a_nearest_code(shape, size, dtype):
     latent, codes = drawn(size, shape, size)
     latent = latent.to(dtype)

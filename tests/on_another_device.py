@@ -137,10 +137,8 @@ def test_a_whole_call_is_the_cpus(generator, settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"contrast_hu": -30.0},
+        {"contrast_hu": -30.0, "mass_effect": 0.5, "size_mm": 25},
         {"contrast_hu": "liver-portal", "size_mm": 40},
-        {"mass_effect": 0.5, "size_mm": 25},
         {"size_mm": "kidney", "organ_labels": (3, 4), "bulge": True},
         {"generator": "hu2023"},
     ],

@@ -1,4 +1,4 @@
-"""Docs and README: every Python block runs, the site builds, messages and versions are real."""
+"""Docs and README: the docs' Python blocks run, the site builds, messages and versions are real."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import functools
 import html
 import json
-import os
 import re
 import subprocess
 import sys
@@ -58,7 +57,8 @@ SIGNATURES = [
     r"TumorSynthCallback\(\n(?: [^\n]*\n)*? +p: float = 1\.0,\n(?: [^\n]*\n)*? +size_mm: ",
     r"TumorGenerator",
 ]
-WITH_CODE = [p for p in PAGES if python_of(p).strip()]
+# the README's blocks run in test_package.py
+WITH_CODE = [p for p in PAGES if p != README and python_of(p).strip()]
 
 
 @pytest.fixture(scope="module")
@@ -77,31 +77,11 @@ def make_phantom_once():
 def test_code_blocks_run(page, tmp_path, monkeypatch, make_phantom_once, capsys):
     if page.stem in NEEDS:
         pytest.importorskip(NEEDS[page.stem], reason=f"the page needs {NEEDS[page.stem]}")
-    if page.name == "README.md":
-        for framework in ("monai", "torchio", "lightning"):
-            pytest.importorskip(framework)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ts, "make_phantom", make_phantom_once)
     exec(compile(python_of(page), str(page), "exec"), {"__name__": page.stem})
     if page.stem == "monai":  # the first line that a reader sees counts tumour voxels
         assert int(capsys.readouterr().out.splitlines()[0].split()[-1]) > 50
-
-
-def test_first_block_of_the_readme_prints_a_report_on_the_core_alone(tmp_path):
-    block = re.search(r"^```python\n(.*?)^```$", README.read_text(), flags=re.M | re.S)[1]
-    blocked = "".join(
-        f"sys.modules[{name!r}] = None\n"
-        for name in ("monai", "torchio", "lightning", "nibabel", "matplotlib", "scipy", "typer")
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{blocked}{block}"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "diameter_mm" in done.stdout
 
 
 def test_the_readme_is_short():

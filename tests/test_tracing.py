@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -47,7 +45,7 @@ def test_a_compiled_function_makes_the_same_tumours(scan, backend):
         image, label = synth(image, label, spacing=scan.spacing, **call)
         return net(image[None]).mean(), image, label
 
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         loss, *made = step(scan.image, scan.label, seed=seed)
         loss.backward()
         params = synth.params
@@ -99,15 +97,6 @@ def test_fullgraph_names_the_function_and_the_reason(scan):
         step(scan.image, scan.label)
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):  # it has reasons
         assert "compile without fullgraph=True" in str(error.value)
-
-
-def test_nothing_imports_the_compiler():
-    code = (
-        "import sys, torch, tumorsynth as ts; s = ts.SynthesizeTumor('hu2023'); "
-        "x = torch.full((1, 24, 24, 24), 60.0); s(x, torch.ones_like(x), seed=0, spacing=1); "
-        "assert s.report[0]['applied'], s.report; sys.exit('torch._dynamo' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_what_an_untraced_function_calls_is_not_compiled_either():

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from tumorsynth.arguments import check_flag, keywords_of
+from tumorsynth.label_maps import organ_values, read_label_map
 from tumorsynth.pipeline.call import Synthesis
 from tumorsynth.pipeline.frames import Carried, check_spacing
+from tumorsynth.pipeline.label_map_check import LabelMapCheck
 from tumorsynth.pipeline.place_batch import PlacedSample, skip_sample
 from tumorsynth.pipeline.requests import skip_records
 from tumorsynth.pipeline.taken_label import TakenLabelCheck
@@ -91,12 +93,16 @@ class Adapter:
         if separate_organ:
             _check_separate_organ(settings)
             self.tumor_label = check_tumor_label(self.tumor_label, ())
-            organs = check_organ_labels(settings.get("organ_labels", SETTINGS["organ_labels"]))
+            label_map = read_label_map(settings.get("label_map"))
+            organs = settings.get("organ_labels", SETTINGS["organ_labels"])
+            organs = check_organ_labels(organ_values(organs, label_map))
             # a free value of the map that is made for the core
-            settings = {**settings, "organ_labels": organs, "tumor_label": max(organs) + 1}
+            made = {"organ_labels": organs, "tumor_label": max(organs) + 1, "label_map": None}
+            settings = {**settings, **made}
         self.synth = SynthesizeTumor(**settings)
         self.taken_label = self.synth.taken_label
         if separate_organ:
+            self.label_map_check = LabelMapCheck(label_map, max(organs))
             self.taken_label = TakenLabelCheck(self.tumor_label, self.synth.organ_labels)
             self.synth.taken_label.close()
 
@@ -247,6 +253,8 @@ class Adapter:
     def _organ_and_tumor(self, label: Tensor, organ: Tensor) -> Tensor:
         """Return one map for the core: the map's organs and the label's tumours."""
         label, organ = plain(label), plain(organ)
+        if self.label_map_check.is_open:
+            self.label_map_check.check_all(organ if organ.ndim == 5 else [organ])
         both = torch.zeros(organ.shape, dtype=torch.int64, device=organ.device)
         for value in self.synth.organ_labels:
             both[is_organ(organ, (value,))] = value

@@ -28,6 +28,27 @@ def any_bool(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(any_bool(part) for part in value)
 
 
+def format_beside(value: float, limits: Iterable[float], spec: str = ".1f") -> str:
+    """Return a number for a message, with the digits that tell it from the limits beside it.
+
+    Args:
+        value: the number.
+        limits: the numbers that the message compares it with.
+        spec: of the format, with the fewest digits: ".1f", ".3g", ".0%".
+
+    Examples:
+        >>> format_beside(4.99, [5.0]), format_beside(4.2, [5.0])
+        ('4.99', '4.2')
+    """
+    limits, kind = list(limits), spec[-1]
+    for digits in range(int(spec[1:-1]), 18):
+        text = f"{value:.{digits}{kind}}"
+        shown = float(text.rstrip("%")) / (100 if kind == "%" else 1)
+        if all((shown < end) == (value < end) and (shown > end) == (value > end) for end in limits):
+            return text
+    return repr(value)
+
+
 def check_probability(name: str, p: Any) -> float:
     """Return a number from 0 to 1.
 

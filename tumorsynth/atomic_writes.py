@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -33,3 +34,9 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file to ``target``, complete or not at all."""
+    with Path(source).open("rb") as file:
+        write_atomic(target, lambda out: shutil.copyfileobj(file, out))

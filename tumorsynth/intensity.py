@@ -182,6 +182,6 @@ def _check_unit(kind: str, hu_per_unit: float) -> None:
     low, high = HU_PER_UNIT_RANGE
     if not low <= hu_per_unit <= high:
         raise ValueError(
-            f"{kind} must make one unit of the image 1e-6 to 1e9 HU, got {hu_per_unit:g}; pass the "
+            f"{kind} must make one unit of the image 1e-6 to 1e9 HU, got {hu_per_unit!r}; pass the "
             "numbers that the image was scaled with"
         )

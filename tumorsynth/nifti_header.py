@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tumorsynth.affines import directions_agree, is_identity, sizes_agree, voxel_sizes
+from tumorsynth.affines import directions_agree, sizes_agree, voxel_sizes
+from tumorsynth.default_affines import stands_for_none
 
 GEOMETRIES = ("sform", "qform", "pixdim")
 MAX_ORIGIN_VOXELS = 0.5  # between sform and qform, whose quaternion is rounded to float32
@@ -63,7 +64,7 @@ def read_affine(name: str, header: Any, geometry: str | None = None) -> np.ndarr
                 f"{_rule(name, found)}; choose with --geometry sform, qform or pixdim, or repair "
                 "its header"
             )
-        _check_affine(name, affine)
+        check_affine(name, affine)
     return affine
 
 
@@ -82,13 +83,10 @@ def _rule(name: str, found: str) -> str:
 def is_default(header: Any) -> bool:
     """Return whether a header says what libraries write that know neither voxel size nor position.
 
-    It says 1 mm, along the axes, from 0; or 1 mm and nothing else.
+    It says 1 mm, and a place where `default_affines` puts arrays.
     """
-    if header["sform_code"] <= 0 and header["qform_code"] <= 0:
-        sizes = _pixdim(header)
-        return sizes is not None and bool((sizes == 1).all())
-    affine = np.abs(header.get_best_affine())
-    return is_identity(affine) and not affine[:3, 3].any()
+    shape = [*header.get_data_shape()[:3], 1, 1, 1][:3]
+    return stands_for_none(np.asarray(header.get_best_affine(), np.float64), shape)
 
 
 def _sources(header: Any) -> dict[str, np.ndarray | None]:
@@ -174,7 +172,7 @@ def _chosen(name: str, geometry: str, source: np.ndarray | None, best: np.ndarra
     return affine
 
 
-def _check_affine(name: str, affine: np.ndarray) -> None:
+def check_affine(name: str, affine: np.ndarray) -> None:
     """Raise ValueError, with the file's name, unless an affine can be used."""
     from tumorsynth.geometry import SPACING_RANGE_MM, frame_from_affine  # imports torch
 

@@ -23,6 +23,8 @@ STREAM_SALTS: dict[str, int] = {
     "contrast_prior": 0x7072696F,  # contrast of the tumour, from a contrast prior
     "structure": 0x636F7265,  # rim and necrotic core
     "contrast_condition": 0x636F6E74,  # contrast that conditions a diffusion generator
+    "own_variation": 0x6F776E76,  # slow variation of the tumour's own
+    "edge": 0x65646765,  # softness of the tumour's edge
     "bulge": 0x62756C67,  # share of the tumour beyond its organ
     "fill_noise": 0x66696C6C,  # noise of the background fill
     "lesion": 0x6C657369,  # lesion and pose of a copy, where its shape names none

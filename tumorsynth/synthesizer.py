@@ -20,11 +20,13 @@ from tumorsynth.devices import parse_device, plain_defaults
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
 from tumorsynth.intensity import HU, Intensity
+from tumorsynth.label_maps import LabelMapLike
 from tumorsynth.once import Once
 from tumorsynth.pipeline.call import Call, Synthesis
 from tumorsynth.pipeline.displace import displace_and_paint
 from tumorsynth.pipeline.finish import paint_and_finish
 from tumorsynth.pipeline.frames import Carried, find_frames
+from tumorsynth.pipeline.label_map_check import LabelMapCheck, warn_of_taken_value
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.params_grid import replay_frames
 from tumorsynth.pipeline.place_batch import PlacedSample, not_selected, place_samples
@@ -51,7 +53,8 @@ class SynthesizeTumor(nn.Module):
             a bank of lesions (`tumorsynth.CopyPaste`), or a loaded generator:
             `tumorsynth.Generator` or anything else that is a `tumorsynth.TumorGenerator`. A name
             loads once per process and device, on first use.
-        organ_labels: label values in which a tumour may sit, one int or several.
+        organ_labels: label values in which a tumour may sit, one int or several; or names, with
+            ``label_map``: "liver", ("liver", "pancreas"), "kidney" for left and right.
         tumor_label: the value that a tumour's voxels get. Choose one that the label does not hold,
             or that of real tumours in it: a warning, once, says if it is another organ's.
         p: probability that a sample gets tumours.
@@ -90,6 +93,10 @@ class SynthesizeTumor(nn.Module):
         any_tissue: whether to paint also where the organ's tissue is unlike the one that the
             generator's card names (``tissue_range``). With False, and without ``contrast_hu``, such
             places are avoided, and a tumour that finds no other is skipped.
+        label_map: which values the names in ``organ_labels`` have: that of a public set
+            ("totalsegmentator", "totalsegmentator-v1", "amos", "btcv", "flare22",
+            "abdomenatlas", "kits", "lits", "msd-pancreas"), a dict of your own, or the path of a
+            dataset.json. A label with values that a public set does not have is an error.
 
     Raises:
         ValueError: for a value that is out of range or unknown.
@@ -106,7 +113,7 @@ class SynthesizeTumor(nn.Module):
     def __init__(
         self,
         generator: str | os.PathLike[str] | TumorGenerator = "liver-early",
-        organ_labels: int | Iterable[int] = (1,),
+        organ_labels: int | str | Iterable[int | str] = (1,),
         tumor_label: int = 2,
         p: float = 1.0,
         count: int | Sequence[int] | None = (1, 3),
@@ -123,6 +130,7 @@ class SynthesizeTumor(nn.Module):
         shapes: Any = None,
         bulge: bool | float | Sequence[float] = False,
         any_tissue: bool = False,
+        label_map: LabelMapLike = None,
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -134,6 +142,8 @@ class SynthesizeTumor(nn.Module):
         self.unknown_size = Once()  # the warning
         self.taken_label = TakenLabelCheck(self.tumor_label, self.organ_labels)
         self.faint_tumor = Once()  # likewise
+        self.label_map_check = LabelMapCheck(self.settings.label_map, self.tumor_label)
+        warn_of_taken_value(self.settings.label_map, self.tumor_label)
 
     @untraced
     @known_keywords
@@ -243,6 +253,8 @@ class SynthesizeTumor(nn.Module):
         samples = split_batch(image, label, frames)
         # a caller's autocast would resample and feather in half precision
         with torch.autocast(image.device.type, enabled=False):
+            if self.label_map_check.is_open and params is None:
+                self.label_map_check.check_all(sample.label for sample in samples)
             placed = place_samples(settings, samples, seeds, params, exclude, call.tissue)
             if self.taken_label.is_open and params is None:
                 self._judge_tumor_label(samples, placed)

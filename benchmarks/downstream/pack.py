@@ -79,16 +79,16 @@ def read_scan(
     spacing: Sequence[float],
 ) -> Scan:
     """Read CT and label, number the tumours, and resample what lies around the organ."""
-    from tumorsynth.scans import nifti
+    from tumorsynth.scans import nifti, volume_files
 
     name = entry["name"]
-    ct = nifti.read_volume(folders[0] / f"{name}_ct.nii.gz")
+    ct = volume_files.read_volume(folders[0] / f"{name}_ct.nii.gz")
     candidates = [folder / f"{name}_label.nii.gz" for folder in folders]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise FileNotFoundError(f"no {candidates[0].name} in {', '.join(map(str, folders))}")
-    annotation = nifti.read_volume(found)
-    nifti.check_same_grid(ct, annotation, "CT and label", nifti.Reading())
+    annotation = volume_files.read_volume(found)
+    volume_files.check_same_grid(ct, annotation, "CT and label", nifti.Reading())
     values = annotation.integers()
     tumor = np.isin(values, list(tumor_labels))
     organ = np.isin(values, list(organ_labels)) | tumor

@@ -33,7 +33,7 @@ from benchmarks.common import HERE, spread, write
 from tumorsynth.geometry import Box
 from tumorsynth.phantom.landmarks import LABELS
 from tumorsynth.placement.organ import organ_box
-from tumorsynth.scans.nifti import read_pair
+from tumorsynth.scans.volume_files import read_pair
 
 GENERATORS = ("liver-early", "hu2023", "lung")
 SCANS: dict[str, dict[str, int]] = {

@@ -20,8 +20,8 @@ import torch
 from torch.nn.functional import max_pool3d
 
 import tumorsynth as ts
-from tumorsynth.scans.nifti import read_pair
 from tumorsynth.scans.preview import save_preview
+from tumorsynth.scans.volume_files import read_pair
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402 (after the backend)

@@ -1,4 +1,4 @@
-"""Changes match the sharpness and evenness of their scan, and keep their contrast."""
+"""Changes match the sharpness, noise and evenness of their scan, and keep their contrast."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from tumorsynth.appearance.noise import (
     grain_region,
     match_to_scan,
     measure_noise,
+    sample_edge_mm,
+    sample_own_variation,
     softening_mm,
 )
 from tumorsynth.geometry import Box
@@ -97,15 +99,15 @@ def test_grain_is_measured_around_the_tumours_middle_inside_the_sample():
 def test_a_change_is_no_sharper_than_its_scan_and_keeps_its_contrast():
     mask = ball()
     change = -40.0 * gaussian_filter(mask.float(), [0.8] * 3)
-    sharp = match_to_scan(noisy(), change, mask, SHARP, even=False)
+    sharp = match_to_scan(noisy(), change, mask, SHARP, own_variation=None)
     assert sharp is change
     last = edge_width(change, mask)
     for width in (1.0, 1.5, 2.0):
-        soft = match_to_scan(noisy(), change, mask, (width,) * 3, even=False)
+        soft = match_to_scan(noisy(), change, mask, (width,) * 3, own_variation=None)
         assert edge_width(soft, mask) > 1.1 * last
         assert core_mean(soft, mask) == pytest.approx(core_mean(change, mask), rel=0.01)
         last = edge_width(soft, mask)
-    across = match_to_scan(noisy(), change, mask, (0.3, 0.3, 2.0), even=False)
+    across = match_to_scan(noisy(), change, mask, (0.3, 0.3, 2.0), own_variation=None)
     assert edge_width(across, mask) < 1.2 * edge_width(change, mask)  # thick slices lie along z
     assert edge_width(across.movedim(2, 0), mask) > 1.5 * edge_width(change, mask)
 
@@ -120,11 +122,11 @@ def test_evening_replaces_lumps_by_the_scans_own_variation():
     hu = noisy()
     lumps = noisy((2.5, 2.5, 2.5), seed=1, sd=10.0) - 110
     change = (lumps - 40) * gaussian_filter(mask.float(), [1.0] * 3)
-    even = match_to_scan(hu, change, mask, SHARP, even=True)
+    even = match_to_scan(hu, change, mask, SHARP, own_variation=0.0)
     was, before, after = (slow_spread(v, mask) for v in (hu, hu + change, hu + even))
     assert before > 3 * was and after < 0.6 * before
     assert core_mean(even, mask) == pytest.approx(core_mean(change, mask), rel=0.02)
-    assert torch.equal(match_to_scan(hu, change, mask, SHARP, even=False), change)
+    assert torch.equal(match_to_scan(hu, change, mask, SHARP, own_variation=None), change)
     # beyond the outline it stays, apart from fine noise
     assert torch.allclose(even[~mask], change[~mask], atol=0.5)
 
@@ -135,25 +137,77 @@ def test_evening_keeps_a_dark_middle_and_removes_vessels():
     depth = gaussian_filter(mask.float(), [3.0] * 3)
     change = -60 * depth
     hu = noisy((0.5, 0.5, 0.5), sd=4.0)
-    even = match_to_scan(hu, change, mask, SHARP, even=True)
+    even = match_to_scan(hu, change, mask, SHARP, own_variation=0.0)
     assert float((even - change)[mask].abs().mean()) < 2.0
     vessel = hu.clone()
     vessel[:, 18:22, 18:22] += 50.0
-    swept = match_to_scan(vessel, change, mask, SHARP, even=True)
+    swept = match_to_scan(vessel, change, mask, SHARP, own_variation=0.0)
     assert float((vessel + swept)[17:24, 19:21, 19:21].mean()) < float(
         (vessel + change)[17:24, 19:21, 19:21].mean() - 12
     )
+
+
+def deep(mask, spacing=ISO):
+    """Where no edge is seen."""
+    return gaussian_filter(mask.float(), [2.5 / s for s in spacing]) > 0.98
+
+
+def fine_spread(values, where):
+    return float((values - gaussian_filter(values, [1.5] * 3))[where].std())
+
+
+@pytest.mark.parametrize("sigmas", [(0.0, 0.0, 0.0), (0.6, 0.6, 1.5), (1.2, 1.2, 1.2)])
+@pytest.mark.parametrize("sd", [4.0, 12.0, 30.0])
+def test_a_tumour_is_as_noisy_as_its_scan(sigmas, sd):
+    """Whatever part of the scan's noise a change takes away, and however little it brings."""
+    mask = ball(11)
+    hu, other = noisy(sigmas, sd=sd), noisy(sigmas, seed=1, sd=0.3 * sd)
+    soft = gaussian_filter(mask.float(), [1.0] * 3)
+    change = (-40.0 - 0.8 * (hu - 110) + (other - 110)) * soft
+    inside = deep(mask)
+    quiet = fine_spread(hu + change, inside) / fine_spread(hu, inside)
+    matched = match_to_scan(hu, change, mask, SHARP, own_variation=0.0)
+    assert quiet < 0.6
+    assert fine_spread(hu + matched, inside) / fine_spread(hu, inside) == pytest.approx(1, abs=0.05)
+    assert core_mean(matched, mask) == pytest.approx(core_mean(change, mask), abs=1.0)
+
+
+def test_a_tumour_has_as_much_variation_of_its_own_as_it_is_given():
+    mask = ball(11)
+    hu = noisy((0.6, 0.6, 0.6))
+    lumps = noisy((2.5, 2.5, 2.5), seed=1, sd=10.0) - 110
+    change = (lumps - 40) * gaussian_filter(mask.float(), [1.0] * 3)
+    spreads = [
+        slow_spread(hu + match_to_scan(hu, change, mask, SHARP, own_variation=own), mask)
+        for own in (0.0, 1.0, 2.0, 100.0)
+    ]
+    assert spreads[0] < 0.9 * spreads[1] < 0.8 * spreads[2]
+    assert spreads[3] < 15  # a quarter of the change at most
+    drawn = [sample_own_variation(seed) for seed in range(300)]
+    assert 0 <= min(drawn) < 0.01 and 0.4 < sorted(drawn)[150] < 1.2 and 2 < max(drawn) <= 3
+
+
+def test_only_large_tumours_get_softer_edges():
+    assert sample_edge_mm(1, 15.0) == 0.0
+    drawn = [sample_edge_mm(seed, 45.0) for seed in range(300)]
+    assert min(drawn) < 0.1 and 1.0 < sorted(drawn)[150] < 2.0 and 2.5 < max(drawn) < 3.0
+    assert softening_mm(SHARP, 2.0) == (2.0, 2.0, 2.0)
+    mask = ball(15)
+    change = -40.0 * gaussian_filter(mask.float(), [0.8] * 3)
+    soft = match_to_scan(noisy(), change, mask, SHARP, None, edge_mm=2.0)
+    assert edge_width(soft, mask) > 1.7 * edge_width(change, mask)
+    assert core_mean(soft, mask) == pytest.approx(core_mean(change, mask), rel=0.01)
 
 
 @pytest.mark.parametrize("radius", [0.4, 1.2, 2.5, 19.0])
 def test_tumours_of_any_size_keep_their_contrast(radius):
     mask = ball(radius)
     change = -30.0 * mask.float()
-    matched = match_to_scan(noisy(), change, mask, (1.5, 1.5, 2.0), even=True)
+    matched = match_to_scan(noisy(), change, mask, (1.5, 1.5, 2.0), own_variation=0.0)
     assert matched.isfinite().all() and float(matched.abs().max()) < 120
     assert core_mean(matched, mask) == pytest.approx(-30.0, rel=0.1)
     nothing = torch.zeros_like(mask)
-    assert match_to_scan(noisy(), change, nothing, (2.0,) * 3, even=True) is change
+    assert match_to_scan(noisy(), change, nothing, (2.0,) * 3, own_variation=0.0) is change
 
 
 # -- in a call -------------------------------------------------------------------------------------
@@ -176,6 +230,26 @@ def test_edges_follow_the_scan(generator):
         assert record["sigma_mm"] == max(0.5, *record["grain_mm"])
         steep[name] = float(change.diff(dim=0).abs().amax() / change[mask].abs().mean())
     assert steep["soft"] < 0.8 * steep["sharp"]
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "spacing", "sd"),
+    [
+        ((0.5, 0.5, 0.5), (0.8, 0.8, 1.5), 12.0),
+        ((0.5, 0.5, 0.0), (0.8, 0.8, 5.0), 12.0),  # thick slices
+        ((1.3, 1.3, 0.5), (0.8, 0.8, 2.0), 7.0),  # a smooth kernel
+        ((0.3, 0.3, 0.3), (1.0, 1.0, 1.0), 30.0),
+    ],
+)
+def test_liver_early_is_as_noisy_as_the_tissue_was(sigmas, spacing, sd):
+    hu = noisy(sigmas, side=64, sd=sd)
+    settings = {"size_mm": 22, "contrast_hu": -40.0, "generator": "liver-early"}
+    change, mask, _ = call(hu, spacing, **settings)
+    inside = deep(mask, spacing)
+    for axis in (0, 1):
+        both = inside.narrow(axis, 1, 63)
+        rough = [float(v.diff(dim=axis)[both].std()) for v in (hu, hu + change)]
+        assert rough[1] / rough[0] == pytest.approx(1, abs=0.07)
 
 
 def test_a_published_generator_keeps_its_own_texture():
@@ -228,9 +302,9 @@ def test_a_softened_change_is_as_wide_as_the_blurred_sharp_one():
         blurred_sharp = gaussian_filter(sharp, softer)
         sigma = [math.hypot(0.8, s) for s in softer]
         weight = feather(mask, sigma, ISO, "change", True, softened_mm=softer)
-        matched = match_to_scan(noisy(), change, mask, grain_mm, even=False) * weight
+        matched = match_to_scan(noisy(), change, mask, grain_mm, own_variation=None) * weight
         assert wide(matched) == pytest.approx(wide(blurred_sharp), rel=0.12)
         assert wide(matched) > 1.1 * wide(sharp)
-        cut = match_to_scan(noisy(), change, mask, grain_mm, even=False)
+        cut = match_to_scan(noisy(), change, mask, grain_mm, own_variation=None)
         cut = cut * feather(mask, sigma, ISO, "change", True)
         assert wide(cut) < 0.95 * wide(matched)  # with the feather at the outline the edge is cut

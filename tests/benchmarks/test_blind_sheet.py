@@ -79,6 +79,8 @@ def test_the_order_depends_on_the_seed_and_on_nothing_else(scans, sheet, tmp_pat
         assert path.read_bytes() == (again / path.name).read_bytes()
     orders = {tuple(case["truth"] for case in key["cases"].values())}
     for seed in (2, 3):
+        if len(orders) > 1:
+            break
         _, other = make_sheet(scans, tmp_path / str(seed), seed)
         orders.add(tuple(case["truth"] for case in other["cases"].values()))
     assert len(orders) > 1

@@ -90,7 +90,8 @@ def test_two_generators_paint_into_the_same_outlines(folder):
     assert not torch.equal(one.tumor.hu, other.tumor.hu)
 
 
-def test_no_room_is_said(tmp_path):
+def test_no_room_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(paired, "TRIES", 3)
     write_livers(tmp_path, ("anna",))
     (scan,) = read(tmp_path)
     reason = paired.make("hu2023", scan, 70.0, -40.0, seed=0)

@@ -137,6 +137,7 @@ def test_same_seed_same_files_in_another_process(pair, tmp_path):
         assert path.read_bytes() != (c / path.name).read_bytes(), path.name
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_organ_labels(pair, tmp_path):
     out = tmp_path / "out"
     hit = set()
@@ -151,6 +152,7 @@ def test_several_organ_labels(pair, tmp_path):
     assert hit and hit <= {3, 7}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_scaled_storage_keeps_its_raw_numbers(tmp_path):
     ct, label = scan()
     paths = write(tmp_path / "in", "case", ct, label)
@@ -182,6 +184,7 @@ def test_float_ct_with_nan_and_inf_keeps_them(tmp_path):
     assert 0.8 < same.mean() < 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_trailing_axis_of_one_is_kept(tmp_path):
     ct, label = scan()
     paths = write(tmp_path / "in", "case", ct[..., None], label)
@@ -190,6 +193,7 @@ def test_trailing_axis_of_one_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("axes", list(permutations(range(3)))[1::2])
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_patient_in_another_orientation(tmp_path, axes):
     ct, label = scan()
     affine = LPS[:, [*axes, 3]] @ np.diag([-1, 1, 1, 1])
@@ -230,6 +234,7 @@ def test_size_prior_and_scaled_intensity(pair, tmp_path):
 # folders ------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_folder_of_pairs_and_two_folders_agree(tmp_path):
     one, cts, labels = tmp_path / "one", tmp_path / "cts", tmp_path / "labels"
     for i, name in enumerate(("b", "a")):
@@ -251,6 +256,7 @@ def test_folder_of_pairs_and_two_folders_agree(tmp_path):
             assert len({gzip.open(f).read() for f in files}) == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_bad_scan_among_many_is_reported_and_passed_over(tmp_path, capsys):
     folder = tmp_path / "in"
     for name in "abcd":
@@ -389,8 +395,8 @@ def test_debug_shows_the_traceback(pair, tmp_path):
 # the other commands ---------------------------------------------------------------------------
 
 
-def test_demo_says_where_the_pictures_are(tmp_path, capsys):
-    out = tmp_path / "demo"
+def test_the_demo_says_where_its_pictures_are_and_how_to_replay_it(tmp_path, capsys):
+    out = tmp_path / "a demo"
     for _ in range(2):  # again, over its own results
         assert run("demo", "-o", out, "--generator", "hu2023", "--count", 2) == 0
         said = capsys.readouterr().out
@@ -400,16 +406,11 @@ def test_demo_says_where_the_pictures_are(tmp_path, capsys):
     tumor_label = report["options"]["tumor_label"]
     assert sum(t["label_voxels"] for t in report["tumors"]) == (label == tumor_label).sum() > 0
     assert f"tumours have the value {tumor_label} in phantom_label.nii.gz" in said
-
-
-def test_the_demo_can_be_replayed_as_it_says(tmp_path, capsys):
-    out = tmp_path / "a demo"
-    assert run("demo", "-o", out, "--generator", "hu2023", "--count", 1) == 0
-    (line,) = (x for x in capsys.readouterr().out.splitlines() if "tumorsynth replay" in x)
-    assert run(*shlex.split(line.partition("tumorsynth ")[2])) == 0
-    assert "every voxel is as in the report" in capsys.readouterr().out
     before, after = load(out / "healthy/phantom_ct.nii.gz")[0], load(out / "phantom_ct.nii.gz")[0]
     assert (before != after).any()
+    (line,) = (x for x in said.splitlines() if "tumorsynth replay" in x)
+    assert run(*shlex.split(line.partition("tumorsynth ")[2])) == 0
+    assert "every voxel is as in the report" in capsys.readouterr().out
 
 
 def test_info_lists_and_describes(capsys):
@@ -488,6 +489,7 @@ def test_a_wrong_organ_label_is_an_error_and_writes_nothing(pair, tmp_path, caps
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_no_tumour_anywhere_is_said_and_exits_with_one(tmp_path, capsys):
     ct, label = scan()
     for name, organ in (("a", 1), ("b", 5)):
@@ -566,6 +568,7 @@ def faint_scan(folder, name="case"):
     return write(folder, name, np.rint(ct).astype(np.int16), label)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_summary_counts_the_tumours_that_are_hardly_visible(tmp_path, capsys):
     for name in ("a", "b"):
         faint_scan(tmp_path / "in", name)
@@ -584,6 +587,7 @@ def test_a_summary_counts_the_tumours_that_are_hardly_visible(tmp_path, capsys):
     assert "hardly" not in out + err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_default_tumours_are_visible_in_the_report(tmp_path, capsys):
     paths = faint_scan(tmp_path / "in")
     assert synthesize(*paths, "--count", 3, "-o", tmp_path / "out") == 0
@@ -599,6 +603,7 @@ def strict(path):
     return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_gate_skips_tumours_and_resumes_and_replays(tmp_path, capsys):
     paths = faint_scan(tmp_path / "in")
     out = tmp_path / "out"

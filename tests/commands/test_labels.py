@@ -10,6 +10,7 @@ import pytest
 from test_cli import LPS, load, refused, run, scan, synthesize, write
 
 nib = pytest.importorskip("nibabel")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def lits(seed=0):

@@ -231,6 +231,8 @@ def test_the_compiler_is_not_imported_unless_asked_for():
         "import sys, torch, tumorsynth as ts; "
         "g = ts.load_generator('liver-early'); "
         "g.change(torch.full((1, 1, 32, 32, 32), 0.6), torch.ones(1, 1, 32, 32, 32) > 0, seed=0); "
+        "s = ts.SynthesizeTumor('hu2023'); x = torch.full((1, 24, 24, 24), 60.0); "
+        "s(x, torch.ones_like(x), seed=0, spacing=1); assert s.report[0]['applied'], s.report; "
         "print('torch._dynamo' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -34,8 +34,13 @@ def make(shared: Path, out: Path, *options: str) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def generator(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator:
-    return Generator.from_difftumor(*make(shared, tmp_path_factory.mktemp("seed1"), "--seed", "1"))
+def seed1(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make(shared, tmp_path_factory.mktemp("seed1"), "--seed", "1")
+
+
+@pytest.fixture(scope="module")
+def generator(seed1: tuple[Path, Path]) -> Generator:
+    return Generator.from_difftumor(*seed1)
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +104,12 @@ def test_reconstruction(generator: Generator, expected: dict[str, Tensor], crop)
     assert difference(found, expected["reconstruction"]) < TIGHT
 
 
-def test_another_seed_and_schedule(shared: Path, tmp_path: Path, generator: Generator) -> None:
+def test_another_seed_and_schedule(shared: Path, tmp_path: Path, generator, seed1) -> None:
     paths = make(shared, tmp_path, "--seed", "2", "--timesteps", "200")
     other = Generator.from_difftumor(*paths)
     assert other.schedule.timesteps == 200 and other.sampler.steps == 50
     own = dict(generator.denoiser.named_parameters())
     same = [name for name, p in other.denoiser.named_parameters() if torch.equal(p, own[name])]
     assert same == []
-    first = make(shared, tmp_path / "seed1", "--seed", "1")
     with pytest.raises(ValueError, match="another autoencoder"):
-        read_difftumor(first[0], paths[1])
+        read_difftumor(seed1[0], paths[1])

@@ -132,8 +132,8 @@ def noise_ratio(generator: str, blend: str, slice_mm: float) -> float:
 
 @pytest.mark.parametrize("kwargs", [
     {},
-    {"generator": "liver-early"},
-    {"generator": "liver-early", "blend": "difftumor"},
+    {"generator": "liver-early", "count": 1},
+    {"generator": "liver-early", "blend": "difftumor", "count": 1},
     {"mass_effect": 0.5},
     {"gate": True},
     {"contrast_hu": "liver-portal", "size_mm": (8, 14)},

@@ -64,7 +64,7 @@ def true_share(tumor: LocalMask, spacing, steps: int = 24) -> np.ndarray:
 @pytest.mark.parametrize("diameter_mm", [5.0, 9.0, 20.0])
 @pytest.mark.parametrize("axes", [(1.0, 1.0, 1.0), RATIO], ids=["ball", "ellipsoid"])
 def test_the_share_of_each_voxel_is_that_of_the_shape(spacing, diameter_mm, axes):
-    for shape_seed in range(4):
+    for shape_seed in range(4 if diameter_mm < 20 else 2):
         tumor = placed(spacing, params(diameter_mm, shape_seed, axes))
         volume = float(tumor.share.sum(dtype=torch.float64)) * math.prod(spacing)
         assert volume == pytest.approx(math.pi / 6 * diameter_mm**3, rel=0.02)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,31 +16,19 @@ nibabel = pytest.importorskip("nibabel", reason="needs the extra reader-study")
 pytest.importorskip("uvicorn", reason="needs the extra reader-study")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra test")
 
+from browser import WAIT_MS, open_page, picture  # noqa: E402
+
 from tumorsynth.commands.main import main  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = """
---no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --use-gl=angle --use-angle=swiftshader
---enable-unsafe-swiftshader
-""".split()
 COUNT = 4
 SHAPE = (24, 28, 20)
-WAIT_MS = 120_000  # a busy machine is slow, not wrong
 
 
 @pytest.fixture(scope="module")
 def page():
-    found = [path for name in BROWSERS if (path := shutil.which(name))]
-    if not found:
-        pytest.skip(f"needs a browser, none of {', '.join(BROWSERS)} is installed")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found[0], args=FLAGS, timeout=WAIT_MS)
-        page = browser.new_page(viewport={"width": 900, "height": 600})
-        page.set_default_timeout(WAIT_MS)
+    with open_page() as page:
         yield page
-        browser.close()
 
 
 @pytest.fixture
@@ -84,22 +71,6 @@ def a_free_port() -> int:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         return place.getsockname()[1]
-
-
-def picture(page) -> dict:
-    """Mean and spread of the pixels of the viewer, drawn anew."""
-    return page.evaluate("""() => {
-        nv.drawScene();
-        const gl = nv.gl, w = gl.drawingBufferWidth, h = gl.drawingBufferHeight;
-        const pixels = new Uint8Array(4 * w * h);
-        gl.readPixels(0, 0, w, h, gl.RGBA, gl.UNSIGNED_BYTE, pixels);
-        let sum = 0, hash = 0;
-        for (let k = 0; k < pixels.length; k += 4) {
-            sum += pixels[k];
-            hash = (31 * hash + pixels[k]) | 0;
-        }
-        return { mean: sum / (w * h), hash };
-    }""")
 
 
 def opened(page, case: int) -> None:

@@ -14,8 +14,11 @@ import zipfile
 import numpy as np
 import pytest
 
+from tumorsynth.evaluation.folders import find_comparisons
+from tumorsynth.reader_study.blinding import find_scans
 from tumorsynth.scans.nifti import read_volume, write_volume
 from tumorsynth.scans.pairing import find_files, find_pairs
+from tumorsynth.training.reading import find_sources
 
 nib = pytest.importorskip("nibabel")
 
@@ -157,9 +160,12 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
 def test_a_folder_of_dicom_slices_is_named(tmp_path):
     for k in range(3):
         (tmp_path / f"IM{k}").write_bytes(STRANGERS["DICOM"][0])
-    for read in (read_volume, lambda p: find_pairs(p, p), lambda p: find_pairs(p, None)):
-        with pytest.raises(ValueError, match="folder of DICOM slices; .*dcm2niix"):
-            read(tmp_path)
+    with pytest.raises(ValueError, match="needs its label file as second argument"):
+        find_pairs(tmp_path, None)
+    for read in (read_volume, find_comparisons, find_sources, lambda p: find_scans(p, "real")):
+        arguments = (tmp_path,) * (2 if read is find_comparisons else 1)
+        with pytest.raises(ValueError, match="folder of DICOM slices, one scan; give the folder"):
+            read(*arguments)
 
 
 def test_upper_case_names_are_found_and_paired(tmp_path):

@@ -10,12 +10,11 @@ import pytest
 
 from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.scans.nifti import (
-    check_same_grid,
     new_volume,
-    read_pair,
     read_volume,
     write_volume,
 )
+from tumorsynth.scans.volume_files import check_same_grid, read_pair
 
 nib = pytest.importorskip("nibabel")
 

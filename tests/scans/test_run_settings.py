@@ -42,7 +42,12 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in inspect.signature(ts.SynthesizeTumor).parameters if name != "device"]
+    "name",
+    [
+        name
+        for name in inspect.signature(ts.SynthesizeTumor).parameters
+        if name not in ("device", "label_map")  # names come to organ_labels, see below
+    ],
 )
 def test_no_setting_is_forgotten(tmp_path, name):
     """Of any parameter, also of one that is added later: it needs a value above."""
@@ -54,6 +59,15 @@ def test_no_setting_is_forgotten(tmp_path, name):
     report.write_text(json.dumps(changed))
     assert explain_mismatch(report, settings(**{name: OTHER[name]})) is None
     assert name in explain_mismatch(report, settings())
+
+
+def test_names_of_organs_are_recorded_as_their_values(tmp_path):
+    report = tmp_path / "a_report.json"
+    by_name = {"organ_labels": ("liver", "kidney"), "label_map": "flare22", "tumor_label": 20}
+    report.write_text(json.dumps(settings(**by_name)))
+    assert explain_mismatch(report, settings(organ_labels=(1, 2, 13), tumor_label=20)) is None
+    other = settings(**{**by_name, "label_map": "amos"})
+    assert "organ_labels" in explain_mismatch(report, other)
 
 
 def test_defaults_are_recorded_as_in_earlier_reports():

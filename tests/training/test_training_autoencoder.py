@@ -102,9 +102,7 @@ def test_a_cpu_that_emulates_bfloat16_trains_in_float32(tmp_path, monkeypatch, u
 
 
 @pytest.mark.parametrize(("gains", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
-def test_the_default_precision_is_the_faster_one(
-    gains, expected, tmp_path, monkeypatch, unmeasured
-):
+def test_the_default_precision_is_the_faster_one(gains, expected, monkeypatch):
     monkeypatch.setattr("tumorsynth.training.launch.cpu_computes_bfloat16", lambda: True)
     monkeypatch.setattr("tumorsynth.training.launch.cpu_gains_from_bfloat16", lambda: gains)
     config = replace(TINY, steps=1, patch_size=16, batch_size=1, picture_every=0)
@@ -117,7 +115,10 @@ def test_the_default_precision_is_the_faster_one(
         assert usable_precision(Hardware(accelerator="cpu"), config.precision) == expected
         for asked in ("bf16-mixed", "32-true"):
             assert usable_precision(Hardware(accelerator="cpu"), asked) == asked
-        monkeypatch.undo()
+
+
+def test_the_card_names_the_precision(tmp_path, unmeasured):
+    config = replace(TINY, steps=1, patch_size=16, batch_size=1, picture_every=0)
     autoencoder.train(make_cases(), tmp_path / "ae", config, Hardware(accelerator="cpu"))
     card = json.loads((tmp_path / "ae" / "card.json").read_text())
     assert card["training"]["precision"] == usable_precision(Hardware(accelerator="cpu"), "auto")

@@ -80,7 +80,7 @@ def test_what_a_run_leaves(folder):
     assert generator.sampler.mask_conditioning == "area"
 
 
-def test_packs_presets_and_other_predictions(folder, capsys):
+def test_packs_presets_and_other_predictions(folder, capsys, unmeasured):
     pack = folder / "pack.npz"
     assert run("train", "pack", folder / "data" / "dataset.json", "-o", pack) == 0
     assert (

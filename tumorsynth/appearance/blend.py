@@ -106,8 +106,8 @@ def gaussian_filter(volume: Tensor, sigmas: Sequence[float], cutoff: float = 3.0
     """Filter a volume with a Gaussian along each axis, mirrored at its borders.
 
     Args:
-        volume: (X, Y, Z).
-        sigmas: standard deviation along each axis, in voxels.
+        volume: of any shape.
+        sigmas: standard deviation along each of its axes, in voxels; 0 leaves an axis as it is.
         cutoff: half width of the kernel in standard deviations.
     """
     for axis, sigma in enumerate(sigmas):

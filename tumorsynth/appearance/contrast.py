@@ -51,8 +51,8 @@ class ContrastConfig:
         reference_hu: the tissue for which low and high hold. They scale with the tissue's own
             level, so that a tumour in an unenhanced organ is fainter. None turns this off.
         tissue: HU that count as tissue around a tumour; fat, air and bone are not measured.
-        even: whether the slow variation in a painted tumour is matched to that of the scan. The
-            denoiser's is larger than that of real tumours (`tumorsynth.appearance.noise`).
+        even: whether noise, slow variation and edge of a painted tumour are matched to the scan and
+            to real tumours (`tumorsynth.appearance.noise`).
 
     Raises:
         ValueError: if the numbers are not finite and in order.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.blend import filter_on
 from tumorsynth.appearance.visibility import VISIBLE_FROM, measure_visibility
-from tumorsynth.arguments import any_bool, is_bool, keywords_of
+from tumorsynth.arguments import any_bool, format_beside, is_bool, keywords_of
 from tumorsynth.geometry import Frame, Rows3
 from tumorsynth.placement.rasterize import flatness
 
@@ -131,13 +131,15 @@ class Gate:
             limits, value = getattr(self, name), scores.get(name)
             if limits is None or value is None or limits[0] <= value <= limits[1]:
                 continue
-            return f"{name} {value:.3g} is not within {limits[0]:g} to {limits[1]:g}"
+            found = format_beside(value, limits, ".3g")
+            return f"{name} {found} is not within {limits[0]:g} to {limits[1]:g}"
         if self.scorer is not None:
             value = scores["scorer"]
             if value is None:
                 return "the scorer gave no number"
             if value < self.least:
-                return f"the scorer gave {value:.3g}, less than {self.least:g}"
+                found = format_beside(value, [self.least], ".3g")
+                return f"the scorer gave {found}, less than {self.least:g}"
         return None
 
 

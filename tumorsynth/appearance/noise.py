@@ -1,4 +1,8 @@
-"""Match a change to the scan that it goes into: its sharpness, and its slow variation inside.
+"""Match a change to the scan that it goes into: its sharpness, its noise and its slow variation.
+
+The noise in a tumour is that of the tissue around it. A diffusion generator's change takes most of
+the scan's noise away, which its autoencoder reproduces, and brings little back, which its denoiser
+smooths. Inside a tumour the scan therefore keeps its own.
 
 *Grain* is the width of a scan's noise: 1.4 times the standard deviation of the Gaussian that makes
 white noise as correlated from voxel to voxel as the scan's. Smooth kernels, thick slices and
@@ -17,6 +21,7 @@ from torch import Tensor
 from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.appearance.contrast import core
 from tumorsynth.geometry import Box, Floats3, Ints3, bounding_box
+from tumorsynth.random_streams import substream
 
 # Reconstruction kernels widen edges more than they correlate noise.
 GRAIN_PER_NOISE_SIGMA = 1.4
@@ -34,7 +39,13 @@ MIN_SOFTENING_MM = 0.2  # smaller differences in sharpness count as none
 PROFILE_SIGMA_MM = 2.5  # of the filtered mask that stands for a voxel's depth in the tumour
 SLOW_SIGMA_MM = 1.5  # what a Gaussian of this width leaves varies slowly
 MAX_SLOW_SDS = 2.5  # of a scan's slow variation that is kept; beyond are vessels
+VESSEL_SDS = 1.25  # of it: where the scan is brighter than this, less of its noise is kept
 MIN_EVENED_VOXELS = 64  # a smaller tumour has no inside to even out
+MAX_OWN_VARIATION = 3.0  # of a tumour, over the slow variation of its scan
+MAX_OWN_SHARE = 0.25  # of a tumour's mean change, which its own variation stays below
+SHARP_UP_TO_MM = 16.0  # diameter of tumours whose edge is as sharp as the generator's
+MAX_EDGE_PER_MM = 0.1  # of diameter beyond that: standard deviation of the widest edges
+MAX_OWN_GAIN = 3.0  # by which the slow variation that a generator paints is raised
 MATCH_MARGIN_VOXELS = 6  # around a tumour, within which its change is matched
 MIN_CORE_CHANGE_HU = 1.0  # a smaller change of the core is not restored
 CORE_GAIN_RANGE = (0.5, 2.0)  # of the factor that restores the core's change
@@ -110,16 +121,35 @@ def grain_of_subvoxels(
     return x, y, z
 
 
-def softening_mm(grain_mm: Sequence[float]) -> Floats3:
-    """Return how much softer a scan is than a generator's changes.
+def sample_edge_mm(seed: int, diameter_mm: float) -> float:
+    """Return how much softer a tumour's edge is than a generator paints it.
+
+    Annotated tumours above 30 mm are often ill-defined; small ones are not.
+
+    Args:
+        seed: of the tumour's shape.
+        diameter_mm: equivalent diameter.
+
+    Returns:
+        Standard deviation in mm of the Gaussian to apply.
+    """
+    u = float(torch.rand((), generator=substream(seed, "edge"), dtype=torch.float64))
+    return MAX_EDGE_PER_MM * max(diameter_mm - SHARP_UP_TO_MM, 0.0) * u
+
+
+def softening_mm(grain_mm: Sequence[float], edge_mm: float = 0.0) -> Floats3:
+    """Return by how much to soften a generator's changes.
 
     Args:
         grain_mm: of the scan, along each axis.
+        edge_mm: how much softer the tumour's edge is, as `sample_edge_mm` returns it.
 
     Returns:
         Standard deviation in mm of the Gaussian to apply, along each axis.
     """
-    sigmas = (math.sqrt(max(g**2 - GENERATOR_GRAIN_MM**2, 0.0)) for g in grain_mm)
+    sigmas = (
+        math.hypot(math.sqrt(max(g**2 - GENERATOR_GRAIN_MM**2, 0.0)), edge_mm) for g in grain_mm
+    )
     x, y, z = (sigma if sigma >= MIN_SOFTENING_MM else 0.0 for sigma in sigmas)
     return x, y, z
 
@@ -138,10 +168,27 @@ def feather_mm(sigma_mm: float, grain_mm: Sequence[float]) -> Floats3:
     return x, y, z
 
 
+def sample_own_variation(seed: int) -> float:
+    """Return the slow variation of a tumour's own, over that of its scan.
+
+    It is small in half of the tumours, as in annotated ones.
+
+    Args:
+        seed: of the tumour's noise.
+    """
+    u = float(torch.rand((), generator=substream(seed, "own_variation"), dtype=torch.float64))
+    return MAX_OWN_VARIATION * u**2
+
+
 def match_to_scan(
-    crop: Tensor, change: Tensor, tumor_mask: Tensor, grain_mm: Sequence[float], even: bool
+    crop: Tensor,
+    change: Tensor,
+    tumor_mask: Tensor,
+    grain_mm: Sequence[float],
+    own_variation: float | None,
+    edge_mm: float = 0.0,
 ) -> Tensor:
-    """Make a change no sharper than its scan and, with ``even``, no lumpier than the tissue.
+    """Make a change no sharper than its scan, and a tumour as noisy and as even as the tissue was.
 
     The mean of the tumour's core stays what it was.
 
@@ -150,9 +197,11 @@ def match_to_scan(
         change: HU, same shape.
         tumor_mask: bool, same shape.
         grain_mm: of the scan, along the crop's axes.
-        even: whether the slow variation in a painted tumour is matched to that of the scan: around
-            the tumour's own profile from outline to middle, it is replaced by the scan's, without
-            its vessels.
+        own_variation: what a tumour has of its own, over the scan's slow variation; None leaves the
+            texture to the generator. Around the tumour's profile from outline to middle, the scan's
+            noise and slow variation, without its vessels, remain, and of the painted slow variation
+            so much is added.
+        edge_mm: how much softer the tumour's edge is, as `sample_edge_mm` returns it.
 
     Returns:
         A new change, or ``change`` itself where nothing has to be matched.
@@ -163,10 +212,11 @@ def match_to_scan(
     mask, old = tumor_mask[box.slices], change[box.slices]
     # as indices, so that a GPU synchronises once and not at each use
     new, where = old, mask.nonzero().unbind(1)
-    if even and len(where[0]) >= MIN_EVENED_VOXELS:
-        new = new + _evening(crop[box.slices], old, mask, where)
+    if own_variation is not None and len(where[0]) >= MIN_EVENED_VOXELS:
+        new = new + _evening(crop[box.slices], old, mask, where, own_variation)
     radius = (3 * len(where[0]) / (4 * math.pi)) ** (1 / 3)
-    new = gaussian_filter(new, [min(sigma, radius / 3) for sigma in softening_mm(grain_mm)])
+    softening = softening_mm(grain_mm, edge_mm)
+    new = gaussian_filter(new, [min(sigma, radius / 3) for sigma in softening])
     if new is old:
         return change
     inside = core(mask[None, None])[0, 0].nonzero().unbind(1)
@@ -196,14 +246,16 @@ class _DepthProfile(NamedTuple):
         return cls(powers, powers.T @ powers + ridge)
 
     def residual(self, values: Tensor) -> Tensor:
-        """What the profile does not explain of values (N,)."""
+        """What the profile does not explain of values (N, K)."""
         # solve would synchronise for its check
         fitted, _ = torch.linalg.solve_ex(self.normal, self.powers.T @ values)
         return values - self.powers @ fitted
 
 
-def _evening(hu: Tensor, change: Tensor, mask: Tensor, where: tuple[Tensor, ...]) -> Tensor:
-    """What to add to a change so that the tumour is as even as the tissue was.
+def _evening(
+    hu: Tensor, change: Tensor, mask: Tensor, where: tuple[Tensor, ...], own_variation: float
+) -> Tensor:
+    """What to add to a change so that the tumour is as noisy and as even as the tissue was.
 
     where: the mask's voxels, as indices along each axis.
     """
@@ -211,17 +263,26 @@ def _evening(hu: Tensor, change: Tensor, mask: Tensor, where: tuple[Tensor, ...]
     profile = _DepthProfile.of(inside, where)
     share = gaussian_filter(inside, [SLOW_SIGMA_MM] * 3).clamp(min=1e-3)
 
-    def slow_variation(values: Tensor) -> Tensor:
-        field = torch.zeros_like(inside)
-        field[where] = profile.residual(values[where].double()).float()
-        return gaussian_filter(field, [SLOW_SIGMA_MM] * 3) / share
-
-    painted, healthy = slow_variation(hu + change), slow_variation(hu)
-    limit = MAX_SLOW_SDS * MAD_TO_SD * healthy[where].abs().median()
-    healthy = healthy.clamp(-limit, limit)
+    # scan and change at once, which takes fewer operators
+    both: tuple[slice | Tensor, ...] = (slice(None), *where)
+    values = torch.stack([hu, change])[both]
+    variation = inside.new_zeros(2, *inside.shape)
+    variation[both] = profile.residual(values.double().T).T.float()
+    all_change = variation[1]
+    healthy, slow_change = gaussian_filter(variation, [0.0, *[SLOW_SIGMA_MM] * 3]) / share
+    painted = healthy + slow_change
+    sd = MAD_TO_SD * healthy[where].abs().median()
+    without_vessels = healthy.clamp(-MAX_SLOW_SDS * sd, MAX_SLOW_SDS * sd)
+    # where there are vessels, their fine part must not return with the noise
+    no_vessel = (VESSEL_SDS * sd / healthy.clamp(min=1e-6)).clamp(max=1).square()
+    own_sd = torch.minimum(own_variation * sd, MAX_OWN_SHARE * values[1].mean().abs())
+    gain = (own_sd / painted[where].std().clamp(min=1e-6)).clamp(max=MAX_OWN_GAIN)
+    slow = without_vessels - painted + gain * painted
+    fine = no_vessel * (slow_change - all_change)
     # nothing at the outline, where the filter sees the mask end; all of it 1.5 mm further in
-    weight = (2 * gaussian_filter(inside, [1.0] * 3) - 1).clamp(min=0) * inside
-    return weight * (healthy - painted)
+    reach = 2 * gaussian_filter(inside, [1.0] * 3)
+    weight = (reach - 1).clamp(min=0)
+    return inside * (weight * slow + reach.clamp(max=1) * fine)
 
 
 class _OrganStatistics(NamedTuple):

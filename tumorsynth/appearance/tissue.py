@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.arguments import is_bool
+from tumorsynth.arguments import format_beside, is_bool
 from tumorsynth.intensity import Intensity
 
 CARD_KEY = "tissue_range"
@@ -121,14 +121,16 @@ class TissueRange:
             and tissue.bright_hu <= high
         ):
             return None
+        level = format_beside(tissue.level_hu, self.level_hu, ".0f")
+        dark = format_beside(tissue.dark_hu, self.local_hu, ".0f")
+        bright = format_beside(tissue.bright_hu, self.local_hu, ".0f")
         return (
             f"the tissue around a tumour must be such as {generator} is for (median "
             f"{level_low:g} to {level_high:g} HU, most of it {low:g} to {high:g} HU), got median "
-            f"{tissue.level_hu:.0f} HU, most of it {tissue.dark_hu:.0f} to "
-            f"{tissue.bright_hu:.0f} HU; first check that the image is a CT in HU: MR, "
-            "a changed sign, an offset and other scales look like this (intensity=). Then check "
-            "organ_labels and the generator. Only if all are right, paint there all the same with "
-            "contrast_hu= or any_tissue=True (--any-tissue)"
+            f"{level} HU, most of it {dark} to {bright} HU; first check that the image is a CT in "
+            "HU: MR, a changed sign, an offset and other scales look like this (intensity=). Then "
+            "check organ_labels and the generator. Only if all are right, paint there all the same "
+            "with contrast_hu= or any_tissue=True (--any-tissue)"
         )
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA, ScanNoise, measure_noise
+from tumorsynth.arguments import format_beside
 from tumorsynth.geometry import Frame, Rows3
 from tumorsynth.placement.rasterize import equivalent_diameter
 from tumorsynth.subvoxels import subvoxel_factors
@@ -34,10 +35,11 @@ class FaintTumorWarning(UserWarning):
 
 def faint_warning(visibility: float, diameter_mm: float) -> str:
     """Return the words of the warning about a tumour that is hardly visible."""
+    found = format_beside(visibility, [VISIBLE_FROM])
     return (
         f"a synthetic tumour of {diameter_mm:.1f} mm is hardly visible over the scan's noise: its "
-        f"visibility must be {VISIBLE_FROM:g} or more, got {visibility:.1f}; set a stronger "
-        "contrast_hu or a larger size_mm, or gate=True to skip such tumours (this warning comes "
+        f"visibility must be {VISIBLE_FROM:g} or more, got {found}; set a stronger contrast_hu or "
+        "a larger size_mm, or gate=True to skip such tumours (this warning comes "
         "once; the report has the visibility of every tumour)"
     )
 

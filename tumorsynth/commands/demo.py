@@ -22,6 +22,7 @@ from tumorsynth.commands.shared import (
 from tumorsynth.scans import nifti
 from tumorsynth.scans.outputs import find_unfinished, output_paths
 from tumorsynth.scans.scan import synthesize_scan
+from tumorsynth.scans.volume_files import read_pair
 
 SPACING_MM = (1.2, 1.2, 2.0)
 HEALTHY = "healthy"  # folder of the scan without tumours
@@ -73,7 +74,7 @@ def demo(
         for key, volume in (("ct", image), ("label", mask)):
             nifti.write_volume(healthy[key], volume, volume.stored)
         # as `replay` reads them: a file rounds its affine
-        image, mask = nifti.read_pair(healthy["ct"], healthy["label"])
+        image, mask = read_pair(healthy["ct"], healthy["label"])
         made = synthesize_scan(synth, image, mask, out, "phantom", seed, progress.step)
         print(summary("phantom", made["tumors"]))
         progress.end()

@@ -14,15 +14,13 @@ from rich.table import Table
 
 import tumorsynth
 from tumorsynth.atomic_writes import write_atomic
+from tumorsynth.commands.organs import LabelMapOption, Organ, OrganLabel, values_of
 from tumorsynth.commands.score_tables import case_table, froc_table, right, summary_table
 from tumorsynth.commands.shared import Geometry, SameGrid, say
 from tumorsynth.scans.errors import describe_error
 from tumorsynth.scans.nifti import Reading
 
 TumorLabel = Annotated[int, typer.Option(help="Label value of tumours.")]
-OrganLabel = Annotated[
-    list[int], typer.Option(help="Label value of the organ. Repeat the option for several values.")
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
 T = TypeVar("T")
@@ -36,7 +34,9 @@ def evaluate(
     labels: Annotated[Path, typer.Argument(help="Folder of the real label maps, or a single one.")],
     *,
     tumor_label: TumorLabel = 2,
-    organ_label: OrganLabel = [1],  # noqa: B006 (typer copies it)
+    organ_label: OrganLabel = None,
+    organ: Organ = None,
+    label_map: LabelMapOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to write.")] = None,
     bootstrap: Annotated[
         int,
@@ -118,7 +118,8 @@ def evaluate(
     check_settings(early_mm=early_mm, tolerance_mm=tolerance_mm, least_iou=least_iou)
     check_thresholds(candidate_threshold, threshold, least_iou, tolerance_mm)
     rates, edges = check_rates(fp_rate), check_size_edges(size_edge)
-    _check_labels(tumor_label, organ_label)
+    organs = values_of(organ_label, organ, label_map)
+    _check_labels(tumor_label, organs)
     if inside_organ and inside is not None:
         raise ValueError("--inside-organ and --inside name two regions; give one of them")
     reading = Reading(geometry, same_grid)
@@ -133,7 +134,7 @@ def evaluate(
     settings = {"early_mm": early_mm, "tolerance_mm": tolerance_mm, "least_iou": least_iou}
     options: dict[str, Any] = {
         "tumor_label": tumor_label,
-        "organ_labels": list(organ_label),
+        "organ_labels": organs,
         "probabilities": probabilities,
         "threshold": threshold,
         "candidate_threshold": candidate_threshold,
@@ -159,6 +160,19 @@ def evaluate(
             f"note: no label holds {tumor_label} = --tumor-label, so that only specificity and "
             f"false positives are scored ({label.name} holds {held}); if the scans have tumours, "
             "give their value"
+        )
+    others = [pair for pair in pairs if pair.name in cases and cases[pair.name].holds_other]
+    if (
+        others
+        and scores["cases_with_tumor"]
+        and not any(case.holds_tumor for case in cases.values())
+    ):
+        prediction = others[0].prediction
+        held = ", ".join(map(str, label_values(prediction, reading)))
+        say(
+            f"note: no prediction holds {tumor_label} = --tumor-label, so that no tumour counts as "
+            f"found ({prediction.name} holds {held}); if tumours are predicted, write them with "
+            "the value that the labels give them"
         )
     if froc is not None:
         if each:
@@ -210,7 +224,9 @@ def healthy(
     ] = None,
     *,
     tumor_label: TumorLabel = 2,
-    organ_label: OrganLabel = [1],  # noqa: B006 (typer copies it)
+    organ_label: OrganLabel = None,
+    organ: Organ = None,
+    label_map: LabelMapOption = None,
     organ_ml: Annotated[
         float, typer.Option(help="Least predicted organ volume, in ml, over all organ labels.")
     ] = 20.0,
@@ -234,7 +250,8 @@ def healthy(
 
     if dataset is not None and cts is None:
         raise ValueError("--dataset lists CTs: the folder of the CTs is needed as 2nd argument")
-    _check_labels(tumor_label, organ_label)
+    organs = values_of(organ_label, organ, label_map)
+    _check_labels(tumor_label, organs)
     if not (organ_ml >= 0 and tumor_ml >= 0):
         raise ValueError(
             f"--organ-ml and --tumor-ml must be 0 or more, got {organ_ml}, {tumor_ml}; give "
@@ -244,18 +261,16 @@ def healthy(
         _check_new(path, overwrite)
     reading = Reading(geometry)
     scans = find_scans(predictions, cts)
-    volumes, failed = _for_each(
-        scans, lambda scan: volumes_ml(scan, tumor_label, organ_label, reading)
-    )
+    volumes, failed = _for_each(scans, lambda scan: volumes_ml(scan, tumor_label, organs, reading))
     table = Table("scan", right("organ, ml"), right("tumour, ml"), "healthy?")
     picked, rows = [], []
     for scan in scans:
         if scan.name not in volumes:
             continue
-        organ, tumor = volumes[scan.name]
-        reason = why_not_healthy(organ, tumor, least_organ_ml=organ_ml, most_tumor_ml=tumor_ml)
-        table.add_row(scan.name, f"{organ:.0f}", f"{tumor:.2f}", reason or "yes")
-        row = {"name": scan.name, "organ_ml": round(organ, 3), "tumor_ml": round(tumor, 4)}
+        volume, tumor = volumes[scan.name]
+        reason = why_not_healthy(volume, tumor, least_organ_ml=organ_ml, most_tumor_ml=tumor_ml)
+        table.add_row(scan.name, f"{volume:.0f}", f"{tumor:.2f}", reason or "yes")
+        row = {"name": scan.name, "organ_ml": round(volume, 3), "tumor_ml": round(tumor, 4)}
         paths = {"prediction": str(scan.prediction), "ct": scan.ct and str(scan.ct)}
         rows.append({**row, "healthy": reason is None, "reason": reason, **paths})
         if reason is None:
@@ -266,7 +281,7 @@ def healthy(
     if out is not None:
         settings = {
             "tumor_label": tumor_label,
-            "organ_labels": list(organ_label),
+            "organ_labels": organs,
             "organ_ml": organ_ml,
             "tumor_ml": tumor_ml,
         }

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tumorsynth.arguments import format_beside
 from tumorsynth.commands.shared import printable
 
 STEPS = ("reading", "synthesising", "writing", "drawing")
@@ -48,7 +49,8 @@ def faint_note(faint: list[dict[str, Any]], tumors: int) -> str:
     from tumorsynth.appearance.visibility import VISIBLE_FROM
 
     lowest, highest = (f(r["visibility"] for r in faint) for f in (min, max))
-    values = f"{lowest:.1f}" if len(faint) == 1 else f"{lowest:.1f} to {highest:.1f}"
+    ends = [lowest] if len(faint) == 1 else [lowest, highest]
+    values = " to ".join(format_beside(end, [VISIBLE_FROM]) for end in ends)
     return (
         f"{len(faint)} of {number(tumors, 'tumour')} {'is' if len(faint) == 1 else 'are'} hardly "
         f"visible over the scan's noise (visibility must be {VISIBLE_FROM:g} or more, got "

@@ -10,16 +10,18 @@ import typer
 import tumorsynth
 from tumorsynth.commands.progress import progress_bar, summary
 from tumorsynth.commands.shared import Out, Overwrite, build_synthesizer, fail, say
-from tumorsynth.scans import nifti
-from tumorsynth.scans.outputs import find_unfinished, output_paths, remove_partial_files
-from tumorsynth.scans.pairing import find_pairs
+from tumorsynth.scans.layouts import find_scans
+from tumorsynth.scans.organ_masks import read_scan
+from tumorsynth.scans.outputs import find_unfinished, output_paths_of, remove_partial_files
 from tumorsynth.scans.scan import synthesize_scan
 
 
 def replay(
     report: Annotated[Path, typer.Argument(help="NAME_report.json of an earlier run.")],
     ct: Annotated[Path, typer.Argument(help="The CT that the report was made from.")],
-    label: Annotated[Path, typer.Argument(help="The label map that it was made from.")],
+    label: Annotated[
+        Path, typer.Argument(help="The label map that it was made from, or the folder of masks.")
+    ],
     *,
     out: Out,
     generator: Annotated[
@@ -45,15 +47,17 @@ def replay(
         bundled_generator,
         check_generator,
         check_scan,
+        masks_of,
         read_report,
         reading_of,
         synthesizer_options,
     )
 
     old = read_report(report)
-    (pair,) = find_pairs(ct, label)
+    (pair,) = find_scans(ct, label).pairs
+    masks = masks_of(old)
     find_unfinished([pair], out, overwrite=overwrite)
-    image, mask = nifti.read_pair(pair.ct, pair.label, reading_of(old))
+    image, mask = read_scan(pair.ct, pair.label, reading_of(old), masks)
     check_scan(old, image, mask)
     synth = build_synthesizer(
         generator=generator or bundled_generator(old),
@@ -77,10 +81,12 @@ def replay(
             progress.step,
             params=old["params"],
             geometry=old.get("geometry"),
+            masks=masks,
+            pair=pair,
         )
         progress.end()
     print(summary(pair.name, new["tumors"]))
-    for path in output_paths(out, pair.name).values():
+    for path in output_paths_of(pair, out).values():
         print(path)
     if old["tumorsynth"] != tumorsynth.__version__:
         say(f"note: made by version {old['tumorsynth']}, now {tumorsynth.__version__}")

@@ -8,6 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tumorsynth.commands.organs import (
+    LabelMapOption,
+    Organ,
+    OrganLabel,
+    Pattern,
+    Segment,
+    SegmentFast,
+    TumorLabel,
+    choose_organs,
+)
+from tumorsynth.commands.pictures import ContactSheet, Html, without_view, write_pictures
 from tumorsynth.commands.progress import (
     Steps,
     faint_note,
@@ -46,43 +57,43 @@ from tumorsynth.scans.collection import (
     run_in_processes,
     try_scan,
 )
+from tumorsynth.scans.dataset_json import write_for_results
+from tumorsynth.scans.layouts import find_scans, find_unlabelled
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.outputs import (
     find_unfinished,
     folder_lock,
     mark_unfinished,
+    output_paths,
     remove_partial_files,
 )
-from tumorsynth.scans.pairing import Pair, find_pairs
+from tumorsynth.scans.pairing import Pair, is_collection
 from tumorsynth.scans.run_settings import explain_mismatch, run_settings
+from tumorsynth.scans.segmentation import SEGMENTATIONS, find_segmenter
 
 if TYPE_CHECKING:
+    from tumorsynth.scans.organ_masks import OrganMasks
     from tumorsynth.synthesizer import SynthesizeTumor
 
-DEFAULT_TUMOR_LABEL = 2
 NOT_SELECTED = "not_selected"  # the skip code of what p, count or the caller left out
 
 
 def synthesize(
     context: typer.Context,
-    ct: Annotated[Path, typer.Argument(help="A CT (.nii or .nii.gz) or a folder, see above.")],
+    ct: Annotated[Path, typer.Argument(help="A CT or a folder, see above.")],
     label: Annotated[
         Path | None,
         typer.Argument(help="The label map, on the same grid, or the folder of the label maps."),
     ] = None,
     *,
     out: Out,
-    organ_label: Annotated[
-        list[int],
-        typer.Option(help="Label value of the organ. Repeat the option for several values."),
-    ] = [1],  # noqa: B006 (typer copies it)
-    tumor_label: Annotated[
-        int | None,
-        typer.Option(
-            help="Label value for the tumours, free in the label maps. [default: 2]",
-            show_default=False,
-        ),
-    ] = None,
+    organ_label: OrganLabel = None,
+    organ: Organ = None,
+    label_map: LabelMapOption = None,
+    tumor_label: TumorLabel = None,
+    pattern: Pattern = None,
+    segment: Segment = False,
+    segment_fast: SegmentFast = False,
     add_to_label: Annotated[
         bool,
         typer.Option(
@@ -177,6 +188,8 @@ def synthesize(
             "local one."
         ),
     ] = "processes",
+    html: Html = False,
+    contact_sheet: ContactSheet = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Synthesise tumours in one scan or in a folder of scans.
@@ -184,15 +197,21 @@ def synthesize(
     \b
     CT and LABEL are one of:
       CT.nii.gz LABEL.nii.gz   one scan
+      CT.nii.gz FOLDER         one scan, with one file per organ in the folder
       FOLDER                   every NAME_ct.nii[.gz] in it, with NAME_label.nii[.gz] beside it
       CT_FOLDER LABEL_FOLDER   every .nii[.gz] in the first, with the same name in the second
-    Names are compared without .nii[.gz] and without a trailing _ct or _label.
+      FOLDER or dataset.json   nnU-Net raw, Decathlon, TotalSegmentator, AbdomenAtlas, KiTS, LiTS
+                               or BTCV, as downloaded; results keep the layout (docs/layouts.md)
+    Names are compared without .nii[.gz] and without a trailing _ct or _label. With the extra itk,
+    .nrrd, .mha and .mhd stand for .nii.gz, and a folder of DICOM slices for a CT.
 
     \b
     Writes for each scan:
-      OUT/NAME_ct.nii.gz, OUT/NAME_label.nii.gz   affine, dtype and header kept
+      OUT/NAME_ct.nii.gz, OUT/NAME_label.nii.gz   affine, dtype and header kept; as .nrrd, .mha or
+                                                  .mhd if they came so
       OUT/NAME_report.json                        each tumour, and what replay needs
       OUT/NAME_preview.png                        each tumour in three planes, before and after
+    and with --html OUT/view.html, with --contact-sheet OUT/contact_sheet.png.
 
     In a folder, the k-th scan by name (k = 0, 1, ...) uses seed + k, and the files are the same for
     any number of --workers. A scan that fails is reported and skipped, and the exit code is 1. To
@@ -203,7 +222,12 @@ def synthesize(
     if engine == "ray":
         import tumorsynth.scans.ray  # noqa: F401 (fail fast on a missing package)
     reading = Reading(geometry, same_grid)
-    pairs = find_pairs(ct, label)
+    if segment or segment_fast:
+        found = find_unlabelled(ct, label, out / SEGMENTATIONS)
+        segmenter = find_segmenter(device.split(",")[0], fast=segment_fast)
+    else:
+        found, segmenter = find_scans(ct, label, pattern, without=out), None
+    pairs = found.pairs
     if not 0 <= seed <= 2**63 - len(pairs):
         raise ValueError(
             f"--seed must be 0 to 2**63 - {len(pairs)}, as each scan takes the next one, got "
@@ -219,20 +243,32 @@ def synthesize(
         check_device(name)
     if workers is not None and workers < 1 or threads < 1:
         raise ValueError(f"--workers and --threads must be 1 or more, got {workers}, {threads}")
-    several = ct.is_dir()
+    several = is_collection(ct) or len(pairs) > 1
+    bulges, effect = parse_bulge(bulge), parse_mass_effect(mass_effect)
+    organs = choose_organs(
+        found,
+        organ_label=organ_label,
+        organ=organ,
+        label_map=label_map,
+        tumor_label=tumor_label,
+        segmented=segmenter is not None,
+        grows=bulges is not False,
+        moves=effect != 0,
+    )
     if not several:
         find_unfinished(pairs, out, overwrite=overwrite)
     synth = build_synthesizer(
         generator=generator,
-        organ_labels=tuple(organ_label),
-        tumor_label=DEFAULT_TUMOR_LABEL if tumor_label is None else tumor_label,
+        organ_labels=organs.organ_labels,
+        tumor_label=organs.tumor_label,
+        label_map=organs.label_map,
         count=parse_count(count or "1-3") if count or size_prior is None else None,
         size_mm=size_prior or size_mm or (8.0, 20.0),
         p=p,
         blend=blend,
         contrast_hu=contrast_prior or contrast_hu,
-        bulge=parse_bulge(bulge),
-        mass_effect=parse_mass_effect(mass_effect),
+        bulge=bulges,
+        mass_effect=effect,
         any_tissue=any_tissue,
         gate=parse_gate(gate, gate_limits),
         intensity=scale,
@@ -240,15 +276,23 @@ def synthesize(
         threads=threads,
     )
     if several:
-        unfinished = _prepare_folder(context, synth, pairs, out, seed, overwrite, geometry)
+        unfinished = _prepare_folder(
+            context, synth, pairs, out, seed, overwrite, geometry, organs.masks
+        )
     else:
         out.mkdir(parents=True, exist_ok=True)
         remove_partial_files(pairs, out)
         unfinished = [0]
+    names = [pair.name for pair in pairs]
+    if html:
+        unfinished = sorted({*unfinished, *without_view(out, names)})
     if len(unfinished) < len(pairs):
         print(f"{len(pairs) - len(unfinished)} of {len(pairs)} scans are finished already")
     if_taken = "add" if add_to_label else "refuse" if tumor_label is None else "judge"
-    tasks = [Task(pairs[k], seed + k, reading, if_taken, not several) for k in unfinished]
+    tasks = [
+        Task(pairs[k], seed + k, reading, if_taken, not several, organs.masks, segmenter, html)
+        for k in unfinished
+    ]
     debug = context.find_root().params["debug"]
     processes = workers or len(devices)
     with progress_bar(len(tasks)) as progress:
@@ -266,7 +310,13 @@ def synthesize(
             outcomes = run_in_processes(
                 synth, tasks, out, workers=processes, devices=devices, threads=threads
             )
-        _report(outcomes, tasks, len(pairs), out, progress)
+        try:
+            _report(outcomes, tasks, len(pairs), out, progress)
+        finally:
+            if found.dataset is not None:
+                finished = [p for p in pairs if output_paths(out, p.name)["report"].exists()]
+                write_for_results(found.dataset, out, finished, organs.tumor_label)
+            write_pictures(out, names, html=html, contact_sheet=contact_sheet)
 
 
 def _prepare_folder(
@@ -277,12 +327,13 @@ def _prepare_folder(
     seed: int,
     overwrite: bool,
     geometry: str | None,
+    masks: OrganMasks | None,
 ) -> list[int]:
     """Lock and tidy the folder of the results; returns the indices of the unfinished scans."""
 
     def mismatch(k: int, report: Path) -> str | None:
         names = {"ct": pairs[k].ct.name, "label": pairs[k].label.name}
-        settings = run_settings(synth, **names, seed=seed + k, geometry=geometry)
+        settings = run_settings(synth, **names, seed=seed + k, geometry=geometry, masks=masks)
         return explain_mismatch(report, settings)
 
     existed = out.is_dir()

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tumorsynth.commands.organs import LabelMapOption, Organ, OrganLabel, values_of
 from tumorsynth.commands.shared import Geometry, Overwrite, SameGrid, parse_intensity, say
 from tumorsynth.scans.annotated import read_annotated
 from tumorsynth.scans.nifti import Reading
@@ -37,11 +38,20 @@ Data = Annotated[
     Path,
     typer.Argument(
         help='dataset.json ({"training": [{"image": ..., "label": ...}, ...]}), a pack (.npz), or '
-        "a folder of CTs"
+        "a folder of CTs, also in the layout of a public data set (docs/layouts.md)"
     ),
 ]
 Labels = Annotated[
     Path | None, typer.Option(help="Folder of the label maps, if DATA is a folder of CTs.")
+]
+MaskOrgan = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--organ",
+        help="Where DATA has one file per organ (TotalSegmentator, AbdomenAtlas): the organ, which "
+        "becomes label 1; repeat the option for several. ORGAN_tumor.nii.gz is the next label.",
+        show_default=False,
+    ),
 ]
 Preset = Annotated[
     str,
@@ -174,6 +184,7 @@ def pack(
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help=".npz file to write.")],
     labels: Labels = None,
+    organ: MaskOrgan = None,
     geometry: Geometry = None,
     same_grid: SameGrid = False,
 ) -> None:
@@ -183,7 +194,7 @@ def pack(
     from tumorsynth.training.data import save_pack
     from tumorsynth.training.reading import load_data
 
-    cases = load_data(data, labels, Reading(geometry, same_grid))
+    cases = load_data(data, labels, Reading(geometry, same_grid), organ or ())
     save_pack(cases, out)
     for case in cases:
         size = " x ".join(str(n) for n in case.hu.shape)
@@ -206,12 +217,9 @@ def bank(
     out: Annotated[Path, typer.Option("--out", "-o", help=".safetensors file to write.")],
     labels: Labels = None,
     tumor_label: Annotated[int, typer.Option(help="Label value of tumours.")] = 2,
-    organ_label: Annotated[
-        list[int],
-        typer.Option(
-            help="Label value of the organ around them. Repeat the option for several values."
-        ),
-    ] = [1],  # noqa: B006 (typer copies it)
+    organ_label: OrganLabel = None,
+    organ: Organ = None,
+    label_map: LabelMapOption = None,
     intensity: Annotated[
         str, typer.Option(help="Scale of the images: hu, or A_MIN,A_MAX,B_MIN,B_MAX.")
     ] = "hu",
@@ -231,11 +239,12 @@ def bank(
     """
     from tumorsynth.generators.bank import check_bank_path
     from tumorsynth.generators.copy_paste import TERMS, CopyPaste
-    from tumorsynth.training.reading import find_sources
+    from tumorsynth.training.sources import find_sources
 
     check_bank_path(out)
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists; choose another file or add --overwrite")
+    organs = values_of(organ_label, organ, label_map)
     sources = [one for one in find_sources(data, labels) if not one.held_out]
     annotated = [(one.name, one.image, one.label) for one in sources if one.label is not None]
     if len(annotated) < len(sources):
@@ -247,7 +256,7 @@ def bank(
         )
     scans = read_annotated(annotated, Reading(geometry, same_grid), parse_intensity(intensity))
     made = CopyPaste.from_scans(
-        scans, tumor_label, organ_label, name=name or out.stem, terms=terms or TERMS
+        scans, tumor_label, organs, name=name or out.stem, terms=terms or TERMS
     )
     made.save(out)
     for lesion in made.lesions:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from tumorsynth.arguments import format_beside
 from tumorsynth.evaluation.boxes import crop_to_content
 from tumorsynth.evaluation.surfaces import straighten, surface_dice
 
@@ -285,8 +286,9 @@ def _probability(prediction: Any) -> np.ndarray:
         return array.astype(np.float32)
     low, high = array.min(), array.max()  # NaN if there is one
     if not (low >= -PROBABILITY_ROUNDING and high <= 1 + PROBABILITY_ROUNDING):
+        found = " to ".join(format_beside(float(end), (0, 1), ".6g") for end in (low, high))
         raise ValueError(
-            f"prediction must be a probability of tumour in [0, 1], got {low:g} to {high:g}; for "
+            f"prediction must be a probability of tumour in [0, 1], got {found}; for "
             "logits apply softmax or sigmoid first, for a label map pass prediction == tumor_label"
         )
     return np.clip(array if array.dtype.kind == "f" else array.astype(np.float32), 0, 1)

@@ -15,7 +15,7 @@ import numpy as np
 
 from tumorsynth.affines import voxel_sizes
 from tumorsynth.geometry import shear_of
-from tumorsynth.scans import nifti
+from tumorsynth.scans import volume_files
 from tumorsynth.scans.file_kinds import check_is_there, describe_folder
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.pairing import find_files, has_ending, name_of
@@ -38,10 +38,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of one pair: of its masks, and of its candidates."""
+    """Scores of one pair: of its masks, and of its candidates.
+
+    Attributes:
+        scores: of the masks.
+        matches: of the candidates.
+        holds_tumor: whether a voxel is predicted as tumour.
+        holds_other: whether the predicted map holds another value than 0 and the tumour's.
+    """
 
     scores: CaseScores
     matches: ScanMatches
+    holds_tumor: bool
+    holds_other: bool
 
 
 def find_comparisons(
@@ -140,14 +149,14 @@ def score(
     from tumorsynth.evaluation.detection import match_scan
     from tumorsynth.evaluation.metrics import scores
 
-    label = nifti.read_volume(pair.label, reading)
-    predicted = nifti.read_volume(pair.prediction, reading)
-    nifti.check_same_grid(label, predicted, "label and prediction", reading)
+    label = volume_files.read_volume(pair.label, reading)
+    predicted = volume_files.read_volume(pair.prediction, reading)
+    volume_files.check_same_grid(label, predicted, "label and prediction", reading)
     values = label.integers()
     region = label if inside_organ else None
     if pair.inside is not None:
-        region = nifti.read_volume(pair.inside, reading)
-        nifti.check_same_grid(label, region, "label and organ map", reading)
+        region = volume_files.read_volume(pair.inside, reading)
+        volume_files.check_same_grid(label, region, "label and organ map", reading)
     inside = None
     if region is not None:
         inside = _inside(region, [*organ_labels, tumor_label])
@@ -177,7 +186,9 @@ def score(
     of_masks = scores(predicted_map, values, organ_labels=organ_labels, early_mm=early_mm, **common)
     if probabilities:  # which say nothing about the organ
         of_masks = replace(of_masks, organ_dsc=None)
-    return PairScores(of_masks, matches)
+    is_tumor = predicted_map == tumor_label
+    holds_other = bool(((predicted_map != 0) & ~is_tumor).any())
+    return PairScores(of_masks, matches, bool(is_tumor.any()), holds_other)
 
 
 def _inside(region: Volume, wanted: Sequence[int]) -> np.ndarray:
@@ -195,7 +206,7 @@ def _inside(region: Volume, wanted: Sequence[int]) -> np.ndarray:
 
 def label_values(path: Path, reading: Reading) -> list[int]:
     """Return the values that a label map holds, in order."""
-    return np.unique(nifti.read_volume(path, reading).integers()).tolist()
+    return np.unique(volume_files.read_volume(path, reading).integers()).tolist()
 
 
 @dataclass(frozen=True)
@@ -236,7 +247,7 @@ def volumes_ml(
     reading: Reading = Reading(),  # noqa: B008 (frozen)
 ) -> tuple[float, float]:
     """Return the predicted volumes in ml of the organ (without tumour) and of the tumour."""
-    predicted = nifti.read_volume(scan.prediction, reading)
+    predicted = volume_files.read_volume(scan.prediction, reading)
     values = predicted.integers()
     voxel_ml = abs(float(np.linalg.det(predicted.affine[:3, :3]))) / 1000
     organ = int(np.isin(values, list(organ_labels)).sum())
@@ -302,6 +313,6 @@ def _files_by_name(folder: Path) -> dict[str, Path]:
         del files[name]
     if not files:
         if what := describe_folder(folder):
-            raise ValueError(f"label maps must be NIfTI files, but {folder} is a folder{what}")
+            raise ValueError(f"label maps must be several files, but {folder} is a folder{what}")
         raise ValueError(f"the folder {folder} holds no .nii.gz or .nii; give another folder")
     return files

@@ -15,6 +15,7 @@ from tumorsynth.affines import MAX_SHIFT_VOXELS, is_identity, largest_shift, to_
 from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
 from tumorsynth.intensity import Intensity
 from tumorsynth.intensity_check import check_intensity
+from tumorsynth.itk_formats.reading import read_itk
 from tumorsynth.label_values import round_labels
 from tumorsynth.nifti_header import read_affine, require_nibabel
 
@@ -34,9 +35,9 @@ def read_scans(scans: Any, intensity: Intensity) -> Iterator[AnnotatedScan]:
     """Yield annotated scans, one at a time in memory.
 
     Args:
-        scans: pairs of NIfTI files (ct, label), or triples of arrays (image, label, spacing or
-            affine), which MetaTensors may leave out. Arrays are (X, Y, Z) or (1, X, Y, Z). An
-            `AnnotatedScan` passes through.
+        scans: pairs of files (ct, label), NIfTI, NRRD, MetaImage or a folder of DICOM slices; or
+            triples of arrays (image, label, spacing or affine), which MetaTensors may leave out.
+            Arrays are (X, Y, Z) or (1, X, Y, Z). An `AnnotatedScan` passes through.
         intensity: what the values of images mean.
 
     Raises:
@@ -131,7 +132,9 @@ def _volume(values: np.ndarray) -> np.ndarray:
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values and the affine of a NIfTI file."""
+    """Return the values and the affine of a file, or of a folder of DICOM slices."""
+    if (read := read_itk(path)) is not None:
+        return read.stored, read.affine
     nibabel = require_nibabel()
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}; correct its path")

@@ -94,7 +94,7 @@ class Generator:
 
     @property
     def even(self) -> bool:
-        """Whether the slow variation in a painted tumour is matched to that of the scan."""
+        """Whether noise, slow variation and edge of a painted tumour are matched to the scan."""
         return self.sampler.contrast is not None and self.sampler.contrast.even
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.appearance.tissue import AIR_HU, SOFT_TISSUE
+from tumorsynth.arguments import format_beside
 from tumorsynth.geometry import THICK_SLICES, Box, Frame, Rows3, bounding_box
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.components import flood
@@ -236,8 +237,9 @@ def _tissue_objection(values: Tensor, level: float) -> NoTissue | None:
     median = float(values.median())
     if low <= median <= high:
         return None
+    found = format_beside(median, (low, high), ".0f")
     return NoTissue(
-        f"has a median of {median:.0f} HU, where tumours have {low:.0f} to {high:.0f} HU in an "
+        f"has a median of {found} HU, where tumours have {low:.0f} to {high:.0f} HU in an "
         f"organ of {level:.0f} HU: its label lies on air, padding, gas, bone or metal"
     )
 

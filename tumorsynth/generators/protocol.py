@@ -39,8 +39,8 @@ class TumorGenerator(Protocol):
         crop_size: smallest side of a crop, in voxels of 1 mm.
         crop_multiple: sides of crops are multiples of this.
         own_edge: whether a change fades out at the tumour's outline by itself.
-        even: whether the slow variation in a painted tumour is matched to that of the scan
-            (match_slow_variation would be clearer, but cards hold this name).
+        even: whether a painted tumour gets the scan's noise and slow variation, and softer edges
+            when large (match_texture would be clearer, but cards hold this name).
         keeps_detail: whether `inpaint` keeps the scan's noise.
         device: where it computes.
         card: name, source, licence; free-form but for ``name`` and, if it has one,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from typing import Any
+from typing import Any, NoReturn
 
 from tumorsynth.adapter import SETTINGS
 from tumorsynth.arguments import check_probability, suggestion
+from tumorsynth.label_maps import LabelMap, matching_names, organ_values, read_label_map
 
 ENTRY, VARIABLE = "tumorsynth", "TUMORSYNTH_NNUNET"
-_TUMOR_NAME = re.compile(r"tumou?r|lesion|cancer|carcinoma|metasta|nodule|neoplas", re.IGNORECASE)
 # of the core; the plans decide the intensity scale, and the trainer the device
 _CORE = sorted(SETTINGS.keys() - {"intensity", "device"})
 _OWN = ("p", "healthy_only", "trainer")
@@ -23,7 +22,9 @@ def read_settings(dataset_json: dict[str, Any], ignore_label: int | None = None)
     They are an optional entry of dataset.json::
 
         "tumorsynth": {
-            "organ_labels": ["liver"],      names or values of the dataset's labels
+            "organ_labels": ["liver"],      names or values of the dataset's labels; "kidney" is
+                                            kidney_left with kidney_right
+            "label_map": "amos",            where organ_labels are names of a public set instead
             "tumor_label": "tumor",
             "p": 0.5,                       probability that a patch gets tumours
             "healthy_only": false,          skip patches that hold a tumour already
@@ -62,11 +63,12 @@ def read_settings(dataset_json: dict[str, Any], ignore_label: int | None = None)
         )
     labels = {name: value for name, value in dataset_json["labels"].items() if name != "ignore"}
     tumor_label = _find_tumor(settings.get("tumor_label"), labels)
+    organs, label_map = settings.get("organ_labels"), settings.pop("label_map", None)
+    if label_map is not None:
+        organs = organ_values(organs, read_label_map(label_map))
     return {
         **settings,
-        "organ_labels": _find_organs(
-            settings.get("organ_labels"), labels, tumor_label, ignore_label
-        ),
+        "organ_labels": _find_organs(organs, labels, tumor_label, ignore_label),
         "tumor_label": tumor_label,
         "p": check_probability("p", settings.get("p", 0.5)),
         "trainer": _check_trainer_attributes(settings.get("trainer", {})),
@@ -76,7 +78,7 @@ def read_settings(dataset_json: dict[str, Any], ignore_label: int | None = None)
 def _find_tumor(given: Any, labels: dict[str, Any]) -> int:
     """Return the value of the tumour's label, given or found by its name."""
     if given is None:
-        named = [name for name in labels if _TUMOR_NAME.search(name)]
+        named = [name for name in labels if LabelMap.is_tumor(name)]
         if len(named) != 1:
             raise ValueError(
                 f"tumor_label must be given unless exactly one label is named a tumour, got "
@@ -149,9 +151,18 @@ def _label_values(setting: str, which: Any, labels: dict[str, Any]) -> list[int]
     if isinstance(which, str) and which in labels:
         value = labels[which]
         return sorted(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
+    if isinstance(which, str) and setting == "organ_labels":
+        names = matching_names(which, labels.keys() - {"background"})
+        return _label_values(setting, names, labels) if names else _unknown(setting, which, labels)
     held = {int(v) for x in labels.values() for v in (x if isinstance(x, list | tuple) else [x])}
     if isinstance(which, int) and not isinstance(which, bool) and which in held:
         return [which]
+    return _unknown(setting, which, labels)
+
+
+def _unknown(setting: str, which: Any, labels: dict[str, Any]) -> NoReturn:
+    near = suggestion([str(which)], labels) if setting == "organ_labels" else ""
     raise ValueError(
-        f"{setting} must be names or values of the dataset's labels, got {which!r}; it has {labels}"
+        f"{setting} must be names or values of the dataset's labels, got {which!r}; {near}"
+        f"it has {labels}"
     )

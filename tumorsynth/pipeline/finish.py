@@ -238,7 +238,7 @@ def _blend(
         settings.blend,
         generator.own_edge,
         tumor.fine_voxels,
-        softening_mm(request.fine_grain_mm),
+        softening_mm(request.fine_grain_mm, request.edge_mm),
         grid.frame.shear,
     )
     generated = grid.carry_back(generated, request.fine_region)

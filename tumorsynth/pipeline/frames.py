@@ -27,7 +27,7 @@ from tumorsynth.affines import (
 )
 from tumorsynth.arguments import any_bool
 from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
-from tumorsynth.pipeline.lost_affines import lost_affines
+from tumorsynth.pipeline.lost_affines import is_of_first_alone, lost_affines
 from tumorsynth.pipeline.validation import plain
 
 SHARE_A_GRID = "resample one onto the other, or, where voxel lies on voxel, give both one affine"
@@ -40,13 +40,15 @@ class Carried:
     Args:
         name: what the user calls it.
         affine: 4x4, or (B, 4, 4) for a batch; None without one.
-        judge: returns for each affine whether it stems from the identity that a library put where
-            it knew none, so that the size of a voxel is unknown. It is called once, if at all.
+        judge: returns for each affine whether it stems from one that a library put where it knew
+            none, so that the size of a voxel is unknown. It is called once, if at all.
+        of_first_alone: whether the affine is known to be that of a batch's first sample alone.
     """
 
     name: Any
     affine: Any = None
     judge: Callable[[], Sequence[bool]] = tuple
+    of_first_alone: bool = False
 
     @classmethod
     def of(cls, name: Any, x: Any) -> Carried:
@@ -55,7 +57,7 @@ class Carried:
         if affine is None:
             return cls(name)
         shape = tuple(getattr(x, "shape", ()))[-3:]
-        return cls(name, affine, lambda: lost_affines(affine, shape, x))
+        return cls(name, affine, lambda: lost_affines(affine, shape, x), is_of_first_alone(x))
 
     @cached_property
     def lost(self) -> Sequence[bool]:
@@ -63,8 +65,10 @@ class Carried:
         return self.judge()
 
     def known(self, count: int) -> list[np.ndarray | None]:
-        """Return the affine of each of ``count`` samples, None for one that was lost."""
+        """Return the affine of each of ``count`` samples, None for one that is not known."""
         matrices = _per_frame(self.affine, count)
+        if self.of_first_alone and not any(self.lost):
+            return [*matrices[:1], *[None] * (count - 1)]
         lost = self.lost if len(self.lost) == len(matrices) else [any(self.lost)] * len(matrices)
         return [None if gone else one for one, gone in zip(matrices, lost, strict=True)]
 
@@ -125,6 +129,14 @@ def _frames_carried(
     first = with_affine[0]
     frames = _frames_given(batch, None, first.affine)
     check_grid(with_affine, shape)
+    if first.of_first_alone and not any(first.lost):
+        return frames, (
+            f"the size of a voxel must be known, but {first.name!r} has {batch} samples and one "
+            "affine, as torch leaves it of MetaTensors that it stacks, and no spacing was given, "
+            f"so that voxels are taken as {_times(voxel_sizes(to_array(first.affine)))} mm in all; "
+            "collate with monai.data.list_data_collate, which keeps the affine of every sample, or "
+            "pass spacing="
+        )
     if not any(first.lost):
         return frames, None
     frame = next(f for f, one in zip(frames, first.known(batch), strict=True) if one is None)
@@ -133,11 +145,15 @@ def _frames_carried(
         reason = f"the affine of {first.name!r} is the identity"
     else:
         reason = (
-            f"the affine of {first.name!r} stems from the identity, which libraries give to plain "
-            "arrays,"
+            f"the affine of {first.name!r} stems from one of 1 mm and no position, as libraries "
+            "write that know neither,"
         )
+    return frames, _unknown_size(reason, _times(sizes))
+
+
+def _times(sizes: np.ndarray) -> str:
     same = bool(np.allclose(sizes, sizes[0], rtol=1e-3))
-    return frames, _unknown_size(reason, " x ".join(f"{v:.4g}" for v in sizes[: 1 if same else 3]))
+    return " x ".join(f"{v:.4g}" for v in sizes[: 1 if same else 3])
 
 
 def _unknown_size(reason: str, taken_mm: str) -> str:
@@ -240,6 +256,8 @@ def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
             raise TypeError("complex numbers")
         if any_bool(value):
             raise TypeError("True and False")
+        if ndim == 1 and _is_by_axis(value, batch):
+            value = torch.stack([part.detach().double().cpu() for part in value], 1)
         tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
         tensor = plain(tensor)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -251,3 +269,12 @@ def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
     if tensor.ndim == ndim + 1 and len(tensor) == batch:
         return list(tensor.numpy())
     raise ValueError(f"{rule} with B = {batch}, got shape {tuple(tensor.shape)}")
+
+
+def _is_by_axis(value: Any, batch: int) -> bool:
+    """Return whether this is what torch's default_collate makes of tuples (dx, dy, dz)."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(isinstance(part, Tensor) and part.shape == (batch,) for part in value)
+    )

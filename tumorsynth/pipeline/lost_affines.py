@@ -1,11 +1,11 @@
-"""Whether an affine stems from the identity that libraries use where they know none.
+"""Whether an affine stems from one that stands for none, as libraries write by default.
 
-MONAI and TorchIO give the identity to plain arrays, and their flips, crops and resampling then
-change it like a real affine. So the size of its voxels is unknown, whatever it says now. Three
-sources tell: the affine of the file that a MetaTensor was read from, the first affine by what
-MONAI's transforms noted about themselves, and, of the first affine, where the volume lies: an array
-with the identity lies on whole voxels, a scan lies around the scanner's centre. What is unknown at
-first stays unknown, and what is known stays known. It does not import torch.
+MONAI and TorchIO give the identity to plain arrays, files that know no size have affines like it
+(`default_affines`), and flips, crops and resampling then change them like a real affine. So the
+size of voxels is unknown, whatever it says now. Three sources tell: the affine of the file that a
+MetaTensor was read from, the first affine by what MONAI's transforms noted about themselves, and,
+of the first affine, where the volume lies. What is unknown at first stays unknown, and what is
+known stays known. It does not import torch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ from typing import Any
 import numpy as np
 
 from tumorsynth.affines import is_identity, to_array
+from tumorsynth.default_affines import (
+    ROUNDING,
+    is_axis_aligned,
+    is_whole,
+    last_voxel,
+    stands_for_none,
+    turns_only,
+)
 
-ROUNDING = 1e-4  # of a matrix that several transforms multiplied; voxels, mm
+AS_EXACT = 2e-3  # mm, between a file's affine and where MONAI's notes lead to
 
 
 def lost_affines(affine: Any, shape: Sequence[int], x: Any = None) -> list[bool]:
-    """Return for each affine of a volume or batch whether it stems from the identity.
+    """Return for each affine of a volume or batch whether it stems from one that stands for none.
 
     Args:
         affine: 4x4, or (B, 4, 4).
@@ -33,78 +41,132 @@ def lost_affines(affine: Any, shape: Sequence[int], x: Any = None) -> list[bool]
     if len(shape) != 3 or matrices.shape[1:] != (4, 4) or not np.isfinite(matrices).all():
         return [False]  # no volume or no affine, which other checks refuse
     if not hasattr(x, "applied_operations"):
-        return [stems_from_identity(matrix, shape) for matrix in matrices]
-    file = to_array((getattr(x, "meta", None) or {}).get("original_affine"))
-    files = [file] * len(matrices) if file.ndim < 3 else list(file)
+        return [stems_from_none(matrix, shape) for matrix in matrices]
+    meta = getattr(x, "meta", None) or {}
+    files = _of_each(to_array(meta.get("original_affine")), 2, len(matrices))
+    sizes = _of_each(to_array(meta.get("spatial_shape")), 1, len(matrices))
     notes = list(x.applied_operations)
     if not any(isinstance(one, Sequence) for one in notes):  # of one sample, not of a batch
         notes = [notes] * len(matrices)
-    if not len(files) == len(notes) == len(matrices):  # cut from a batch
-        return [any(stems_from_identity(matrix, shape) for matrix in matrices)]
+    if not len(files) == len(sizes) == len(notes) == len(matrices):  # cut from a batch
+        return [any(stems_from_none(matrix, shape) for matrix in matrices)]
     return [
-        (not _is_affine(file) or may_stand_for_none(file))
-        and _noted(matrix, shape, [one for one in note if isinstance(one, Mapping)])
-        for matrix, file, note in zip(matrices, files, notes, strict=True)
+        _noted(matrix, shape, [one for one in note if isinstance(one, Mapping)], file, size)
+        for matrix, note, file, size in zip(matrices, notes, files, sizes, strict=True)
     ]
 
 
-def may_stand_for_none(affine: np.ndarray) -> bool:
-    """Return whether an affine is the identity but for whole voxels, as where none is known."""
-    return is_identity(affine) and _whole(affine[:3, 3])
+def is_of_first_alone(x: Any) -> bool:
+    """Return whether a batch holds one affine, which need not be that of all of its samples.
+
+    MetaTensors that torch stacks keep the affine and the notes of the first. Only where these say
+    that MONAI resampled it to a size of voxels will it have done so with the others.
+
+    Args:
+        x: a MetaTensor, or anything else.
+    """
+    notes = getattr(x, "applied_operations", None)
+    if notes is None or x.ndim != 5 or len(x) < 2 or x.affine.ndim != 2:
+        return False
+    names = [_innermost(one).get("class") for one in notes if isinstance(one, Mapping)]
+    return "SpatialResample" not in names
 
 
-def stems_from_identity(affine: np.ndarray, shape: Sequence[int], resampled: bool = True) -> bool:
-    """Return whether a volume lies where an array lies that got the identity.
+def _of_each(values: np.ndarray, ndim: int, count: int) -> list[np.ndarray]:
+    return list(values) if values.ndim > ndim else [values] * count
+
+
+def stems_from_none(affine: np.ndarray, shape: Sequence[int], resampled: bool = True) -> bool:
+    """Return whether a volume in memory lies where an array lies whose affine stood for none.
 
     Args:
         affine: 4x4.
         shape: voxels along the three axes.
         resampled: whether voxels may have got another size since, which keeps the centre.
     """
-    if is_identity(affine):
-        return may_stand_for_none(affine)  # who knew a position in parts of a voxel knew the voxel
-    return lies_in_array(affine, shape) or (resampled and _shares_centre(affine, shape))
+    if is_identity(affine):  # who knew a position in parts of a voxel knew the voxel
+        return is_whole(affine[:3, 3]) or stands_for_none(affine, shape)
+    return lies_by_default(affine, shape) or (resampled and _shares_centre(affine, shape))
 
 
-def lies_in_array(affine: np.ndarray, shape: Sequence[int]) -> bool:
-    """Return whether the voxels are some of those of an array with the identity.
+def lies_by_default(affine: np.ndarray, shape: Sequence[int]) -> bool:
+    """Return whether a volume in memory is an array whose affine stood for none, or a part of it.
 
     Args:
         affine: 4x4. One that flips or permutes axes is possible, others are not.
         shape: voxels along the three axes.
     """
-    if not _turns_only(affine[:3, :3]) or not _whole(affine[:3, 3]):
+    return stands_for_none(affine, shape) or _lies_in_array(affine, shape)
+
+
+def _lies_in_array(affine: np.ndarray, shape: Sequence[int]) -> bool:
+    """Return whether the voxels are some of those of an array that had the identity."""
+    if not turns_only(affine[:3, :3]) or not is_whole(affine[:3, 3]):
         return False
-    return bool((np.minimum(affine[:3, 3], _last_voxel(affine, shape)) > -ROUNDING).all())
+    return bool((np.minimum(affine[:3, 3], last_voxel(affine, shape)) > -ROUNDING).all())
 
 
 def _shares_centre(affine: np.ndarray, shape: Sequence[int]) -> bool:
-    """Return whether an array with the identity has this centre and, within a voxel, this size."""
+    """Return whether an array of 1 mm at the origin has this centre and, within a voxel, size."""
     linear = affine[:3, :3]
-    if not _is_axis_aligned(linear):
+    if not is_axis_aligned(linear):
         return False
-    first, last, sizes = affine[:3, 3], _last_voxel(affine, shape), np.abs(linear).sum(1)
-    voxels = first + last + 1
+    first, last, sizes = affine[:3, 3], last_voxel(affine, shape), np.abs(linear).sum(1)
+    voxels = np.abs(first + last) + 1
     rest = voxels - (np.abs(last - first) + sizes)
-    return _whole(voxels) and bool((rest > -ROUNDING).all() and (rest < sizes - ROUNDING).all())
-
-
-def _last_voxel(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    return affine[:3, 3] + affine[:3, :3] @ (np.asarray(shape) - 1)
+    return is_whole(voxels) and bool((rest > -ROUNDING).all() and (rest < sizes - ROUNDING).all())
 
 
 def _noted(
-    affine: np.ndarray, shape: Sequence[int], operations: Sequence[Mapping[str, Any]]
+    affine: np.ndarray,
+    shape: Sequence[int],
+    operations: Sequence[Mapping[str, Any]],
+    file: np.ndarray,
+    file_shape: np.ndarray,
 ) -> bool:
-    """Return whether the affine before the operations that MONAI noted says no size of a voxel."""
+    """Return whether the affine before the operations that MONAI noted says no size of a voxel.
+
+    Args:
+        affine: 4x4, the present one.
+        shape: voxels along the three axes.
+        operations: MONAI's notes, the first operation first.
+        file: the affine of the file that the volume was read from; no 4x4 without one.
+        file_shape: voxels of that file along the three axes; no three numbers if unknown.
+    """
+    if _is_affine(file):
+        known = file_shape.shape == (3,)
+        if not stands_for_none(file, list(file_shape) if known else shape):
+            return False
     aligned = any(_info(_innermost(one)).get("align_corners") is True for one in operations)
-    return any(_first_is_lost(affine, shape, operations, ends) for ends in range(aligned + 1))
+    for ends in range(aligned + 1):
+        first, size = _first(affine, shape, operations, ends)
+        if np.isnan(first[:3, 3]).any():
+            lost = is_identity(first)
+        else:
+            lost = stems_from_none(first, size, resampled=False)
+        if lost or (_is_affine(file) and _agree(first, file)):
+            return True
+    return False
 
 
-def _first_is_lost(
+def _agree(first: np.ndarray, file: np.ndarray) -> bool:
+    """Return whether two affines are one, but for rounding and whole voxels of unknown crops."""
+    apart = np.nan_to_num(first - file)
+    apart[:3, 3] -= apart[:3, 3].round()
+    return bool((np.abs(apart) < AS_EXACT).all())
+
+
+def _first(
     affine: np.ndarray, shape: Sequence[int], operations: Sequence[Mapping[str, Any]], ends: int
-) -> bool:
-    """Return it, given whether align_corners aligns the ends of affines too, as of MONAI 1.6."""
+) -> tuple[np.ndarray, Sequence[int]]:
+    """Return affine and shape before the operations; an origin of NaN is unknown.
+
+    Args:
+        affine: after them.
+        shape: after them.
+        operations: MONAI's notes.
+        ends: 1 if align_corners aligns the ends of affines too, as of MONAI 1.6.
+    """
     sizes = [one.get("orig_size") for one in operations] + [tuple(shape)]
     linear, shift, last = np.eye(3), np.zeros(3), affine
     for operation, before, after in zip(operations, sizes[:-1], sizes[1:], strict=True):
@@ -114,7 +176,7 @@ def _first_is_lost(
             last = known
             break
         step, offset = _step(operation, before, after, ends)
-        if not _turns_only(linear) or np.isfinite(offset).all():
+        if not turns_only(linear) or np.isfinite(offset).all():
             shift = shift + linear @ offset  # an unknown crop by whole voxels changes no answer
         linear = linear @ step
     first = np.eye(4)
@@ -123,9 +185,7 @@ def _first_is_lost(
     if not np.array_equal(linear, np.eye(3)):
         first = first.round(3)  # as exact as MONAI's matrices
     size: Any = sizes[0] if to_array(sizes[0]).shape == (3,) else shape
-    if np.isnan(first[:3, 3]).any():
-        return is_identity(first)
-    return stems_from_identity(first, size, resampled=False)
+    return first, size
 
 
 def _step(
@@ -211,18 +271,3 @@ def _innermost(operation: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _is_affine(matrix: np.ndarray) -> bool:
     return matrix.shape == (4, 4) and bool(np.isfinite(matrix).all())
-
-
-def _is_axis_aligned(linear: np.ndarray) -> bool:
-    """Return whether a 3x3 matrix permutes, flips and scales axes, and no more."""
-    used = np.abs(linear) > ROUNDING
-    return bool((used.sum(0) == 1).all() and (used.sum(1) == 1).all())
-
-
-def _turns_only(linear: np.ndarray) -> bool:
-    """Return whether a 3x3 matrix permutes and flips axes, and no more."""
-    return _is_axis_aligned(linear) and bool(np.abs(np.abs(linear).sum(1) - 1).max() < ROUNDING)
-
-
-def _whole(values: np.ndarray) -> bool:
-    return bool((np.abs(values - np.round(values)) < ROUNDING).all())

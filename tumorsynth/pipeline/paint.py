@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.contrast_priors import add_structure
-from tumorsynth.appearance.noise import match_to_scan
+from tumorsynth.appearance.noise import match_to_scan, sample_own_variation
 from tumorsynth.appearance.tissue import SOFT_TISSUE, TissueRange
 from tumorsynth.devices import onto, or_on_cpu
 from tumorsynth.generators.protocol import TumorGenerator
@@ -296,6 +296,9 @@ def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -
     low, high = generator.window
     crop = request.crop.to(change.device) * (high - low) + low
     grain_mm = [request.fine_grain_mm[axis] for axis in request.grid.frame.axes]
-    change = match_to_scan(crop, change, request.crop_mask, grain_mm, generator.even)
     params = request.tumor.params
+    own_variation = sample_own_variation(params.seed) if generator.even else None
+    change = match_to_scan(
+        crop, change, request.crop_mask, grain_mm, own_variation, request.edge_mm
+    )
     return add_structure(change, request.crop_outline, params.structure_hu, params.seed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tumorsynth.devices import or_on_cpu
 from tumorsynth.geometry import Box, ints3
 from tumorsynth.intensity_check import check_intensity
+from tumorsynth.pipeline.label_map_check import label_values
 from tumorsynth.pipeline.params_grid import ParamsGrid
 from tumorsynth.pipeline.records import Sample, SampleParams
 from tumorsynth.pipeline.settings import Settings
@@ -111,7 +112,7 @@ def place_sample(
         return PlacedSample(not_selected(settings, seed), [])
     box = organ_box(sample.label, settings.organ_labels)
     if box is None:
-        reason = skip_reasons.no_organ(settings.organ_labels)
+        reason = _no_organ(settings, sample.label)
         return PlacedSample(SampleParams(seed, SkipCode.NO_ORGAN, reason), [])
     _check_intensity(settings, sample)  # first: tissue is judged in HU
     placement = settings.placement
@@ -195,6 +196,18 @@ def replay_sample(
             )
         )
     return PlacedSample(params, results, recorded)
+
+
+def _no_organ(settings: Settings, label: Tensor) -> str:
+    label_map = settings.label_map
+    if label_map is None:
+        return skip_reasons.no_organ(settings.organ_labels)
+    found = [v for v in label_values(label) if v]
+    return skip_reasons.no_named_organ(
+        label_map.describe(settings.organ_labels),
+        label_map.source,
+        label_map.describe(found) or "0 alone",
+    )
 
 
 def _check_intensity(settings: Settings, sample: Sample) -> None:

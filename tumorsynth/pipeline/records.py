@@ -82,6 +82,7 @@ class PaintRequest:
         noise: of the healthy scan around the tumour's place.
         grain_mm: width of the noise's grain along the tensor's axes to which the tumour is matched;
             0 with blend="difftumor", which matches nothing.
+        edge_mm: by which the tumour's edge is softer than the generator paints it.
         region: the part of the sample that the feather reaches.
         inside: bool, the labelled voxels in that region.
         fine_inside: bool, the tumour on the region's subvoxels; ``inside`` where voxels are fine.
@@ -101,6 +102,7 @@ class PaintRequest:
     crop_outline: Tensor
     noise: ScanNoise
     grain_mm: Floats3
+    edge_mm: float
     region: Box
     inside: Tensor
     fine_inside: Tensor

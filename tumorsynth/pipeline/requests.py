@@ -19,6 +19,7 @@ from tumorsynth.appearance.noise import (
     grain_of_subvoxels,
     grain_region,
     measure_noise,
+    sample_edge_mm,
     softening_mm,
 )
 from tumorsynth.crop_grid import CropGrid, plan_crop
@@ -186,7 +187,10 @@ def request_painting(
     to_hu = settings.intensity.to_hu
     noise = _noise_around(settings, sample, tumor)
     grain_mm = noise.grain_mm if settings.blend == "change" else (0.0, 0.0, 0.0)
-    grid, region = _plan(settings, generator, sample, tumor, grain_mm)
+    edge_mm = 0.0
+    if generator.even and settings.blend == "change":
+        edge_mm = sample_edge_mm(tumor.params.shape_seed, tumor.params.diameter_mm)
+    grid, region = _plan(settings, generator, sample, tumor, grain_mm, edge_mm)
     fine_grid, fine_region = grid.refined(tumor.factors), refine_box(region, tumor.factors)
     hu = to_hu(sample.image[grid.source.slices].float())
     inside = fine_inside = _in_region(tumor.mask, tumor.box, region, sample.image.device)
@@ -231,6 +235,7 @@ def request_painting(
         crop_outline=outline,
         noise=noise,
         grain_mm=grain_mm,
+        edge_mm=edge_mm,
         region=region,
         inside=inside,
         fine_inside=fine_inside,
@@ -246,13 +251,17 @@ def _plan(
     sample: Sample,
     tumor: LocalMask,
     grain_mm: Floats3,
+    edge_mm: float,
 ) -> tuple[CropGrid, Box]:
     """Return a tumour's crop, and the region that its feather and its fill may change."""
     frame, spacing = sample.frame, sample.frame.plane_distance
     grain_mm = grain_of_subvoxels(grain_mm, frame.spacing, tumor.factors)
     sigma_mm = feather_mm(tumor.params.sigma_mm, grain_mm)
     subvoxels = feather_reach(
-        sigma_mm, refine_spacing(spacing, tumor.factors), settings.blend, softening_mm(grain_mm)
+        sigma_mm,
+        refine_spacing(spacing, tumor.factors),
+        settings.blend,
+        softening_mm(grain_mm, edge_mm),
     )
     feathered = [math.ceil(n / k) for n, k in zip(subvoxels, tumor.factors, strict=True)]
     margin_mm = max(n * s for n, s in zip(feathered, spacing, strict=True)) + 2

@@ -16,6 +16,7 @@ from tumorsynth.appearance.mass_effect import MassEffect, check_mass_effect
 from tumorsynth.arguments import check_flag, check_probability
 from tumorsynth.devices import parse_device
 from tumorsynth.intensity import Intensity
+from tumorsynth.label_maps import LabelMap, LabelMapLike, organ_values, read_label_map
 from tumorsynth.pipeline.validation import check_tumor_label
 from tumorsynth.placement.arguments import (
     MAX_GAP_MM,
@@ -49,6 +50,7 @@ class Settings:
         bulge: the argument as given, from which ``placement.bulge`` follows.
         any_tissue: whether tumours may lie in tissue that the generator is not for.
         device: where the generator runs; None for the image's own device.
+        label_map: the names of the label's values, where organ_labels were given by name.
     """
 
     organ_labels: tuple[int, ...]
@@ -63,6 +65,7 @@ class Settings:
     bulge: bool | float | Sequence[float]
     any_tissue: bool
     device: torch.device | None
+    label_map: LabelMap | None = None
 
     @property
     def keeps_visible(self) -> bool:
@@ -105,7 +108,7 @@ class Settings:
 
 def check_settings(
     *,
-    organ_labels: int | Iterable[int],
+    organ_labels: int | str | Iterable[int | str],
     tumor_label: int,
     p: float,
     count: int | Sequence[int] | None,
@@ -122,6 +125,7 @@ def check_settings(
     shapes: Any,
     bulge: bool | float | Sequence[float],
     any_tissue: bool,
+    label_map: LabelMapLike = None,
     own_shapes: Sequence[OwnShape] = (),
 ) -> Settings:
     """Return the settings for the arguments of `SynthesizeTumor`, documented there.
@@ -133,7 +137,8 @@ def check_settings(
         ValueError: for a value that is out of range or unknown.
         TypeError: for an argument of the wrong type.
     """
-    labels = check_organ_labels(organ_labels)
+    named = read_label_map(label_map)
+    labels = check_organ_labels(organ_values(organ_labels, named))
     tumor_label = check_tumor_label(tumor_label, labels)
     p = check_probability("p", p)
     check_count(count)
@@ -181,4 +186,5 @@ def check_settings(
         bulge=bulge,
         any_tissue=check_flag("any_tissue", any_tissue),
         device=parsed_device,
+        label_map=named,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tumorsynth.arguments import format_beside
+
 EXCLUDED = "left alone (as asked)"
 NO_FREE_VOXEL = "no room: other tumours or forbidden voxels fill the organ"
 AIR = (
@@ -33,6 +35,17 @@ def no_organ(organ_labels: Sequence[int]) -> str:
     return f"no organ: no voxel has a label of {tuple(organ_labels)}"
 
 
+def no_named_organ(organ: str, label_map: str, found: str) -> str:
+    """Return the reason where an organ that was given by name is missing.
+
+    Args:
+        organ: its values with their names.
+        label_map: what the user calls the map.
+        found: the values that the label holds.
+    """
+    return f"no organ: no voxel has a label of {organ} of label_map {label_map!r}; it holds {found}"
+
+
 def not_finite(share: float) -> str:
     """Return the reason where this share of the organ's voxels is NaN or infinite."""
     return (
@@ -56,9 +69,11 @@ def no_room(smallest_mm: float, largest_that_fits_mm: float = 0.0) -> str:
         smallest_mm: smallest diameter allowed.
         largest_that_fits_mm: largest diameter that an attempt reached; stated if it is smaller.
     """
-    reason = f"no room for a tumour of {smallest_mm:.3g} mm or more in the organ"
+    smallest = format_beside(smallest_mm, [largest_that_fits_mm], ".3g")
+    reason = f"no room for a tumour of {smallest} mm or more in the organ"
     if 0 < largest_that_fits_mm < smallest_mm:
-        reason += f"; largest that fits: {largest_that_fits_mm:.1f} mm"
+        largest = format_beside(largest_that_fits_mm, [float(smallest)])
+        reason += f"; largest that fits: {largest} mm"
     return reason
 
 
@@ -101,5 +116,6 @@ def faint(visibility: float, limit: float, diameter_mm: float, noise_hu: float) 
     """
     return (
         f"noise of {noise_hu:.0f} HU would hide a tumour of {diameter_mm:.1f} mm: visibility "
-        f"{visibility:.1f}, less than {limit:g}; raise size_mm, or set contrast_hu"
+        f"{format_beside(visibility, [limit])}, less than {limit:g}; raise size_mm, or set "
+        "contrast_hu"
     )

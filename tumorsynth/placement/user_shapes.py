@@ -23,11 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.affines import voxel_sizes
 from tumorsynth.geometry import Rows3, shear_of
+from tumorsynth.itk_formats.reading import read_itk
 from tumorsynth.nifti_header import check_header, require_nibabel
 from tumorsynth.placement.components import flood
 from tumorsynth.placement.shape import OUTLINE_RINGS
 
+MASK_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 MAX_SHAPES = 10_000
 MIN_MASK_VOXELS = 30  # fewer do not define an outline
 MIN_LARGEST_SHARE = 0.9  # of a mask's voxels that its main component must have
@@ -41,9 +44,9 @@ def read_shapes(shapes: Any) -> tuple[str, ...]:
     """Return the outlines of a ``shapes=`` argument.
 
     Args:
-        shapes: a folder of NIfTI masks, or a sequence of NIfTI files and of (mask, spacing) pairs,
-            one tumour per mask. A mask is an array or tensor (X, Y, Z), tumour where it is not 0;
-            spacing is mm per voxel. None gives no outlines. Files need nibabel.
+        shapes: a folder of masks, or a sequence of files (NIfTI, NRRD, MetaImage) and of (mask,
+            spacing) pairs, one tumour per mask. A mask is an array or tensor (X, Y, Z), tumour
+            where it is not 0; spacing is mm per voxel. None gives no outlines.
 
     Returns:
         One outline per mask, in order; the files of a folder in order of their names.
@@ -193,19 +196,20 @@ def _masks_in_folder(folder: Path) -> list[Any]:
             "single files pass a list of them"
         )
     files = sorted(
-        p
-        for p in folder.iterdir()
-        if p.name.lower().endswith((".nii", ".nii.gz")) and p.name[0] != "."
+        p for p in folder.iterdir() if p.name.lower().endswith(MASK_SUFFIXES) and p.name[0] != "."
     )
     if not files:
         raise ValueError(
-            f"shapes must hold masks, but {folder} has no .nii or .nii.gz file; pass the folder "
-            "that has them, or None for none"
+            f"shapes must hold masks, but {folder} has no {', '.join(MASK_SUFFIXES)} file; pass "
+            "the folder that has them, or None for none"
         )
     return files
 
 
 def _outline_of_file(path: Path) -> str:
+    if (read := read_itk(path)) is not None:
+        mask = torch.from_numpy(read.stored != 0)
+        return outline_of(mask, voxel_sizes(read.affine).tolist(), path.name, shear_of(read.affine))
     nibabel = require_nibabel()
     if not path.is_file():
         raise FileNotFoundError(

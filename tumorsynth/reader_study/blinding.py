@@ -23,6 +23,7 @@ from tumorsynth.nifti_header import require_nibabel
 from tumorsynth.scans import nifti
 from tumorsynth.scans.file_kinds import describe_folder
 from tumorsynth.scans.pairing import find_files, find_pairs, has_ending
+from tumorsynth.scans.volume_files import read_pair, read_volume
 
 HU_RANGE = (-1024, 3071)  # 12 bits, as scanners store them; all cases are clipped to it
 MIN_LESION_ML = 0.02  # about 3.4 mm; smaller components of a label are stray voxels
@@ -126,8 +127,7 @@ def find_scans(folder: Path, truth: str, labels: Path | None = None) -> list[Sca
         raise FileNotFoundError(f"--{truth} must be a folder of CTs, but there is no {folder}")
     cts = find_files(folder, "")
     if not cts:
-        what = describe_folder(folder)
-        if what:
+        if what := describe_folder(folder):
             raise ValueError(f"--{truth} must be a folder of CTs, but {folder} is a folder{what}")
         raise ValueError(f"--{truth}: the folder {folder} holds no .nii or .nii.gz; give the CTs")
     files = list(cts.values())
@@ -174,9 +174,9 @@ def blind(
         raise ValueError(f"--field-mm must be more than 0 mm and finite, got {field_mm:g}; try 120")
     orientations = require_nibabel().orientations
     if scan.label is None:
-        volume, label = nifti.read_volume(scan.ct, reading), None
+        volume, label = read_volume(scan.ct, reading), None
     else:
-        volume, label = nifti.read_pair(scan.ct, scan.label, reading)
+        volume, label = read_pair(scan.ct, scan.label, reading)
     to_ras = orientations.io_orientation(volume.affine)
     values = orientations.apply_orientation(volume.values(), to_ras)
     edges = voxel_sizes(volume.affine)[to_ras[:, 0].argsort()]

@@ -8,7 +8,8 @@ from pathlib import Path
 from tumorsynth.generators.annotated_scans import AnnotatedScan, make_scan
 from tumorsynth.geometry import frame_from_affine
 from tumorsynth.intensity import Intensity
-from tumorsynth.scans.nifti import Reading, read_pair
+from tumorsynth.scans.nifti import Reading
+from tumorsynth.scans.volume_files import read_pair
 
 
 def read_annotated(

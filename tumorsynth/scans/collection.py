@@ -23,12 +23,18 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from tumorsynth.nifti_header import is_default
-from tumorsynth.scans import nifti
 from tumorsynth.scans.errors import describe_error, is_fatal
 from tumorsynth.scans.nifti import Reading
+from tumorsynth.scans.organ_masks import OrganMasks, read_scan
 from tumorsynth.scans.pairing import Pair
-from tumorsynth.scans.scan import check_organ, check_taken_label, synthesize_scan
+from tumorsynth.scans.scan import (
+    check_label_map,
+    check_organ,
+    check_taken_label,
+    synthesize_scan,
+)
+from tumorsynth.scans.segmentation import Segmenter
+from tumorsynth.scans.volume_files import lacks_geometry
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -50,6 +56,9 @@ class Task:
         reading: how to read the files.
         if_taken: what to do if the label map holds the tumours' value (see `check_taken_label`).
         organ_required: whether a label map without the organ is an error.
+        masks: which files matter where the label is a folder of one file per organ.
+        segmenter: makes the label map; None where there is one.
+        view: whether to write its part of the page before and after.
     """
 
     pair: Pair
@@ -57,6 +66,9 @@ class Task:
     reading: Reading = Reading()
     if_taken: str = "refuse"
     organ_required: bool = False
+    masks: OrganMasks | None = None
+    segmenter: Segmenter | None = None
+    view: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,24 +110,43 @@ def process_scan(
     Raises:
         ValueError: for files that cannot be used; nothing is written.
     """
-    image, label = nifti.read_pair(task.pair.ct, task.pair.label, task.reading)
+    pair, about_label = task.pair, None  # what is known about a label map made here
+    if task.segmenter is not None:
+        about_label = task.segmenter.make_label(pair.ct, pair.label)
+    image, label = read_scan(pair.ct, pair.label, task.reading, task.masks)
+    check_label_map(label, synth)
     label.check_label_fits(synth.tumor_label)
     if task.organ_required:
-        check_organ(label, synth.organ_labels)
-    taken = check_taken_label(label, synth.organ_labels, synth.tumor_label, task.if_taken)
+        check_organ(label, synth)
+    if task.masks is not None:
+        task.masks.check_free(label, add=task.if_taken == "add")
+        taken = None
+    else:
+        taken = check_taken_label(label, synth.organ_labels, synth.tumor_label, task.if_taken)
     synth.taken_label.close()  # as checked here
     notes = _notes(synth, image, label, task.reading)
     for note in (*([taken] if taken else []), *notes):
         print(f"tumorsynth: {task.pair.name}: {note}", file=sys.stderr)
     report = synthesize_scan(
-        synth, image, label, out, task.pair.name, task.seed, step, geometry=task.reading.geometry
+        synth,
+        image,
+        label,
+        out,
+        pair.name,
+        task.seed,
+        step,
+        geometry=task.reading.geometry,
+        masks=task.masks,
+        pair=pair,
+        about_label=about_label,
+        view=task.view,
     )
     return report["tumors"]
 
 
 def _notes(synth: SynthesizeTumor, image: Volume, label: Volume, reading: Reading) -> Iterator[str]:
     """What is unusual about a scan, and need not be wrong."""
-    if reading.geometry is None and is_default(image.header) and synth.unknown_size.first():
+    if reading.geometry is None and lacks_geometry(image) and synth.unknown_size.first():
         yield (  # once for each process
             f"the header of {image.name} says voxels of 1 mm and no position, as libraries write "
             "that know neither; where voxels have another size, so will the tumours: repair the "

@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-HEAD_BYTES = 1024  # of a file, which tell its kind
-MAX_DICOM_TRIED = 20  # files of a folder that are tried
+from tumorsynth.itk_formats.recognize import is_dicom, is_dicom_folder
 
 DICOM_FIX = "convert its series to NIfTI, for example with: dcm2niix -z y FOLDER"
 ITK_FIX = (
@@ -47,14 +46,6 @@ _MAGIC: list[tuple[bytes, str, str]] = [
 ]
 
 
-def _is_dicom(head: bytes) -> bool:
-    if head[128:132] == b"DICM":
-        return True
-    # without a preamble: group 0008, a small element, then a VR of two letters or a length
-    first = head[:2] in (b"\x08\x00", b"\x02\x00") and head[3:4] == b"\0"
-    return first and (head[4:6].isalpha() and head[4:6].isupper() or head[6:8] == b"\0\0")
-
-
 def _is_mgh(head: bytes) -> bool:
     """Version 1, then axes of a plausible length, all big-endian."""
     numbers = [int.from_bytes(head[k : k + 4], "big") for k in range(0, 20, 4)]
@@ -66,7 +57,7 @@ def _starts_page(*starts: bytes) -> Callable[[bytes], bool]:
 
 
 _TESTS: list[tuple[Callable[[bytes], bool], str, str]] = [
-    (_is_dicom, "a DICOM file", DICOM_FIX),
+    (is_dicom, "a DICOM file", DICOM_FIX),
     (_is_mgh, "an MGH file of FreeSurfer", "convert it: mri_convert {name} {stem}.nii.gz"),
     (lambda head: head[257:262] == b"ustar", "a tar archive", UNPACK_FIX),
     (lambda head: b".npy" in head[:100] and head[:2] == b"PK", "a NumPy archive", ARRAY_FIX),
@@ -146,21 +137,14 @@ def check_is_file(path: Path) -> None:
     if path.is_dir():
         what = describe_folder(path)
         raise ValueError(
-            f"a scan must be a NIfTI file, but {path} is a folder{what or '; give a file in it'}"
+            f"a scan must be a file, but {path} is a folder{what or '; give a file in it'}"
         )
     if not path.is_file():
-        raise ValueError(f"a scan must be a NIfTI file, but {path} is a device or a pipe")
+        raise ValueError(f"a scan must be a file, but {path} is a device or a pipe")
 
 
 def describe_folder(folder: Path) -> str:
-    """Say how to convert a folder of DICOM slices: " of DICOM slices; ..."; "" for others."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()][:MAX_DICOM_TRIED]
-    for path in files:
-        try:
-            with path.open("rb") as file:
-                head = file.read(HEAD_BYTES)
-        except OSError:
-            continue
-        if _is_dicom(head):
-            return f" of DICOM slices; {DICOM_FIX.replace('FOLDER', str(folder))}"
-    return ""
+    """Say what to do with a folder of DICOM slices: " of DICOM slices; ..."; "" for others."""
+    if not is_dicom_folder(folder):
+        return ""
+    return " of DICOM slices, one scan; give the folder that holds it"

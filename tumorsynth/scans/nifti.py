@@ -16,14 +16,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, voxel_sizes
 from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.nifti_header import check_geometry, read_affine, require_nibabel
 from tumorsynth.scans.file_kinds import check_is_file
 from tumorsynth.scans.opening import open_nifti
 from tumorsynth.scans.volume import Volume
-
-SIZE_ROUNDING, AXIS_ROUNDING = 1e-4, 1e-3  # relative; decide only which words a message uses
 
 
 @dataclass(frozen=True)
@@ -145,59 +142,6 @@ def read_header(path: Path) -> Any:
         return kind.from_fileobj(opened.file, check=False)
 
 
-def read_pair(
-    ct: Path,
-    label: Path,
-    reading: Reading = Reading(),  # noqa: B008 (frozen)
-) -> tuple[Volume, Volume]:
-    """Read a CT and its label map; raise ValueError if they do not share one grid."""
-    image, mask = read_volume(ct, reading), read_volume(label, reading)
-    check_same_grid(image, mask, reading=reading)
-    return image, mask
-
-
-def check_same_grid(
-    image: Volume,
-    label: Volume,
-    what_they_are: str = "CT and label",
-    reading: Reading = Reading(),  # noqa: B008 (frozen)
-) -> None:
-    """Raise ValueError if two grids differ in shape, or put a voxel at different places.
-
-    Args:
-        image: the first volume.
-        label: the second volume.
-        what_they_are: "FIRST and SECOND", for the message.
-        reading: whether voxel lies on voxel.
-    """
-    first, second = what_they_are.split(" and ")
-    what = fix = ""
-    if image.stored.shape != label.stored.shape:
-        what = f"shape {_times(image.stored.shape)} against {_times(label.stored.shape)} voxels"
-    elif not reading.same_grid:
-        shift = largest_shift(image.affine, label.affine, image.stored.shape)
-        if shift > MAX_SHIFT_VOXELS:
-            what = f"{_affine_difference(image.affine, label.affine)}, by up to {shift:.2g} voxels"
-            fix = ", or add --same-grid if voxel lies on voxel"
-    if what:
-        raise ValueError(
-            f"{what_they_are} must share one grid, but {image.name} and {label.name} differ in "
-            f"{what}; resample the {second} onto the {first}{fix}"
-        )
-
-
-def _affine_difference(first: np.ndarray, second: np.ndarray) -> str:
-    sizes, others = voxel_sizes(first), voxel_sizes(second)
-    if not np.allclose(sizes, others, rtol=SIZE_ROUNDING, atol=0):
-        return f"affine: spacing {_times(sizes.round(4))} against {_times(others.round(4))} mm"
-    if not np.allclose(first[:3, :3] / sizes, second[:3, :3] / others, atol=AXIS_ROUNDING):
-        axcodes = require_nibabel().aff2axcodes
-        codes = ["".join(axcodes(a)) for a in (first, second)]
-        return f"affine: orientation ({codes[0]} against {codes[1]}, or a rotation between them)"
-    origin = ["(" + ", ".join(f"{v:.6g}" for v in a[:3, 3]) + ")" for a in (first, second)]
-    return f"affine: origin {origin[0]} against {origin[1]} mm"
-
-
 def _times(numbers: Any) -> str:
     return "x".join(f"{n:g}" for n in numbers)
 
@@ -208,7 +152,7 @@ def write_volume(path: Path, like: Volume, stored: np.ndarray) -> None:
     The file appears complete or not at all.
 
     Args:
-        path: ends in .nii.gz.
+        path: the file; compressed if its name ends in .gz.
         like: the volume that was read.
         stored: (X, Y, Z), in the numbers of ``like.stored``.
     """
@@ -218,13 +162,18 @@ def write_volume(path: Path, like: Volume, stored: np.ndarray) -> None:
     shape = like.header.get_data_shape()
     # not like.affine: of a header that contradicts itself, another source may have been chosen
     image = kind(stored.reshape(shape), like.header.get_best_affine(), like.header)
+    image.set_data_dtype(stored.dtype)
     # given a scale, nibabel writes the numbers unchanged
     scale = like.header["scl_slope"], like.header["scl_inter"]
-    if not np.isfinite(scale).all():
+    slope, inter = like.header.get_slope_inter()
+    if not np.isfinite(scale).all() or (slope or 1, inter or 0) != (like.slope, like.inter):
         scale = like.slope, like.inter
     image.header["scl_slope"], image.header["scl_inter"] = scale
 
     def write(file: BinaryIO) -> None:
+        if path.suffix != ".gz":
+            image.to_stream(file)
+            return
         # without name and time, equal volumes give equal files
         with gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) as zipped:
             image.to_stream(zipped)

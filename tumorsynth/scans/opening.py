@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from tumorsynth.scans.file_kinds import HEAD_BYTES, describe_kind
+from tumorsynth.itk_formats.recognize import HEAD_BYTES
+from tumorsynth.scans.file_kinds import describe_kind
 
 GZIP = b"\x1f\x8b"
 MAX_GZIP_LAYERS = 3  # a file that was gzipped twice is common

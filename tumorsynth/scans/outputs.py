@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import os
+import shutil
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from tumorsynth.scans.pairing import Pair
+from tumorsynth.scans.volume_files import written_suffix
 
 
-def output_paths(out: Path, name: str) -> dict[str, Path]:
-    """The files of one scan: ct, label, report and preview."""
+def output_paths(
+    out: Path, name: str, ct: str = ".nii.gz", label: str = ".nii.gz"
+) -> dict[str, Path]:
+    """The files of one scan: ct, label, report and preview.
+
+    Args:
+        out: the folder of the results.
+        name: of the scan.
+        ct: suffix of the CT, see `volume_files.written_suffix`.
+        label: suffix of the label map.
+    """
     endings = {
-        "ct": "ct.nii.gz",
-        "label": "label.nii.gz",
+        "ct": f"ct{ct}",
+        "label": f"label{label}",
         "report": "report.json",
         "preview": "preview.png",
     }
     return {key: out / f"{name}_{ending}" for key, ending in endings.items()}
+
+
+def output_paths_of(pair: Pair, out: Path) -> dict[str, Path]:
+    """The files that `synthesize_scan` writes for a pair."""
+    suffixes = (written_suffix(path.name) for path in (pair.ct, pair.label))
+    paths = output_paths(out, pair.name, *suffixes)
+    if pair.places is None:
+        return paths
+    return {**paths, "ct": out / pair.places.ct, "label": out / pair.places.label}
 
 
 def unfinished_marker(out: Path, name: str) -> Path:
@@ -54,6 +74,9 @@ def find_unfinished(
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file; choose another name")
+    slices = [pair.ct for pair in pairs if pair.ct.is_dir()]
+    if any(out.resolve() == folder.resolve() for folder in slices):
+        raise ValueError(f"--out must not be a folder of slices, got {out}; choose another")
     folders = {path.parent.resolve() for pair in pairs for path in (pair.ct, pair.label)}
     if mismatch is not None and out.resolve() in folders:
         raise ValueError(
@@ -66,7 +89,7 @@ def find_unfinished(
     unfinished: list[int] = []
     reason = ""
     for k, pair in enumerate(pairs):
-        paths = output_paths(out, pair.name)
+        paths = output_paths_of(pair, out)
         for path in paths.values():
             if path.resolve() in inputs:
                 raise ValueError(f"{path} is an input and would be replaced; choose another --out")
@@ -134,7 +157,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 def mark_unfinished(pairs: Sequence[Pair], out: Path) -> None:
     """Mark existing results as unfinished, so that an interrupted --overwrite can resume."""
     for pair in pairs:
-        paths = output_paths(out, pair.name)
+        paths = output_paths_of(pair, out)
         if any(path.exists() for path in paths.values()):
             unfinished_marker(out, pair.name).touch()
             paths["report"].unlink(missing_ok=True)
@@ -142,9 +165,13 @@ def mark_unfinished(pairs: Sequence[Pair], out: Path) -> None:
 
 def remove_partial_files(pairs: Sequence[Pair], out: Path) -> None:
     """Remove the temporary files of an interrupted run. Call before writing anything."""
-    names = {path.name for pair in pairs for path in output_paths(out, pair.name).values()}
-    for path in list(out.iterdir()) if out.is_dir() else []:
-        name, _, process = path.name.removeprefix(".").removesuffix(".part").rpartition(".")
-        is_partial = path.name == f".{name}.{process}.part" and process.isdigit()
-        if is_partial and name in names:
-            path.unlink(missing_ok=True)
+    results = [p for pair in pairs for p in output_paths_of(pair, out).values()]
+    names = {path.name for path in results}
+    for folder in {out, *(path.parent for path in results)}:
+        for path in list(folder.iterdir()) if folder.is_dir() else []:
+            name, _, process = path.name.removeprefix(".").removesuffix(".part").rpartition(".")
+            is_partial = path.name == f".{name}.{process}.part" and process.isdigit()
+            if is_partial and name in names and path.is_dir():  # of a format with several files
+                shutil.rmtree(path, ignore_errors=True)
+            elif is_partial and name in names:
+                path.unlink(missing_ok=True)

@@ -1,39 +1,68 @@
-"""Find CT files and the label maps that belong to them."""
+"""Find CTs, files or folders of DICOM slices, and the label maps that belong to them."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tumorsynth.itk_formats.recognize import is_dicom_folder
 from tumorsynth.scans.file_kinds import check_is_there, describe_folder
 
-# The names of volumes, first the formats that are preferred where two files have one name. The last
-# are of other formats, listed so that whoever reads them says what they are.
+# The names of volumes, first the formats that are preferred where two files have one name. A folder
+# of DICOM slices comes after them. MGH is listed so that whoever reads it says what it is.
 FORMATS = [
     re.compile(pattern, re.I)
     for pattern in (
         r"\.nii(\.gz)*$",
         r"\.hdr(\.gz)*$",
         r"\.img(\.gz)*$",
-        r"\.(nrrd|nhdr|mha|mhd|mgh|mgz)$",
+        r"(\.seg)?\.(nrrd|nhdr)$|\.(mha|mhd)$",
+        r"\.(mgh|mgz)$",
     )
 ]
+NO_TWO_OF = (0, 3)  # formats of which two files of one name are an error
+DICOM_FOLDER = len(FORMATS)  # the number of the format of a folder of slices
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the results of a scan go beneath OUT, in the layout that the scan came in.
+
+    Attributes:
+        ct: path of the new CT.
+        label: path of the new label map, or of its folder of one file per organ.
+        copies: files that stay as they are, and their paths: further channels.
+    """
+
+    ct: str
+    label: str
+    copies: tuple[tuple[Path, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A CT file and its label map. The results are named after ``name``."""
+    """A CT and its label map. The results are named after ``name``.
+
+    Attributes:
+        name: of the scan.
+        ct: the CT: a file, or a folder of DICOM slices.
+        label: its label map, or a folder with one file per organ.
+        places: where the results go; None for NAME_ct and NAME_label.
+    """
 
     name: str
     ct: Path
     label: Path
+    places: Places | None = None
 
 
 def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
     """Pair the CTs and label maps of two files, one folder or two folders.
 
-    In one folder, NAME_ct.nii[.gz] pairs with NAME_label.nii[.gz]. In two folders, files of the
+    A folder of DICOM slices stands for a CT file, named as the folder. In one folder,
+    NAME_ct.nii[.gz] pairs with NAME_label.nii[.gz]. In two folders, files of the
     same name pair. Names are compared without .nii[.gz] and without a trailing _ct or _label.
     A CT without a label map is listed with the path where its label map should be, so that the
     caller reports it; a label map without a CT is ignored, and so are hidden files.
@@ -52,7 +81,7 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
     for path in (ct, label):
         if path is not None:
             check_is_there(path)
-    if not ct.is_dir():
+    if not is_collection(ct):
         return [_pair_of_files(ct, label)]
     if label is not None and not label.is_dir():
         raise ValueError(
@@ -65,7 +94,7 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
     labels = find_files(label or ct, "_label", ending_required=one_folder)
     if not cts:
         if what := describe_folder(ct):
-            raise ValueError(f"the CTs must be NIfTI files, but {ct} is a folder{what}")
+            raise ValueError(f"the CTs must be several scans, but {ct} is a folder{what}")
         raise ValueError(
             f"the folder {ct} holds no NAME_ct.nii.gz; name the files NAME_ct.nii.gz and "
             "NAME_label.nii.gz, or give the folder of the CTs and then that of the label maps"
@@ -79,11 +108,20 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
     ]
 
 
+def is_collection(ct: Path) -> bool:
+    """Return whether a path is a folder of scans, rather than a scan: a file, or DICOM slices."""
+    if not ct.is_dir():
+        return False
+    return not is_dicom_folder(ct) or any(_format(path) == 0 for path in ct.iterdir())
+
+
 def _pair_of_files(ct: Path, label: Path | None) -> Pair:
+    ct = Path(os.path.abspath(ct)) if ct.is_dir() else ct  # "." has no name
     if label is None or label.is_dir():
         got = "none" if label is None else f"the folder {label}"
         raise ValueError(
-            f"CT {ct.name} needs its label file as second argument, got {got}; give its label map"
+            f"CT {ct.name} needs its label file as second argument, got {got}; give its label "
+            "map, or --segment to make one with TotalSegmentator"
         )
     return Pair(name_of(ct, "_ct") or ct.stem or ct.name, ct, label)
 
@@ -93,10 +131,10 @@ def find_files(folder: Path, ending: str, *, ending_required: bool = False) -> d
 
     Upper and lower case of .nii.gz and of the ending do not matter. A pair of .hdr and .img is
     listed by its .hdr. Where a name has no NIfTI file, a volume of another format (.nrrd, .mha,
-    ...) is listed, so that whoever reads it says what it is.
+    ...) or a subfolder of DICOM slices is listed.
 
     Args:
-        folder: where to look; subfolders and hidden files are ignored.
+        folder: where to look; hidden files and subfolders without DICOM slices are ignored.
         ending: what a name may end in, "_ct" for example.
         ending_required: list only the files whose name has that ending.
 
@@ -107,14 +145,14 @@ def find_files(folder: Path, ending: str, *, ending_required: bool = False) -> d
     for path in sorted(folder.iterdir(), key=lambda path: (_format(path), path)):
         name = name_of(path, ending)
         # a dangling link is a scan that cannot be read: list it, so that it is reported
-        is_file = path.is_file() or path.is_symlink()
-        if name is None or path.name.startswith(".") or not is_file:
+        is_scan = path.is_file() or path.is_symlink() or _format(path) == DICOM_FOLDER
+        if name is None or path.name.startswith(".") or not is_scan:
             continue
         if ending_required and not has_ending(path, ending):
             continue
         if name not in found:
             found[name] = path
-        elif _format(path) == 0:
+        elif _format(path) == _format(found[name]) and _format(path) in NO_TWO_OF:
             raise ValueError(
                 f"each scan needs its own name, but {found[name].name} and {path.name} in {folder} "
                 f"are both {name!r}; rename or move one"
@@ -138,10 +176,14 @@ def has_ending(path: Path, ending: str) -> bool:
 def _stem(path: Path) -> str:
     """Return the name without the suffix of a format; "" if it has none of them."""
     format_ = _format(path)
+    if format_ == DICOM_FOLDER:
+        return path.name
     return FORMATS[format_].sub("", path.name) if format_ < len(FORMATS) else ""
 
 
 def _format(path: Path) -> int:
-    """Return the number of the path's format in FORMATS; their number if it has none of them."""
+    """Return the number of the path's format: in FORMATS, DICOM_FOLDER, or one more for none."""
+    if path.is_dir():
+        return DICOM_FOLDER if is_dicom_folder(path) else DICOM_FOLDER + 1
     matches = (k for k, suffix in enumerate(FORMATS) if suffix.search(path.name))
-    return next(matches, len(FORMATS))
+    return next(matches, DICOM_FOLDER + 1)

@@ -18,6 +18,8 @@ from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.geometry import frame_from_affine
 
 PANEL, GAP, HEADER, MARGIN = 2.3, 0.05, 0.32, 0.3  # inches
+DPI = 100
+MAX_TUMORS = 8  # drawn of one scan
 COLUMNS = ("whole slice", "before", "after", "difference", "outline")
 # name, axis across, axis down (of R, A, S), letters at the left, right, top and bottom
 PLANES = (("axial", 0, 1, "RLAP"), ("coronal", 0, 2, "RLSI"), ("sagittal", 1, 2, "APSI"))
@@ -64,7 +66,7 @@ def render(
     window: tuple[float, float] | None = None,
     zoom_mm: float = 90.0,
     title: str = "",
-    max_tumors: int = 8,
+    max_tumors: int = MAX_TUMORS,
 ) -> Any:
     """Draw the preview. Without a tumour it shows the middle of the scan.
 
@@ -89,9 +91,7 @@ def render(
     from matplotlib.figure import Figure
 
     if window is None:
-        replaced = before[tumor]
-        in_lung = replaced.size > 0 and float(np.median(replaced)) < MAX_LUNG_HU
-        window = LUNG_WINDOW if in_lung else SOFT_TISSUE_WINDOW
+        window = choose_window(before, tumor)
     placed = [t for t in tumors if t.get("applied", True)]
     shown: list[Mapping[str, Any]] = list(placed[:max_tumors])
     if len(placed) > len(shown):
@@ -104,7 +104,7 @@ def render(
     width = MARGIN + len(COLUMNS) * (PANEL + GAP)
     group = HEADER + 3 * (PANEL + GAP)
     height = 2 * HEADER + len(shown) * group
-    figure = Figure(figsize=(width, height), dpi=100, facecolor=PAPER)
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
 
     orientation = frame_from_affine(affine)
@@ -160,6 +160,27 @@ def render(
                 if name == "difference" and number == 0:
                     _colour_bar(axes, span)
     return figure
+
+
+def panel_box(tumor: int, plane: int, column: int) -> tuple[int, int, int, int]:
+    """Return where a panel lies in the saved picture: left, top, right, bottom in pixels.
+
+    Args:
+        tumor: number of the tumour, from 0.
+        plane: number of the row, see PLANES.
+        column: see COLUMNS.
+    """
+    left = MARGIN + column * (PANEL + GAP)
+    top = 2 * HEADER + tumor * (HEADER + 3 * (PANEL + GAP)) + HEADER + plane * (PANEL + GAP)
+    a, b, c, d = (round(v * DPI) for v in (left, top, left + PANEL, top + PANEL))
+    return a, b, c, d
+
+
+def choose_window(before: np.ndarray, tumor: np.ndarray) -> tuple[float, float]:
+    """Return a lung window if the tumours replace lung, else a soft tissue window, in HU."""
+    replaced = before[tumor]
+    in_lung = replaced.size > 0 and float(np.median(replaced)) < MAX_LUNG_HU
+    return LUNG_WINDOW if in_lung else SOFT_TISSUE_WINDOW
 
 
 def require_matplotlib() -> None:

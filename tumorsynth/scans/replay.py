@@ -11,6 +11,7 @@ from tumorsynth.nifti_header import check_geometry
 from tumorsynth.pipeline.params_grid import replay_frames
 from tumorsynth.pipeline.validation import check_params
 from tumorsynth.scans.nifti import Reading
+from tumorsynth.scans.organ_masks import OrganMasks
 from tumorsynth.scans.run_settings import option_names, voxels_sha256
 
 if TYPE_CHECKING:
@@ -72,6 +73,20 @@ def reading_of(report: dict[str, Any]) -> Reading:
     """Return how the report's files were read; `check_scan` makes sure that they are the same."""
     known = report.get("voxels_sha256") or {}
     return Reading(report.get("geometry"), same_grid="ct" in known and "label" in known)
+
+
+def masks_of(report: dict[str, Any]) -> OrganMasks | None:
+    """Return which files of one file per organ the report was made from; None for a label map."""
+    known = report.get("masks")
+    if known is None:
+        return None
+    try:
+        return OrganMasks(**{**known, "organs": tuple(known["organs"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"the report's masks must be those of this version, got {str(known)[:80]}; install "
+            f"tumorsynth {report['tumorsynth']}"
+        ) from error
 
 
 def check_scan(report: dict[str, Any], image: Volume, label: Volume) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import tumorsynth
 
 if TYPE_CHECKING:
+    from tumorsynth.scans.organ_masks import OrganMasks
     from tumorsynth.synthesizer import SynthesizeTumor
 
 # Every report holds these options, in this order. All other parameters of `SynthesizeTumor` are
@@ -35,11 +36,17 @@ ALWAYS_RECORDED = (
     "intensity",
 )
 # Entries of their own in the report, beside the options.
-NOT_OPTIONS = ("generator", "device")
+NOT_OPTIONS = ("generator", "device", "label_map")  # for names, organ_labels hold the values
 
 
 def run_settings(
-    synth: SynthesizeTumor, *, ct: str, label: str, seed: int, geometry: str | None = None
+    synth: SynthesizeTumor,
+    *,
+    ct: str,
+    label: str,
+    seed: int,
+    geometry: str | None = None,
+    masks: OrganMasks | None = None,
 ) -> dict[str, Any]:
     """Collect what decides the result of a scan, in JSON's own types.
 
@@ -49,6 +56,7 @@ def run_settings(
         label: file name of its label map.
         seed: of the scan.
         geometry: the source of the files' headers that was chosen.
+        masks: which files of a folder of one file per organ matter.
     """
     import torch
 
@@ -59,6 +67,7 @@ def run_settings(
         "label": label,
         "seed": seed,
         **({} if geometry is None else {"geometry": geometry}),
+        **({} if masks is None else {"masks": asdict(masks)}),
         "generator": {key: card[key] for key in ("name", "sha256", "licence") if key in card},
         "options": _options(synth),
         # the last bit of a convolution depends on these two
@@ -118,7 +127,7 @@ def explain_mismatch(report: Path, settings: dict[str, Any]) -> str | None:
         return "cannot be read"
     if not isinstance(found, dict):
         return "is no report"
-    for key, value in {"geometry": None, **settings}.items():
+    for key, value in {"geometry": None, "masks": None, **settings}.items():
         old = found.get(key)
         if old != value:
             if isinstance(old, dict) and isinstance(value, dict):

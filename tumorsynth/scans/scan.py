@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tumorsynth.atomic_writes import write_atomic
-from tumorsynth.scans import nifti
-from tumorsynth.scans.outputs import output_paths, unfinished_marker
+from tumorsynth.atomic_writes import copy_file, write_atomic
+from tumorsynth.scans.outputs import output_paths, output_paths_of, unfinished_marker
 from tumorsynth.scans.run_settings import run_settings, to_json_types, voxels_sha256
 from tumorsynth.scans.volume import Volume
+from tumorsynth.scans.volume_files import write_volume
 
 if TYPE_CHECKING:
+    from tumorsynth.scans.organ_masks import OrganMasks
+    from tumorsynth.scans.pairing import Pair
     from tumorsynth.synthesizer import SynthesizeTumor
 
 
@@ -31,6 +33,10 @@ def synthesize_scan(
     step: Callable[[], None],
     params: list[dict[str, Any]] | None = None,
     geometry: str | None = None,
+    masks: OrganMasks | None = None,
+    pair: Pair | None = None,
+    about_label: dict[str, Any] | None = None,
+    view: bool = False,
 ) -> dict[str, Any]:
     """Synthesise tumours in one scan and write its CT, label map, preview and report.
 
@@ -46,6 +52,10 @@ def synthesize_scan(
         step: called after each of reading, synthesising, writing and drawing.
         params: of an earlier report, to make its tumours again.
         geometry: the source of the header that the affine was read from, for the report.
+        masks: how a folder of one file per organ became the label map.
+        pair: the files, where the results keep their layout.
+        about_label: which program made the label map, for the report.
+        view: whether to write the scan's part of the page of `tumorsynth.scans.view`.
 
     Returns:
         The report, as written.
@@ -58,6 +68,7 @@ def synthesize_scan(
 
     from tumorsynth.appearance.visibility import FaintTumorWarning
     from tumorsynth.scans.preview import save_preview
+    from tumorsynth.scans.view import save_view
 
     whole_label = label.as_label()
     before, old = image.values(), label.integers()
@@ -81,7 +92,11 @@ def synthesize_scan(
     new_ct = image.with_changes(differs, after[differs])
     new_label = whole_label.with_changes(relabelled, new[relabelled])
     report = {
-        **run_settings(synth, ct=image.name, label=label.name, seed=seed, geometry=geometry),
+        **run_settings(
+            synth, ct=image.name, label=label.name, seed=seed, geometry=geometry, masks=masks
+        ),
+        **_about_organs(synth),
+        **({} if about_label is None else {"segmentation": about_label}),
         "voxels_sha256": {
             "ct": voxels_sha256(image.stored),
             "label": voxels_sha256(label.stored),
@@ -91,17 +106,29 @@ def synthesize_scan(
         "tumors": records,
         "params": synth.params,
     }
-    paths = output_paths(out, name)
+    places = None if pair is None else pair.places
+    paths = output_paths(out, name) if pair is None else output_paths_of(pair, out)
     # if the run is killed before the report is written, the marker says that these files are ours
     marker = unfinished_marker(out, name)
     marker.touch()
     paths["report"].unlink(missing_ok=True)
-    nifti.write_volume(paths["ct"], image, new_ct)
-    nifti.write_volume(paths["label"], whole_label, new_label)
+    for path in (paths["ct"], paths["label"]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_volume(paths["ct"], image, new_ct)
+    if pair is not None and masks is not None:
+        masks.write(paths["label"], pair.label, whole_label, new_label)
+    else:
+        write_volume(paths["label"], whole_label, new_label)
+    for source, place in () if places is None else places.copies:
+        copy_file(source, out / place)
     step()
     tumor = relabelled & (new == synth.tumor_label)
-    hu = [synth.intensity.to_hu(torch.from_numpy(v)).numpy() for v in (before, after)]
-    save_preview(paths["preview"], *hu, tumor, image.affine, records, title=f"{name}, seed {seed}")
+    hu, new_hu = (synth.intensity.to_hu(torch.from_numpy(v)).numpy() for v in (before, after))
+    save_preview(
+        paths["preview"], hu, new_hu, tumor, image.affine, records, title=f"{name}, seed {seed}"
+    )
+    if view:
+        save_view(out, name, hu, new_hu, tumor, image.affine, report)
     text = json.dumps(report, indent=2, default=to_json_types) + "\n"
     write_atomic(paths["report"], lambda file: file.write(text.encode()))
     marker.unlink(missing_ok=True)
@@ -109,15 +136,41 @@ def synthesize_scan(
     return report
 
 
-def check_organ(label: Volume, organ_labels: tuple[int, ...]) -> None:
+def _about_organs(synth: SynthesizeTumor) -> dict[str, Any]:
+    """The names of the organs' values, where they were given by name."""
+    label_map = synth.settings.label_map
+    if label_map is None:
+        return {}
+    names = {label_map.name_of(value) or str(value): value for value in synth.organ_labels}
+    return {"organs": {"label_map": label_map.source, **names}}
+
+
+def check_organ(label: Volume, synth: SynthesizeTumor) -> None:
     """Raise ValueError if a label map holds none of the organ's values."""
-    held = np.unique(label.integers())
-    if not np.isin(held, organ_labels).any():
-        listed = ", ".join(map(str, held[:20])) + (", ..." if len(held) > 20 else "")
+    held = label.held_values()
+    if any(value in synth.organ_labels for value in held):
+        return
+    label_map = synth.settings.label_map
+    if label_map is not None:
         raise ValueError(
-            f"--organ-label {' '.join(map(str, organ_labels))} must be in the label map, but "
-            f"{label.name} holds {listed}; give the value that the organ has there"
+            f"--organ must be in the label map, but {label.name} has no "
+            f"{label_map.describe(synth.organ_labels)} of {label_map.source}; it holds "
+            f"{label_map.describe(v for v in held if v) or '0 alone'}; give another --organ, or "
+            "the --label-map that it was made with"
         )
+    listed = ", ".join(map(str, held[:20])) + (", ..." if len(held) > 20 else "")
+    raise ValueError(
+        f"--organ-label {' '.join(map(str, synth.organ_labels))} must be in the label map, but "
+        f"{label.name} holds {listed}; give the value that the organ has there"
+    )
+
+
+def check_label_map(label: Volume, synth: SynthesizeTumor) -> None:
+    """Raise ValueError if a label map holds values that the transform's label map does not have."""
+    if synth.settings.label_map is not None:
+        found = label.held_values()
+        synth.settings.label_map.check(found, synth.tumor_label, label.name)
+        synth.label_map_check.close()  # as checked here
 
 
 def check_taken_label(
@@ -142,16 +195,13 @@ def check_taken_label(
         return None
     import torch
 
-    from tumorsynth.geometry import frame_from_affine
-    from tumorsynth.pipeline.taken_label import free_value, measure
+    from tumorsynth.pipeline.taken_label import free_value
 
     values = torch.from_numpy(label.integers())
     count = int((values == tumor_label).sum())
     if not count:
         return None
-    found = measure(values, tumor_label, organ_labels)
-    voxel_mm3 = frame_from_affine(label.affine).voxel_mm3
-    is_organ = found is not None and found.looks_like_an_organ(voxel_mm3, clearly=True)
+    is_organ = is_another_organ(label, organ_labels, tumor_label, clearly=True)
     free = f"--tumor-label {free_value(values)}"
     if if_taken == "judge" and not is_organ:
         return (
@@ -163,6 +213,27 @@ def check_taken_label(
         f"{count} voxels of it; give a free value, for example {free}, or, if these are tumours, "
         "--add-to-label"
     )
+
+
+def is_another_organ(
+    label: Volume, organ_labels: tuple[int, ...], tumor_label: int, *, clearly: bool
+) -> bool:
+    """Return whether the voxels of the tumours' value look like another organ.
+
+    Args:
+        label: the label map.
+        organ_labels: values of the organ.
+        tumor_label: the tumours' value.
+        clearly: ask for more evidence.
+    """
+    import torch
+
+    from tumorsynth.geometry import frame_from_affine
+    from tumorsynth.pipeline.taken_label import measure
+
+    found = measure(torch.from_numpy(label.integers()), tumor_label, organ_labels)
+    voxel_mm3 = frame_from_affine(label.affine).voxel_mm3
+    return found is not None and found.looks_like_an_organ(voxel_mm3, clearly=clearly)
 
 
 def _check_intensity(

@@ -10,12 +10,13 @@ import numpy as np
 
 from tumorsynth.label_values import ROUNDING, round_labels
 
+MAX_COUNTED = 1 << 16  # values of a label that are counted one by one
 LABEL_DTYPES = ("uint8", "int16", "int32")  # of a map whose own dtype cannot hold its values
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One NIfTI image: the numbers as stored, and what is needed to write them back.
+    """The image of one file: the numbers as stored, and what is needed to write them back.
 
     Attributes:
         name: of the file, for messages.
@@ -23,7 +24,7 @@ class Volume:
         slope: value = stored * slope + inter.
         inter: see ``slope``.
         affine: (4, 4) float64, voxel to mm (RAS).
-        header: nibabel header, including the dtype and the shape on disk.
+        header: nibabel's of a NIfTI; the further entries (a dict) of an NRRD or a MetaImage.
     """
 
     name: str
@@ -82,6 +83,15 @@ class Volume:
             )
         return whole.astype(np.int32)
 
+    def held_values(self) -> list[int]:
+        """The values that a label map holds, ascending."""
+        whole = self.integers()
+        low, high = int(whole.min()), int(whole.max())
+        if high - low < MAX_COUNTED:  # much faster than sorting
+            counts = np.bincount((whole - low).ravel())
+            return [int(v) + low for v in np.flatnonzero(counts)]
+        return [int(v) for v in np.unique(whole)]
+
     def _rounding(self) -> float:
         """How far from a whole number a quantised label may lie: half a step of the scale.
 
@@ -112,11 +122,7 @@ class Volume:
         stored = whole.astype(dtype)
         if not self.is_scaled and np.array_equal(stored, self.stored):
             return self
-        header = self.header.copy()
-        header.set_data_dtype(dtype)
-        if self.is_scaled:
-            header["scl_slope"], header["scl_inter"] = 1, 0
-        return replace(self, stored=stored, slope=1.0, inter=0.0, header=header)
+        return replace(self, stored=stored, slope=1.0, inter=0.0)
 
     def store(self, value: np.ndarray) -> np.ndarray:
         """Convert values to this file's stored numbers: unscaled, rounded to nearest, clipped."""

@@ -171,15 +171,16 @@ class SynthesizeTumor(_Synthesis):
 def _is_lost(image: Image, subject: Subject) -> list[bool]:
     """Return whether the affine stems from an identity that stands for none."""
     kind: Any = type(image)
-    read = partial(_file_affine, kind, image.path)
+    read = partial(_file_place, kind, image.path)
     history = subject.applied_transforms
     return [stems_from_default(image.affine, image.spatial_shape, history, read)]
 
 
 @lru_cache(FILES_REMEMBERED)
-def _file_affine(kind: Any, path: Any) -> Any:
-    """Return the affine of the file that an image comes from, None without one."""
+def _file_place(kind: Any, path: Any) -> Any:
+    """Return affine and shape of the file that an image comes from, None without one."""
     try:
-        return kind(path).affine if isinstance(path, Path) else None
+        file = kind(path) if isinstance(path, Path) else None
+        return None if file is None else (file.affine, file.spatial_shape)
     except Exception:  # the file is gone, or its reader raises an error of its own
         return None

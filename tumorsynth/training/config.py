@@ -266,7 +266,7 @@ def check_config(config: Any) -> None:
         if f.name not in SIGNED_FIELDS and value < 0:
             raise ValueError(f"{flag} must not be negative, got {value}")
         if f.name in SHARE_FIELDS and not value <= 1:
-            raise ValueError(f"{flag} must be from 0 to 1, got {value:g}")
+            raise ValueError(f"{flag} must be from 0 to 1, got {value!r}")
     if getattr(config, "ema", 0) == 1:
         raise ValueError("--ema must be below 1, because 1 keeps the first weights, got 1")
     if not 1 <= getattr(config, "tumor_label", 1) <= 255:

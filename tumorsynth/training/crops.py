@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.contrast import ContrastConfig, contrast_of, core, grown, level_around
 from tumorsynth.appearance.contrast_priors import add_structure
+from tumorsynth.arguments import format_beside
 from tumorsynth.training.config import DenoiserTraining
 from tumorsynth.training.data import Case, Tumor, augment
 from tumorsynth.training.outlines import remove_noise, tumor_mask, tumor_surroundings
@@ -120,10 +121,11 @@ def tissue_warning(
     ]
     if 2 * sum(low < level < high for level in levels) >= len(levels):
         return None
+    median = format_beside(float(np.median(levels)), (low, high), ".0f")
     return (
         f"the tissue around {'the tumour' if len(levels) == 1 else 'most tumours'} is not from "
         f"--tissue-low {low:g} to --tissue-high {high:g} HU (its median is "
-        f"{float(np.median(levels)):.0f} HU): contrast and places will be wrong; pass other "
+        f"{median} HU): contrast and places will be wrong; pass other "
         "values, or another --preset: lung for tumours in lungs"
     )
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.arguments import format_beside
 from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.intensity import HU_HIGH, HU_LOW
 from tumorsynth.intensity_check import describe, find_fault, sample_voxels
@@ -264,7 +265,7 @@ def find_tumors(
             continue
         own = [Tumor(k, *part) for part in connected_components(case.label == tumor_label)]
         tumors += [t for t in own if min_diameter_mm <= t.diameter_mm <= largest]
-        sizes = ", ".join(f"{t.diameter_mm:.1f}" for t in own)
+        sizes = ", ".join(format_beside(t.diameter_mm, (min_diameter_mm, largest)) for t in own)
         values = ", ".join(str(int(v)) for v in case.label.unique() if v)
         reasons.append(
             f"{case.name}: tumours of {sizes} mm, none from {min_diameter_mm:g} to {largest:g} mm"

@@ -1,14 +1,13 @@
-"""Read scans from NIfTI files onto the generator's grid: RAS, 1 mm, HU. Needs MONAI.
+"""Read scans from files onto the generator's grid: RAS, 1 mm, HU. Needs MONAI.
 
 All cases are read and checked before anything is trained, and one error lists all problems.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor
 
 from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, to_array, voxel_sizes
-from tumorsynth.nifti_header import is_default
-from tumorsynth.scans import nifti
-from tumorsynth.scans.file_kinds import describe_folder
 from tumorsynth.scans.nifti import Reading
-from tumorsynth.scans.pairing import find_files, find_pairs, has_ending, name_of
+from tumorsynth.scans.organ_masks import read_scan
+from tumorsynth.scans.volume import Volume
+from tumorsynth.scans.volume_files import file_lacks_geometry, read_volume
 from tumorsynth.training.data import (
     PACKED_HU,
     Case,
@@ -30,37 +28,31 @@ from tumorsynth.training.data import (
     load_pack,
     raise_problems,
 )
+from tumorsynth.training.sources import Source, find_sources
 
 MAX_VOLUME_MM3 = 1.5e9  # a whole body in its field of view has 0.5e9
 MIN_LONGEST_SIDE_MM = 5.0  # of any CT
 MAX_READING_THREADS = 4  # each holds a whole scan in float32
 BODY_HU = -300  # voxels above belong to the body
 MIN_BODY_SHARE = 0.02  # of a slice that belongs to the body
-DATASET_EXAMPLE = 'write {"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}'
-
-
-@dataclass(frozen=True)
-class Source:
-    """The files of one case."""
-
-    name: str
-    image: Path
-    label: Path | None
-    held_out: bool = False
 
 
 def load_data(
     data: Path,
     labels: Path | None = None,
     reading: Reading = Reading(),  # noqa: B008 (frozen)
+    organs: Sequence[str] = (),
 ) -> list[Case]:
     """Read training cases.
 
     Args:
-        data: a pack (.npz), a dataset.json, or a folder of CTs. Cases listed under "validation" in
-            a dataset.json are held out.
+        data: a pack (.npz), a dataset.json, or a folder of CTs in any layout of
+            `tumorsynth.scans.layouts`. Cases listed under "validation" in a dataset.json are held
+            out.
         labels: a folder of label maps, for a folder of CTs.
         reading: what to do where files contradict themselves or each other.
+        organs: names of the organs, where the labels are folders of one file per organ: the label
+            is 1, 2, ... in these, and the next value in the tumours.
 
     Raises:
         FileNotFoundError: if ``data`` does not exist.
@@ -76,87 +68,7 @@ def load_data(
         )
     if data.suffix == ".npz":
         return load_pack(data)
-    return read_cases(find_sources(data, labels), reading=reading)
-
-
-def find_sources(data: Path, labels: Path | None = None) -> list[Source]:
-    """Find the files that a dataset.json lists, or that one or two folders hold.
-
-    Raises:
-        FileNotFoundError: if ``data`` does not exist.
-        ValueError: if it lists or holds no cases, or is malformed.
-    """
-    if data.is_dir():
-        return _in_folders(data, labels)
-    if not data.is_file():
-        raise FileNotFoundError(f"no such file: {data}; pass a dataset.json, a pack or a folder")
-    if name_of(data):
-        raise ValueError(f"{data} is one scan; pass its folder, or list it in a dataset.json")
-    try:
-        listed = json.loads(data.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{data} must be JSON: {error}; {DATASET_EXAMPLE}") from error
-    if not isinstance(listed, dict) or "training" not in listed:
-        raise ValueError(f'{data} has no list "training"; {DATASET_EXAMPLE}')
-    sources: list[Source] = []
-    for key in ("training", "validation"):
-        entries = listed.get(key) or []
-        if not isinstance(entries, list):
-            raise ValueError(
-                f'"{key}" in {data} must be a list, got {str(entries)[:80]}; {DATASET_EXAMPLE}'
-            )
-        sources += [_source(data, entry, key == "validation") for entry in entries]
-    if all(source.held_out for source in sources):
-        raise ValueError(f"{data} lists no cases under training; add some")
-    names = _distinct_names([Path(os.path.abspath(source.image)) for source in sources])
-    return [replace(source, name=name) for source, name in zip(sources, names, strict=True)]
-
-
-def _distinct_names(files: list[Path]) -> list[str]:
-    """File names without .nii[.gz], with as many folders as make them unique: "s1/ct", "s2/ct"."""
-    parts_of = {file: (*file.parent.parts[1:], _stem(file)) for file in files}
-    depth = dict.fromkeys(parts_of, 1)
-    while True:
-        names = {file: "/".join(parts[-depth[file] :]) for file, parts in parts_of.items()}
-        taken = list(names.values())
-        ambiguous = [
-            f for f in parts_of if taken.count(names[f]) > 1 and depth[f] < len(parts_of[f])
-        ]
-        if not ambiguous:
-            return [names[file] for file in files]
-        for file in ambiguous:
-            depth[file] += 1
-
-
-def _source(dataset: Path, entry: Any, held_out: bool) -> Source:
-    image, label = (entry.get(k) for k in ("image", "label")) if isinstance(entry, dict) else (0, 0)
-    if not isinstance(image, str) or not isinstance(label, str | None):
-        raise ValueError(
-            f"every case in {dataset} must have the path of its image, and of its label if it has "
-            f"one, got {str(entry)[:80]}; {DATASET_EXAMPLE}"
-        )
-    folder = dataset.parent
-    return Source(_stem(image), folder / image, folder / label if label else None, held_out)
-
-
-def _in_folders(images: Path, labels: Path | None) -> list[Source]:
-    if labels is not None and labels.resolve() == images.resolve():
-        if not any(has_ending(path, "_label") for path in images.iterdir()):
-            raise ValueError(
-                f"label maps in the CTs' own folder must be named NAME_label.nii.gz beside "
-                f"NAME_ct.nii.gz, but {images} holds none; rename them, or keep them in a folder "
-                "of their own and pass it as --labels"
-            )
-        labels = None
-    if labels is None:
-        files = find_files(images, "")
-        if not files:
-            if what := describe_folder(images):
-                raise ValueError(f"the CTs must be NIfTI files, but {images} is a folder{what}")
-            raise ValueError(f"{images} holds no .nii or .nii.gz files; pass the folder of the CTs")
-        if not any(has_ending(path, "_label") for path in files.values()):
-            return [Source(name, path, None) for name, path in files.items()]
-    return [Source(c.name, c.ct, c.label) for c in find_pairs(images, labels)]
+    return read_cases(find_sources(data, labels, organs), reading=reading)
 
 
 def read_cases(
@@ -200,7 +112,7 @@ def read_cases(
 def _warn_of_default_headers(sources: list[Source]) -> None:
     """Warn of CTs whose header says 1 mm only because the library that wrote it knew no size."""
     files = [source.image for source in sources]
-    named = [path.name for path in files if is_default(nifti.read_header(path))]
+    named = [path.name for path in files if file_lacks_geometry(path)]
     if named:
         more = f" and {len(named) - 1} more" if len(named) > 1 else ""
         warnings.warn(
@@ -240,7 +152,7 @@ def _reader(reading: Reading) -> Any:
 
 def _read(source: Source, reading: Reading, grid: Any) -> Case:
     image = _load(source.image, reading)
-    label = None if source.label is None else _load(source.label, reading, is_label=True)
+    label = _load_label(source, reading)
     problems = [hu_problem(image.as_tensor()[0]), _size_problem(image)]
     if label is not None:
         problems.append(_label_problem(image, label, reading))
@@ -260,12 +172,26 @@ def _read(source: Source, reading: Reading, grid: Any) -> Case:
     return Case(source.name, hu, packed, source.held_out)
 
 
-def _load(path: Path, reading: Reading, *, is_label: bool = False) -> Any:
-    """Read a file as a MetaTensor (1, X, Y, Z) of float32."""
+def _load(path: Path, reading: Reading) -> Any:
+    """Read a CT as a MetaTensor (1, X, Y, Z) of float32."""
+    volume = read_volume(path, reading)
+    return _as_tensor(volume, volume.values())
+
+
+def _load_label(source: Source, reading: Reading) -> Any:
+    """Read a label, likewise; None where there is none."""
+    if source.label is None:
+        return None
+    if source.masks is None:
+        volume = read_volume(source.label, reading)
+    else:
+        _, volume = read_scan(source.image, source.label, reading, source.masks)
+    return _as_tensor(volume, volume.integers().astype(np.float32))
+
+
+def _as_tensor(volume: Volume, values: np.ndarray) -> Any:
     from monai.data import MetaTensor
 
-    volume = nifti.read_volume(path, reading)
-    values = volume.integers().astype(np.float32) if is_label else volume.values()
     return MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(volume.affine))
 
 
@@ -340,7 +266,3 @@ def body_box(hu: Tensor) -> tuple[slice, slice, slice]:
         low, high = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, hu.shape[axis])
         slices.append(slice(low, high))
     return slices[0], slices[1], slices[2]
-
-
-def _stem(path: str | Path) -> str:
-    return name_of(Path(path)) or Path(path).name

@@ -1,0 +1,273 @@
+"""The organ on the command line: by value, or by name with a label map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tumorsynth.commands.shared import say
+from tumorsynth.label_maps import LabelMap, organ_values, read_label_map
+from tumorsynth.label_maps.published import PUBLISHED
+
+if TYPE_CHECKING:
+    from tumorsynth.scans.layouts import Found
+    from tumorsynth.scans.organ_masks import OrganMasks
+
+DEFAULT_ORGAN_LABEL, DEFAULT_TUMOR_LABEL = (1,), 2
+
+OrganLabel = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Label value of the organ. Repeat the option for several values. [default: 1]",
+        show_default=False,
+    ),
+]
+Organ = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Name of the organ in --label-map, in place of its value: liver, kidney (left and "
+        "right), ... Repeat the option for several.",
+        show_default=False,
+    ),
+]
+LabelMapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--label-map",
+        help=f"Which values the names have: {', '.join(PUBLISHED)}, or the path of a dataset.json.",
+        show_default=False,
+    ),
+]
+TumorLabel = Annotated[
+    int | None,
+    typer.Option(
+        help="Label value for the tumours, free in the label maps. [default: 2; with a label map "
+        "or a dataset.json, the value of its tumours or the first free one]",
+        show_default=False,
+    ),
+]
+Pattern = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        metavar="CT LABEL",
+        help="Names of CT and label below the folders where no known layout fits, for example "
+        "'img/{name}.nii.gz' 'seg/{name}_mask.nii.gz'.",
+        show_default=False,
+    ),
+]
+Segment = Annotated[
+    bool,
+    typer.Option(
+        "--segment",
+        help="Make the label maps with TotalSegmentator, which has to be installed; needs --organ "
+        "NAME. OUT/segmentations keeps them.",
+    ),
+]
+SegmentFast = Annotated[
+    bool, typer.Option("--segment-fast", help="--segment with the faster model for 3 mm.")
+]
+
+
+@dataclass(frozen=True)
+class Organs:
+    """What the options about organ and tumour come to.
+
+    Attributes:
+        organ_labels: values, or names of ``label_map``.
+        tumor_label: value for the tumours.
+        label_map: the names of the values; None where values were given.
+        masks: which files of the organs matter, where there is one file per organ.
+    """
+
+    organ_labels: tuple[Any, ...]
+    tumor_label: int
+    label_map: LabelMap | None = None
+    masks: OrganMasks | None = None
+
+
+def values_of(
+    organ_label: Sequence[int] | None, organ: Sequence[str] | None, label_map: str | None
+) -> list[int]:
+    """Return the organ's values for commands that need no names.
+
+    Raises:
+        ValueError: for options that exclude each other, or an unknown name.
+    """
+    _check_given(organ_label, organ, label_map)
+    if not organ:
+        return list(organ_label or DEFAULT_ORGAN_LABEL)
+    return list(organ_values(tuple(organ), _map_for(organ, label_map)))
+
+
+def choose_organs(
+    found: Found,
+    *,
+    organ_label: Sequence[int] | None,
+    organ: Sequence[str] | None,
+    label_map: str | None,
+    tumor_label: int | None,
+    segmented: bool = False,
+    grows: bool = False,
+    moves: bool = False,
+) -> Organs:
+    """Turn the options into what the transform and the reading of files need.
+
+    Args:
+        found: the scans.
+        organ_label: values of --organ-label.
+        organ: names of --organ.
+        label_map: of --label-map.
+        tumor_label: of --tumor-label; None for a default that suits the label maps.
+        segmented: whether TotalSegmentator makes the label maps.
+        grows: whether tumours may grow beyond the organ.
+        moves: whether tumours push tissue aside.
+
+    Raises:
+        ValueError: for options that exclude each other or do not suit the files.
+    """
+    _check_given(organ_label, organ, label_map)
+    if segmented:
+        return _of_segmentation(organ_label, organ, label_map, tumor_label)
+    if found.has_masks:
+        return _of_masks(found, organ_label, organ, label_map, tumor_label, grows, moves)
+    named = _map_for(organ, label_map, found) if organ else None
+    labels: tuple[Any, ...] = tuple(organ or organ_label or DEFAULT_ORGAN_LABEL)
+    known = named or _map_of_dataset(found)
+    if tumor_label is not None:
+        value = tumor_label
+    else:
+        value = _default_in_layout(found, labels) if known is None else _default_tumor_label(known)
+    name = None if known is None else known.name_of(value)
+    if known is not None and name is not None and not known.is_tumor(name):
+        raise ValueError(
+            f"--tumor-label must be free in the label maps, but {value} is {name} in "
+            f"{known.source}; give --tumor-label {known.free_value()}"
+        )
+    if found.dataset is not None:
+        from tumorsynth.scans.dataset_json import check_tumor_label
+
+        check_tumor_label(found.dataset, value)
+    return Organs(labels, value, named)
+
+
+def _check_given(
+    organ_label: Sequence[int] | None, organ: Sequence[str] | None, label_map: str | None
+) -> None:
+    if organ and organ_label:
+        raise ValueError("--organ and --organ-label exclude each other; give one of them")
+    if label_map is not None and not organ:
+        read_label_map(label_map)
+        raise ValueError(
+            "--label-map is for names; give the organ's with --organ, as in --organ liver"
+        )
+
+
+def _map_for(organ: Sequence[str], label_map: str | None, found: Found | None = None) -> LabelMap:
+    """The map that the names belong to: the given one, or that of the data set."""
+    if label_map is not None:
+        named = read_label_map(label_map)
+        assert named is not None
+        return named
+    if found is not None and (named := _map_of_dataset(found)) is not None:
+        return named
+    if found is not None and found.label_map is not None:
+        return _map_for(organ, found.label_map)
+    if found is not None and len(organ) == 1:
+        from tumorsynth.label_maps import matching_names
+        from tumorsynth.scans.pairing import name_of
+
+        stems = {name_of(pair.label) or "" for pair in found.pairs}
+        if len(stems) == 1 and matching_names(organ[0], stems):  # liver.nii.gz alone
+            return LabelMap(f"{stems.copy().pop()} alone", {organ[0]: (1,)})
+    raise ValueError(
+        f"--organ needs to know which value {organ[0]!r} has; add --label-map with one of "
+        f"{', '.join(PUBLISHED)}, or a dataset.json, or give --organ-label in place of both"
+    )
+
+
+def _map_of_dataset(found: Found) -> LabelMap | None:
+    if found.dataset is None:
+        return None
+    from tumorsynth.scans.dataset_json import label_map
+
+    return label_map(found.dataset)
+
+
+def _default_tumor_label(named: LabelMap) -> int:
+    """The value for tumours: that of the map's own tumours, or the first free one."""
+    own = named.tumor_value()
+    if own is not None:
+        return own
+    name = named.name_of(DEFAULT_TUMOR_LABEL)
+    return DEFAULT_TUMOR_LABEL if name is None and not named.is_complete else named.free_value()
+
+
+def _default_in_layout(found: Found, organ_labels: tuple[int, ...]) -> int:
+    """The usual value; the first free one where the first map of a public layout has organs there.
+
+    Other maps are checked when they are read.
+    """
+    from tumorsynth.scans.scan import is_another_organ
+    from tumorsynth.scans.volume_files import read_volume
+
+    first = found.pairs[0]
+    if first.places is None:
+        return DEFAULT_TUMOR_LABEL
+    try:
+        label = read_volume(first.label)
+        if not is_another_organ(label, organ_labels, DEFAULT_TUMOR_LABEL, clearly=False):
+            return DEFAULT_TUMOR_LABEL
+        free = label.held_values()[-1] + 1
+    except (ValueError, OSError):  # reported when its turn comes
+        return DEFAULT_TUMOR_LABEL
+    say(
+        f"note: {DEFAULT_TUMOR_LABEL} is an organ of {label.name}, so that tumours get {free}; "
+        "--tumor-label gives them another value"
+    )
+    return free
+
+
+def _of_segmentation(
+    organ_label: Sequence[int] | None,
+    organ: Sequence[str] | None,
+    label_map: str | None,
+    tumor_label: int | None,
+) -> Organs:
+    if not organ or label_map is not None:
+        raise ValueError(
+            "--segment needs the organ by name, without --organ-label and --label-map; give for "
+            "example --organ liver"
+        )
+    named = read_label_map("totalsegmentator")
+    assert named is not None
+    return Organs(tuple(organ), tumor_label or named.free_value(), named)
+
+
+def _of_masks(
+    found: Found,
+    organ_label: Sequence[int] | None,
+    organ: Sequence[str] | None,
+    label_map: str | None,
+    tumor_label: int | None,
+    grows: bool,
+    moves: bool,
+) -> Organs:
+    from tumorsynth.scans.organ_masks import choose_masks
+
+    for option, value in (
+        ("--organ-label", organ_label),
+        ("--label-map", label_map),
+        ("--tumor-label", tumor_label),
+    ):
+        if value:
+            raise ValueError(
+                f"{option} is for label maps, but there is one file per organ here, got {value}; "
+                "leave it out, and name the organ with --organ"
+            )
+    folders = [pair.label for pair in found.pairs]
+    masks = choose_masks(folders, organ or (), context=grows, moves=moves)
+    values = dict(zip(masks.organs, ((v,) for v in masks.organ_labels), strict=True))
+    return Organs(masks.organs, masks.tumor_label, LabelMap("the masks", values), masks)

@@ -1,0 +1,1 @@
+"""NRRD, MetaImage and DICOM series, read and written by SimpleITK (extra `itk`)."""
