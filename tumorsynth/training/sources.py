@@ -14,7 +14,7 @@ from tumorsynth.scans import dataset_json
 from tumorsynth.scans.file_kinds import describe_folder
 from tumorsynth.scans.layouts import NothingPaired, find_scans
 from tumorsynth.scans.organ_masks import OrganMasks, choose_masks
-from tumorsynth.scans.pairing import find_files, has_ending, name_of
+from tumorsynth.scans.pairing import find_files, has_ending, is_collection, name_of
 
 DATASET_EXAMPLE = 'write {"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}'
 
@@ -98,6 +98,9 @@ def _source(dataset: Path, entry: Any, held_out: bool) -> Source:
 
 
 def _in_folders(images: Path, labels: Path | None) -> list[Source]:
+    if not is_collection(images):
+        what = describe_folder(images)
+        raise ValueError(f"the CTs must be several scans, but {images} is a folder{what}")
     if labels is not None and labels.resolve() == images.resolve():
         if not any(has_ending(path, "_label") for path in images.iterdir()):
             raise ValueError(
@@ -118,8 +121,6 @@ def _in_folders(images: Path, labels: Path | None) -> list[Source]:
     files = find_files(images, "")
     if files:
         return [Source(name, path, None) for name, path in files.items()]
-    if what := describe_folder(images):
-        raise ValueError(f"the CTs must be several scans, but {images} is a folder{what}")
     raise ValueError(f"{images} holds no .nii or .nii.gz files; pass the folder of the CTs")
 
 
