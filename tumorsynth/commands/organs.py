@@ -210,8 +210,8 @@ def _default_in_layout(found: Found, organ_labels: tuple[int, ...]) -> int:
 
     Other maps are checked when they are read.
     """
-    from tumorsynth.scans.volume_files import read_volume
     from tumorsynth.scans.scan import is_another_organ
+    from tumorsynth.scans.volume_files import read_volume
 
     first = found.pairs[0]
     if first.places is None:
