@@ -215,6 +215,12 @@ def test_the_report_page_lists_the_fields_that_reports_have(phantom, tmp_path):
         synth(phantom.image, phantom.label, spacing=phantom.spacing, seed=0)
         found |= {name for entry in synth.report for name in entry}
         tumors |= {name for one in synth.params for tumor in one["tumors"] for name in tumor}
+    synth = ts.SynthesizeTumor("hu2023", 1, 20, count=1, size_mm=12, mass_effect=0.3)
+    synth(phantom.image, phantom.label, spacing=phantom.spacing, seed=0)
+    grown = synth.grow(synth.params, 1.2)
+    synth(phantom.image, phantom.label, spacing=phantom.spacing, params=grown)
+    found |= synth.report[0].keys()
+    tumors |= grown[0]["tumors"][0].keys()
     assert fields_of("Report: one entry a tumour") == found
     assert fields_of("Params of a tumour") == tumors
     for name, array in (("ct", phantom.image), ("label", phantom.label)):
@@ -223,10 +229,12 @@ def test_the_report_page_lists_the_fields_that_reports_have(phantom, tmp_path):
         nifti.write_volume(tmp_path / f"a_{name}.nii.gz", volume, values)
     pair = [str(tmp_path / f"a_{name}.nii.gz") for name in ("ct", "label")]
     words = "--generator hu2023 --organ-label 1 --tumor-label 20 --count 1".split()
-    assert (
-        main(["synthesize", *pair, "-o", str(tmp_path / "out"), *words, "--geometry", "sform"]) == 0
-    )
-    report = json.loads((tmp_path / "out" / "a_report.json").read_text())
+    words += ["--geometry", "sform", "--follow-up", "1"]
+    assert main(["synthesize", *pair, "-o", str(tmp_path / "out"), *words]) == 0
+    report = json.loads((tmp_path / "out" / "a_t0_report.json").read_text())
+    again = ["-o", str(tmp_path / "again"), "--other-phase", pair[0]]
+    assert main(["replay", str(tmp_path / "out" / "a_t0_report.json"), *pair, *again]) == 0
+    report |= json.loads((tmp_path / "again" / "a_report.json").read_text())
     assert fields_of("The file of the command line") == report.keys()
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tumorsynth.appearance.contrast_priors import ContrastPrior
     from tumorsynth.appearance.gate import Gate
     from tumorsynth.appearance.mass_effect import MassEffect
+    from tumorsynth.appearance.segmenter import SegmenterScorer
     from tumorsynth.generators.copy_paste import CopyPaste
     from tumorsynth.generators.diffusion import Generator
     from tumorsynth.generators.handcrafted import HandcraftedGenerator
@@ -34,6 +35,7 @@ __all__ = [
     "MassEffect",
     "Phantom",
     "Scaled",
+    "SegmenterScorer",
     "SynthesizeTumor",
     "TumorGenerator",
     "ZScore",
@@ -52,6 +54,7 @@ _MODULE_OF = {
     "MassEffect": "appearance.mass_effect",
     "Phantom": "phantom",
     "Scaled": "intensity",
+    "SegmenterScorer": "appearance.segmenter",
     "SynthesizeTumor": "synthesizer",
     "TumorGenerator": "generators.protocol",
     "ZScore": "intensity",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tumorsynth.appearance.segmenter import SegmenterScorer
 from tumorsynth.arguments import check_flag, keywords_of
 from tumorsynth.label_maps import organ_values, read_label_map
 from tumorsynth.pipeline.call import Synthesis
@@ -118,6 +119,12 @@ class Adapter:
         }
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
+    def score_with(self, network: Any) -> None:
+        """Let a gate's `tumorsynth.SegmenterScorer` without a model score with this network."""
+        gate = self.synth.settings.gate
+        if gate is not None and isinstance(gate.scorer, SegmenterScorer):
+            gate.scorer.bind(network)
+
     @property
     def report(self) -> list[dict[str, Any]]:
         """One dict per tumour, or per reason for none, of the last call."""
@@ -145,8 +152,8 @@ class Adapter:
             excluded: for each sample, whether the framework excludes it.
             names: what the user calls the three, for messages.
             carried: affines that came along with the three, where they are no MetaTensors.
-            **call: spacing, affine, seed and params, as for the core's ``forward``; the default of
-                spacing is the constructor's.
+            **call: spacing, affine, seed, params, contrast_hu and first_phase, as for the core's
+                ``forward``; the default of spacing is the constructor's.
 
         Raises:
             ValueError: for input that cannot work.
@@ -160,8 +167,12 @@ class Adapter:
         if carried is None:
             parts = zip(names, (image, label, organ), strict=False)
             carried = [Carried.of(name, part) for name, part in parts]
+            if call.get("first_phase") is not None:
+                carried.append(Carried.of("first_phase", call["first_phase"]))
         call.setdefault("spacing", None if "affine" in call else self.spacing)
         work_image = image.float() if _holds_integers(image) else image
+        if _holds_integers(call.get("first_phase")):
+            call["first_phase"] = call["first_phase"].float()
         if organ is not None or self.healthy_only or _is_wide(label):
             check_input(work_image, label, self.tumor_label)
             label = as_whole("label", label)

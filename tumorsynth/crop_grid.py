@@ -80,14 +80,14 @@ class CropGrid:
             part = part.within(source).relative_to(source)
         out = local
         for axis in range(3):
-            weights = _interpolation_weights(
+            weights = interpolation_weights(
                 self._points(axis) - source.start[axis],
                 source.shape[axis],
                 1 / self.frame.spacing[axis],
             )
             if part is not None:
                 weights = weights[:, part.slices[axis]]
-            out = _apply_along(out, axis, weights)
+            out = apply_along(out, axis, weights)
         out = out.permute(self.frame.axes)
         return out.flip([axis for axis in range(3) if self.frame.flips[axis]]).contiguous()
 
@@ -106,7 +106,7 @@ class CropGrid:
         for axis, spacing in enumerate(self.frame.spacing):
             voxels = np.arange(region.start[axis], region.stop[axis])
             at = (voxels * spacing - self.origin[axis]).round(6).clip(0, self.side - 1)
-            out = _apply_along(out, axis, _interpolation_weights(at, self.side, spacing))
+            out = apply_along(out, axis, interpolation_weights(at, self.side, spacing))
         return out.contiguous()
 
     def near(self, region: Box) -> Box:
@@ -168,7 +168,7 @@ def plan_crop(
     return CropGrid(frame, shape, (origin[0], origin[1], origin[2]), side)
 
 
-def _interpolation_weights(at: np.ndarray, count: int, ratio: float) -> Tensor:
+def interpolation_weights(at: np.ndarray, count: int, ratio: float) -> Tensor:
     """Return a row of weights over ``count`` source points for each (fractional) target point.
 
     Linear between source points. Where a target point stands for ``ratio`` > 1 source points, a
@@ -185,7 +185,7 @@ def _triangle_half_width(ratio: float) -> float:
     return max(1.0, ratio / math.sqrt(2))
 
 
-def _apply_along(volume: Tensor, axis: int, weights: Tensor) -> Tensor:
+def apply_along(volume: Tensor, axis: int, weights: Tensor) -> Tensor:
     """Multiply a volume by a matrix along one axis."""
     rows, count = weights.shape
     if rows == count and torch.equal(weights, torch.eye(count, dtype=weights.dtype)):

@@ -130,6 +130,7 @@ class TumorSynthCallback(Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Replace the batch's image and label, in each of its parts that has them."""
+        self.adapter.score_with(pl_module)
         step = (self.seed or 0, trainer.current_epoch, batch_idx, trainer.global_rank)
         report: list[dict[str, Any]] = []
         if not entries_of(batch):

@@ -18,7 +18,6 @@ synthesis.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +40,9 @@ from tumorsynth.arguments import (
     keywords_of,
     known_keywords,
 )
+from tumorsynth.array_types import to_tensor, to_type_of
 from tumorsynth.batch_entries import describe, find_entry, map_tensors, replace_entry
+from tumorsynth.random_streams import distributed_rank
 from tumorsynth.tracing import untraced
 
 __all__ = [
@@ -98,6 +99,45 @@ class RandSynthesizeTumor(RandomizableTransform):
         """One dict per tumour, or per reason for none, of the last call in this process."""
         return self.adapter.report
 
+    @property
+    def params(self) -> list[dict[str, Any]]:
+        """What repeats the last call in this process, for `replay`."""
+        return self.adapter.synth.params
+
+    def grow(self, params: Sequence[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
+        """Return params of the same tumours at another size (`SynthesizeTumor.grow`)."""
+        return self.adapter.synth.grow(params, factor)
+
+    def replay(
+        self,
+        img: Any,
+        label: Any,
+        organ: Any = None,
+        *,
+        params: Sequence[dict[str, Any]],
+        contrast_hu: Any = None,
+        first_phase: Any = None,
+    ) -> tuple[Any, Any]:
+        """Return (img, label) with the tumours of ``params``, whatever ``prob`` is.
+
+        Args:
+            img: as for a call, like ``label`` and ``organ``.
+            label: without the tumours.
+            organ: the separate organ map.
+            params: of an earlier call, or from `grow`.
+            contrast_hu: the contrast of another phase (`tumorsynth.SynthesizeTumor`).
+            first_phase: the image that ``params`` were drawn in, where ``img`` is another phase.
+        """
+        return self._apply(
+            img,
+            label,
+            organ,
+            names=("img", "label", "organ"),
+            params=params,
+            contrast_hu=contrast_hu,
+            first_phase=to_tensor(first_phase),
+        )
+
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None
     ) -> RandSynthesizeTumor:
@@ -126,7 +166,7 @@ class RandSynthesizeTumor(RandomizableTransform):
     def _draw_seeds(self, n: int) -> list[int]:
         """Return n seeds from R, different on each rank of a distributed training."""
         seeds = self.R.randint(MAX_SEED, size=n, dtype=np.int64)
-        rank = _rank()
+        rank = distributed_rank()
         if rank:
             own = np.random.RandomState([*seeds.view(np.uint32), rank])
             seeds = own.randint(MAX_SEED, size=n, dtype=np.int64)
@@ -165,13 +205,11 @@ class RandSynthesizeTumor(RandomizableTransform):
         self, img: Any, label: Any, organ: Any, *, names: Sequence[Hashable], **call: Any
     ) -> tuple[Any, Any]:
         """Call the adapter with tensors; return (img, label) in the types that came in."""
-        image, label_map = _to_tensor(img), _to_tensor(label)
-        new_image, new_label = self.adapter(
-            image, label_map, _to_tensor(organ), names=names, **call
-        )
+        image, label_map = to_tensor(img), to_tensor(label)
+        new_image, new_label = self.adapter(image, label_map, to_tensor(organ), names=names, **call)
         return (
-            img if new_image is image else _to_type_of(img, new_image),
-            label if new_label is label_map else _to_type_of(label, new_label),
+            img if new_image is image else to_type_of(img, new_image),
+            label if new_label is label_map else to_type_of(label, new_label),
         )
 
 
@@ -252,10 +290,32 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         out = _copy_entries(data)
         seed = self._draw_seed()
         if seed is not None:
-            self._update(out, seed)
+            self._update(out, seed=seed)
         return out
 
-    def _update(self, out: dict[Hashable, Any], seed: int | list[int]) -> None:
+    def replay(  # type: ignore[override]
+        self,
+        data: Mapping[Hashable, Any],
+        *,
+        params: Sequence[dict[str, Any]],
+        contrast_hu: Any = None,
+        first_phase: Any = None,
+    ) -> dict[Hashable, Any]:
+        """Return a new dictionary with the tumours of ``params``, whatever ``prob`` and ``when``.
+
+        Args:
+            data: as for a call, without the tumours.
+            params: of an earlier call, or from `grow`.
+            contrast_hu: the contrast of another phase (`tumorsynth.SynthesizeTumor`).
+            first_phase: the image that ``params`` were drawn in, where the dictionary's is of
+                another phase.
+        """
+        out = _copy_entries(data)
+        phase = {"contrast_hu": contrast_hu, "first_phase": to_tensor(first_phase)}
+        self._update(out, params=params, **phase)
+        return out
+
+    def _update(self, out: dict[Hashable, Any], **call: Any) -> None:
         """Put new image and label into a dictionary."""
         names = [self.keys[0], self.label_key]
         names += [] if self.organ_key is None else [self.organ_key]
@@ -270,11 +330,11 @@ class RandSynthesizeTumord(RandSynthesizeTumor, MapTransform):
         found = [entry for entry in entries if entry is not None]
         if not missing:
             before = [entry.with_affine() for entry in found]
-            excluded = None if self.when is None else self._excluded(self.when(out), before[0])
+            excluded = None
+            if self.when is not None and "params" not in call:
+                excluded = self._excluded(self.when(out), before[0])
             organ = before[2] if len(before) > 2 else None
-            after = self._apply(
-                before[0], before[1], organ, names=names, excluded=excluded, seed=seed
-            )
+            after = self._apply(before[0], before[1], organ, names=names, excluded=excluded, **call)
             for entry, old, new in zip(found, before, after, strict=False):
                 if new is not old:
                     first, *rest = entry.path
@@ -318,7 +378,7 @@ class BatchSynthesizeTumord(RandSynthesizeTumord):
         image = None if entry is None else entry.value
         batch = len(image) if isinstance(image, torch.Tensor | np.ndarray) else 1
         self._leave_shared_stream()
-        self._update(out, self._draw_seeds(batch))
+        self._update(out, seed=self._draw_seeds(batch))
         return out
 
     def _excluded(self, answer: Any, image: Any) -> list[bool]:
@@ -400,16 +460,6 @@ RandSynthesizeTumorD = RandSynthesizeTumorDict = RandSynthesizeTumord
 BatchSynthesizeTumorD = BatchSynthesizeTumorDict = BatchSynthesizeTumord
 
 
-def _rank() -> int:
-    """Return this process's rank in a distributed training, 0 outside of one.
-
-    A worker process inherits it from a process that has joined the group, or from torchrun.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", 0))
-
-
 def _copy_entries(data: Any) -> dict[Hashable, Any]:
     """Return a new dictionary of the same entries."""
     if not isinstance(data, Mapping):
@@ -422,19 +472,3 @@ def _copy_entries(data: Any) -> dict[Hashable, Any]:
 
 def _format_call(transform: Any, *arguments: str) -> str:
     return f"{type(transform).__name__}({', '.join(part for part in arguments if part)})"
-
-
-def _to_tensor(x: Any) -> Any:
-    """Return a numpy array as a tensor of the same values; anything else as it is."""
-    if not isinstance(x, np.ndarray):
-        return x
-    native = x.astype(x.dtype.newbyteorder("="), copy=False)
-    # torch refuses read-only memory and negative strides, which numpy keeps on axes of one voxel
-    if min(native.strides, default=0) < 0:
-        native = native.copy()
-    return torch.from_numpy(np.require(native, requirements=["C", "W"]))
-
-
-def _to_type_of(old: Any, new: torch.Tensor) -> Any:
-    """Return a tensor as a numpy array if the old value was one."""
-    return new.numpy().astype(old.dtype, copy=False) if isinstance(old, np.ndarray) else new

@@ -8,6 +8,7 @@ one there changes no existing one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import islice
 from operator import index
@@ -70,3 +71,13 @@ def per_sample_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
             f"samples, got {seed!r}; pass seed=0, or a list of {batch} ints"
         )
     return seeds
+
+
+def distributed_rank() -> int:
+    """Return this process's rank in a distributed training, 0 outside of one.
+
+    A worker process inherits it from a process that has joined the group, or from torchrun.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", 0))

@@ -26,15 +26,22 @@ from tumorsynth.pipeline.call import Call, Synthesis
 from tumorsynth.pipeline.displace import displace_and_paint
 from tumorsynth.pipeline.finish import paint_and_finish
 from tumorsynth.pipeline.frames import Carried, find_frames
+from tumorsynth.pipeline.grow import NoRoomToGrowWarning, grow_params, no_room_to_grow
 from tumorsynth.pipeline.label_map_check import LabelMapCheck, warn_of_taken_value
 from tumorsynth.pipeline.paint import Painter
 from tumorsynth.pipeline.params_grid import replay_frames
 from tumorsynth.pipeline.place_batch import PlacedSample, not_selected, place_samples
 from tumorsynth.pipeline.records import Record, Sample, TumorRecord, split_batch
 from tumorsynth.pipeline.requests import request_tumors, skip_records
-from tumorsynth.pipeline.settings import check_settings
+from tumorsynth.pipeline.settings import Settings, check_settings
 from tumorsynth.pipeline.taken_label import TakenLabelCheck
-from tumorsynth.pipeline.validation import as_whole, check_input, check_params
+from tumorsynth.pipeline.validation import (
+    as_whole,
+    check_first_phase,
+    check_input,
+    check_params,
+    check_same_voxels,
+)
 from tumorsynth.placement.types import Skip
 from tumorsynth.random_streams import per_sample_seeds
 from tumorsynth.threads import one_thread
@@ -144,6 +151,7 @@ class SynthesizeTumor(nn.Module):
         self.faint_tumor = Once()  # likewise
         self.label_map_check = LabelMapCheck(self.settings.label_map, self.tumor_label)
         warn_of_taken_value(self.settings.label_map, self.tumor_label)
+        self.no_room_to_grow = Once()
 
     @untraced
     @known_keywords
@@ -158,6 +166,8 @@ class SynthesizeTumor(nn.Module):
         override_affine: bool = False,
         seed: int | Sequence[int] | None = None,
         params: Sequence[dict[str, Any]] | None = None,
+        contrast_hu: float | Sequence[float] | str | ContrastPrior | None = None,
+        first_phase: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return a new (image, label) with tumours; the inputs stay as they are.
 
@@ -178,7 +188,11 @@ class SynthesizeTumor(nn.Module):
             seed: one int (sample b uses seed + b) or one per sample; None draws it from torch's
                 global generator. A sample's tumours depend on its own seed alone, not on the batch.
             params: ``synth.params`` of an earlier call, to repeat it bit by bit, on a grid of the
-                same shape, voxel size, orientation and place.
+                same shape, voxel size, orientation and place; or what `grow` made of them.
+            contrast_hu: with ``params``, the contrast of another phase, in place of theirs: as for
+                the constructor.
+            first_phase: with ``params``, the image that they were drawn in, where ``image`` is
+                another phase, registered to it. The tumours then take the very same voxels.
 
         Returns:
             Image and label, of the inputs' shapes, dtypes and devices.
@@ -196,6 +210,8 @@ class SynthesizeTumor(nn.Module):
             override_affine=override_affine,
             seed=seed,
             params=params,
+            contrast_hu=contrast_hu,
+            first_phase=first_phase,
         )
         return image, label
 
@@ -214,6 +230,8 @@ class SynthesizeTumor(nn.Module):
         override_affine: bool = False,
         seed: int | Sequence[int] | None = None,
         params: Sequence[dict[str, Any]] | None = None,
+        contrast_hu: float | Sequence[float] | str | ContrastPrior | None = None,
+        first_phase: Tensor | None = None,
         exclude: Mapping[int, Skip] | None = None,
         carried: Sequence[Carried] | None = None,
     ) -> Synthesis:
@@ -228,9 +246,13 @@ class SynthesizeTumor(nn.Module):
         """
         settings, exclude = self.settings, exclude or {}
         check_input(image, label, settings.tumor_label)
+        if contrast_hu is not None or first_phase is not None:
+            settings = self._of_other_phase(image, params, contrast_hu, first_phase)
         label = as_whole("label", label)
         if carried is None:
             carried = [Carried.of("image", image), Carried.of("label", label)]
+            if first_phase is not None:
+                carried.append(Carried.of("first_phase", first_phase))
         frames, doubt = find_frames(
             image.shape[-3:],
             len(image) if image.ndim == 5 else 1,
@@ -249,13 +271,18 @@ class SynthesizeTumor(nn.Module):
             self.unknown_size.give(doubt)
         seeds = [0] * len(frames) if params is not None else per_sample_seeds(seed, len(frames))
         generator = self.handle.get(settings.device or image.device)
-        call = Call(settings, generator, self.painter)
-        samples = split_batch(image, label, frames)
+        new_contrast = contrast_hu is not None
+        call = Call(settings, generator, self.painter, new_contrast)
+        if new_contrast and first_phase is None:
+            check_same_voxels(params or (), call.tissue is not None)
+        samples = split_batch(image, label, frames, first_phase)
         # a caller's autocast would resample and feather in half precision
         with torch.autocast(image.device.type, enabled=False):
             if self.label_map_check.is_open and params is None:
                 self.label_map_check.check_all(sample.label for sample in samples)
-            placed = place_samples(settings, samples, seeds, params, exclude, call.tissue)
+            placed = place_samples(
+                settings, samples, seeds, params, exclude, call.tissue, new_contrast
+            )
             if self.taken_label.is_open and params is None:
                 self._judge_tumor_label(samples, placed)
             requests = request_tumors(call, samples, placed)
@@ -263,11 +290,14 @@ class SynthesizeTumor(nn.Module):
             if not requests:
                 return Synthesis.of(image, label, records, placed)
             new_image, new_label = image.clone(), label.clone()
-            samples = split_batch(new_image, new_label, frames)
+            if first_phase is not None and requests.displace:
+                first_phase = first_phase.clone()  # its tissue moves, too
+            samples = split_batch(new_image, new_label, frames, first_phase)
             records += paint_and_finish(call, requests.paint, samples, placed)
             records += displace_and_paint(call, requests.displace, samples, placed)
         if params is None and settings.gate is None:  # else the user decides
             self._warn_of_faint(records)
+        self._warn_of_no_room(records)
         if not any(isinstance(record, TumorRecord) for record in records):
             return Synthesis.of(image, label, records, placed)
         return Synthesis.of(new_image, new_label, records, placed)
@@ -287,6 +317,51 @@ class SynthesizeTumor(nn.Module):
                 assert record.visibility is not None
                 words = faint_warning(record.visibility, record.diameter_mm)
                 self.faint_tumor.give(words, FaintTumorWarning)
+
+    def _warn_of_no_room(self, records: Iterable[Record]) -> None:
+        """Warn of a tumour that could not grow as far as asked for, once a transform."""
+        for record in records:
+            growth = record.growth if isinstance(record, TumorRecord) else None
+            if growth is not None and not growth.has_room:
+                self.no_room_to_grow.give(no_room_to_grow(growth), NoRoomToGrowWarning)
+
+    def _of_other_phase(
+        self, image: Tensor, params: Any, contrast_hu: Any, first_phase: Tensor | None
+    ) -> Settings:
+        """Check what a call says about another phase; return the settings for it."""
+        if params is None:
+            name = "contrast_hu" if first_phase is None else "first_phase"
+            raise ValueError(
+                f"{name} of a call must go with params, whose tumours it puts into another phase, "
+                "got no params; pass params=synth.params of the first phase, or give contrast_hu "
+                "to the constructor"
+            )
+        if first_phase is not None:
+            check_first_phase(first_phase, image)
+        return self.settings if contrast_hu is None else self.settings.with_contrast(contrast_hu)
+
+    def grow(self, params: Sequence[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
+        """Return params of the same tumours at another size, for ``params=`` of a call.
+
+        Place, shape and texture stay. Of two sizes of one tumour the smaller lies within the
+        larger, voxel by voxel, whatever the factors. A tumour that the organ leaves no room for
+        grows as far as it can; the report's ``growth`` and a warning say so.
+
+        Args:
+            params: ``synth.params``, or what this method returned.
+            factor: new diameter over the one in ``params``, 0.05 to 20; below 1 tumours shrink.
+                A volume that doubles has a factor of 2^(1/3) = 1.26.
+
+        Raises:
+            ValueError: for other params, and for a factor that is out of range.
+
+        Examples:
+            >>> image, label = synth(ct, organ, spacing=spacing, seed=7)
+            >>> later, later_label = synth(
+            ...     ct, organ, spacing=spacing, params=synth.grow(synth.params, 1.3)
+            ... )
+        """
+        return grow_params(params, factor, self.settings.mass_effect)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -246,6 +246,76 @@ def test_only_the_tumor_and_its_surroundings_change_and_by_hu(make):
     assert values.min() >= LOW - 0.01 and values.max() <= HIGH + 0.01  # still clipped
 
 
+def test_the_gate_scores_with_the_network_in_training(make):
+    """The setting of dataset.json; deep supervision gives a list, full resolution first."""
+    gate = {"scorer": "network", "least": 0.0, "tries": 1, "visibility": [0, None]}
+    trainer = make(Plain, gate=gate)
+    batch = first_batch(trainer)
+    assert trainer.network.decoder.deep_supervision
+    trainer.network.train()
+    layer = trainer.network.decoder.seg_layers[-1]
+    layer.weight.data.zero_()
+    for bias, share in ((-20.0, 0.0), (20.0, 1.0)):
+        layer.bias.data = torch.tensor([0.0, 0.0, bias])
+        target = batch["target"]
+        target = target[0] if isinstance(target, list) else target
+        trainer._synthesize(batch["data"].clone(), target.clone())
+        scores = [r["scores"]["scorer"] for r in trainer.synthesis.report if "scores" in r]
+        assert scores and set(scores) == {share}
+    assert trainer.network.training
+
+
+@pytest.mark.parametrize(
+    ("gate", "error"),
+    [
+        ({"scorer": "net"}, 'scorer must be "network"'),
+        ({"leats": 0.5}, "did you mean least"),
+        ({"least": 2, "most": 1}, "least must not be above most"),
+        ("on", "gate must be true, false or an object"),
+    ],
+)
+def test_wrong_gates_are_refused(make, gate, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        make(Plain, gate=gate).initialize()
+
+
+@pytest.mark.parametrize("labels", [LABELS, {"background": 0, "liver": [1, 2], "tumor": [2]}])
+def test_a_trained_network_judges_scans_in_hu(make, labels):
+    from tumorsynth import Gate, SynthesizeTumor
+    from tumorsynth.appearance.gate import LIMITS
+    from tumorsynth.nnunet import segmenter_scorer
+
+    trainer = make(Plain, labels=labels, organ_labels=[1], tumor_label=2)
+    trainer.initialize()
+    trainer.network.eval()
+    seen = []
+    trainer.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    layer = trainer.network.decoder.seg_layers[-1]
+    layer.weight.data.zero_()
+    layer.bias.data = torch.tensor([0.0, 0.0, 20.0][: len(layer.bias)])
+    if labels is not LABELS:
+        layer.bias.data = torch.tensor([0.0, 20.0])
+    scorer = segmenter_scorer(trainer)
+    assert scorer.patch_size == PATCH and scorer.spacing == SPACING and scorer.orientation == "SPL"
+    gate = Gate(**dict.fromkeys(LIMITS), scorer=scorer, least=0.9, tries=1)
+    synth = SynthesizeTumor("hu2023", 1, 2, count=1, size_mm=14, gate=gate)
+    rng = torch.Generator().manual_seed(0)
+    image = 100 + 8 * torch.randn(1, 40, 44, 48, generator=rng)
+    image += torch.arange(48.0)  # brighter towards the head
+    label = torch.ones(image.shape, dtype=torch.int16)
+    synth(image, label, affine=np.diag([1.5, 1.5, 1.5, 1.0]), seed=0)
+    assert synth.report[0]["scores"]["scorer"] == 1.0
+    (patch,) = seen[0][0]
+    assert patch.shape == PATCH and patch.min() >= (LOW - MEAN) / STD - 1e-4
+    inside = patch[(patch != 0).any(2).any(1)]  # z comes first
+    assert inside[-1].mean() > inside[0].mean() + 0.3
+    with pytest.raises(ValueError, match="tumor_label must be a label .*'tumour'"):
+        segmenter_scorer(trainer, "tumour")
+    trainer.network = None
+    with pytest.raises(ValueError, match="predictor must hold a network"):
+        segmenter_scorer(trainer)
+
+
 def test_voxels_beyond_the_scan_and_of_the_ignore_label_stay(make):
     trainer = make(Plain, labels={**LABELS, "ignore": 3}, ignored=True, size_mm=16, count=2)
     batch = first_batch(trainer)
@@ -604,3 +674,15 @@ def test_the_recipe_plans_trains_and_predicts(with_timm, tmp_path):
     assert (fold / "checkpoint_final.pth").is_file()
     (log,) = fold.glob("training_log_*.txt")
     assert "tumorsynth: 8 tumours in 8 patches" in log.read_text()
+    judge, raw = ROOT / "examples" / "nnunet" / "judge.py", tmp_path / "toy" / "nnUNet_raw"
+    scan = raw / "Dataset900_Toy" / "imagesTr" / "toy_0_0000.nii.gz"
+    label = raw / "Dataset900_Toy" / "labelsTr" / "toy_0.nii.gz"
+    done = subprocess.run(
+        [sys.executable, str(judge), str(fold.parent), str(scan), str(label), "--least", "0"],
+        env=with_timm,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "found" in done.stdout and (tmp_path / "judged" / "label.nii.gz").is_file()

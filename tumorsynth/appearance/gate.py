@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tumorsynth.appearance.blend import filter_on
+from tumorsynth.appearance.painted import PaintedTumor
+from tumorsynth.appearance.segmenter import SegmenterScorer
 from tumorsynth.appearance.visibility import VISIBLE_FROM, measure_visibility
 from tumorsynth.arguments import any_bool, format_beside, is_bool, keywords_of
 from tumorsynth.geometry import Frame, Rows3
@@ -47,10 +51,12 @@ class Gate:
         edge_mm: width of the edge at the outline, from 10 to 90 %. Edges of 2 mm and sharper read
             2, a missing edge 99; wide edges of small tumours read up to a third too narrow.
         flatness: shortest over longest axis of the outline.
-        scorer: a function or network called with (hu, tumor_mask, spacing): the scan with the
-            tumour and 8 mm around it (X, Y, Z), a bool mask, mm. It returns a number, or whether
-            the tumour may stay. It must be deterministic, or seeds no longer repeat a call.
+        scorer: a `tumorsynth.SegmenterScorer`, or a function or network called with
+            (hu, tumor_mask, spacing): the scan with the tumour and 8 mm around it (X, Y, Z), a bool
+            mask, mm. It returns a number, or whether the tumour may stay. It must be deterministic,
+            or seeds no longer repeat a call.
         least: lowest number of ``scorer`` that passes.
+        most: highest number of ``scorer`` that passes; None for no limit.
 
     Raises:
         ValueError: for limits that are not (low, high), and for ``tries`` below 1 or above 100.
@@ -70,6 +76,7 @@ class Gate:
     flatness: tuple[float, float] | None = (0.2, 1.0)
     scorer: Scorer | None = None
     least: float = 0.5
+    most: float | None = None
 
     def __post_init__(self) -> None:
         whole = isinstance(self.tries, int) and not is_bool(self.tries)
@@ -96,6 +103,13 @@ class Gate:
                 f"scorer must be a function of (hu, tumor_mask, spacing), got {self.scorer!r}; "
                 "pass the function or network itself, or None"
             )
+        for name in ("least", "most"):
+            _check_limit(name, getattr(self, name), optional=name == "most")
+        if self.most is not None and self.least > self.most:
+            raise ValueError(
+                f"least must not be above most, got least={self.least} and most={self.most}; for "
+                "what a segmenter misses pass for example least=0.0, most=0.3"
+            )
 
     def scores(
         self,
@@ -105,6 +119,7 @@ class Gate:
         spacing: tuple[float, float, float],
         requested_hu: float | None = None,
         shear: Rows3 | None = None,
+        painted: PaintedTumor | None = None,
     ) -> dict[str, float | None]:
         """Return the scores of a tumour: those of `measure` and, with a scorer, "scorer".
 
@@ -115,15 +130,26 @@ class Gate:
             spacing: mm per voxel.
             requested_hu: requested contrast; None if the generator chose it.
             shear: of the scan's axes; see `tumorsynth.geometry.Frame`.
+            painted: the tumour in its sample, for scorers that need more than what is around it.
         """
         scores = measure(hu, tumor_mask, organ, spacing, shear)
         contrast = scores["contrast_hu"]
         if requested_hu is not None and contrast is not None:
             scores["off_hu"] = contrast - requested_hu
         if self.scorer is not None:
-            value = float(self.scorer(hu, tumor_mask, spacing))
+            in_sample = self.scores_samples and painted is not None
+            value = float(
+                self.scorer.score(painted)  # type: ignore[attr-defined]
+                if in_sample
+                else self.scorer(hu, tumor_mask, spacing)
+            )
             scores["scorer"] = value if math.isfinite(value) else None
         return scores
+
+    @property
+    def scores_samples(self) -> bool:
+        """Whether the scorer takes the tumour in its sample (`PaintedTumor`)."""
+        return isinstance(self.scorer, SegmenterScorer)
 
     def objection(self, scores: dict[str, float | None]) -> str | None:
         """Return why a tumour with these scores is rejected; None if it passes."""
@@ -140,10 +166,23 @@ class Gate:
             if value < self.least:
                 found = format_beside(value, [self.least], ".3g")
                 return f"the scorer gave {found}, less than {self.least:g}"
+            if self.most is not None and value > self.most:
+                found = format_beside(value, [self.most], ".3g")
+                return f"the scorer gave {found}, more than {self.most:g}"
         return None
 
 
-LIMITS = tuple(f.name for f in fields(Gate) if f.name not in ("tries", "scorer", "least"))
+LIMITS = tuple(f.name for f in fields(Gate) if f.name not in ("tries", "scorer", "least", "most"))
+
+
+def _check_limit(name: str, value: Any, optional: bool) -> None:
+    real: Any = Real
+    if value is None and optional:
+        return
+    if not isinstance(value, real) or is_bool(value) or math.isnan(value):
+        raise ValueError(
+            f"{name} must be a number of the scorer's, got {value!r}; for a share pass 0 to 1"
+        )
 
 
 def check_gate(gate: bool | Gate | None) -> Gate | None:

@@ -137,8 +137,11 @@ class DisplacementField(NamedTuple):
     source_mm: Tensor
 
 
-class _RigidTissue(NamedTuple):
-    """What does not move: bone outside the organ, present tumours, voxels that are not finite."""
+class RigidTissue(NamedTuple):
+    """What does not move: bone outside the organ, present tumours, voxels that are not finite.
+
+    With a fixed capsule, nothing outside the organ moves.
+    """
 
     organ_labels: tuple[int, ...]
     tumor_label: int
@@ -169,6 +172,7 @@ def push_aside(
     tumor_label: int,
     intensity: Intensity,
     shear: Rows3 | None = None,
+    first_phase: Tensor | None = None,
 ) -> PushedTissue:
     """Displace the tissue around one tumour, in image and label by the same field.
 
@@ -184,14 +188,16 @@ def push_aside(
         tumor_label: label value of tumours.
         intensity: scale of the image.
         shear: of the sample's axes; see `tumorsynth.geometry.Frame`.
+        first_phase: (X, Y, Z), the image that shows what is rigid; None for ``image``.
     """
-    tissue = _RigidTissue(organ_labels, tumor_label, intensity, params.fixed_capsule)
+    shown = image if first_phase is None else first_phase
+    tissue = RigidTissue(organ_labels, tumor_label, intensity, params.fixed_capsule)
 
     def rigid(index: Tensor) -> Tensor:
         x, y, z = (
             onto(i.clamp(0, n - 1), image.device) for i, n in zip(index, image.shape, strict=True)
         )
-        return tissue.where(image[x, y, z], label[x, y, z])
+        return tissue.where(shown[x, y, z], label[x, y, z])
 
     region, source_mm = displacement(params, image.shape, spacing, rigid, shear)
     source_mm = onto(source_mm, image.device)
@@ -202,13 +208,14 @@ def push_aside(
         to_axes = onto(torch.linalg.inv(torch.tensor(shear)), image.device)
         along = torch.tensordot(to_axes, source_mm, dims=1)
     shift = along / voxel_mm[:, None, None, None]
-    moved = (shift.abs() > MIN_SHIFT_VOXELS).any(0) & ~tissue.where(before, label_before)
+    shown_before = shown[region.slices]
+    moved = (shift.abs() > MIN_SHIFT_VOXELS).any(0) & ~tissue.where(shown_before, label_before)
     source = moved.nonzero().T + shift[:, moved]
     new = _displaced_values(before, is_organ(label_before, organ_labels), spacing, moved, source)
     if intensity.limits is not None:
         new = new.clamp(*intensity.limits)
     x, y, z = source.round().long().unbind()
-    valid = new.isfinite() & ~tissue.where(before[x, y, z], label_before[x, y, z])
+    valid = new.isfinite() & ~tissue.where(shown_before[x, y, z], label_before[x, y, z])
     after, label_after = before.clone(), label_before.clone()
     after[moved] = torch.where(valid, new.to(after.dtype), before[moved])
     label_after[moved] = torch.where(valid, label_before[x, y, z], label_before[moved])

@@ -25,6 +25,7 @@ from tumorsynth.commands.bench import bench
 from tumorsynth.commands.convert import convert
 from tumorsynth.commands.demo import demo
 from tumorsynth.commands.evaluate import evaluate, healthy
+from tumorsynth.commands.follow_up import join_factors
 from tumorsynth.commands.info import info
 from tumorsynth.commands.replay import replay
 from tumorsynth.commands.shared import fail
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if "" in arguments:
         return fail("an argument is empty; check that the shell variable it comes from is set", 2)
+    arguments = join_factors(arguments)
     try:
         code = typer.main.get_command(app).main(
             arguments, prog_name="tumorsynth", standalone_mode=False

@@ -28,6 +28,8 @@ def summary(name: str, records: list[dict[str, Any]]) -> str:
     words = f"{printable(name)}: {number(len(placed), 'tumour')}" + (f" ({sizes})" if sizes else "")
     if faint := faint_tumors(records):
         words += f", {len(faint)} hardly visible"
+    if short := sum(not r.get("growth", {}).get("has_room", True) for r in placed):
+        words += f", {short} without room for the new size"
     reasons = [str(r.get("reason")) for r in records if not r.get("applied", True)]
     return "; ".join([words, *dict.fromkeys(reasons)])
 

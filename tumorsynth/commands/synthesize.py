@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tumorsynth.commands.follow_up import FollowUpFactors, parse_factors
 from tumorsynth.commands.organs import (
     LabelMapOption,
     Organ,
@@ -58,6 +59,7 @@ from tumorsynth.scans.collection import (
     try_scan,
 )
 from tumorsynth.scans.dataset_json import write_for_results
+from tumorsynth.scans.follow_up import FollowUp, expand, results_by_folder
 from tumorsynth.scans.layouts import find_scans, find_unlabelled
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.outputs import (
@@ -160,6 +162,7 @@ def synthesize(
             "grows with sizes above 20 mm."
         ),
     ] = "0",
+    follow_up: FollowUpFactors = None,
     gate: Gated = False,
     gate_limits: GateLimits = None,
     intensity: Annotated[
@@ -213,6 +216,8 @@ def synthesize(
       OUT/NAME_preview.png                        each tumour in three planes, before and after
     and with --html OUT/view.html, with --contact-sheet OUT/contact_sheet.png.
 
+    With --follow-up, NAME is that of the scan and _t0, _t1, ...; each report names the one before.
+
     In a folder, the k-th scan by name (k = 0, 1, ...) uses seed + k, and the files are the same for
     any number of --workers. A scan that fails is reported and skipped, and the exit code is 1. To
     resume an interrupted run, give the same command again.
@@ -227,10 +232,12 @@ def synthesize(
         segmenter = find_segmenter(device.split(",")[0], fast=segment_fast)
     else:
         found, segmenter = find_scans(ct, label, pattern, without=out), None
-    pairs = found.pairs
-    if not 0 <= seed <= 2**63 - len(pairs):
+    factors = parse_factors(follow_up)
+    series = expand(found.pairs, factors)
+    pairs, points = [pair for pair, _ in series], max(1, len(factors))
+    if not 0 <= seed <= 2**63 - len(found.pairs):
         raise ValueError(
-            f"--seed must be 0 to 2**63 - {len(pairs)}, as each scan takes the next one, got "
+            f"--seed must be 0 to 2**63 - {len(found.pairs)}, as each scan takes the next one, got "
             f"{seed}; choose another"
         )
     scale = parse_intensity(intensity)
@@ -243,7 +250,7 @@ def synthesize(
         check_device(name)
     if workers is not None and workers < 1 or threads < 1:
         raise ValueError(f"--workers and --threads must be 1 or more, got {workers}, {threads}")
-    several = is_collection(ct) or len(pairs) > 1
+    several = is_collection(ct) or len(found.pairs) > 1
     bulges, effect = parse_bulge(bulge), parse_mass_effect(mass_effect)
     organs = choose_organs(
         found,
@@ -277,12 +284,12 @@ def synthesize(
     )
     if several:
         unfinished = _prepare_folder(
-            context, synth, pairs, out, seed, overwrite, geometry, organs.masks
+            context, synth, series, points, out, seed, overwrite, geometry, organs.masks
         )
     else:
         out.mkdir(parents=True, exist_ok=True)
         remove_partial_files(pairs, out)
-        unfinished = [0]
+        unfinished = list(range(len(pairs)))
     names = [pair.name for pair in pairs]
     if html:
         unfinished = sorted({*unfinished, *without_view(out, names)})
@@ -290,7 +297,17 @@ def synthesize(
         print(f"{len(pairs) - len(unfinished)} of {len(pairs)} scans are finished already")
     if_taken = "add" if add_to_label else "refuse" if tumor_label is None else "judge"
     tasks = [
-        Task(pairs[k], seed + k, reading, if_taken, not several, organs.masks, segmenter, html)
+        Task(
+            pairs[k],
+            seed + k // points,
+            reading,
+            if_taken,
+            not several,
+            organs.masks,
+            segmenter,
+            html,
+            series[k][1],
+        )
         for k in unfinished
     ]
     debug = context.find_root().params["debug"]
@@ -314,26 +331,43 @@ def synthesize(
             _report(outcomes, tasks, len(pairs), out, progress)
         finally:
             if found.dataset is not None:
-                finished = [p for p in pairs if output_paths(out, p.name)["report"].exists()]
-                write_for_results(found.dataset, out, finished, organs.tumor_label)
+                for folder, scans in results_by_folder(found.pairs, series):
+                    reports = {name: output_paths(out, name)["report"] for _, name in scans}
+                    finished = [scan for scan, name in scans if reports[name].exists()]
+                    if finished or not folder:
+                        tumor = organs.tumor_label
+                        write_for_results(found.dataset, out / folder, finished, tumor)
             write_pictures(out, names, html=html, contact_sheet=contact_sheet)
 
 
 def _prepare_folder(
     context: typer.Context,
     synth: SynthesizeTumor,
-    pairs: Sequence[Pair],
+    series: Sequence[tuple[Pair, FollowUp | None]],
+    points: int,
     out: Path,
     seed: int,
     overwrite: bool,
     geometry: str | None,
     masks: OrganMasks | None,
 ) -> list[int]:
-    """Lock and tidy the folder of the results; returns the indices of the unfinished scans."""
+    """Lock and tidy the folder of the results; returns the indices of the unfinished scans.
+
+    points: in time, of each scan.
+    """
+    pairs = [pair for pair, _ in series]
 
     def mismatch(k: int, report: Path) -> str | None:
-        names = {"ct": pairs[k].ct.name, "label": pairs[k].label.name}
-        settings = run_settings(synth, **names, seed=seed + k, geometry=geometry, masks=masks)
+        pair, follow_up = series[k]
+        settings = run_settings(
+            synth,
+            ct=pair.ct.name,
+            label=pair.label.name,
+            seed=seed + k // points,
+            geometry=geometry,
+            masks=masks,
+            follow_up=follow_up,
+        )
         return explain_mismatch(report, settings)
 
     existed = out.is_dir()

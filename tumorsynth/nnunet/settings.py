@@ -29,6 +29,7 @@ def read_settings(dataset_json: dict[str, Any], ignore_label: int | None = None)
             "p": 0.5,                       probability that a patch gets tumours
             "healthy_only": false,          skip patches that hold a tumour already
             "generator": "liver-early", "count": [1, 3], "size_mm": [5, 20], ...
+            "gate": true,                   or its limits, see `tumorsynth.nnunet.segmenter`
             "trainer": {"num_epochs": 250}  attributes of the trainer
         }
 
@@ -78,13 +79,7 @@ def read_settings(dataset_json: dict[str, Any], ignore_label: int | None = None)
 def _find_tumor(given: Any, labels: dict[str, Any]) -> int:
     """Return the value of the tumour's label, given or found by its name."""
     if given is None:
-        named = [name for name in labels if LabelMap.is_tumor(name)]
-        if len(named) != 1:
-            raise ValueError(
-                f"tumor_label must be given unless exactly one label is named a tumour, got "
-                f'{labels}; add "{ENTRY}": {{"tumor_label": ...}} to dataset.json or to {VARIABLE}'
-            )
-        given = named[0]
+        given = find_tumor_name(labels)
     values = _label_values("tumor_label", given, labels)
     if len(values) != 1:
         raise ValueError(
@@ -92,6 +87,21 @@ def _find_tumor(given: Any, labels: dict[str, Any]) -> int:
             f"one of {labels}"
         )
     return values[0]
+
+
+def find_tumor_name(labels: dict[str, Any]) -> str:
+    """Return the name of the only label that is called a tumour.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    named = [name for name in labels if LabelMap.is_tumor(name)]
+    if len(named) != 1:
+        raise ValueError(
+            f"tumor_label must be given unless exactly one label is named a tumour, got "
+            f'{labels}; add "{ENTRY}": {{"tumor_label": ...}} to dataset.json or to {VARIABLE}'
+        )
+    return named[0]
 
 
 def _find_organs(

@@ -32,6 +32,7 @@ except ImportError as error:
 from tumorsynth.adapter import MAX_SEED, Adapter
 from tumorsynth.nnunet.augmentation import DeferredTransforms, split_transforms
 from tumorsynth.nnunet.plans import check_configuration, read_affine, read_intensity
+from tumorsynth.nnunet.segmenter import read_gate
 from tumorsynth.nnunet.settings import read_settings
 
 
@@ -62,6 +63,8 @@ class TumorSynthMixin:
             setattr(self, name, value)
         p = settings.pop("p")
         intensity = read_intensity(self)
+        if "gate" in settings:
+            settings["gate"] = read_gate(settings["gate"], self, settings["tumor_label"])
         self.synthesis = Adapter(**settings, intensity=intensity, device=self.device)
         self.synthesis.synth.p = p
         self._affine = read_affine(self.plans_manager, self.configuration_manager)
@@ -73,6 +76,7 @@ class TumorSynthMixin:
             f"{self.configuration_manager.spacing}"
         )
         super().initialize()  # type: ignore[misc]
+        self.synthesis.score_with(self.network)
 
     def get_training_transforms(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the spatial part alone; the rest follows the synthesis."""

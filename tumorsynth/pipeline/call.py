@@ -25,11 +25,13 @@ class Call:
         settings: of the transform.
         generator: on the device of this call.
         painter: runs the generator.
+        new_contrast: whether a replay draws the contrasts anew, as for another phase.
     """
 
     settings: Settings
     generator: TumorGenerator
     painter: Painter
+    new_contrast: bool = False
 
     @cached_property
     def tissue(self) -> TissueCheck | None:

@@ -14,6 +14,7 @@ from tumorsynth.appearance.blend import feather
 from tumorsynth.appearance.contrast import FLUID_HU
 from tumorsynth.appearance.gate import GATE_MARGIN_MM, Gate
 from tumorsynth.appearance.noise import softening_mm
+from tumorsynth.appearance.painted import PaintedTumor
 from tumorsynth.appearance.visibility import (
     VISIBLE_FROM,
     contrast_for,
@@ -29,6 +30,7 @@ from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import (
     Candidate,
+    Growth,
     PaintRequest,
     Record,
     Rejection,
@@ -353,6 +355,7 @@ def write(
         generator=call.generator.name,
         seed=tumor.params.seed,
         scores=scores,
+        growth=Growth.of(tumor),
     )
 
 
@@ -372,17 +375,14 @@ def _scores(
     frame = request.grid.frame
     wider = request.region.grown([math.ceil(GATE_MARGIN_MM / s) for s in frame.plane_distance])
     wider = wider.within(Box.whole(sample.image.shape))
-    region = request.region.relative_to(wider).slices
-    values = sample.image[wider.slices].clone()
-    values[region] = candidate.after
-    inside = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
-    inside[region] = request.inside
+    region, after, intensity = request.region, candidate.after, settings.intensity
+    painted = PaintedTumor(sample.image, region, after, request.inside, frame, intensity)
     organ = is_organ(sample.label[wider.slices], settings.organ_labels)
-    hu = settings.intensity.to_hu(values.float())
+    hu, inside = intensity.to_hu(painted.image_in(wider).float()), painted.mask_in(wider)
     requested_hu = request.tumor.params.asked_hu
     if requested_hu is not None:  # of which voxels that the tumour fills in part show a share
         requested_hu *= request.tumor.mean_share
-    scores = gate.scores(hu, inside, organ, frame.spacing, requested_hu, frame.shear)
+    scores = gate.scores(hu, inside, organ, frame.spacing, requested_hu, frame.shear, painted)
     return {**scores, "visibility": candidate.visibility}
 
 

@@ -21,6 +21,7 @@ from tumorsynth.pipeline.tissue_check import TissueCheck
 from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.exophytic import ExophyticRegion
+from tumorsynth.placement.growth import grow_in_organ
 from tumorsynth.placement.organ import OrganRegion, is_organ, organ_box
 from tumorsynth.placement.place import place, place_from_params
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
@@ -36,6 +37,7 @@ class PlacedSample:
         params: what is random about the sample.
         results: one entry for each tumour asked for, in order.
         replayed: the entry of ``params`` that this repeats; None for a new sample.
+        new_contrast: whether a replay draws the contrast anew, as for another phase.
         tumor_box: around the voxels that had the value of ``tumor_label`` before, if they matter.
     """
 
@@ -43,15 +45,23 @@ class PlacedSample:
     results: list[LocalMask | Skip]
     replayed: Mapping[str, Any] | None = None
     tumor_box: Box | None = None
+    new_contrast: bool = False
 
     @property
     def drawn(self) -> SampleParams | None:
         """The params, while they are being drawn; None on a replay."""
         return None if self.replayed is not None else self.params
 
+    @property
+    def with_contrast(self) -> SampleParams | None:
+        """The params, while contrasts are being drawn; None on a replay that repeats them."""
+        return self.params if self.new_contrast else self.drawn
+
     def to_params(self) -> dict[str, Any]:
         """Return the sample's entry of ``synth.params``."""
-        return self.params.to_dict() if self.replayed is None else dict(self.replayed)
+        if self.replayed is None or self.new_contrast:
+            return self.params.to_dict()
+        return dict(self.replayed)
 
 
 def place_samples(
@@ -61,6 +71,7 @@ def place_samples(
     replayed: Sequence[Mapping[str, Any]] | None = None,
     exclude: Mapping[int, Skip] | None = None,
     tissue: TissueCheck | None = None,
+    new_contrast: bool = False,
 ) -> list[PlacedSample]:
     """Place the tumours of a batch.
 
@@ -71,6 +82,7 @@ def place_samples(
         replayed: params of an earlier call, to place the same tumours.
         exclude: why samples of these numbers get no tumour.
         tissue: where the generator may paint; None for anywhere.
+        new_contrast: whether a replay draws the contrasts anew.
 
     Raises:
         ValueError: if an image that is to get tumours cannot be in the scale of ``intensity``.
@@ -86,7 +98,8 @@ def place_samples(
             work = partial(place_sample, settings, sample, seeds[sample.number], tissue=tissue)
         else:
             work = partial(replay_sample, settings, sample, replayed[sample.number], tissue=tissue)
-        placed.append(or_on_cpu("placing tumours", sample.image.device, work))
+        found = or_on_cpu("placing tumours", sample.image.device, work)
+        placed.append(replace(found, new_contrast=True) if new_contrast else found)
     return placed
 
 
@@ -175,7 +188,9 @@ def replay_sample(
     results: list[LocalMask | Skip] = []
     if not params.tumors:
         return PlacedSample(params, results, recorded)
-    sample = sample.to(device)
+    if sample.first_phase is not None:
+        _check_intensity(settings, sample)
+    sample = sample.for_placing.to(device)
     _check_intensity(settings, sample)
     placement = settings.placement
     region = organ_region(settings, sample, tissue)
@@ -186,7 +201,7 @@ def replay_sample(
         earlier = [] if placement.merge else [r for r in results if isinstance(r, LocalMask)]
         results.append(
             place_from_params(
-                tumor,
+                tumor.first,
                 region,
                 sample.frame.spacing,
                 earlier=earlier,
@@ -194,6 +209,17 @@ def replay_sample(
                 growth=growth,
                 shear=sample.frame.shear,
             )
+        )
+    if any(tumor.first_mm is not None for tumor in params.tumors):
+        results = grow_in_organ(
+            params.tumors,
+            results,
+            region,
+            sample.frame.spacing,
+            gap_mm=placement.gap_mm,
+            merge=placement.merge,
+            growth=growth,
+            shear=sample.frame.shear,
         )
     return PlacedSample(params, results, recorded)
 

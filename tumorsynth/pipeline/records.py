@@ -33,24 +33,40 @@ class Sample(NamedTuple):
         image: (X, Y, Z), in the user's intensity scale.
         label: (X, Y, Z), whole numbers.
         frame: how its axes lie in the patient.
+        first_phase: image of the phase that the tumours were placed in, where it is another one.
     """
 
     number: int
     image: Tensor
     label: Tensor
     frame: Frame
+    first_phase: Tensor | None = None
 
     def to(self, device: torch.device) -> Sample:
         """Return the sample with image and label on a device."""
         return self._replace(image=self.image.to(device), label=self.label.to(device))
 
+    @property
+    def for_placing(self) -> Sample:
+        """The sample in which the tumours are placed: with the image of the first phase."""
+        if self.first_phase is None:
+            return self
+        return self._replace(image=self.first_phase, first_phase=None)
 
-def split_batch(image: Tensor, label: Tensor, frames: Sequence[Frame]) -> list[Sample]:
+
+def split_batch(
+    image: Tensor, label: Tensor, frames: Sequence[Frame], first_phase: Tensor | None = None
+) -> list[Sample]:
     """Return the samples of a batch as views of its memory, without a subclass's bookkeeping."""
-    images, labels = plain(image), plain(label)
+    batches = [None if x is None else plain(x) for x in (image, label, first_phase)]
     if image.ndim == 4:
-        images, labels = images[None], labels[None]
-    return [Sample(b, images[b, 0], labels[b, 0], frame) for b, frame in enumerate(frames)]
+        batches = [None if x is None else x[None] for x in batches]
+    images, labels, firsts = batches
+    assert images is not None and labels is not None
+    return [
+        Sample(b, images[b, 0], labels[b, 0], frame, None if firsts is None else firsts[b, 0])
+        for b, frame in enumerate(frames)
+    ]
 
 
 @dataclass(frozen=True)
@@ -212,6 +228,35 @@ class SkipRecord:
         return entry if self.scores is None else {**entry, "scores": self.scores}
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How a tumour's size compares with that of the first phase.
+
+    Args:
+        first_diameter_mm: diameter in the first phase, as in its params.
+        factor: diameter that was asked for over that of the first phase.
+        reached_factor: the same as it came out.
+        has_room: whether there was room for what was asked for.
+    """
+
+    first_diameter_mm: float
+    factor: float
+    reached_factor: float
+    has_room: bool
+
+    @classmethod
+    def of(cls, tumor: LocalMask) -> Growth | None:
+        """Return the growth of a tumour; None of one in its first phase."""
+        if tumor.first is None:
+            return None
+        return cls(
+            tumor.first.params.diameter_mm,
+            tumor.params.growth_factor,
+            tumor.reached_factor,
+            tumor.has_room,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TumorRecord:
     """Report entry of a synthetic tumour.
@@ -244,6 +289,7 @@ class TumorRecord:
         generator: name of the generator.
         seed: seed of the generator's noise.
         scores: the gate's scores, where there is a gate.
+        growth: of a tumour that has grown or shrunk, its size against the first phase (`Growth`).
     """
 
     sample: int
@@ -269,12 +315,14 @@ class TumorRecord:
     generator: str
     seed: int
     scores: dict[str, float | None] | None = None
+    growth: Growth | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of ``report``."""
         entry = {"sample": self.sample, "index": self.index, "applied": True, **asdict(self)}
-        if self.scores is None:
-            del entry["scores"]
+        for name in ("scores", "growth"):
+            if entry[name] is None:
+                del entry[name]
         return entry
 
 

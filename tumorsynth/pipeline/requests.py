@@ -122,8 +122,8 @@ def request_or_skip(
         id: which tumour of the call this is.
         sample: the scan or patch.
         tumor: its voxels, or why it has none.
-        params: the sample's params, in which a contrast drawn from a prior is recorded; None on a
-            replay.
+        params: the sample's params, in which a contrast that is drawn here is recorded; None on a
+            replay that repeats the contrast.
     """
     found: PaintRequest | Skip
     if isinstance(tumor, Skip):
@@ -132,7 +132,9 @@ def request_or_skip(
         found = request_painting(call.settings, call.generator, id, sample, tumor, call.tissue)
     if isinstance(found, Skip):
         return SkipRecord(id.sample, id.report_index, found.code, found.reason)
-    if params is not None and isinstance(call.settings.contrast_hu, ContrastPrior):
+    if params is not None and (
+        call.new_contrast or isinstance(call.settings.contrast_hu, ContrastPrior)
+    ):
         seed = found.tumor.params.seed
         found = with_contrast(call.settings, call.generator, found, seed)
         params.tumors[id.params_index] = found.tumor.params
@@ -144,7 +146,7 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
     requests.records.extend(skip_records([placed], first=sample.number))
     rejected = {one.number: one for one in placed.params.rejected}
     tumors = [result for result in placed.results if isinstance(result, LocalMask)]
-    has_mass_effect = any(tumor.params.displaced > 0 for tumor in tumors)
+    has_mass_effect = any(tumor.params.displaces for tumor in tumors)
     displacing: list[DisplacingTumor] = []
     params_index = 0
     for report_index, result in enumerate(placed.results):
@@ -162,7 +164,7 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
             later = [] if call.settings.merge else tumors[params_index:]
             displacing.append(DisplacingTumor(id, result, later, rejection is not None))
             continue
-        found = request_or_skip(call, id, sample, result, placed.drawn)
+        found = request_or_skip(call, id, sample, result, placed.with_contrast)
         if isinstance(found, PaintRequest):
             requests.paint.append(replace(found, rejected=rejection is not None))
         elif rejection is None:

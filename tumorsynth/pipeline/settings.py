@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,12 @@ class Settings:
         """
         return self.contrast_hu is None and self.blend == "change"
 
+    def with_contrast(self, contrast_hu: Any) -> Settings:
+        """Return the settings with another ``contrast_hu``, given as to `SynthesizeTumor`."""
+        contrast = _check_contrast(contrast_hu)
+        placement = replace(self.placement, contrast_hu=_range_of(contrast))
+        return replace(self, contrast_hu=contrast, placement=placement)
+
     @property
     def count(self) -> Any:
         """The argument ``count``."""
@@ -104,6 +110,19 @@ class Settings:
     def shapes(self) -> Sequence[str]:
         """Outlines of the masks in ``shapes``."""
         return self.placement.outlines
+
+
+Contrast = tuple[float, float] | ContrastPrior | None
+
+
+def _check_contrast(contrast_hu: Any) -> Contrast:
+    if isinstance(contrast_hu, str):
+        return get_contrast_prior(contrast_hu)
+    return contrast_hu if isinstance(contrast_hu, ContrastPrior) else check_contrast(contrast_hu)
+
+
+def _range_of(contrast: Contrast) -> tuple[float, float] | None:
+    return None if isinstance(contrast, ContrastPrior) else contrast
 
 
 def check_settings(
@@ -149,13 +168,7 @@ def check_settings(
         )
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r}")
-    contrast: tuple[float, float] | ContrastPrior | None
-    if isinstance(contrast_hu, str):
-        contrast = get_contrast_prior(contrast_hu)
-    elif isinstance(contrast_hu, ContrastPrior):
-        contrast = contrast_hu
-    else:
-        contrast = check_contrast(contrast_hu)
+    contrast = _check_contrast(contrast_hu)
     sigma = check_range(
         "sigma_mm", FEATHER_MM[blend] if sigma_mm is None else sigma_mm, 0.0, MAX_SIGMA_MM
     )
@@ -171,7 +184,7 @@ def check_settings(
             size_mm=size_mm,
             count=count,
             sigma_mm=sigma,
-            contrast_hu=None if isinstance(contrast, ContrastPrior) else contrast,
+            contrast_hu=_range_of(contrast),
             gap_mm=gap,
             merge=check_flag("merge", merge),
             outlines=outlines,

@@ -101,6 +101,49 @@ def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:
         )
 
 
+def check_first_phase(first_phase: Any, image: Tensor) -> None:
+    """Check the image of the phase that replayed tumours were placed in.
+
+    Raises:
+        ValueError: unless it lies on the image's grid.
+        TypeError: unless it is a floating-point tensor.
+    """
+    if not isinstance(first_phase, Tensor) or first_phase.dtype not in FLOATS:
+        found = getattr(first_phase, "dtype", type(first_phase).__name__)
+        raise TypeError(
+            f"first_phase must be a floating-point tensor like the image, got {found}; pass the "
+            "image that params were drawn in"
+        )
+    if first_phase.shape != image.shape or first_phase.device != image.device:
+        raise ValueError(
+            f"first_phase must have the image's shape {tuple(image.shape)} and device "
+            f"{image.device}, got {tuple(first_phase.shape)} on {first_phase.device}; register one "
+            "phase to the other first"
+        )
+
+
+def check_same_voxels(params: Sequence[Mapping[str, Any]], has_tissue_range: bool) -> None:
+    """Raise ValueError if tumours of params may take other voxels in another phase.
+
+    Args:
+        params: of the first phase.
+        has_tissue_range: whether the generator's card says where it may paint.
+    """
+    tumors = [TumorParams.from_dict(values) for entry in params for values in entry["tumors"]]
+    reasons = {
+        "the generator's tissue_range": has_tissue_range and bool(tumors),
+        "bulge": any(tumor.bulge > 0 for tumor in tumors),
+        "mass_effect": any(tumor.displaces for tumor in tumors),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(
+            f"first_phase must be given with contrast_hu, as the tumours' voxels depend on the "
+            f"image ({', '.join(found)}), got None; pass the image that params were drawn in, "
+            "which may be this one"
+        )
+
+
 def as_whole(name: str, label: Tensor) -> Tensor:
     """Return a label map of whole numbers: the map itself, or a rounded copy of its type.
 

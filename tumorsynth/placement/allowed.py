@@ -56,7 +56,7 @@ class AllowedVoxels:
         self.sample_box = Box.whole(region.sample_shape)
         frame = Frame(spacing, shear=shear)
         self.spacing, self.shear, self.gap_mm = spacing, shear, gap_mm
-        self.voxel_mm3, self._plane_distance = frame.voxel_mm3, frame.plane_distance
+        self.voxel_mm3, self.plane_distance = frame.voxel_mm3, frame.plane_distance
         self._label, self._labels = as_array(region.label, region.organ_labels)
         self._flat_label = _FlatView(self._label)
         self._forbidden = None if region.forbidden is None else region.forbidden.numpy()
@@ -70,15 +70,13 @@ class AllowedVoxels:
     def keep_clear_of(self, tumor: LocalMask) -> None:
         """Forbid a tumour's voxels, and the gap around its label, to all later tumours."""
         # no further than the sample: a wide gap in small voxels would need endless memory
-        box = tumor.box.grown(_gap_voxels(self.gap_mm, self._plane_distance)).within(
-            self.sample_box
-        )
+        box = tumor.box.grown(gap_voxels(self.gap_mm, self.plane_distance)).within(self.sample_box)
         (x, y, z), (x1, y1, z1) = (
             [a - b for a, b in zip(tumor.start, box.start, strict=True)],
             [b - a for a, b in zip(tumor.box.stop, box.stop, strict=True)],
         )
         margin = (z, z1, y, y1, x, x1)
-        blocked = dilate(F.pad(tumor.mask.cpu(), margin), self.gap_mm, self._plane_distance)
+        blocked = dilate(F.pad(tumor.mask.cpu(), margin), self.gap_mm, self.plane_distance)
         if tumor.factors != ONE:  # voxels of which it fills less than half
             blocked |= F.pad(tumor.share > 0, margin)
         self._taken.append(_Taken(box, blocked.numpy()))
@@ -130,6 +128,14 @@ class AllowedVoxels:
                 here, there = _common_slices(box, taken.box)
                 allowed[here] &= ~taken.mask[there]
         return allowed
+
+    def forbidden_in(self, box: Box) -> Bools:
+        """Return which voxels of a box inside the sample are forbidden, whatever their label."""
+        forbidden = np.zeros(box.shape, dtype=bool)
+        if self._forbidden is not None:
+            here, there = _common_slices(box, self.part)
+            forbidden[here] = self._forbidden[there]
+        return forbidden
 
     def organ_on_grid(self, slices: Sequence[slice]) -> Bools:
         """Return which voxels of strided slices, from the region's start on, are the organ."""
@@ -203,7 +209,7 @@ def _common_slices(box: Box, other: Box) -> tuple[tuple[slice, ...], tuple[slice
     return common.relative_to(box).slices, common.relative_to(other).slices
 
 
-def _gap_voxels(gap_mm: float, spacing: Sequence[float]) -> list[int]:
+def gap_voxels(gap_mm: float, spacing: Sequence[float]) -> list[int]:
     """Return a gap in voxels, at least one: whatever lies further apart than this keeps it."""
     return [max(1, math.ceil(gap_mm / s - 1e-6)) for s in spacing]
 
@@ -211,7 +217,7 @@ def _gap_voxels(gap_mm: float, spacing: Sequence[float]) -> list[int]:
 def dilate(mask: Tensor, gap_mm: float, spacing: Sequence[float]) -> Tensor:
     """Return a bool mask (X, Y, Z) grown by a box of gap_mm, at least one voxel, on each side."""
     out = mask.clone()
-    for axis, gap in enumerate(_gap_voxels(gap_mm, spacing)):
+    for axis, gap in enumerate(gap_voxels(gap_mm, spacing)):
         size = out.shape[axis]
         wanted, reached = min(gap, size - 1), 0
         while reached < wanted:  # a mask grown by k can grow by 2 k + 1 at once

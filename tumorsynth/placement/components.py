@@ -40,7 +40,7 @@ def lowest_connected(level: Floats, n: int) -> Bools | int:
         if enough:
             grid = np.where(level <= np.partition(finite, n - 1)[n - 1], level, np.inf)
         mask = np.isfinite(grid)
-        minima = int(np.count_nonzero(mask & (grid <= _over_neighbours(grid, np.minimum))))
+        minima = int(np.count_nonzero(mask & (grid <= over_neighbours(grid, np.minimum))))
         if enough and minima == 1:
             return mask
         if minima == 0:
@@ -64,7 +64,7 @@ def flood(mask: Bools, seed: int) -> Bools:
     size = 1
     for _ in range(sum(mask.shape)):  # bounds the time that a winding path can take
         for _ in range(STEPS_PER_CHECK):
-            component = _over_neighbours(component, np.logical_or) & mask
+            component = over_neighbours(component, np.logical_or) & mask
         grown = int(component.sum())
         if grown == size:
             break
@@ -84,7 +84,7 @@ def largest_component_voxels(mask: Bools) -> int:
     return largest
 
 
-def _over_neighbours(grid: NDArray[Any], combine: np.ufunc) -> NDArray[Any]:
+def over_neighbours(grid: NDArray[Any], combine: np.ufunc) -> NDArray[Any]:
     """Combine each voxel's value with those of its 26 neighbours."""
     for before_last, after_first in _SHIFTED:
         before, grid = grid, grid.copy()

@@ -17,7 +17,14 @@ from tumorsynth.geometry import Box, Ints3, Rows3
 from tumorsynth.placement.allowed import AllowedVoxels
 from tumorsynth.placement.components import flood, lowest_connected
 from tumorsynth.placement.shape import MAX_LEVEL, Shape
-from tumorsynth.placement.types import Bools, Floats, GrowthRegion, LocalMask, TumorParams
+from tumorsynth.placement.types import (
+    Bools,
+    Floats,
+    GrowthRegion,
+    Indices,
+    LocalMask,
+    TumorParams,
+)
 from tumorsynth.subvoxels import (
     ONE,
     average_subvoxels,
@@ -54,8 +61,8 @@ def rasterize(
     factors = subvoxel_factors(allowed.spacing, params.diameter_mm)
     subvoxel_mm3 = allowed.voxel_mm3 / math.prod(factors)
     n = voxel_count(params.diameter_mm, subvoxel_mm3)
-    box = _box_around(params.centre, shape, allowed)
-    grid = _LevelGrid(shape, _grid_mm(box, params.centre, shape, allowed.spacing, factors))
+    box = box_around(params.centre, shape, allowed)
+    grid = LevelGrid(shape, grid_mm(box, params.centre, shape, allowed.spacing, factors))
     free = repeat_voxels(torch.from_numpy(allowed.mask_in(box, growth)), factors).numpy()
     likely = _lowest_likely(grid, free, n)
     if likely is None:
@@ -68,30 +75,57 @@ def rasterize(
     x, y, z = (round(int(i.sum()) / n) for i in index)
     if not mask[x, y, z]:
         return 0.0  # a sickle around its own centre
+    return local_mask(params, mask, box, factors, allowed.voxel_mm3, index)
+
+
+def local_mask(
+    params: TumorParams,
+    mask: Bools,
+    box: Box,
+    factors: Ints3,
+    voxel_mm3: float,
+    index: Sequence[Indices] | None = None,
+    label: Bools | None = None,
+) -> LocalMask:
+    """Return a tumour in the tight box around it.
+
+    Args:
+        params: what the voxels follow from.
+        mask: bool, the tumour on the subvoxels of ``box``, with at least one.
+        box: part of the sample.
+        factors: subvoxels along each axis of a voxel.
+        voxel_mm3: volume of a voxel.
+        index: ``mask.nonzero()``, where the caller has it.
+        label: bool, the voxels of ``box`` to label; None for those that the tumour fills by half.
+    """
     tight = Box.of_slices(
         [
             slice(int(i.min()) // k, int(i.max()) // k + 1)
-            for i, k in zip(index, factors, strict=True)
+            for i, k in zip(mask.nonzero() if index is None else index, factors, strict=True)
         ]
     )
     start = [a + b for a, b in zip(box.start, tight.start, strict=True)]
     fine = torch.from_numpy(mask[refine_box(tight, factors).slices].copy())
-    label, voxels = fine, n
+    labelled = fine
     if factors != ONE:
-        label = _label_of(fine, factors)
-        voxels = int(label.sum())
+        labelled = (
+            _fullest_voxels(fine, factors)
+            if label is None
+            else torch.from_numpy(label[tight.slices].copy())
+        )
+    voxels = int(labelled.sum())
     return LocalMask(
         params=params,
         start=(start[0], start[1], start[2]),
-        mask=label,
+        mask=labelled,
         voxels=voxels,
-        diameter_mm=equivalent_diameter(voxels * allowed.voxel_mm3),
+        diameter_mm=equivalent_diameter(voxels * voxel_mm3),
         factors=factors,
         subvoxels=None if factors == ONE else fine,
     )
 
 
-def _label_of(fine: Tensor, factors: Ints3) -> Tensor:
+def _fullest_voxels(fine: Tensor, factors: Ints3) -> Tensor:
     """Return the voxels to label (X, Y, Z): connected, and at least one.
 
     They are those of which the tumour fills at least half; on average, as many as its volume. A
@@ -103,15 +137,24 @@ def _label_of(fine: Tensor, factors: Ints3) -> Tensor:
         factors: subvoxels along each axis of a voxel.
     """
     share = average_subvoxels(fine.double(), factors).numpy()
-    fullest = int(share.argmax())
-    least, most = MIN_LABEL_SHARE, float(share.flat[fullest])
+    least = least_label_share(fine, share, factors)
+    return torch.from_numpy(flood(share >= least, int(share.argmax())))
+
+
+def least_label_share(fine: Tensor, share: Floats, factors: Ints3) -> float:
+    """Return the share of a voxel from which on it is labelled.
+
+    Args:
+        fine: bool, the tumour on the box's subvoxels.
+        share: of each voxel of the box.
+        factors: subvoxels along each axis of a voxel.
+    """
+    most = float(share.max())
     is_thin = any(k > 1 and int(fine.sum(axis).max()) <= k for axis, k in enumerate(factors))
-    if is_thin or most < least:
-        least *= most
-    return torch.from_numpy(flood(share >= least, fullest))
+    return MIN_LABEL_SHARE * most if is_thin or most < MIN_LABEL_SHARE else MIN_LABEL_SHARE
 
 
-class _LevelGrid:
+class LevelGrid:
     """Levels of a shape on a grid, each computed once, on first use."""
 
     def __init__(self, shape: Shape, grid_mm: Sequence[Floats]) -> None:
@@ -128,7 +171,7 @@ class _LevelGrid:
         return self._level
 
 
-def _lowest_likely(grid: _LevelGrid, free: Bools, n: int) -> Bools | None:
+def _lowest_likely(grid: LevelGrid, free: Bools, n: int) -> Bools | None:
     """Search only as far as n voxels are likely to reach, judged by the ellipsoid; None if they
     are not found there."""
     squares = grid.squares[free]
@@ -143,7 +186,7 @@ def _lowest_likely(grid: _LevelGrid, free: Bools, n: int) -> Bools | None:
     return None if isinstance(mask, int) else mask
 
 
-def _lowest(grid: _LevelGrid, free: Bools, n: int, whole_voxels: int) -> Bools | int:
+def _lowest(grid: LevelGrid, free: Bools, n: int, whole_voxels: int) -> Bools | int:
     """Search as far as the shape may reach.
 
     Args:
@@ -166,10 +209,12 @@ def _lowest(grid: _LevelGrid, free: Bools, n: int, whole_voxels: int) -> Bools |
     return lowest_connected(np.where(where & free, level, np.inf), n)
 
 
-def _box_around(centre: Sequence[int], shape: Shape, allowed: AllowedVoxels) -> Box:
-    """Return the part of the sample that a shape may reach, and the centre's neighbours."""
+def box_around(
+    centre: Sequence[int], shape: Shape, allowed: AllowedVoxels, level: float = MAX_LEVEL
+) -> Box:
+    """Return the part of the sample that a level may reach, and the centre's neighbours."""
     sphere = allowed.along_axes(shape.sphere)
-    reach = sphere * (MAX_LEVEL * BOX_MARGIN) / allowed.spacing + shape.offset.numpy()
+    reach = sphere * (level * BOX_MARGIN) / allowed.spacing + shape.offset.numpy()
     low, high = np.floor(reach.min(0)).tolist(), np.ceil(reach.max(0)).tolist()
     start = [c + min(int(v), -1) for c, v in zip(centre, low, strict=True)]
     stop = [c + max(int(v), 1) + 1 for c, v in zip(centre, high, strict=True)]
@@ -177,7 +222,7 @@ def _box_around(centre: Sequence[int], shape: Shape, allowed: AllowedVoxels) -> 
     return box.within(allowed.sample_box)
 
 
-def _grid_mm(
+def grid_mm(
     box: Box, centre: Sequence[int], shape: Shape, spacing: Sequence[float], factors: Ints3
 ) -> list[Floats]:
     """Return a box's subvoxels' coordinates along each axis, in mm from the shape's centre."""

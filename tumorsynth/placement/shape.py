@@ -184,7 +184,7 @@ def _sample_waves(params: TumorParams, rng: torch.Generator) -> _Waves:
     waves, since their outlines are lobed. Real masks have more short waves than this, but those are
     steps from slice to slice.
     """
-    finest = min(max(0.5 * params.diameter_mm, 3.0), 16.0)
+    finest = min(max(0.5 * params.first.diameter_mm, 3.0), 16.0)  # a growing one keeps its waves
     if params.outline:
         finest = 4.0  # a real outline has its own short waves
     number = (

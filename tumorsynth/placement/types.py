@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
@@ -43,6 +43,9 @@ class TumorParams:
         raised_hu: contrast instead of the generator's own, which the scan's noise would hide; None
             for all other tumours.
         retries: how often the gate had the tumour made again.
+        first_mm: its diameter in the first phase, of a tumour that has grown or shrunk since; None
+            for all others.
+        first_displaced: ``displaced`` in the first phase.
     """
 
     centre: tuple[int, int, int]
@@ -62,6 +65,31 @@ class TumorParams:
     bulge: float = 0.0
     raised_hu: float | None = None
     retries: int = 0
+    first_mm: float | None = None
+    first_displaced: float = 0.0
+
+    @property
+    def first(self) -> TumorParams:
+        """The tumour as it was in the first phase."""
+        if self.first_mm is None:
+            return self
+        return replace(
+            self,
+            diameter_mm=self.first_mm,
+            displaced=self.first_displaced,
+            first_mm=None,
+            first_displaced=0.0,
+        )
+
+    @property
+    def growth_factor(self) -> float:
+        """Diameter over that of the first phase."""
+        return 1.0 if self.first_mm is None else self.diameter_mm / self.first_mm
+
+    @property
+    def displaces(self) -> bool:
+        """Whether it pushes tissue aside, now or in the first phase."""
+        return max(self.displaced, self.first_displaced) > 0
 
     @property
     def asked_hu(self) -> float | None:
@@ -136,10 +164,16 @@ class ParamBounds(NamedTuple):
         )
 
 
+MIN_REACHED_SHARE = 0.97  # of the volume that its size asks for; with less it lacks room
 PARAM_NAMES = tuple(f.name for f in fields(TumorParams))
 REQUIRED_PARAMS = tuple(f.name for f in fields(TumorParams) if f.default is MISSING)
 OPTIONAL_PARAMS = {f.name: f.default for f in fields(TumorParams) if f.default is not MISSING}
-LATER_PARAMS = ("raised_hu", "retries")  # which only some tumours have
+LATER_PARAMS = (
+    "raised_hu",
+    "retries",
+    "first_mm",
+    "first_displaced",
+)  # which only some tumours have
 PARAM_BOUNDS: dict[str, ParamBounds] = {
     "centre": ParamBounds(3, 0, 2**31),
     "diameter_mm": ParamBounds(1, 0.001, 1000.0),
@@ -156,6 +190,8 @@ PARAM_BOUNDS: dict[str, ParamBounds] = {
     "bulge": ParamBounds(1, 0.0, 0.9),
     "raised_hu": ParamBounds(1, -1500.0, 1500.0),
     "retries": ParamBounds(1, 0, 99),
+    "first_mm": ParamBounds(1, 0.001, 1000.0),
+    "first_displaced": ParamBounds(1, 0.0, 0.9),
 }
 
 
@@ -172,6 +208,7 @@ class LocalMask:
         diameter_mm: exact equivalent diameter of these voxels.
         factors: subvoxels along each axis of a voxel (`tumorsynth.subvoxels`).
         subvoxels: bool, the tumour on the box's subvoxels; None where voxels are fine.
+        first: the same tumour in the first phase, of one that has grown or shrunk since.
 
     Examples:
         >>> label[tumor.slices][tumor.mask] = tumor_label
@@ -184,6 +221,7 @@ class LocalMask:
     diameter_mm: float
     factors: Ints3 = ONE
     subvoxels: Tensor | None = None
+    first: LocalMask | None = None
 
     @property
     def fine_mask(self) -> Tensor:
@@ -199,6 +237,21 @@ class LocalMask:
     def fine_box(self) -> Box:
         """The part of the sample's subvoxels that ``fine_mask`` covers."""
         return refine_box(self.box, self.factors)
+
+    @property
+    def reached_factor(self) -> float:
+        """Diameter over that of the first phase, as the room allowed."""
+        if self.first is None:
+            return 1.0
+        return (self.fine_voxels / self.first.fine_voxels) ** (1 / 3)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a tumour that has grown found the room that its size asks for."""
+        if self.first is None:
+            return True
+        wanted = self.first.fine_voxels * self.params.growth_factor**3
+        return self.fine_voxels >= MIN_REACHED_SHARE * wanted - 1
 
     @property
     def share(self) -> Tensor:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from tumorsynth.scans.errors import describe_error, is_fatal
+from tumorsynth.scans.follow_up import FollowUp
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.organ_masks import OrganMasks, read_scan
 from tumorsynth.scans.pairing import Pair
@@ -59,6 +60,7 @@ class Task:
         masks: which files matter where the label is a folder of one file per organ.
         segmenter: makes the label map; None where there is one.
         view: whether to write its part of the page before and after.
+        follow_up: the point in time, in a series.
     """
 
     pair: Pair
@@ -69,6 +71,7 @@ class Task:
     masks: OrganMasks | None = None
     segmenter: Segmenter | None = None
     view: bool = False
+    follow_up: FollowUp | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ def process_scan(
         pair=pair,
         about_label=about_label,
         view=task.view,
+        follow_up=task.follow_up,
     )
     return report["tumors"]
 

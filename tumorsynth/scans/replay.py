@@ -10,6 +10,7 @@ from tumorsynth.geometry import frame_from_affine, ints3
 from tumorsynth.nifti_header import check_geometry
 from tumorsynth.pipeline.params_grid import replay_frames
 from tumorsynth.pipeline.validation import check_params
+from tumorsynth.scans.follow_up import FollowUp
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.organ_masks import OrganMasks
 from tumorsynth.scans.run_settings import option_names, voxels_sha256
@@ -54,6 +55,11 @@ def read_report(path: Path) -> dict[str, Any]:
             f"holds {str(hashes)[:40]} and {str(report.get('device'))[:40]}; restore it"
         )
     check_geometry(report.get("geometry"))
+    if "phase_of" in report:
+        raise ValueError(
+            f"a replay needs the report of the first phase, but {path.name} is of another phase "
+            f"({str(report['phase_of'])[:120]}); give the first one's, with --other-phase"
+        )
     check_params(report["params"], 1)
     if report["params"][0].get("seed") not in (None, report["seed"]):
         raise ValueError(
@@ -67,6 +73,28 @@ def read_report(path: Path) -> dict[str, Any]:
             f"{str(threads)[:40]}; restore it"
         )
     return report
+
+
+def follow_up_of(report: dict[str, Any]) -> FollowUp | None:
+    """Return the point in time of a report of a series.
+
+    Raises:
+        ValueError: for an entry that cannot be one.
+    """
+    entry = report.get("follow_up")
+    if entry is None:
+        return None
+    try:
+        point = FollowUp(entry["scan"], entry["number"], entry["diameter_factor"])
+        valid = point.to_dict() == entry
+    except (KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"a report's follow_up must say which point of a series it is, got {str(entry)[:80]}; "
+            "restore it"
+        )
+    return point
 
 
 def reading_of(report: dict[str, Any]) -> Reading:

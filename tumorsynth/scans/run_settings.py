@@ -15,6 +15,7 @@ import numpy as np
 import tumorsynth
 
 if TYPE_CHECKING:
+    from tumorsynth.scans.follow_up import FollowUp
     from tumorsynth.scans.organ_masks import OrganMasks
     from tumorsynth.synthesizer import SynthesizeTumor
 
@@ -47,6 +48,7 @@ def run_settings(
     seed: int,
     geometry: str | None = None,
     masks: OrganMasks | None = None,
+    follow_up: FollowUp | None = None,
 ) -> dict[str, Any]:
     """Collect what decides the result of a scan, in JSON's own types.
 
@@ -57,6 +59,7 @@ def run_settings(
         seed: of the scan.
         geometry: the source of the files' headers that was chosen.
         masks: which files of a folder of one file per organ matter.
+        follow_up: the point in time, in a series.
     """
     import torch
 
@@ -68,6 +71,7 @@ def run_settings(
         "seed": seed,
         **({} if geometry is None else {"geometry": geometry}),
         **({} if masks is None else {"masks": asdict(masks)}),
+        **({} if follow_up is None else {"follow_up": follow_up.to_dict()}),
         "generator": {key: card[key] for key in ("name", "sha256", "licence") if key in card},
         "options": _options(synth),
         # the last bit of a convolution depends on these two
@@ -115,7 +119,8 @@ def _option(synth: SynthesizeTumor, name: str) -> Any:
             limit: pair and [v if math.isfinite(v) else None for v in pair]
             for limit, pair in limits.items()
         }
-        return {**vars(value), **finite}
+        given = {k: v for k, v in vars(value).items() if (k, v) != ("most", None)}
+        return {**given, **finite}
     return value
 
 
@@ -127,7 +132,7 @@ def explain_mismatch(report: Path, settings: dict[str, Any]) -> str | None:
         return "cannot be read"
     if not isinstance(found, dict):
         return "is no report"
-    for key, value in {"geometry": None, "masks": None, **settings}.items():
+    for key, value in {"geometry": None, "masks": None, "follow_up": None, **settings}.items():
         old = found.get(key)
         if old != value:
             if isinstance(old, dict) and isinstance(value, dict):

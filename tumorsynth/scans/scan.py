@@ -18,8 +18,10 @@ from tumorsynth.scans.volume import Volume
 from tumorsynth.scans.volume_files import write_volume
 
 if TYPE_CHECKING:
+    from tumorsynth.scans.follow_up import FollowUp
     from tumorsynth.scans.organ_masks import OrganMasks
     from tumorsynth.scans.pairing import Pair
+    from tumorsynth.scans.phase import Phase
     from tumorsynth.synthesizer import SynthesizeTumor
 
 
@@ -37,6 +39,8 @@ def synthesize_scan(
     pair: Pair | None = None,
     about_label: dict[str, Any] | None = None,
     view: bool = False,
+    follow_up: FollowUp | None = None,
+    phase: Phase | None = None,
 ) -> dict[str, Any]:
     """Synthesise tumours in one scan and write its CT, label map, preview and report.
 
@@ -56,6 +60,8 @@ def synthesize_scan(
         pair: the files, where the results keep their layout.
         about_label: which program made the label map, for the report.
         view: whether to write the scan's part of the page of `tumorsynth.scans.view`.
+        follow_up: the point in time; the tumours grow by its factor.
+        phase: the other phase that ``image`` is, if ``params`` are of a first one.
 
     Returns:
         The report, as written.
@@ -67,6 +73,7 @@ def synthesize_scan(
     import torch
 
     from tumorsynth.appearance.visibility import FaintTumorWarning
+    from tumorsynth.pipeline.grow import NoRoomToGrowWarning
     from tumorsynth.scans.preview import save_preview
     from tumorsynth.scans.view import save_view
 
@@ -77,12 +84,17 @@ def synthesize_scan(
     with warnings.catch_warnings():
         # the command's summary counts such tumours over all scans
         warnings.simplefilter("ignore", FaintTumorWarning)
+        warnings.simplefilter("ignore", NoRoomToGrowWarning)
+        tensors = torch.from_numpy(before)[None], torch.from_numpy(old)[None]
+        if follow_up is not None and follow_up.factor != 1 and params is None:
+            synth(*tensors, affine=image.affine, seed=seed)
+            params = synth.grow(synth.params, follow_up.factor)
         changed_image, changed_label = synth(
-            torch.from_numpy(before)[None],
-            torch.from_numpy(old)[None],
+            *tensors,
             affine=image.affine,
             seed=seed if params is None else None,
             params=params,
+            **({} if phase is None else phase.call()),
         )
     after, new = changed_image[0].numpy(), changed_label[0].numpy()
     records = [dict(record) for record in synth.report]
@@ -93,8 +105,15 @@ def synthesize_scan(
     new_label = whole_label.with_changes(relabelled, new[relabelled])
     report = {
         **run_settings(
-            synth, ct=image.name, label=label.name, seed=seed, geometry=geometry, masks=masks
+            synth,
+            ct=image.name,
+            label=label.name,
+            seed=seed,
+            geometry=geometry,
+            masks=masks,
+            follow_up=follow_up,
         ),
+        **({} if phase is None else {"phase_of": phase.to_dict()}),
         **_about_organs(synth),
         **({} if about_label is None else {"segmentation": about_label}),
         "voxels_sha256": {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tumorsynth.adapter import Adapter
+from tumorsynth.appearance.gate import Gate
+from tumorsynth.appearance.segmenter import SegmenterScorer
 from tumorsynth.generators.store import bundled_names
 from tumorsynth.pipeline.validation import is_record
 
@@ -33,6 +36,15 @@ def generator_for_history(generator: Any, adapter: Adapter) -> Any:
             "one is in memory alone; save it with generator.save(folder) and pass the folder"
         )
     return generator if source is None else source
+
+
+def settings_for_history(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings as the history keeps them: what a replay needs, and no network."""
+    kept = {name: value for name, value in settings.items() if name not in DRAWN}
+    gate = kept.get("gate")
+    if isinstance(gate, Gate) and isinstance(gate.scorer, SegmenterScorer):
+        kept["gate"] = replace(gate, scorer=None)  # params hold what it decided
+    return kept
 
 
 def check_names(image: Any, label: Any, organ: Any) -> None:

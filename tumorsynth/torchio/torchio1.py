@@ -17,7 +17,6 @@ from tumorsynth.arguments import keywords_of
 from tumorsynth.pipeline.frames import Carried, check_grid
 from tumorsynth.torchio.history import stems_from_default
 from tumorsynth.torchio.shared import (
-    DRAWN,
     GEOMETRY,
     RESAMPLE,
     check_names,
@@ -26,6 +25,7 @@ from tumorsynth.torchio.shared import (
     generator_for_history,
     is_left_out,
     random_repr,
+    settings_for_history,
 )
 from tumorsynth.tracing import untraced
 
@@ -130,7 +130,7 @@ class RandomSynthesizeTumor(_Synthesis, RandomTransform):
 
     def _replay(self) -> SynthesizeTumor:
         """Return the transform that repeats the last call."""
-        settings = {k: v for k, v in self.settings.items() if k not in DRAWN}
+        settings = settings_for_history(self.settings)
         return SynthesizeTumor(
             params=self.adapter.synth.params[0],
             image=self.image,

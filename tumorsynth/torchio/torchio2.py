@@ -19,7 +19,6 @@ from tumorsynth.arguments import keywords_of
 from tumorsynth.pipeline.frames import Carried, check_grid
 from tumorsynth.pipeline.lost_affines import lost_affines
 from tumorsynth.torchio.shared import (
-    DRAWN,
     GEOMETRY,
     RESAMPLE,
     check_names,
@@ -28,6 +27,7 @@ from tumorsynth.torchio.shared import (
     generator_for_history,
     is_left_out,
     random_repr,
+    settings_for_history,
 )
 from tumorsynth.tracing import untraced
 
@@ -159,7 +159,7 @@ class RandomSynthesizeTumor(_Synthesis):
         records = self.adapter.synth.params
         params["params"] = records if batch.batch_size > 1 else records[0]
         params.update(image=self.image, label=self.label, organ=self.organ)
-        params.update({k: v for k, v in self.settings.items() if k not in DRAWN})
+        params.update(settings_for_history(self.settings))
         return batch
 
 
