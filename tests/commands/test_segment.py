@@ -150,3 +150,27 @@ def test_what_does_not_fit(tmp_path, ct, program, capsys, version, words, says):
     scan = save(tmp_path / "in/a.nii.gz", ct.image[0].short().numpy(), ct.affine)
     line = refused(capsys, "synthesize", scan, "-o", tmp_path / "out", "--segment", *words)
     assert says in line
+
+
+@pytest.mark.parametrize("kind", ["dicom", ".nrrd"])
+def test_scans_in_other_formats_are_segmented_on_their_own_grid(tmp_path, program, ct, kind):
+    pytest.importorskip("SimpleITK", reason="needs the extra itk")
+    import SimpleITK as sitk
+    from dicom import positions_along, write_series
+
+    hu, scan = ct.image[0].short().numpy(), tmp_path / "in" / f"a{kind}"
+    if kind == "dicom":
+        at = positions_along(np.array([0, 0, 1.0]), 2.0 * np.arange(hu.shape[2]))
+        write_series(scan, hu, pixel_mm=(2.0, 2.0), positions=at)
+    else:
+        scan.parent.mkdir()
+        image = sitk.GetImageFromArray(np.ascontiguousarray(hu.T))
+        image.SetSpacing((2.0, 2.0, 2.0))
+        sitk.WriteImage(image, str(scan))
+    words = ("synthesize", scan, "-o", tmp_path / "out", "--segment", "--organ", "liver")
+    assert run(*words, "--generator", "hu2023", "--count", 1) == 0
+    kept = {p.name for p in (tmp_path / "out" / "segmentations").iterdir()}
+    assert len(kept) == 2 and all(name.startswith("a") for name in kept)
+    assert len(program.calls()) == 1
+    assert run(*words, "--generator", "hu2023", "--count", 1, "--overwrite") == 0
+    assert len(program.calls()) == 1  # its label map is kept

@@ -207,3 +207,40 @@ def test_voxels_of_1_mm_without_a_position_are_noted(tmp_path, capsys):
         synthesize(tmp_path / "case_ct.mha", tmp_path / "case_label.mha", "-o", tmp_path / "o") == 0
     )
     assert "says voxels of 1 mm and no position" in capsys.readouterr().err
+
+
+def test_one_file_per_organ_in_nrrd(tmp_path):
+    ct, label = pair_in(tmp_path / "in", ".nrrd")
+    organs = read_volume(label)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for value, name in ((1, "liver"), (3, "spleen")):
+        mask = (organs.stored == value).astype(np.uint8)
+        write_volume(masks / f"{name}.nrrd", organs, mask)
+    assert synthesize(ct, masks, "-o", tmp_path / "out", "--organ", "liver", "--count", 1) == 0
+    written = {p.name for p in (tmp_path / "out" / "masks").iterdir()}
+    assert written == {"liver.nrrd", "spleen.nrrd", "liver_tumor.nrrd"}
+    tumor = read_volume(tmp_path / "out" / "masks" / "liver_tumor.nrrd")
+    assert tumor.stored.dtype == np.uint8 and tumor.stored.any()
+    np.testing.assert_allclose(tumor.affine, organs.affine)
+
+
+def test_an_nnunet_set_in_another_format_keeps_it(tmp_path):
+    root = tmp_path / "Dataset001_A"
+    for seed, name in enumerate(("a", "b")):
+        ct, label = pair_in(tmp_path / "in", ".mha", name, seed)
+        for path, folder, ending in ((ct, "imagesTr", "_0000"), (label, "labelsTr", "")):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            path.rename(root / folder / f"{name}{ending}.mha")
+    labels = {"background": 0, **{f"organ{k}": k for k in range(1, 8)}}
+    about = {
+        "channel_names": {"0": "CT"},
+        "labels": labels,
+        "numTraining": 2,
+        "file_ending": ".mha",
+    }
+    (root / "dataset.json").write_text(json.dumps(about))
+    out = tmp_path / "out"
+    assert synthesize(root, "-o", out, "--organ-label", 1, "--tumor-label", 8) == 0
+    assert (out / "imagesTr" / "a_0000.mha").is_file() and (out / "labelsTr" / "b.mha").is_file()
+    assert json.loads((out / "dataset.json").read_text())["file_ending"] == ".mha"
