@@ -19,7 +19,7 @@ from scipy.ndimage import distance_transform_edt
 
 from tumorsynth.commands import main as commands
 from tumorsynth.commands.main import main
-from tumorsynth.commands.synthesize import lacks_tumors
+from tumorsynth.commands.outcomes import lacks_tumors
 
 nib = pytest.importorskip("nibabel")
 
