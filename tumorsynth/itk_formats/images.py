@@ -57,7 +57,7 @@ def read_image(path: Path, format_: str) -> ItkImage:
         try:
             image = _reader(sitk, path, format_).Execute()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = str(error).strip().splitlines()[-1].rpartition("_read: ")[2]
             raise ValueError(
                 f"{name} is cut short or damaged ({' '.join(reason.split())[:200]}); copy it again"
             ) from error
