@@ -59,8 +59,24 @@ def test_a_crop_of_lost_affines_keeps_the_linear_part_alone(way):
     assert len(warnings_of(lambda: way()(*scan("meta", moved)))) == 1
 
 
-def test_a_flip_of_1_mm_voxels_is_a_known_size(way):
-    assert not warnings_of(lambda: way()(*scan("meta", np.diag([-1.0, -1.0, 1.0, 1.0]))))
+@pytest.mark.parametrize(
+    "linear", [[[-1, 0, 0], [0, -1, 0], [0, 0, 1]], [[0, 0, 1], [0, -1, 0], [1, 0, 0]]]
+)
+def test_1_mm_along_other_axes_at_the_origin_is_unknown_too(way, linear):
+    """As ITK writes for arrays."""
+    affine = np.eye(4)
+    affine[:3, :3] = linear
+    said = warnings_of(lambda: way()(*scan("meta", affine)))
+    assert len(said) == 1 and "stems from one of 1 mm and no position" in said[0]
+    made = []
+    assert not warnings_of(lambda: made.append(way(spacing=(2, 2, 2.0))(*scan("meta", affine))))
+    assert diameter(made[0], 8) == pytest.approx(12, rel=0.06)
+
+
+def test_1_mm_at_a_place_of_its_own_is_known(way):
+    affine = np.diag([-1.0, -1, 1, 1])
+    affine[:3, 3] = (123.4, -56.7, -890)
+    assert not warnings_of(lambda: way()(*scan("meta", affine)))
 
 
 def test_one_sample_of_unknown_size_in_a_batch_is_enough():
@@ -258,12 +274,22 @@ def write(folder, affine):
     return dict(zip(("image", "label"), map(str, paths), strict=True))
 
 
+ONE_MM = np.diag([-1.0, -1, 1, 1])  # of a scan
+ONE_MM[:3, 3] = (91.4, -12.7, -340.5)
+MNI = np.eye(4)
+MNI[:3, 3] = (-98, -134, -72)
 FILES = [  # the file's affine, whether MONAI and TorchIO resample to 1 mm, whether that is known
     (TWO_MM, True, True),
-    (np.diag([-1.0, -1, 1, 1]), True, True),
-    (np.diag([-1.0, -1, 1, 1]), False, True),
+    (ONE_MM, True, True),
+    (ONE_MM, False, True),
+    (MNI, True, True),
+    (MNI, False, True),
     (np.eye(4), True, False),  # what a tool writes that knows no affine
     (np.eye(4), False, False),
+    (np.diag([-1.0, -1, 1, 1]), True, False),  # ITK, of an array
+    (np.diag([-1.0, -1, 1, 1]), False, False),
+    (None, True, False),  # nibabel, without one
+    (None, False, False),
 ]
 
 

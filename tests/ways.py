@@ -69,16 +69,16 @@ class MonaiBatch(MonaiDict):
 
 
 class Lightning:
+    class Trainer:
+        current_epoch = global_rank = 0
+
     def __init__(self, **given):
         module = pytest.importorskip("tumorsynth.lightning", reason="needs Lightning")
         self.callback = module.TumorSynthCallback(seed=0, **SETTINGS, **given)
 
     def __call__(self, image, label):
-        class Trainer:
-            current_epoch = global_rank = 0
-
         batch = {"image": image[None], "label": label[None]}
-        self.callback.on_train_batch_start(Trainer(), None, batch, 0)
+        self.callback.on_train_batch_start(self.Trainer(), None, batch, 0)
         return batch["label"]
 
 

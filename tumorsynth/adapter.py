@@ -62,7 +62,7 @@ class Adapter:
             healthy scans alone.
         spacing: mm per voxel along X, Y, Z. None takes it, and the orientation, from the affine
             that comes with image, label or organ map. Without one, voxels count as 1 mm; there,
-            and where it stems from the identity that libraries give to plain arrays, the transform
+            and where it stems from one that libraries give to plain arrays, the transform
             warns once.
         override_affine: whether ``spacing`` wins over an affine that contradicts it, instead of an
             error.

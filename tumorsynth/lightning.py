@@ -63,10 +63,11 @@ class TumorSynthCallback(Callback):
         loader: the name or position of the loader whose batches get tumours, where the trainer has
             several; ``image`` and ``label`` are then places in its batches.
         p: probability that a sample gets tumours.
-        spacing: mm per voxel along X, Y, Z, for all samples; or where in the batch it is, (B, 3).
-            The default is the affine of a MetaTensor or of TorchIO's image. Without one,
-            voxels count as 1 mm; there, and where it stems from the identity that libraries give to
-            plain arrays, the callback warns once.
+        spacing: mm per voxel along X, Y, Z, for all samples; or where in the batch it is, (B, 3)
+            or three tensors (B,), as torch's ``default_collate`` makes of tuples. The default is
+            the affine of a MetaTensor or of TorchIO's image. Without one, voxels count as 1 mm;
+            there, and where it stems from one that libraries give to plain arrays, the callback
+            warns once.
         seed: decides every draw, together with the epoch, the batch's index and the rank. The
             default is drawn from torch's global generator when training starts
             (``L.seed_everything`` reproduces it). The checkpoint keeps it, so that a resumed run

@@ -177,14 +177,15 @@ class SynthesizeTumor(nn.Module):
         Args:
             image: (B, 1, X, Y, Z) or (1, X, Y, Z), floating point, in the scale of ``intensity``.
             label: the same shape, whole numbers of any dtype.
-            spacing: mm per voxel along X, Y, Z: three numbers, or (B, 3).
+            spacing: mm per voxel along X, Y, Z: three numbers, (B, 3), or three tensors (B,) as
+                torch's ``default_collate`` makes of tuples.
             affine: voxel to RAS mm, 4x4 or (B, 4, 4), in place of ``spacing``; gives the
                 orientation as well. The default of both is the affine of the MetaTensor that image
-                or label is. Without one, voxels count as 1 mm; there, and where it stems from the
-                identity that libraries give to plain arrays, the transform warns once.
+                or label is. Without one, voxels count as 1 mm; there, and where it stems from
+                one that libraries give to plain arrays, the transform warns once.
             override_affine: whether ``spacing`` or ``affine`` win over a MetaTensor's affine that
-                contradicts them, instead of an error. They always win over one that stems from the
-                identity of plain arrays.
+                contradicts them, instead of an error. They always win over one that stems from
+                plain arrays.
             seed: one int (sample b uses seed + b) or one per sample; None draws it from torch's
                 global generator. A sample's tumours depend on its own seed alone, not on the batch.
             params: ``synth.params`` of an earlier call, to repeat it bit by bit, on a grid of the

@@ -182,6 +182,34 @@ def test_evaluate_says_that_no_label_holds_the_tumours_value(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+def test_evaluate_says_that_no_prediction_holds_the_tumours_value(tmp_path, capsys):
+    """A mask of 0 and 1 for labels where tumours are 2."""
+    pytest.importorskip("monai", reason="needs the extra evaluation")
+    label = lits()[1]
+    labels, folder = tmp_path / "labels", tmp_path / "predictions"
+    for path in (labels, folder):
+        path.mkdir()
+    for name in "ab":
+        nib.save(nib.Nifti1Image(label, LPS), labels / f"{name}.nii.gz")
+
+    def said(*predictions, more=()):
+        for name, values in zip("ab", predictions, strict=True):
+            nib.save(nib.Nifti1Image(values, LPS), folder / f"{name}.nii.gz")
+        assert run("evaluate", folder, labels, *more) == 0
+        return capsys.readouterr().err
+
+    mask, none = (label == 2).astype(label.dtype), np.zeros_like(label)
+    found = said(mask, mask)
+    assert found.count("no prediction holds 2 = --tumor-label") == 1
+    assert "a.nii.gz holds 0, 1" in found
+    assert "b.nii.gz holds 0, 1" in said(none, mask)
+    assert not said(none, none)  # nothing was found
+    assert not said(label, mask)  # the organ alone was found in one of them
+    assert not said(mask.astype(np.float32), mask.astype(np.float32), more=("--probabilities",))
+    assert "no label holds 7" in (both := said(mask, mask, more=("--tumor-label", 7)))
+    assert "no prediction" not in both
+
+
 def test_evaluate_takes_labels_with_a_scale(tmp_path, capsys):
     pytest.importorskip("monai", reason="needs the extra evaluation")
     ct, label = lits()

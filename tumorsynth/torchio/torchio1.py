@@ -169,7 +169,7 @@ class SynthesizeTumor(_Synthesis):
 
 
 def _is_lost(image: Image, subject: Subject) -> list[bool]:
-    """Return whether the affine stems from an identity that stands for none."""
+    """Return whether the affine stems from one that stands for none."""
     kind: Any = type(image)
     read = partial(_file_place, kind, image.path)
     history = subject.applied_transforms
