@@ -311,7 +311,10 @@ def test_bad_input_is_one_line_and_exit_code_2(pair, tmp_path, capsys):
         ),
         (shifted, ["shifted_ct.nii.gz", "HU + 1024", "--intensity=-1024,3071,0,4095"]),
         ((pair[1], pair[0]), ["case_ct.nii.gz holds -10", "the label map, not the CT"]),
-        ((slices, pair[1]), ["a scan in DICOM must be the folder of its slices, got the file 1.dcm", "dcm2niix"]),
+        (
+            (slices, pair[1]),
+            ["a scan in DICOM must be the folder of its slices, got the file 1.dcm", "dcm2niix"],
+        ),
         (("", pair[1]), ["an argument is empty"]),
         (series, ["series_ct.nii.gz must be one 3-D image", "64x56x36x2"]),
         ((pair[0],), ["needs its label file"]),
