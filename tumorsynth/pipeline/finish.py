@@ -96,14 +96,30 @@ def finish(
     if gate is not None:
         return _write_if_accepted(call, gate, request, candidate, sample, params)
     params.tumors[request.id.params_index] = request.tumor.params
-    if settings.keeps_visible and is_faint(candidate.visibility):
+    if candidate.is_too_bright:
+        code, reason = SkipCode.TISSUE, _why_too_bright(call, candidate)
+    elif settings.keeps_visible and is_faint(candidate.visibility):
         assert candidate.visibility is not None and request.noise.sd_hu is not None
-        reason = skip_reasons.faint(
-            candidate.visibility, VISIBLE_FROM, request.tumor.diameter_mm, request.noise.sd_hu
+        code, reason = (
+            SkipCode.FAINT,
+            skip_reasons.faint(
+                candidate.visibility, VISIBLE_FROM, request.tumor.diameter_mm, request.noise.sd_hu
+            ),
         )
-        params.rejected.append(Rejection(request.id.params_index, reason, SkipCode.FAINT))
-        return _skip(request, SkipCode.FAINT, reason)
-    return write(call, request, candidate, sample)
+    else:
+        return write(call, request, candidate, sample)
+    params.rejected.append(Rejection(request.id.params_index, reason, code))
+    return _skip(request, code, reason)
+
+
+def _must_darken(settings: Settings, generator: TumorGenerator) -> bool:
+    """Whether tumours have to be darker than the tissue: unless the user chose the contrast."""
+    return settings.contrast_hu is None and getattr(generator, "darkens", False)
+
+
+def _why_too_bright(call: Call, candidate: Candidate) -> str:
+    assert candidate.excess_hu is not None
+    return skip_reasons.too_bright(call.generator.name, candidate.excess_hu)
 
 
 def _keep_visible(
@@ -124,8 +140,8 @@ def _keep_visible(
     section = section_mm2(tumor.mask, tumor.diameter_mm, spacing)
     wanted = contrast_for(RAISED_VISIBILITY, section, noise, spacing)
     assert wanted is not None and noise.level_hu is not None
-    darkens = getattr(call.generator, "darkens", False)
-    sign = 1.0 if not darkens and candidate.is_brighter(request) else -1.0
+    must_darken = _must_darken(settings, call.generator)
+    sign = 1.0 if not must_darken and candidate.is_brighter(request) else -1.0
     most = MAX_RAISED_CONTRAST_HU
     if sign < 0:
         most = min(most, max(noise.level_hu - FLUID_HU, 0.0))
@@ -171,11 +187,13 @@ def _write_if_accepted(
         else:
             _, objection = _why_no_change(call, generated)
     params.tumors[request.id.params_index] = request.tumor.params
+    code, reason = SkipCode.GATE, skip_reasons.gate(objection or "")
     if objection is None:
-        return write(call, request, candidate, sample, scores)
-    reason = skip_reasons.gate(objection)
-    params.rejected.append(Rejection(request.id.params_index, reason, SkipCode.GATE))
-    return _skip(request, SkipCode.GATE, reason, scores)
+        if not candidate.is_too_bright:
+            return write(call, request, candidate, sample, scores)
+        code, reason = SkipCode.TISSUE, _why_too_bright(call, candidate)
+    params.rejected.append(Rejection(request.id.params_index, reason, code))
+    return _skip(request, code, reason, scores)
 
 
 def _why_no_change(call: Call, generated: Tensor) -> tuple[SkipCode, str]:
@@ -201,7 +219,7 @@ def blend_candidate(
 ) -> Candidate:
     """Blend a painted tumour into its region and measure it; the sample stays as it is."""
     blend = _blend(settings, generator, request, generated, sample)
-    return _measure(blend, request, settings.intensity)
+    return _measure(blend, request, settings.intensity, _must_darken(settings, generator))
 
 
 class _Blend(NamedTuple):
@@ -274,7 +292,9 @@ def _blend(
     return _Blend(before, healthy, after, weight, fine_change, change)
 
 
-def _measure(blend: _Blend, request: PaintRequest, intensity: Intensity) -> Candidate:
+def _measure(
+    blend: _Blend, request: PaintRequest, intensity: Intensity, must_darken: bool
+) -> Candidate:
     """Measure a blended tumour, with one host-device synchronisation."""
     before, after, inside = blend.before, blend.after, request.inside
     tumor, region = request.tumor, request.region
@@ -298,16 +318,36 @@ def _measure(blend: _Blend, request: PaintRequest, intensity: Intensity) -> Cand
         figures
     ).tolist()
     contrast = seen = None
+    # what was darker before, as the organ's border, is no tumour
+    changes = [mean_change] if request.fill is None and math.isfinite(mean_change) else []
     if request.noise.level_hu is not None and math.isfinite(mean_hu):
         contrast = mean_hu - request.noise.level_hu
-        shown = abs(contrast)
-        if request.fill is None:  # what was darker before, as the organ's border, is no tumour
-            shown = min(shown, abs(mean_change))
+        changes.append(contrast)
+    excess = max(changes, default=None)
+    is_too_bright = must_darken and excess is not None and excess > 0
+    if contrast is not None:
+        shown = min(abs(change) for change in changes)
+        if must_darken:
+            shown = max(-max(changes), 0.0)
         spacing = request.grid.frame.spacing
         section = section_mm2(tumor.mask, tumor.diameter_mm, spacing)
         seen = visibility(shown, section, request.noise, spacing)
+        # noise alone makes a faint tumour's place brighter
+        if is_too_bright and is_faint(visibility(excess, section, request.noise, spacing)):
+            is_too_bright = False
     has_change = changed_voxels >= MIN_CHANGED_SHARE * tumor.voxels
-    return Candidate(after, peak_weight, mean_change, true_hu, shown_hu, contrast, seen, has_change)
+    return Candidate(
+        after=after,
+        peak_weight=peak_weight,
+        hu_change=mean_change,
+        true_contrast_hu=true_hu,
+        visible_contrast_hu=shown_hu,
+        contrast_hu=contrast,
+        visibility=seen,
+        has_change=has_change,
+        excess_hu=excess,
+        is_too_bright=is_too_bright,
+    )
 
 
 def write(

@@ -119,3 +119,17 @@ def faint(visibility: float, limit: float, diameter_mm: float, noise_hu: float) 
         f"{format_beside(visibility, [limit])}, less than {limit:g}; raise size_mm, or set "
         "contrast_hu"
     )
+
+
+def too_bright(generator: str, excess_hu: float) -> str:
+    """Return the reason of a tumour that came out bright where it had to be dark.
+
+    Args:
+        generator: its name.
+        excess_hu: how much brighter it is than the tissue around, or than what it replaced.
+    """
+    return (
+        f"a tumour by {generator} must be darker than the tissue around and than what it replaces, "
+        f"but would be {excess_hu:.0f} HU brighter: its place is of another tissue than what is "
+        "around; correct the label, or choose the contrast with contrast_hu="
+    )
