@@ -551,10 +551,17 @@ def test_the_scan_of_the_report_shows_its_tumours(shared: Path):
 # -- generators that only darken -------------------------------------------------------------------
 
 
+class Brightens(Changes):
+    """Brightens, whatever is asked for."""
+
+    def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        return super().change(crop, tumor_mask, seed)
+
+
 @pytest.mark.parametrize("gate", [None, OPEN])
 def test_a_bright_tumour_of_a_generator_that_darkens_is_skipped_and_stays_so(gate):
     image, label = scan(level=90.0, noise=4.0)
-    transform = synth(Changes(40.0, darkens=True), gate=gate, size_mm=(14, 18))
+    transform = synth(Brightens(40.0, darkens=True), gate=gate, size_mm=(14, 18))
     made, made_label = call(transform, image, label)
     assert torch.equal(made, image) and torch.equal(made_label, label)
     for record in transform.report:
@@ -565,12 +572,23 @@ def test_a_bright_tumour_of_a_generator_that_darkens_is_skipped_and_stays_so(gat
     assert [record["code"] for record in transform.report] == ["tissue"] * 3
 
 
+def test_a_bright_tumour_is_painted_again_darker_where_its_generator_takes_a_contrast():
+    image, label = scan(level=90.0, noise=4.0)
+    transform = synth(Changes(40.0, darkens=True), size_mm=(14, 18))
+    call(transform, image, label)
+    for record in transform.report:
+        assert record["applied"] and record["contrast_hu"] <= -8 and record["hu_change"] < -4
+
+
 @pytest.mark.parametrize("more", [{"contrast_hu": 40.0}, {"contrast_hu": (20.0, 40.0)}])
 def test_a_bright_tumour_that_was_asked_for_stays(more):
     image, label = scan(level=90.0, noise=4.0)
     transform = synth(Changes(40.0, darkens=True), size_mm=(14, 18), **more)
     call(transform, image, label)
     assert all(record["hu_change"] > 10 for record in transform.report)
+    without = synth(Changes(40.0, darkens=True), size_mm=(14, 18))  # its params asked for it
+    call(without, image, label, params=transform.params)
+    assert all(record["hu_change"] > 10 for record in without.report)
     transform = synth(Changes(40.0), size_mm=(14, 18))  # a generator that also brightens
     call(transform, image, label)
     assert all(record["hu_change"] > 10 for record in transform.report)
