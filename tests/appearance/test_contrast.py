@@ -20,7 +20,9 @@ from tumorsynth.appearance.contrast import (
     grown,
     healthy_level_around,
     level_around,
+    requested_contrast,
     sample_contrast,
+    sampled_contrast,
     shift_to_contrast,
     similar_level_around,
 )
@@ -322,3 +324,60 @@ def test_the_level_of_an_enhanced_organ_beside_fat_is_as_before():
     mask[..., 18:28, 18:28, 18:28] = True
     tissue = (20.0, 220.0)
     assert torch.equal(healthy_level_around(hu, mask, tissue), level_around(hu, mask, tissue))
+
+
+def beside_a_brighter_organ(level, other, noise_hu=8.0):
+    """A dark organ that ends 3 mm from a tumour's place, and the place."""
+    rng = torch.Generator().manual_seed(0)
+    hu = torch.full((1, 1, 48, 48, 48), float(level))
+    hu[..., 26:] = other
+    hu[..., :15] = other
+    mask = torch.zeros(hu.shape, dtype=torch.bool)
+    mask[..., 18:28, 18:28, 17:24] = True
+    return hu + noise_hu * torch.randn(hu.shape, generator=rng), mask
+
+
+@pytest.mark.parametrize("noise_hu", [3.0, 8.0, 25.0])
+@pytest.mark.parametrize(("level", "other"), [(10, 50), (0, 60), (30, 65), (75, 180), (110, 55)])
+@pytest.mark.parametrize(("low", "high"), [(-80.0, -19.0), (-59.0, -8.0)])
+def test_a_generator_that_darkens_makes_darker_what_it_replaces(noise_hu, level, other, low, high):
+    """Also where another, brighter organ next to it makes up the tissue around."""
+    hu, mask = beside_a_brighter_organ(level, other, noise_hu)
+    config = ContrastConfig(low, high)
+    for seed in range(8):
+        found = sampled_contrast(hu, mask, config, [seed])
+        painted = float(found.level + found.contrast)
+        assert painted <= float(hu[mask].median()) - MIN_DARKER_HU + 1e-3
+        assert painted > min(level - MIN_DARKER_HU, FLUID_HU) - 6
+
+
+def test_a_place_darker_than_all_around_keeps_the_level_around():
+    """It is no part of the organ. Finishing skips the tumour."""
+    hu, mask = volume(160.0, noise=5.0), tumor()
+    hu[grown(mask.float(), 1) > 0] -= 70
+    found = sampled_contrast(hu, mask, ContrastConfig(-30, -20), [0])
+    assert float(found.level) == pytest.approx(160, abs=2)
+
+
+@pytest.mark.parametrize("contrast_hu", [-30.0, -12.0, 12.0, 30.0])
+@pytest.mark.parametrize(("level", "other"), [(10, 50), (110, 65), (75, 120)])
+def test_a_requested_contrast_keeps_its_sign_beside_another_organ(contrast_hu, level, other):
+    hu, mask = beside_a_brighter_organ(level, other)
+    found = requested_contrast(hu, mask, torch.tensor([contrast_hu]))
+    change = float(found.level + found.contrast - hu[mask].median())
+    assert change * contrast_hu > 0
+
+
+def test_requests_that_keep_their_sign_are_relative_to_the_same_level():
+    hu, mask = beside_a_brighter_organ(100, 115)
+    found = requested_contrast(hu, mask, torch.tensor([-30.0]))
+    assert torch.equal(found.level, similar_level_around(hu, mask))
+
+
+def test_the_least_contrast_of_a_generator_that_darkens():
+    levels = torch.tensor([-20.0, 0.0, 20.0, 40.0, 110.0])
+    for seed in range(20):
+        contrasts = sample_contrast(ContrastConfig(-59, -8), levels, [seed] * 5)
+        assert float(contrasts.max()) <= -MIN_DARKER_HU
+    both = sample_contrast(ContrastConfig(-40, 40), levels, list(range(5)))
+    assert float(both.max()) > 0  # one that also brightens is not held back

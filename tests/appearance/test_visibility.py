@@ -546,3 +546,99 @@ def test_the_scan_of_the_report_shows_its_tumours(shared: Path):
         transform(hu, organs, affine=image.affine, seed=seed)
         made += [r for r in transform.report if r["applied"]]
     assert len(made) >= 6 and all(r["visibility"] >= VISIBLE_FROM for r in made)
+
+
+# -- generators that only darken -------------------------------------------------------------------
+
+
+class Brightens(Changes):
+    """Brightens, whatever is asked for."""
+
+    def change(self, crop, tumor_mask, seed, contrast_hu=None, near=None):
+        return super().change(crop, tumor_mask, seed)
+
+
+@pytest.mark.parametrize("gate", [None, OPEN])
+def test_a_bright_tumour_of_a_generator_that_darkens_is_skipped_and_stays_so(gate):
+    image, label = scan(level=90.0, noise=4.0)
+    transform = synth(Brightens(40.0, darkens=True), gate=gate, size_mm=(14, 18))
+    made, made_label = call(transform, image, label)
+    assert torch.equal(made, image) and torch.equal(made_label, label)
+    for record in transform.report:
+        assert record["code"] == "tissue" and "must be darker than the tissue" in record["reason"]
+    params = json.loads(json.dumps(transform.params))
+    again, _ = call(transform, image, label, params=params)
+    assert torch.equal(again, image)
+    assert [record["code"] for record in transform.report] == ["tissue"] * 3
+
+
+def test_a_bright_tumour_is_painted_again_darker_where_its_generator_takes_a_contrast():
+    image, label = scan(level=90.0, noise=4.0)
+    transform = synth(Changes(40.0, darkens=True), size_mm=(14, 18))
+    call(transform, image, label)
+    for record in transform.report:
+        assert record["applied"] and record["contrast_hu"] <= -8 and record["hu_change"] < -4
+
+
+@pytest.mark.parametrize("more", [{"contrast_hu": 40.0}, {"contrast_hu": (20.0, 40.0)}])
+def test_a_bright_tumour_that_was_asked_for_stays(more):
+    image, label = scan(level=90.0, noise=4.0)
+    transform = synth(Changes(40.0, darkens=True), size_mm=(14, 18), **more)
+    call(transform, image, label)
+    assert all(record["hu_change"] > 10 for record in transform.report)
+    without = synth(Changes(40.0, darkens=True), size_mm=(14, 18))  # its params asked for it
+    call(without, image, label, params=transform.params)
+    assert all(record["hu_change"] > 10 for record in without.report)
+    transform = synth(Changes(40.0), size_mm=(14, 18))  # a generator that also brightens
+    call(transform, image, label)
+    assert all(record["hu_change"] > 10 for record in transform.report)
+
+
+def fatty_liver(level, noise, seed=0, spacing=(1.5, 1.5, 2.0)):
+    """A liver (1) darker than the muscle around it."""
+    image, label = scan(noise, level, spacing, side_mm=64, seed=seed)
+    rng = torch.Generator().manual_seed(seed)
+    muscle = 50 + 8 * torch.randn(image.shape, generator=rng)
+    return torch.where(label == 1, image, muscle), label
+
+
+@pytest.mark.parametrize("generator", ["hu2023", "liver-early"])
+@pytest.mark.parametrize(("level", "noise"), [(0, 4), (10, 8), (25, 8)])
+def test_tumours_of_a_fatty_liver_are_darker_by_their_core_s_8_hu(generator, level, noise):
+    painted = 0
+    for seed in range(3):
+        image, label = fatty_liver(level, noise, seed)
+        transform = synth(generator, size_mm=(9, 16), count=2)
+        made, made_label = call(transform, image, label, seed, (1.5, 1.5, 2.0))
+        organ = image[(label == 1)].median()
+        for record in transform.report:
+            if not record["applied"]:
+                assert record["code"] in ("faint", "no_room")
+                continue
+            painted += 1
+            assert record["hu_change"] < -4
+        tumor = made_label == 2
+        if bool(tumor.any()):
+            assert float(made[tumor].mean() - organ) < -4
+    assert painted or level + noise == 18
+
+
+def test_a_file_of_a_fatty_liver_gets_no_bright_tumour(tmp_path):
+    nib = pytest.importorskip("nibabel")
+    pytest.importorskip("typer")
+    from tumorsynth.commands.main import main
+
+    image, label = fatty_liver(10, 4)
+    affine = np.diag([1.5, 1.5, 2.0, 1.0])
+    affine[:3, 3] = -30
+    for name, data in (("ct", image[0].round().to(torch.int16)), ("label", label[0])):
+        nib.save(nib.Nifti1Image(data.numpy(), affine), tmp_path / f"{name}.nii.gz")
+    out = tmp_path / "out"
+    main([
+        "synthesize", str(tmp_path / "ct.nii.gz"), str(tmp_path / "label.nii.gz"), "-o", str(out),
+        "--seed", "2", "--count", "2", "2", "--size-mm", "9", "16",
+    ])  # fmt: skip
+    (report,) = out.glob("*_report.json")
+    records = json.loads(report.read_text())["tumors"]
+    assert any(record["applied"] for record in records)
+    assert all(record["hu_change"] < -4 for record in records if record["applied"])

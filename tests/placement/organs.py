@@ -57,8 +57,23 @@ def place_one(label: Tensor, spacing=ISO, seed: int = 0, **settings: Any) -> Loc
 
 
 def least_labelled_share(tumor: LocalMask) -> float:
-    """Half of a voxel; of tumours that cannot fill one, half of what they fill of the fullest."""
-    half = 0.5 * float(tumor.share.max())
-    lines = [int(tumor.fine_mask.sum(axis).max()) for axis in range(3)]
-    thin = any(n <= k for n, k in zip(lines, tumor.factors, strict=True) if k > 1)
-    return half if thin or half < 0.25 else 0.5
+    """The least share of a voxel that is labelled, and that it suits the tumour's thickness.
+
+    Half of a voxel where that leaves half of the volume or more; of tumours clearly thinner than a
+    voxel, half of what they fill of the fullest. Of the rest, what makes up their volume.
+    """
+    share, mask = tumor.share.double(), tumor.mask
+    half, volume = 0.5 * float(share.max()), float(share.sum())
+    lines = [
+        int(tumor.fine_mask.sum(axis).max()) / k for axis, k in enumerate(tumor.factors) if k > 1
+    ]
+    if not lines or (half == 0.5 and int((share >= 0.5).sum()) >= 0.5 * volume):
+        return 0.5
+    if min(lines) < 0.8:
+        return half
+    assert int(mask.sum()) >= 0.5 * volume
+    if min(lines) > 1.3 and int((share >= 0.5).sum()) < 0.5 * volume:  # best filled, by volume
+        least = float(share[mask].min())
+        fewer, more = (int((share > least).sum()), int((share >= least).sum()))
+        assert abs(more - volume) <= abs(fewer - volume) or fewer < 0.5 * volume
+    return float(share[mask].min())

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ MAX_TISSUE_DIFFERENCE_HU = 50.0  # noise included, between voxels of the same ti
 MIN_CORE_VOXELS = 20  # a smaller tumour is measured with its outermost layer
 LOW_TISSUE_HU = 40.0  # above the lower end of what counts as tissue, up to where it misleads
 MAX_LEVEL_BIAS_HU = 10.0  # by which the level may exceed that of the tissue replaced there
+OWN_TISSUE_SDS = 2.5  # of the tissue that a tumour replaces, within which it goes on around
+OWN_TISSUE_HU = (10.0, 50.0)  # the same in HU, at least and at most
+MAD_TO_SD = 1.4826  # standard deviation over median absolute deviation, of normal noise
 SOFT_REACH_VOXELS = 2  # cutoff of the Gaussian of 1 voxel that softens a shift
 SOFT_KERNEL_SUM = 1 + 2 * math.exp(-0.5) + 2 * math.exp(-2)
 FLUID_HU = 10.0  # solid tissue does not become darker than this
@@ -63,6 +67,11 @@ class ContrastConfig:
     reference_hu: float | None = 110.0
     tissue: tuple[float, float] = (20.0, 220.0)
     even: bool = True
+
+    @property
+    def darkens(self) -> bool:
+        """Whether every contrast that is sampled is darker than the tissue."""
+        return self.high <= 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tissue", tuple(float(hu) for hu in self.tissue))
@@ -154,6 +163,70 @@ def similar_level_around(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
     return torch.where(enough, _median(healthy, similar), replaced)
 
 
+class ContrastFrom(NamedTuple):
+    """What a tumour's core is painted at: (B,) each, in HU.
+
+    Args:
+        level: of the tissue around.
+        contrast: relative to it.
+    """
+
+    level: Tensor
+    contrast: Tensor
+
+
+def requested_contrast(healthy: Tensor, tumor_mask: Tensor, contrast_hu: Tensor) -> ContrastFrom:
+    """Return requested contrasts with the level that they are relative to.
+
+    Where another organ next to the tumour raises or lowers the level so far that a tumour that
+    should be darker than what it replaces would be brighter, or the reverse, the level is that of
+    the replaced tissue as it goes on around the tumour.
+
+    Args:
+        healthy: (B, 1, X, Y, Z), before the tumour.
+        tumor_mask: bool, same shape.
+        contrast_hu: (B,).
+    """
+    level = similar_level_around(healthy, tumor_mask)
+    replaced = _median_inside(healthy, tumor_mask)
+    wrong = contrast_hu.sign() * (level + contrast_hu - replaced) < 0
+    if not on_cpu(wrong) or bool(wrong.any()):
+        own = _own_level_around(healthy, tumor_mask)
+        level = torch.where(wrong & own.isfinite(), own, level)
+    return ContrastFrom(level, contrast_hu)
+
+
+def sampled_contrast(
+    healthy: Tensor, tumor_mask: Tensor, config: ContrastConfig, seeds: Sequence[int] | None
+) -> ContrastFrom:
+    """Sample a contrast for each tumour, with the level that it is relative to.
+
+    A generator that only darkens makes no tumour brighter than what it replaces minus
+    `MIN_DARKER_HU`. Next to a brighter organ the level is therefore that of the replaced tissue as
+    it goes on around the tumour. A place that is darker than all that is around stays as it is: no
+    solid tumour is darker.
+
+    Args:
+        healthy: (B, 1, X, Y, Z), before the tumour.
+        tumor_mask: bool, same shape.
+        config: the range.
+        seeds: one for each tumour; None for the middle of the range.
+    """
+    level = healthy_level_around(healthy, tumor_mask, config.tissue)
+    contrast = sample_contrast(config, level, seeds)
+    if not config.darkens:
+        return ContrastFrom(level, contrast)
+    brightest = _median_inside(healthy, tumor_mask) - MIN_DARKER_HU
+    wrong = level + contrast > brightest
+    if not on_cpu(wrong) or bool(wrong.any()):
+        own = _own_level_around(healthy, tumor_mask)
+        wrong &= own.isfinite()
+        level = torch.where(wrong, own, level)
+        contrast = torch.where(wrong, sample_contrast(config, level, seeds), contrast)
+        level = torch.where(wrong, torch.minimum(level, brightest - contrast), level)
+    return ContrastFrom(level, contrast)
+
+
 def core(tumor_mask: Tensor) -> Tensor:
     """Return each tumour without its outermost voxels, or all of a small one.
 
@@ -192,7 +265,8 @@ def sample_contrast(config: ContrastConfig, level: Tensor, seeds: Sequence[int] 
     if config.reference_hu is None:
         return torch.minimum(contrast, (MAX_SOLID_HU - level).clamp(min=0.0))
     contrast = contrast * (level / config.reference_hu).clamp(*CONTRAST_SCALE_RANGE)
-    return torch.maximum(contrast, (FLUID_HU - level).clamp(max=-MIN_DARKER_HU))
+    contrast = torch.maximum(contrast, (FLUID_HU - level).clamp(max=-MIN_DARKER_HU))
+    return contrast.clamp(max=-MIN_DARKER_HU) if config.darkens else contrast
 
 
 def shift_to_contrast(hu: Tensor, tumor_mask: Tensor, level: Tensor, contrast_hu: Tensor) -> Tensor:
@@ -253,6 +327,27 @@ def _shell(tumor_mask: Tensor, dtype: torch.dtype) -> Tensor:
     mask = tumor_mask.to(dtype)
     inner, outer = SHELL_MM
     return (grown(mask, outer) > 0) & ~(grown(mask, inner) > 0)
+
+
+def _own_level_around(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
+    """Return the median HU of the tissue that a tumour replaces, as it goes on around it, (B,).
+
+    NaN where too little of it does: the tumour's place differs from all that is around.
+    """
+    box = _around_tumors(tumor_mask, SHELL_MM[1] + 1)
+    healthy, tumor_mask = healthy[box], tumor_mask[box]
+    replaced = _median(healthy, tumor_mask)
+    difference = (healthy - replaced[:, None, None, None, None]).abs()
+    limit = (OWN_TISSUE_SDS * MAD_TO_SD * _median(difference, tumor_mask)).clamp(*OWN_TISSUE_HU)
+    own = _shell(tumor_mask, healthy.dtype) & (difference < limit[:, None, None, None, None])
+    enough = _count(own).flatten() >= MIN_TISSUE_VOXELS
+    return torch.where(enough, _median(healthy, own), torch.nan)
+
+
+def _median_inside(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
+    """Median (B,) of the tissue that each tumour replaces."""
+    box = _around_tumors(tumor_mask, 0)
+    return _median(healthy[box], tumor_mask[box])
 
 
 def _median(values: Tensor, where: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from tumorsynth.appearance.contrast import (
     ContrastConfig,
-    healthy_level_around,
-    sample_contrast,
+    requested_contrast,
+    sampled_contrast,
     shift_to_contrast,
-    similar_level_around,
 )
 from tumorsynth.arguments import any_bool
 from tumorsynth.devices import onto
@@ -91,17 +90,17 @@ def contrast_target(
     check_pair(crop, tumor_mask)
     hu = crop_to_hu(crop, window)
     if contrast_hu is not None:
-        level = similar_level_around(hu, tumor_mask)
         requested = onto(torch.as_tensor(contrast_hu, dtype=hu.dtype), hu.device)
         if any_bool(contrast_hu) or requested.ndim > 1 or requested.numel() not in (1, len(crop)):
             raise ValueError(
                 f"contrast_hu must be one number, or one for each of the {len(crop)} samples, "
                 f"got {contrast_hu!r}; pass for example -35.0"
             )
-        return ContrastTarget(tumor_mask, level, requested.expand(len(crop)), window)
-    assert config is not None
-    level = healthy_level_around(hu, tumor_mask, config.tissue)
-    return ContrastTarget(tumor_mask, level, sample_contrast(config, level, seeds), window)
+        found = requested_contrast(hu, tumor_mask, requested.expand(len(crop)))
+    else:
+        assert config is not None
+        found = sampled_contrast(hu, tumor_mask, config, seeds)
+    return ContrastTarget(tumor_mask, found.level, found.contrast, window)
 
 
 def mask_channel(hole: Tensor, size: torch.Size, method: str) -> Tensor:

@@ -106,7 +106,7 @@ class Generator:
     def darkens(self) -> bool:
         """Whether tumours are always darker than the tissue around, unless asked otherwise."""
         contrast = self.sampler.contrast
-        return contrast is not None and contrast.high <= 0
+        return contrast is not None and contrast.darkens
 
     @property
     def parameter_count(self) -> int:

@@ -47,7 +47,8 @@ class TumorGenerator(Protocol):
             ``tissue_range``: for which tissue it is (`tumorsynth.appearance.tissue.TissueRange`).
             Reports quote it.
         darkens: optional; true where, without ``contrast_hu``, tumours are always darker than the
-            tissue around. A faint one, whose contrast is raised, then becomes darker as well.
+            tissue around. A faint one, whose contrast is raised, then becomes darker as well, and
+            one that comes out brighter is skipped.
         parameter_count: optional, of its networks: small ones run on one CPU thread.
         own_shapes: optional, shapes that it brings along, a sequence of
             `tumorsynth.placement.settings.OwnShape`. Tumours get one of about their size, unless

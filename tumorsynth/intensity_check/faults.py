@@ -62,6 +62,11 @@ WRAPPED = Fault(
     "look like signed numbers read as unsigned ones, with air at 64536",
     "read them as int16, or subtract 65536 from those above 32767",
 )
+EQUALISED = Fault(
+    "equalised",
+    "lie evenly between 0 and 255, as in a picture with an equalised histogram",
+    f"no scale undoes that: {_UNKNOWN}, from before the equalisation",
+)
 FLIPPED = Fault(
     "sign",
     "look like HU with their sign changed, with air at the bright end",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tumorsynth.intensity_check.faults import (
     BYTES,
     DIVIDED,
+    EQUALISED,
     FLIPPED,
     LABEL_MAP,
     LOWERED,
@@ -37,6 +38,7 @@ from tumorsynth.intensity_check.shares import RARE, Sample, Shares
 MIN_VALUES = 1000  # voxels besides padding; fewer cannot tell
 WRAPPED_NOISE = 2.0**16 - 50  # 16-bit numbers from here on are negative noise
 CT_RANGE_HU = (-1100.0, 3200.0)
+MAX_UNEVENNESS = 0.03  # Kolmogorov distance from equally frequent values; 0.01 is chance
 MAX_LABEL = 39  # of the label maps that are told from a fluid
 # upper ends of windows from -1000 HU on: each 5 % wider than the one before
 BYTE_WINDOW_ENDS_HU = tuple(1400 * 1.05**k - 1000 for k in range(23))
@@ -95,6 +97,8 @@ def _faults(sample: Sample) -> Iterator[Fault]:
         yield FLIPPED
     if whole.below(0) < RARE:
         if whole.above(255.01) < RARE:
+            if _is_even(inner):
+                yield EQUALISED
             if whole.share(254.99, 255.01) >= RARE or _is_wide_window(inner):
                 yield BYTES
         if _is_positive(whole, inner):
@@ -256,6 +260,16 @@ def _is_wide_window(inner: Shares) -> bool:
         if near_air and tissue > 0.2 and rare and hu.above(400) < 0.2 * tissue:
             return True
     return False
+
+
+def _is_even(inner: Shares) -> bool:
+    """Whether values up to 255 are about equally frequent; those of tissues are not."""
+    lowest, highest = inner.quantiles(0.0, 1.0)
+    if highest < 250 or highest - lowest < 100:
+        return False
+    expected = np.linspace(lowest, highest, len(inner.values), dtype=np.float32)
+    largest = float(np.abs(inner.values - expected).max())
+    return largest < MAX_UNEVENNESS * (highest - lowest)
 
 
 def _is_positive(whole: Shares, inner: Shares) -> bool:

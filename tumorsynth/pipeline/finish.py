@@ -1,32 +1,26 @@
-"""Finish: blend a painted tumour, let the gate judge it, write and report it."""
+"""Finish: judge a painted tumour, paint it again where that helps, write and report it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tumorsynth.appearance.blend import feather
-from tumorsynth.appearance.contrast import FLUID_HU
+from tumorsynth.appearance.contrast import FLUID_HU, MIN_DARKER_HU
 from tumorsynth.appearance.gate import GATE_MARGIN_MM, Gate
-from tumorsynth.appearance.noise import softening_mm
 from tumorsynth.appearance.painted import PaintedTumor
 from tumorsynth.appearance.visibility import (
     VISIBLE_FROM,
     contrast_for,
     is_faint,
     section_mm2,
-    visibility,
 )
-from tumorsynth.devices import onto
-from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.geometry import Box
-from tumorsynth.intensity import Intensity
 from tumorsynth.pipeline.call import Call
+from tumorsynth.pipeline.candidate import blend_candidate, must_darken
 from tumorsynth.pipeline.place_batch import PlacedSample
 from tumorsynth.pipeline.records import (
     Candidate,
@@ -45,9 +39,7 @@ from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.rasterize import equivalent_diameter
 from tumorsynth.placement.types import SkipCode
-from tumorsynth.subvoxels import ONE, average_subvoxels, repeat_voxels
 
-MIN_CHANGED_SHARE = 0.5  # of a tumour's voxels
 RAISED_VISIBILITY = 1.15 * VISIBLE_FROM  # of a tumour whose contrast is raised
 MAX_RAISED_CONTRAST_HU = 75.0  # of a core; annotated early tumours reach 63, cysts 100
 EDGE_SHARE = 0.75  # mean contrast of a small tumour over that of its core, about
@@ -90,20 +82,33 @@ def finish(
     if not candidate.has_change:
         return _skip(request, *_why_no_change(call, generated))
     if params is None:
+        if candidate.is_too_bright:  # as in another phase of the patient
+            return _skip(request, SkipCode.TISSUE, _why_too_bright(call, candidate))
         scores = None if gate is None else _scores(settings, gate, request, candidate, sample)
         return write(call, request, candidate, sample, scores)
     request, candidate = _keep_visible(call, request, candidate, sample)
     if gate is not None:
         return _write_if_accepted(call, gate, request, candidate, sample, params)
     params.tumors[request.id.params_index] = request.tumor.params
-    if settings.keeps_visible and is_faint(candidate.visibility):
+    if candidate.is_too_bright:
+        code, reason = SkipCode.TISSUE, _why_too_bright(call, candidate)
+    elif settings.keeps_visible and is_faint(candidate.visibility):
         assert candidate.visibility is not None and request.noise.sd_hu is not None
-        reason = skip_reasons.faint(
-            candidate.visibility, VISIBLE_FROM, request.tumor.diameter_mm, request.noise.sd_hu
+        code, reason = (
+            SkipCode.FAINT,
+            skip_reasons.faint(
+                candidate.visibility, VISIBLE_FROM, request.tumor.diameter_mm, request.noise.sd_hu
+            ),
         )
-        params.rejected.append(Rejection(request.id.params_index, reason, SkipCode.FAINT))
-        return _skip(request, SkipCode.FAINT, reason)
-    return write(call, request, candidate, sample)
+    else:
+        return write(call, request, candidate, sample)
+    params.rejected.append(Rejection(request.id.params_index, reason, code))
+    return _skip(request, code, reason)
+
+
+def _why_too_bright(call: Call, candidate: Candidate) -> str:
+    assert candidate.excess_hu is not None
+    return skip_reasons.too_bright(call.generator.name, candidate.excess_hu)
 
 
 def _keep_visible(
@@ -124,14 +129,14 @@ def _keep_visible(
     section = section_mm2(tumor.mask, tumor.diameter_mm, spacing)
     wanted = contrast_for(RAISED_VISIBILITY, section, noise, spacing)
     assert wanted is not None and noise.level_hu is not None
-    darkens = getattr(call.generator, "darkens", False)
+    darkens = must_darken(call.generator, request)
     sign = 1.0 if not darkens and candidate.is_brighter(request) else -1.0
     most = MAX_RAISED_CONTRAST_HU
     if sign < 0:
         most = min(most, max(noise.level_hu - FLUID_HU, 0.0))
     if wanted * VISIBLE_FROM / RAISED_VISIBILITY > most:
         return request, candidate
-    asked = wanted / EDGE_SHARE
+    asked = max(wanted / EDGE_SHARE, MIN_DARKER_HU)
     for _ in range(MAX_REPAINTS):
         asked = min(asked, most)
         # rounded, so that the last bits of a measurement do not matter
@@ -171,11 +176,13 @@ def _write_if_accepted(
         else:
             _, objection = _why_no_change(call, generated)
     params.tumors[request.id.params_index] = request.tumor.params
+    code, reason = SkipCode.GATE, skip_reasons.gate(objection or "")
     if objection is None:
-        return write(call, request, candidate, sample, scores)
-    reason = skip_reasons.gate(objection)
-    params.rejected.append(Rejection(request.id.params_index, reason, SkipCode.GATE))
-    return _skip(request, SkipCode.GATE, reason, scores)
+        if not candidate.is_too_bright:
+            return write(call, request, candidate, sample, scores)
+        code, reason = SkipCode.TISSUE, _why_too_bright(call, candidate)
+    params.rejected.append(Rejection(request.id.params_index, reason, code))
+    return _skip(request, code, reason, scores)
 
 
 def _why_no_change(call: Call, generated: Tensor) -> tuple[SkipCode, str]:
@@ -190,124 +197,6 @@ def _why_no_change(call: Call, generated: Tensor) -> tuple[SkipCode, str]:
     reason = skip_reasons.implausible(call.generator.name, call.generator.window)
     call.painter.warn_of_implausible(reason)
     return SkipCode.IMPLAUSIBLE, reason
-
-
-def blend_candidate(
-    settings: Settings,
-    generator: TumorGenerator,
-    request: PaintRequest,
-    generated: Tensor,
-    sample: Sample,
-) -> Candidate:
-    """Blend a painted tumour into its region and measure it; the sample stays as it is."""
-    blend = _blend(settings, generator, request, generated, sample)
-    return _measure(blend, request, settings.intensity)
-
-
-class _Blend(NamedTuple):
-    """A tumour blended into its region.
-
-    Args:
-        before: the region's image.
-        healthy: the same in at least float32, with the background filled.
-        after: the region's image with the tumour.
-        fine_weight: the blend weights, on the region's subvoxels.
-        fine_change_hu: what the generator changed, on the region's subvoxels.
-        change_hu: the same, averaged over the region's voxels.
-    """
-
-    before: Tensor
-    healthy: Tensor
-    after: Tensor
-    fine_weight: Tensor
-    fine_change_hu: Tensor
-    change_hu: Tensor
-
-
-def _blend(
-    settings: Settings,
-    generator: TumorGenerator,
-    request: PaintRequest,
-    generated: Tensor,
-    sample: Sample,
-) -> _Blend:
-    tumor, region, factors = request.tumor, request.region, request.tumor.factors
-    fill, intensity, grid = request.fill, settings.intensity, request.fine_grid
-    weight = feather(
-        request.fine_inside,
-        request.feather_mm,
-        grid.frame.spacing,
-        settings.blend,
-        generator.own_edge,
-        tumor.fine_voxels,
-        softening_mm(request.fine_grain_mm, request.edge_mm),
-        grid.frame.shear,
-    )
-    generated = grid.carry_back(generated, request.fine_region)
-    before = sample.image[region.slices].clone()
-    # computed in at least float32; float64 stays float64, to keep its digits and range
-    healthy = before.to(torch.promote_types(before.dtype, torch.float32))
-    if fill is not None:
-        healthy = healthy + fill.change_hu / intensity.hu_per_unit
-        other_tissue = repeat_voxels(fill.other_tissue, factors)
-        weight = torch.where(other_tissue, fill.weight, weight)
-    if settings.blend != "change":
-        # clamped as in the generator's crop, so that gas and bone beyond the window do not change
-        low, high = generator.window
-        hu = intensity.to_hu(healthy.float()).clamp(low, high)
-        if generator.keeps_detail:
-            generated = generated + _resampling_loss(settings, request, before, generator.window)
-        generated = generated - repeat_voxels(hu, factors)
-    fine_change = weight * generated
-    change = average_subvoxels(fine_change, factors)
-    after = healthy + change / intensity.hu_per_unit
-    if fill is not None and fill.keep_brighter:
-        after = torch.where(fill.other_tissue, torch.maximum(after, before), after)
-    if intensity.limits is not None:
-        after = after.clamp(*intensity.limits)
-    after = after.to(before.dtype)
-    reached = average_subvoxels(weight, factors) > 0
-    keep = reached & before.isfinite() & after.isfinite()  # in float16 a sum may overflow
-    if request.unsuited is not None:
-        keep &= ~request.unsuited
-    after = torch.where(keep, after, before)
-    return _Blend(before, healthy, after, weight, fine_change, change)
-
-
-def _measure(blend: _Blend, request: PaintRequest, intensity: Intensity) -> Candidate:
-    """Measure a blended tumour, with one host-device synchronisation."""
-    before, after, inside = blend.before, blend.after, request.inside
-    tumor, region = request.tumor, request.region
-    # a tumour that changes nothing gets no label, as in air or at the end of a clipped scale
-    changed = (after != blend.healthy.to(before.dtype)).logical_and_(inside).sum()
-    peak = (blend.fine_weight * request.fine_inside).amax()
-    # indexing by voxel avoids a synchronisation, which indexing by mask needs on a GPU
-    voxels = tuple(
-        onto(i + s - r, before.device)
-        for i, s, r in zip(tumor.mask.nonzero().unbind(1), tumor.start, region.start, strict=True)
-    )
-    inside_before, inside_after = before.float()[voxels], after.float()[voxels]
-    change = (inside_after - inside_before).mean() * intensity.hu_per_unit
-    level = intensity.to_hu(inside_after).mean()
-    shown_hu = blend.change_hu[voxels].mean()
-    true_hu = shown_hu
-    if tumor.factors != ONE:
-        true_hu = (blend.fine_change_hu * request.fine_inside).sum() / tumor.fine_voxels
-    figures = [number.to(peak) for number in (changed, peak, change, level, true_hu, shown_hu)]
-    changed_voxels, peak_weight, mean_change, mean_hu, true_hu, shown_hu = torch.stack(
-        figures
-    ).tolist()
-    contrast = seen = None
-    if request.noise.level_hu is not None and math.isfinite(mean_hu):
-        contrast = mean_hu - request.noise.level_hu
-        shown = abs(contrast)
-        if request.fill is None:  # what was darker before, as the organ's border, is no tumour
-            shown = min(shown, abs(mean_change))
-        spacing = request.grid.frame.spacing
-        section = section_mm2(tumor.mask, tumor.diameter_mm, spacing)
-        seen = visibility(shown, section, request.noise, spacing)
-    has_change = changed_voxels >= MIN_CHANGED_SHARE * tumor.voxels
-    return Candidate(after, peak_weight, mean_change, true_hu, shown_hu, contrast, seen, has_change)
 
 
 def write(
@@ -384,20 +273,3 @@ def _scores(
         requested_hu *= request.tumor.mean_share
     scores = gate.scores(hu, inside, organ, frame.spacing, requested_hu, frame.shear, painted)
     return {**scores, "visibility": candidate.visibility}
-
-
-def _resampling_loss(
-    settings: Settings, request: PaintRequest, before: Tensor, window: tuple[float, float]
-) -> Tensor:
-    """Return what resampling to the generator's 1 mm and back removes from a region, in HU.
-
-    Where the sample's voxels are finer, that is most of its noise.
-    """
-    low, high = window
-    hu = settings.intensity.to_hu(before.float())
-    if request.fill is not None:
-        hu = hu + request.fill.generator_change_hu
-    crop_hu = request.crop * (high - low) + low
-    resampled = request.fine_grid.carry_back(crop_hu, request.fine_region)
-    hu = hu.nan_to_num(nan=0.0, posinf=high, neginf=low).clamp(low, high)
-    return repeat_voxels(hu, request.tumor.factors) - resampled

@@ -175,8 +175,13 @@ class Candidate:
         visible_contrast_hu: the same after averaging over voxels, in the labelled ones.
         contrast_hu: mean of the tumour minus the level of the organ around; None where too little
             organ is around.
-        visibility: of the tumour over the scan's noise; None where that cannot be measured.
+        visibility: of the tumour over the scan's noise; None where that cannot be measured. 0 for
+            one that must be darker and is not.
         has_change: whether at least half of the tumour's voxels change.
+        excess_hu: by how much the tumour is brighter than the tissue around, or than what it
+            replaced, whichever is more; negative for darker than both. Where other tissue was
+            covered, the second says nothing about the generator.
+        is_too_bright: whether it must be darker than both, and is brighter beyond doubt.
     """
 
     after: Tensor
@@ -187,6 +192,8 @@ class Candidate:
     contrast_hu: float | None
     visibility: float | None
     has_change: bool
+    excess_hu: float | None
+    is_too_bright: bool
 
     def is_brighter(self, request: PaintRequest) -> bool:
         """Whether the tumour is brighter than the tissue around it, and than what it replaced.

@@ -17,6 +17,7 @@ from tumorsynth.placement.arguments import MAX_COUNT
 from tumorsynth.placement.organ import holds
 from tumorsynth.placement.types import SkipCode, TumorParams
 
+REJECTING_CODES = (SkipCode.GATE, SkipCode.FAINT, SkipCode.TISSUE)  # of tumours that were placed
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of an image
 
 
@@ -261,7 +262,7 @@ def _check_record(record: dict[str, Any]) -> None:
             0 <= int(number) < len(tumors)
             and isinstance(reason, str)
             and reason
-            and code in ([], [SkipCode.GATE], [SkipCode.FAINT])
+            and (not code or len(code) == 1 and code[0] in REJECTING_CODES)
             for number, reason, *code in rejected
         )
     except (TypeError, ValueError, OverflowError):

@@ -1,7 +1,7 @@
 """Rasterise a tumour: from a shape at a centre to the allowed voxels it takes.
 
 Coarse voxels are divided first (`tumorsynth.subvoxels`). The label then holds the voxels of which
-the tumour fills at least half; of tumours thinner than a voxel, half as much as of the fullest.
+the tumour fills at least half, or more where those hold too little (`least_label_share`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ MIN_SMOOTH_VOXELS = 4 * MIN_SHAPED_VOXELS
 LIKELY_LEVEL_FACTOR = 1.06  # n voxels seldom need a level higher than the ellipsoid's times this
 BOX_MARGIN = 1.05  # factor on MAX_LEVEL for the box around a tumour
 MIN_LABEL_SHARE = 0.5  # of a voxel, or of the fullest voxel's share, that the tumour fills
+MIN_LABEL_VOLUME = 0.5  # of the tumour's volume
+# In voxels: a tumour up to the first is labelled by its visible outline, from the second on by its
+# volume. Between two thick slices an outline holds twice the volume.
+OUTLINED_THICKNESS = (0.95, 1.1)
 
 
 def rasterize(
@@ -128,10 +132,6 @@ def local_mask(
 def _fullest_voxels(fine: Tensor, factors: Ints3) -> Tensor:
     """Return the voxels to label (X, Y, Z): connected, and at least one.
 
-    They are those of which the tumour fills at least half; on average, as many as its volume. A
-    tumour no thicker than a voxel seldom fills one: its label is the outline of what is visible, at
-    half of the fullest voxel.
-
     Args:
         fine: bool, the tumour on the box's subvoxels.
         factors: subvoxels along each axis of a voxel.
@@ -144,14 +144,39 @@ def _fullest_voxels(fine: Tensor, factors: Ints3) -> Tensor:
 def least_label_share(fine: Tensor, share: Floats, factors: Ints3) -> float:
     """Return the share of a voxel from which on it is labelled.
 
+    It is half of a voxel; labels then hold, on average, as much as the tumours. Where that leaves
+    much less, as of a tumour between two slices, it is that of the best-filled voxels that make up
+    the volume. A tumour no thicker than a voxel gets the outline of what is visible, at half of the
+    fullest voxel; in between, the label's volume goes smoothly from the one to the other.
+
     Args:
         fine: bool, the tumour on the box's subvoxels.
         share: of each voxel of the box.
         factors: subvoxels along each axis of a voxel.
     """
-    most = float(share.max())
-    is_thin = any(k > 1 and int(fine.sum(axis).max()) <= k for axis, k in enumerate(factors))
-    return MIN_LABEL_SHARE * most if is_thin or most < MIN_LABEL_SHARE else MIN_LABEL_SHARE
+    levels, alike = np.unique(share[share > 0], return_counts=True)
+    counts = alike[::-1].cumsum()[::-1]  # of the voxels from each share on
+    half, outline = np.searchsorted(levels, [MIN_LABEL_SHARE, MIN_LABEL_SHARE * levels[-1]])
+    volume = float(share.sum())
+    too_few = counts < MIN_LABEL_VOLUME * volume
+    thin, thick = OUTLINED_THICKNESS
+    outlined = np.clip((thick - _thickness(fine, factors)) / (thick - thin), 0.0, 1.0)
+    missed = np.abs(counts - volume - outlined * max(counts[outline] - volume, 0.0))
+    missed[half + 1 :] = missed[too_few] = np.inf
+    if not too_few[outline]:
+        missed[:outline] = np.inf
+    return float(levels[missed.argmin()])
+
+
+def _thickness(fine: Tensor, factors: Ints3) -> float:
+    """Return the least thickness of a tumour in voxels, along the axes of divided voxels.
+
+    The thickest part of an ellipsoid is 1.5 times as thick as the mean of its chords.
+    """
+    voxels = int(fine.sum())
+    return min(
+        1.5 * voxels / (int(fine.any(axis).sum()) * k) for axis, k in enumerate(factors) if k > 1
+    )
 
 
 class LevelGrid:

@@ -17,6 +17,7 @@ AIR = (
     "correct the label, or paint there all the same with contrast_hu= or any_tissue=True "
     "(--any-tissue)"
 )
+MAX_NOISE_HU = 30.0  # few scans are noisier; other tissue under the label varies more
 NO_VISIBLE_CHANGE = "the generator leaves this tissue as it is"
 
 
@@ -114,8 +115,29 @@ def faint(visibility: float, limit: float, diameter_mm: float, noise_hu: float) 
         diameter_mm: of the tumour.
         noise_hu: standard deviation of the organ around.
     """
+    cause, check = f"noise of {noise_hu:.0f} HU", ""
+    if noise_hu > MAX_NOISE_HU:
+        cause = f"the tissue around varies by {noise_hu:.0f} HU, which"
+        check = (
+            "unless the scan is that noisy, these are vessels, edges or a label that does not lie "
+            "on the organ: check that label and image fit (flipped, shifted, too wide). Else "
+        )
     return (
-        f"noise of {noise_hu:.0f} HU would hide a tumour of {diameter_mm:.1f} mm: visibility "
-        f"{format_beside(visibility, [limit])}, less than {limit:g}; raise size_mm, or set "
+        f"{cause} would hide a tumour of {diameter_mm:.1f} mm: visibility "
+        f"{format_beside(visibility, [limit])}, less than {limit:g}; {check}raise size_mm, or set "
         "contrast_hu"
+    )
+
+
+def too_bright(generator: str, excess_hu: float) -> str:
+    """Return the reason of a tumour that came out bright where it had to be dark.
+
+    Args:
+        generator: its name.
+        excess_hu: how much brighter it is than the tissue around, or than what it replaced.
+    """
+    return (
+        f"a tumour by {generator} must be darker than the tissue around and than what it replaces, "
+        f"but would be {excess_hu:.0f} HU brighter: its place is of another tissue than what is "
+        "around; correct the label, or choose the contrast with contrast_hu="
     )
