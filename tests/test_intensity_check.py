@@ -302,6 +302,28 @@ def test_images_like_mr_are_refused_at_any_scale(ct, factor):
     assert kind_of(with_bright_voxel(image)[0]) == "no CT"
 
 
+def equalised(hu: Tensor) -> Tensor:
+    """The values' ranks from 0 to 255; equal values have one rank."""
+    ordered = hu.flatten().sort().values
+    return torch.searchsorted(ordered, hu.contiguous()).float() / (hu.numel() - 1) * 255
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_pictures_with_an_equalised_histogram_are_named(ct, rounded):
+    hu, organ = ct.image[0], (ct.label[0] == 1).nonzero().float().mean(0).long().tolist()
+    for half in (8, 12, 16, 60):
+        part = tuple(slice(max(0, at - half), at + half) for at in organ)
+        image = equalised(hu[part])
+        assert kind_of(image.round() if rounded else image) == "equalised"
+        assert kind_of(hu[part].clip(0, 255)) != "equalised"
+
+
+def test_an_equalised_scan_is_refused_with_its_name(ct):
+    with pytest.raises(ValueError, match="equalised histogram; no scale undoes that"):
+        image = equalised(ct.image[:, 8:-8, 8:-8, 4:-4])
+        ts.SynthesizeTumor(**SETTINGS)(image, ct.label[:, 8:-8, 8:-8, 4:-4], spacing=SPACING)
+
+
 def test_a_label_map_of_many_organs_is_no_ct(ct):
     assert kind_of(ct.label[0]) == "label map"
 
