@@ -11,7 +11,7 @@ import pytest
 
 sitk = pytest.importorskip("SimpleITK", reason="needs the extra itk")
 
-from tumorsynth.itk_formats.images import ItkImage, read_affine, write_image  # noqa: E402
+from tumorsynth.itk_formats.images import ItkImage, read_grid, write_image  # noqa: E402
 from tumorsynth.itk_formats.reading import read_itk  # noqa: E402
 
 SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -52,7 +52,9 @@ def test_voxels_and_their_places_are_those_of_simpleitk(tmp_path, suffix, seed):
         place = ras(image.TransformIndexToPhysicalPoint(index))
         np.testing.assert_allclose(read.affine @ [*index, 1], [*place, 1], atol=1e-9)
     format_ = "NRRD" if suffix in (".nrrd", ".nhdr") else "MetaImage"
-    np.testing.assert_array_equal(read_affine(path, format_), read.affine)
+    affine, shape = read_grid(path, format_)
+    np.testing.assert_array_equal(affine, read.affine)
+    assert shape == read.stored.shape
 
     out = tmp_path / "out" / f"b{suffix}"
     out.parent.mkdir()

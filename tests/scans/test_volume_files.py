@@ -17,7 +17,13 @@ from test_cli import refused, run, scan, synthesize  # noqa: E402
 
 import tumorsynth as ts  # noqa: E402
 from tumorsynth.placement.user_shapes import read_shapes  # noqa: E402
-from tumorsynth.scans.volume_files import read_pair, read_volume, write_volume  # noqa: E402
+from tumorsynth.scans.volume_files import (  # noqa: E402
+    file_lacks_geometry,
+    lacks_geometry,
+    read_pair,
+    read_volume,
+    write_volume,
+)
 from tumorsynth.training.reading import find_sources, read_cases  # noqa: E402
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -207,6 +213,13 @@ def test_voxels_of_1_mm_without_a_position_are_noted(tmp_path, capsys):
         synthesize(tmp_path / "case_ct.mha", tmp_path / "case_label.mha", "-o", tmp_path / "o") == 0
     )
     assert "says voxels of 1 mm and no position" in capsys.readouterr().err
+
+
+def test_slices_of_1_mm_are_not_noted(tmp_path):
+    ct, _ = scan()
+    at = np.array([-10.0, -20, -30]) + np.arange(ct.shape[2])[:, None] * [0, 0, 1.0]
+    write_series(tmp_path, ct, pixel_mm=(1.0, 1.0), positions=at)
+    assert not lacks_geometry(read_volume(tmp_path)) and not file_lacks_geometry(tmp_path)
 
 
 def test_one_file_per_organ_in_nrrd(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,12 @@ class ItkImage:
     Attributes:
         stored: (X, Y, Z), any real dtype.
         affine: (4, 4) float64, voxel to mm (RAS).
-        metadata: further entries of the header, which are written back.
+        metadata: further entries of the header, which are written back; None of DICOM.
     """
 
     stored: np.ndarray
     affine: np.ndarray
-    metadata: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] | None = None
 
 
 def read_image(path: Path, format_: str) -> ItkImage:
@@ -81,12 +81,12 @@ def read_image(path: Path, format_: str) -> ItkImage:
     return ItkImage(stored, affine, metadata)
 
 
-def read_affine(path: Path, format_: str) -> np.ndarray:
-    """Return the affine of a file that can be read, without reading its voxels."""
+def read_grid(path: Path, format_: str) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return affine and shape of a file that can be read, without reading its voxels."""
     with quiet_simpleitk() as sitk:
         reader = _reader(sitk, path, format_)
         reader.ReadImageInformation()
-        return _affine_of(reader)
+        return _affine_of(reader), reader.GetSize()[:3]
 
 
 def _reader(sitk: Any, path: Path, format_: str) -> Any:
@@ -139,7 +139,7 @@ def write_image(path: Path, image: ItkImage) -> None:
             made.SetDirection(direction.ravel().tolist())
             made.SetSpacing(sizes.tolist())
             made.SetOrigin((LPS_TO_RAS @ image.affine)[:3, 3].tolist())
-            for key, value in image.metadata.items():
+            for key, value in (image.metadata or {}).items():
                 made.SetMetaData(key, value)
             compressed = path.suffix.lower() not in SEPARATE_VOXELS
             try:

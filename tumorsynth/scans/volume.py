@@ -24,7 +24,7 @@ class Volume:
         slope: value = stored * slope + inter.
         inter: see ``slope``.
         affine: (4, 4) float64, voxel to mm (RAS).
-        header: nibabel's of a NIfTI; the further entries (a dict) of an NRRD or a MetaImage.
+        header: nibabel's of a NIfTI; further entries (a dict) of NRRD and MetaImage; None of DICOM.
     """
 
     name: str

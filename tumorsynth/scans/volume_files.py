@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tumorsynth.affines import MAX_SHIFT_VOXELS, is_identity, largest_shift, voxel_sizes
-from tumorsynth.itk_formats.images import ItkImage, read_affine, write_image
+from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, voxel_sizes
+from tumorsynth.default_affines import stands_for_none
+from tumorsynth.itk_formats.images import ItkImage, read_grid, write_image
 from tumorsynth.itk_formats.reading import read_itk
 from tumorsynth.itk_formats.recognize import DICOM, format_of
 from tumorsynth.nifti_header import is_default, require_nibabel
@@ -57,12 +58,12 @@ def write_volume(path: Path, like: Volume, stored: np.ndarray) -> None:
         like: the volume that was read.
         stored: (X, Y, Z), in the numbers of ``like.stored``.
     """
-    is_nifti = not isinstance(like.header, dict)
+    is_nifti = _is_nifti(like)
     if KEPT_SUFFIXES.search(path.name):
         values = stored
         if like.is_scaled:
             values = (stored * like.slope + like.inter).astype(np.float32)
-        write_image(path, ItkImage(values, like.affine, {} if is_nifti else like.header))
+        write_image(path, ItkImage(values, like.affine, None if is_nifti else like.header))
     elif is_nifti:
         nifti.write_volume(path, like, stored)
     else:
@@ -82,9 +83,10 @@ def read_pair(
 
 def lacks_geometry(volume: Volume) -> bool:
     """Whether a header says what libraries write that know neither voxel size nor position."""
-    if not isinstance(volume.header, dict):
+    if _is_nifti(volume):
         return is_default(volume.header)
-    return _is_default(volume.affine)
+    is_dicom = volume.header is None
+    return not is_dicom and stands_for_none(volume.affine, volume.stored.shape)
 
 
 def file_lacks_geometry(path: Path) -> bool:
@@ -92,11 +94,11 @@ def file_lacks_geometry(path: Path) -> bool:
     format_ = format_of(path)
     if format_ is None:
         return is_default(nifti.read_header(path))
-    return format_ != DICOM and _is_default(read_affine(path, format_))
+    return format_ != DICOM and stands_for_none(*read_grid(path, format_))
 
 
-def _is_default(affine: np.ndarray) -> bool:
-    return is_identity(np.abs(affine)) and not affine[:3, 3].any()
+def _is_nifti(volume: Volume) -> bool:
+    return volume.header is not None and not isinstance(volume.header, dict)
 
 
 def check_same_grid(
