@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Train `liver-early` 5 and measure it beside version 4, on one CPU core; start it again to resume.
-#   benchmarks/realism/liver_early/train.sh CT_DIR RUN [VERSION_4_FOLDER]
+#   benchmarks/realism/liver_early/train.sh CT_DIR RUN VERSION_4_FOLDER
 # Each step leaves RUN/NAME.done; a started training resumes from its last checkpoint. The packs and
 # pictures in RUN hold parts of scans: mind their terms (README.md), and keep RUN out of the project.
 set -euo pipefail
-scans=$1 run=$2 old=${3:-liver-early}
+scans=$1 run=$2 old=$3
 python=${PYTHON:-python}
 precision=${PRECISION:-32-true}  # on CPUs without AMX, bfloat16 takes 1.7 times as long
 export OMP_NUM_THREADS=1
