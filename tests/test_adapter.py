@@ -70,7 +70,9 @@ def test_an_organ_by_name_is_answered_with_what_to_pass(adapter):
         adapter
     ).parameters.keys()
     for more in ({}, *({name: True if name == "separate_organ" else "o"} for name in separate)):
-        with pytest.raises(ValueError, match="got 'liver'; look up which number the label has"):
+        with pytest.raises(
+            ValueError, match="need a label_map.* got 'liver' alone; pass .*organ_labels=1"
+        ):
             make(adapter, organ_labels="liver", **more)
 
 

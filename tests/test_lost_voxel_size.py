@@ -292,7 +292,12 @@ def test_the_second_epoch_of_a_persistent_dataset(tmp_path, affine):
 def test_batches_in_lightning(collate, chain):
     module = pytest.importorskip("tumorsynth.lightning", reason="needs Lightning")
     data = pytest.importorskip("monai.data", reason="needs MONAI")
-    put = data.list_data_collate if collate == "monai" else torch.utils.data.default_collate
+
+    def put(samples):
+        if collate == "monai":
+            return data.list_data_collate(samples)
+        # not default_collate: once MONAI's was called, it keeps the affines in the whole process
+        return {name: torch.stack([sample[name] for sample in samples]) for name in BOTH}
 
     class Trainer:
         current_epoch = global_rank = 0

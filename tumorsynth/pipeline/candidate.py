@@ -139,8 +139,8 @@ def _measure(
     if request.noise.level_hu is not None and math.isfinite(mean_hu):
         contrast = mean_hu - request.noise.level_hu
         changes.append(contrast)
-    excess = max(changes, default=None)
-    is_too_bright = darkens and excess is not None and excess > 0
+    excess = max(changes, default=0.0)
+    is_too_bright = darkens and excess > 0
     if contrast is not None:
         shown = min(abs(change) for change in changes)
         if darkens:
