@@ -24,6 +24,8 @@ def test_salts_are_distinct_and_stay_as_they_are():
         "contrast_prior": 0x7072696F,
         "structure": 0x636F7265,
         "contrast_condition": 0x636F6E74,
+        "own_variation": 0x6F776E76,
+        "edge": 0x65646765,
         "bulge": 0x62756C67,
         "fill_noise": 0x66696C6C,
         "lesion": 0x6C657369,
