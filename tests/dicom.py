@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ def write_series(
     """
     import SimpleITK as sitk
 
+    language = locale.setlocale(locale.LC_ALL)
     folder.mkdir(parents=True, exist_ok=True)
     order = np.random.default_rng(1).permutation(hu.shape[2])
     writer = sitk.ImageFileWriter()
@@ -65,6 +67,7 @@ def write_series(
         paths.append(folder / f"IM{first + int(order[k]):03d}.dcm")
         writer.SetFileName(str(paths[-1]))
         writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, language)  # writing DICOM leaves "C", where text is ASCII
     return paths
 
 
