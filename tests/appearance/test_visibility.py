@@ -636,7 +636,7 @@ def test_a_file_of_a_fatty_liver_gets_no_bright_tumour(tmp_path):
     out = tmp_path / "out"
     main([
         "synthesize", str(tmp_path / "ct.nii.gz"), str(tmp_path / "label.nii.gz"), "-o", str(out),
-        "--seed", "2", "--count", "2", "2", "--size-mm", "9", "16",
+        "--seed", "2", "--count", "2", "--size-mm", "9", "16",
     ])  # fmt: skip
     (report,) = out.glob("*_report.json")
     records = json.loads(report.read_text())["tumors"]
