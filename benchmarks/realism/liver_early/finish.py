@@ -45,8 +45,7 @@ FIELDS: dict[str, Any] = {
     "limits": [
         "trained on three patients in portal or late phase: bright tumours are those of the "
         "portal phase with their contrast reversed",
-        "tissue_range is that of abdominal soft tissue, as for version 4 and hu2023; by the rule "
-        "of training it would be much the same (level_hu -20 to 254)",
+        "tissue_range is that of abdominal soft tissue, as for version 4 and hu2023, not measured",
         "makes no calcified and no cystic lesions",
         "uses a continuous latent in place of the paper's codebook (published sizes and codebooks "
         "can be loaded)",
