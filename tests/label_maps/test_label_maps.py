@@ -93,6 +93,7 @@ def test_a_dataset_json_or_its_folder_is_a_map(tmp_path, labels):
         ({"organ_labels": "liver", "label_map": "no.json"}, FileNotFoundError, "no.json"),
         ({"organ_labels": "background", "label_map": {"background": 0}}, ValueError, "not hold 0"),
         ({"organ_labels": "liver", "label_map": {"liver": 2}}, ValueError, "tumor_label"),
+        ({"organ_labels": "liver", "label_map": {"Liver": 6, "liver": 7}}, ValueError, "than case"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, error, says):

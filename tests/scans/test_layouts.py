@@ -208,6 +208,8 @@ def test_the_folder_of_the_results_is_not_searched(tmp_path):
         (("{name}/{name}.nii.gz", "{name}/organ.nii.gz"),
          ["p1/p1.nii.gz", "p1/organ.nii.gz", "p2/p3.nii.gz"], ["p1"]),
         (("{name}/CT*.nii.gz", "{name}/liver.nii.gz"), ["p/CT_01.nii.gz", "p/liver.nii.gz"], ["p"]),
+        (("{name}*ct.nii.gz", "gt/{name}*_mask.nii.gz"),
+         ["a_ct.nii.gz", "gt/a_x_mask.nii.gz"], ["a"]),
     ],
 )  # fmt: skip
 def test_a_pattern_of_the_users_own(tmp_path, pattern, files, names):

@@ -57,6 +57,12 @@ class LabelMap:
 
     def names_of(self, name: str) -> list[str]:
         """Return the map's own names of a structure or a group."""
+        alike = [one for one in self.values if one.lower() == name.lower()]
+        if len({self.values[one] for one in alike}) > 1:
+            raise ValueError(
+                f"names of label_map {self.source!r} must differ by more than case, got "
+                f"{', '.join(f'{one!r} with {self.values[one]}' for one in alike)}; rename one"
+            )
         found = matching_names(name, self.values)
         if not found:
             raise ValueError(

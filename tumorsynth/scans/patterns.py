@@ -62,7 +62,12 @@ def _matching(folder: Path, pattern: str) -> dict[str, Path]:
     first, *others = (re.escape(part).replace(r"\*", "[^/]*") for part in pattern.split(NAME))
     named = re.compile(first + "(?P<name>[^/]+?)" + "(?P=name)".join(others))
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob(pattern.replace(NAME, "*"))):
+    # "{name}*" must not become "**", which stands for folders
+    parts = [
+        re.sub(r"\*+", "*", part.replace(NAME, "*")) if NAME in part else part
+        for part in pattern.split("/")
+    ]
+    for path in sorted(folder.glob("/".join(parts))):
         match = named.fullmatch(path.relative_to(folder).as_posix())
         if match is None or path.name.startswith("."):
             continue
