@@ -627,7 +627,7 @@ def test_the_viewer_is_the_published_file():
 
 
 def test_the_pages_own_files_name_no_other_place():
-    for name in ("index.html", "study.css", "study.js"):
+    for name in ("index.html", "study.css", "study.js", "planes.js"):
         text = (STATIC / name).read_text()
         assert not re.search(
             r"https?:|//\w+\.|@import|url\(|eval\(|<style|style=|onclick=", text

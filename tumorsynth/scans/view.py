@@ -21,7 +21,8 @@ from tumorsynth.scans.outputs import output_paths
 from tumorsynth.scans.preview import choose_window
 
 PAGE = Path(__file__).parent / "view_page"
-NIIVUE = Path(__file__).parents[1] / "reader_study" / "static" / "vendor"  # read as files, not code
+STUDY_PAGE = Path(__file__).parents[1] / "reader_study" / "static"  # read as files, not code
+NIIVUE = STUDY_PAGE / "vendor"
 FOLDER, SCRIPTS = "view", "view/scans"
 HU_RANGE = (-1024, 3071)  # shown
 MAX_VOXELS = 32_000_000  # of a scan; of a larger one, the part around its tumours is shown
@@ -113,6 +114,7 @@ def write_view_page(out: Path) -> Path:
         folder / "scans.js": f"const SCANS = {json.dumps(there)};\n".encode(),
         folder / "LICENSES.txt": (NIIVUE / "LICENSES.txt").read_bytes(),
         folder / "niivue.umd.js": (NIIVUE / "niivue.umd.js").read_bytes(),
+        folder / "planes.js": (STUDY_PAGE / "planes.js").read_bytes(),
         **{folder / name: (PAGE / name).read_bytes() for name in ("view.js", "view.css")},
         out / "view.html": (PAGE / "view.html").read_bytes(),
     }

@@ -1,7 +1,6 @@
 // The page of a reader study: start, cases, done. Of each case it knows an opaque id and a voxel.
 "use strict";
 
-const $ = (id) => document.getElementById(id);
 const PRESETS = [ // name, key, width, level in HU
   ["Liver", "l", 200, 80],
   ["Abdomen", "a", 400, 40],
@@ -9,43 +8,21 @@ const PRESETS = [ // name, key, width, level in HU
   ["Lung", "u", 1500, -600],
   ["Bone", "b", 1800, 400],
 ];
-const AXIAL = 0, CORONAL = 1, SAGITTAL = 2; // NiiVue's numbers
-const LAYOUTS = [
-  [[AXIAL, 0, 0, 0.64, 1], [CORONAL, 0.64, 0, 0.36, 0.5], [SAGITTAL, 0.64, 0.5, 0.36, 0.5]],
-  [[AXIAL, 0, 0, 1, 1]],
-  [[CORONAL, 0, 0, 1, 1]],
-  [[SAGITTAL, 0, 0, 1, 1]],
-];
-const AXIS = { [AXIAL]: 2, [CORONAL]: 1, [SAGITTAL]: 0 }; // voxel axis that a plane steps along
 const CROSS = [0.95, 0.75, 0.2, 0.75];
 
 let reader = null; // opaque id
 let cases = []; // {id, mark, answer, confidence}
 let current = 0;
 let draft = { answer: null, confidence: null };
-let preset = 1; // kept from case to case, like the layout
-let layout = 0;
+let preset = 1; // kept from case to case, like the layout of planes.js
 let crossShown = true;
-let pointer = null; // in canvas pixels
 let ready = false; // whether the current case is on the screen
 const clock = { spent: 0, since: null };
 
 const nv = new niivue.Niivue({
-  backColor: [0, 0, 0, 1],
+  ...VIEWER,
   crosshairColor: CROSS,
   crosshairGap: 60, // times the line's width: keeps the lesion clear
-  crosshairWidthUnit: "percent", // of the field
-  dragAndDropEnabled: false,
-  fontColor: [0.72, 0.76, 0.79, 1],
-  fontMinPx: 11,
-  isAntiAlias: false,
-  isCornerOrientationText: true, // away from the cross
-  isRadiologicalConvention: true,
-  loadingText: "",
-  logLevel: "error",
-  multiplanarShowRender: 0,
-  show3Dcrosshair: false,
-  tileMargin: 2,
 });
 
 // ---- requests to the server
@@ -66,13 +43,6 @@ async function post(name, data) {
   alarm(null);
   return reply;
 }
-
-function alarm(words) {
-  $("alarm").hidden = !words;
-  $("alarm").textContent = words || "";
-}
-
-const guarded = (action) => (...args) => Promise.resolve(action(...args)).catch((e) => alarm(e.message));
 
 function show(id) {
   for (const one of ["start", "reading", "done"]) $(one).hidden = one !== id;
@@ -104,14 +74,8 @@ function showWindow() {
   const { cal_min: low, cal_max: high } = nv.volumes[0];
   $("window-text").textContent = `W ${Math.round(high - low)} · L ${Math.round((high + low) / 2)} HU`;
   PRESETS.forEach(([, , width, level], k) => {
-    const same = Math.abs(high - low - width) < 1 && Math.abs((high + low) / 2 - level) < 1;
-    $("windows").children[k].setAttribute("aria-pressed", same);
+    $("windows").children[k].setAttribute("aria-pressed", isWindow(width, level));
   });
-}
-
-function setLayout(k) {
-  layout = k;
-  nv.setCustomLayout(LAYOUTS[k].map(([sliceType, ...position]) => ({ sliceType, position })));
 }
 
 function setCross(shown) {
@@ -128,34 +92,7 @@ function home() {
   nv.createOnLocationChange();
 }
 
-function zoom(factor) {
-  const pan = nv.scene.pan2Dxyzmm;
-  const next = Math.min(10, Math.max(1, pan[3] * factor));
-  if (next === 1) return nv.setPan2Dxyzmm([0, 0, 0, 1]);
-  const mm = nv.frac2mm(nv.scene.crosshairPos); // stays where it is
-  nv.setPan2Dxyzmm([0, 1, 2].map((k) => pan[k] + (pan[3] - next) * mm[k]).concat(next));
-}
-
-function plane() { // the one under the pointer, or the first shown
-  if (pointer) {
-    const tile = nv.screenSlices.find(({ leftTopWidthHeight: [x, y, w, h] }) =>
-      pointer[0] >= x && pointer[0] < x + w && pointer[1] >= y && pointer[1] < y + h);
-    if (tile && tile.axCorSag in AXIS) return tile.axCorSag;
-  }
-  return LAYOUTS[layout][0][0];
-}
-
-function scroll(steps) {
-  const move = [0, 0, 0];
-  move[AXIS[plane()]] = steps;
-  nv.moveCrosshairInVox(...move);
-}
-
-nv.onLocationChange = ({ vox, values }) => {
-  const dims = nv.volumes[0].dims;
-  const at = [2, 1, 0].map((k) => `${["sag", "cor", "ax"][k]} ${Math.round(vox[k]) + 1}/${dims[k + 1]}`);
-  $("place").textContent = `${at.join(" · ")} · ${Math.round(values[0].value)} HU at the cross`;
-};
+nv.onLocationChange = (location) => { $("place").textContent = `${placeText(location)} at the cross`; };
 nv.onIntensityChange = showWindow;
 
 // ---- cases
@@ -265,16 +202,8 @@ async function begin(name) {
   }));
   show("reading");
   if (!nv.canvas) {
-    if (!document.createElement("canvas").getContext("webgl2")) {
-      throw new Error("This browser has no WebGL2, which the viewer needs: use another.");
-    }
-    await nv.attachToCanvas($("canvas"));
-    const { crosshair, windowing, pan } = niivue.DRAG_MODE;
-    nv.setMouseEventConfig({
-      leftButton: { primary: crosshair, withShift: pan, withCtrl: crosshair },
-      rightButton: windowing,
-      centerButton: pan,
-    });
+    checkWebGL();
+    await attach();
   }
   const first = cases.findIndex((one) => !one.answer);
   await open(first < 0 ? 0 : first);

@@ -2,56 +2,21 @@
 // disk, where a browser fetches nothing: the voxels of a scan are in a script of their own.
 "use strict";
 
-const $ = (id) => document.getElementById(id);
 const PRESETS = [ // name, width, level in HU
   ["Soft tissue", 300, 50], // as in the previews
   ["Liver", 200, 80],
   ["Lung", 1300, -500], // as in the previews
   ["Bone", 1800, 400],
 ];
-const AXIAL = 0, CORONAL = 1, SAGITTAL = 2; // NiiVue's numbers
-const LAYOUTS = [
-  [[AXIAL, 0, 0, 0.64, 1], [CORONAL, 0.64, 0, 0.36, 0.5], [SAGITTAL, 0.64, 0.5, 0.36, 0.5]],
-  [[AXIAL, 0, 0, 1, 1]],
-  [[CORONAL, 0, 0, 1, 1]],
-  [[SAGITTAL, 0, 0, 1, 1]],
-];
-const AXIS = { [AXIAL]: 2, [CORONAL]: 1, [SAGITTAL]: 0 }; // voxel axis that a plane steps along
-
 let current = -1;
 let scan = null; // what its script says
 let states = null; // voxels {before, after}
 let after = true;
 let outline = true;
 let cross = false;
-let layout = 0;
 const waiting = new Map(); // by name: takes what the script of a scan says
-let pointer = null; // in canvas pixels
 
-const nv = new niivue.Niivue({
-  backColor: [0, 0, 0, 1],
-  crosshairColor: [0.29, 0.64, 0.78, 0.8],
-  crosshairGap: 40,
-  crosshairWidthUnit: "percent",
-  dragAndDropEnabled: false,
-  fontColor: [0.72, 0.76, 0.79, 1],
-  fontMinPx: 11,
-  isAntiAlias: false,
-  isCornerOrientationText: true,
-  isRadiologicalConvention: true,
-  loadingText: "",
-  logLevel: "error",
-  multiplanarShowRender: 0,
-  show3Dcrosshair: false,
-  tileMargin: 2,
-});
-
-function alarm(words) {
-  $("alarm").hidden = !words;
-  $("alarm").textContent = words || "";
-}
-
-const guarded = (action) => (...args) => Promise.resolve(action(...args)).catch((e) => alarm(e.message));
+const nv = new niivue.Niivue({ ...VIEWER, crosshairColor: [0.29, 0.64, 0.78, 0.8], crosshairGap: 40 });
 
 // ---- a scan's script
 
@@ -113,16 +78,9 @@ function setWindow(width, level) {
 }
 
 function showWindow() {
-  const { cal_min: low, cal_max: high } = nv.volumes[0];
   PRESETS.forEach(([, width, level], k) => {
-    const same = Math.abs(high - low - width) < 1 && Math.abs((high + low) / 2 - level) < 1;
-    $("windows").children[k].setAttribute("aria-pressed", same);
+    $("windows").children[k].setAttribute("aria-pressed", isWindow(width, level));
   });
-}
-
-function setLayout(k) {
-  layout = k;
-  nv.setCustomLayout(LAYOUTS[k].map(([sliceType, ...position]) => ({ sliceType, position })));
 }
 
 function moveTo(voxel) {
@@ -137,31 +95,7 @@ function home() {
   moveTo(scan.tumors.length ? scan.tumors[0].at : [1, 2, 3].map((k) => Math.floor(dims[k] / 2)));
 }
 
-function zoom(factor) {
-  const pan = nv.scene.pan2Dxyzmm;
-  const next = Math.min(10, Math.max(1, pan[3] * factor));
-  if (next === 1) return nv.setPan2Dxyzmm([0, 0, 0, 1]);
-  const mm = nv.frac2mm(nv.scene.crosshairPos); // stays where it is
-  nv.setPan2Dxyzmm([0, 1, 2].map((k) => pan[k] + (pan[3] - next) * mm[k]).concat(next));
-}
-
-function plane() { // the one under the pointer, or the first shown
-  const tile = pointer && nv.screenSlices.find(({ leftTopWidthHeight: [x, y, w, h] }) =>
-    pointer[0] >= x && pointer[0] < x + w && pointer[1] >= y && pointer[1] < y + h);
-  return tile && tile.axCorSag in AXIS ? tile.axCorSag : LAYOUTS[layout][0][0];
-}
-
-function scroll(steps) {
-  const move = [0, 0, 0];
-  move[AXIS[plane()]] = steps;
-  nv.moveCrosshairInVox(...move);
-}
-
-nv.onLocationChange = ({ vox, values }) => {
-  const dims = nv.volumes[0].dims;
-  const at = [2, 1, 0].map((k) => `${["sag", "cor", "ax"][k]} ${Math.round(vox[k]) + 1}/${dims[k + 1]}`);
-  $("place").textContent = `${at.join(" · ")} · ${Math.round(values[0].value)} HU`;
-};
+nv.onLocationChange = (location) => { $("place").textContent = placeText(location); };
 nv.onIntensityChange = showWindow;
 
 // ---- scans
@@ -268,16 +202,8 @@ function listen() {
 }
 
 guarded(async () => {
-  if (!document.createElement("canvas").getContext("webgl2")) {
-    throw new Error("This browser has no WebGL2, which the viewer needs: use another.");
-  }
+  checkWebGL();
   listen();
-  await nv.attachToCanvas($("canvas"));
-  const { crosshair, windowing, pan } = niivue.DRAG_MODE;
-  nv.setMouseEventConfig({
-    leftButton: { primary: crosshair, withShift: pan, withCtrl: crosshair },
-    rightButton: windowing,
-    centerButton: pan,
-  });
+  await attach();
   await open(0);
 })();
