@@ -1,22 +1,24 @@
 """How many denoising steps does a tumour need: time and quality over T = 1, 2, 4, 8, 50?
 
-    python -m benchmarks.speed.steps [--generator liver-early] [--draws 12] [--device cuda]
+    python -m benchmarks.speed.steps [--generator liver-early] [--scan CT LABEL] [--draws 12]
 
 The paper's figure 6 asks it of networks that were trained anew for each T. Here one network,
-trained with its own T, is sampled with others: n steps have the noise levels of the cosine
-schedule of n steps, and the network is told the time at which its own schedule has that level,
-``T (k + 1) / n - 1``, at least 0 (the first level, all noise, keeps 1e-4 of the signal at most).
-For divisors of T these are times it was trained for; between them it interpolates.
+trained with its own T, is sampled in fewer steps, ``with_sampler(steps=n)``, and in more: these
+have the noise levels of the cosine schedule of n steps, and the network is told the time at which
+its own schedule has that level, ``T (k + 1) / n - 1``, at least 0.
 
-Scores are those of the quality gate (`tumorsynth.appearance.gate.measure`), in the liver of the
-phantom, the same masks and seeds for all; "healthy" is what they say of the same outlines without
-a tumour. The difference to the generator's own T is of the same seed, whose noise is drawn anew
-for each T, so that it holds the variety of tumours as well.
+--scan: a CT in HU and an organ mask (label 1) in NIfTI, in place of the phantom and its liver.
+
+Scores are those of the quality gate (`tumorsynth.appearance.gate.measure`), the same masks and
+seeds for all; "healthy" is what they say of the same outlines without a tumour. The difference to
+the generator's own T is of the same seed: all start from the same noise.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from tumorsynth.placement.organ import OrganRegion
 from tumorsynth.placement.place import place
 from tumorsynth.placement.settings import PlacementSettings
 from tumorsynth.placement.types import Skip
+from tumorsynth.training.reading import Source, read_case
 
 STEPS = (1, 2, 4, 8, 50)
 SCORES = ("contrast_hu", "noise_ratio", "edge_mm")
@@ -50,18 +53,29 @@ class Retimed(nn.Module):
 
 def with_steps(generator: Generator, steps: int) -> Generator:
     trained = generator.sampler.timesteps
-    other = generator.with_sampler(method="ddpm", timesteps=steps, steps=steps)
-    if steps != trained:
-        other.denoiser = Retimed(generator.denoiser, trained, steps).eval()
+    if steps <= trained:
+        return generator.with_sampler(steps=steps)
+    other = generator.with_sampler(timesteps=steps, steps=steps)
+    other.denoiser = Retimed(generator.denoiser, trained, steps).eval()
     return other
 
 
+def read_scan(ct: Path, mask: Path) -> Any:
+    """A scan at 1 mm, as a phantom is: image and label (1, X, Y, Z), spacing, the organ 1."""
+    case = read_case(Source("scan", ct, mask))
+    assert case.label is not None
+    return SimpleNamespace(
+        image=case.hu.float()[None], label=case.label[None], spacing=(1.0, 1.0, 1.0)
+    )
+
+
 def drawn(
-    ct: ts.Phantom, device: torch.device, draws: int, generator: Generator
+    ct: Any, device: torch.device, draws: int, generator: Generator
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """HU, tumour mask and organ of crops, (1, 1, side, side, side): one tumour in each."""
     label = ct.label[0]
-    region = OrganRegion.of_label(label, LABELS["liver"])
+    assert LABELS["liver"] == 1  # as in the scans
+    region = OrganRegion.of_label(label, 1)
     settings = PlacementSettings(size_mm=(8, 20))
     found, seed = [], 0
     while len(found) < draws:
@@ -77,7 +91,7 @@ def drawn(
         whole = torch.zeros(label.shape, dtype=torch.bool)
         whole[tumor.slices] = tumor.mask
         at = tuple(where)
-        organ = label[at] == LABELS["liver"]
+        organ = label[at] == 1
         parts = ct.image[0][at], whole[at], organ
         found.append(tuple(part[None, None].to(device) for part in parts))
     return found
@@ -98,11 +112,13 @@ def summary(rows: list[dict[str, float | None]]) -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__, "steps", repeats=3)
     parser.add_argument("--generator", default="liver-early")
+    parser.add_argument("--scan", nargs=2, type=Path, metavar=("CT", "LABEL"))
     parser.add_argument("--draws", type=int, default=12)
     args = parse(parser)
     generator = ts.load_generator(args.generator, args.device)
     low, high = generator.window
-    cases = drawn(ts.make_phantom(seed=0), args.device, args.draws, generator)
+    ct = read_scan(*args.scan) if args.scan else ts.make_phantom(seed=0)
+    cases = drawn(ct, args.device, args.draws, generator)
     own: list[Tensor] = []
     rows: list[dict[str, Any]] = []
     for steps in sorted(STEPS, key=lambda s: s != generator.sampler.timesteps):  # its own first
@@ -132,6 +148,7 @@ def main() -> None:
     rows.sort(key=lambda row: row["steps"])
     results = {
         "generator": args.generator,
+        "scan": args.scan[0].name if args.scan else "phantom",
         "trained_steps": generator.sampler.timesteps,
         "tumours": len(cases),
         "threads_used": args.threads,

@@ -201,7 +201,7 @@ def test_seeds_of_numpy_and_torch_count_as_ints():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"method": "euler"}, {"prediction": "score"}, {"mask_conditioning": "cubic"}, {"steps": 3},
+    [{"method": "euler"}, {"prediction": "score"}, {"mask_conditioning": "cubic"}, {"steps": 5},
      {"steps": 0}, {"method": "ddim", "timesteps": 200, "steps": 60}, {"crop_size": 100},
      {"crop_size": 0}, {"crop_multiple": 0}, {"crop_multiple": -8}],
 )  # fmt: skip
@@ -237,7 +237,7 @@ def _without(config, key):
      lambda c: {**c, "denoiser": "conv"},
      lambda c: {**c, "autoencoder": {**c["autoencoder"], "dropout": 0.1}},
      lambda c: {**c, "autoencoder": {**c["autoencoder"], "padding": "mirror"}},
-     lambda c: {**c, "sampler": {**c["sampler"], "steps": 3}},
+     lambda c: {**c, "sampler": {**c["sampler"], "steps": 5}},
      lambda c: {**c, "sampler": {**c["sampler"], "eta": 1}}],
 )  # fmt: skip
 def test_configs_of_no_generator_are_refused(change):

@@ -10,6 +10,7 @@ from tumorsynth.generators.sampling import (
     ddim_sample,
     ddim_steps,
     ddpm_sample,
+    ddpm_steps,
     draw_noise,
     q_sample,
     target,
@@ -109,7 +110,29 @@ def test_ddpm_clamps_x0_and_asks_every_step() -> None:
     assert torch.equal(free, torch.full_like(free, 7.0))
 
 
-def test_ddpm_of_gaussian_data_is_gaussian() -> None:
+@pytest.mark.parametrize(("timesteps", "steps", "kept"), [
+    (4, 1, [3]), (4, 2, [0, 3]), (4, 3, [0, 2, 3]), (4, 4, [0, 1, 2, 3]), (200, 3, [0, 100, 199]),
+])  # fmt: skip
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_in_fewer_steps_keeps_both_ends_and_tells_the_network_its_own_times(
+    timesteps: int, steps: int, kept: list[int], prediction
+) -> None:
+    schedule, asked = cosine_schedule(timesteps), []
+    x0, noise = torch.rand(2, 8, 4, 4, 4) * 2 - 1, torch.randn(steps + 1, 2, 8, 4, 4, 4)
+    know = oracle(schedule, x0, prediction)
+
+    def denoise(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        asked.append(int(t[0]))
+        return know(x, t, cond)
+
+    cond = torch.zeros(2, 9, 4, 4, 4)
+    found = ddpm_sample(denoise, schedule, cond, noise, 1.0, prediction, steps)
+    assert asked == kept[::-1] == ddpm_steps(timesteps, steps)[::-1]
+    torch.testing.assert_close(found, x0, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [50, 200])
+def test_ddpm_of_gaussian_data_is_gaussian(steps: int) -> None:
     """For data ~ N(0, 1) the best noise prediction is known, so is the distribution sampled."""
     schedule = cosine_schedule(200)
     torch.manual_seed(0)
@@ -117,8 +140,9 @@ def test_ddpm_of_gaussian_data_is_gaussian() -> None:
     def denoise(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         return x * (1 - schedule.alphas_cumprod[int(t[0])]).sqrt()
 
-    noise = torch.randn(201, 1, 1, 20, 20, 20)
-    found = ddpm_sample(denoise, schedule, torch.zeros(1, 9, 20, 20, 20), noise, clamp=None)
+    noise = torch.randn(steps + 1, 1, 1, 20, 20, 20)
+    cond = torch.zeros(1, 9, 20, 20, 20)
+    found = ddpm_sample(denoise, schedule, cond, noise, clamp=None, steps=steps)
     assert float(found.mean()) == pytest.approx(0, abs=0.05)
     assert float(found.std()) == pytest.approx(1, abs=0.05)
 
@@ -141,6 +165,16 @@ def test_ddim_ends_at_the_published_noise_level() -> None:
     last = 0.999745**0.5 * x0 + (1 - 0.999745) ** 0.5 * eps
     torch.testing.assert_close(found, last, atol=2e-4, rtol=0)
     assert torch.equal(found, ddim_sample(know, schedule, cond, noise[:1]))
+
+
+@pytest.mark.parametrize(("timesteps", "steps"), [(4, 1), (4, 2), (8, 4), (20, 5)])
+def test_ddim_leaves_no_noise_on_a_short_schedule(timesteps: int, steps: int) -> None:
+    schedule = cosine_schedule(timesteps)
+    x0, noise = torch.rand(1, 8, 2, 2, 2) * 2 - 1, torch.randn(1, 1, 8, 2, 2, 2)
+    know = oracle(schedule, x0, "x0")
+    cond = torch.zeros(1, 9, 2, 2, 2)
+    found = ddim_sample(know, schedule, cond, noise, steps=steps, prediction="x0")
+    torch.testing.assert_close(found, x0, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -193,6 +227,8 @@ def test_bad_input_is_named() -> None:
     for steps in (0, 3, 8):
         with pytest.raises(ValueError, match="steps must divide"):
             ddim_steps(4, steps)
+        with pytest.raises(ValueError, match="from 1 to"):
+            ddpm_steps(2, steps)
     for timesteps in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="timesteps must be"):
             cosine_schedule(timesteps)  # type: ignore[arg-type]

@@ -38,7 +38,8 @@ class SamplerConfig:
         method: "ddpm" (early tumours, 4 timesteps) or "ddim" (mid and late, 200 timesteps in 50
             steps).
         timesteps: length of the cosine schedule.
-        steps: denoising steps: ``timesteps`` for DDPM, a divisor of it for DDIM.
+        steps: denoising steps: at most ``timesteps`` for DDPM, a divisor of it for DDIM. The
+            fewer, the faster; docs/performance.md has what it changes.
         prediction: what the denoiser predicts, "noise" (published), "x0" or "v".
         clamp: x0 is clamped to [-clamp, clamp] at every step; None does not clamp (published DDIM).
         mask_conditioning: how the mask comes to latent size, "nearest" (published) or "area", which
@@ -83,9 +84,9 @@ class SamplerConfig:
             'prediction must be "noise", "x0" or "v"': self.prediction in ("noise", "x0", "v"),
             'mask_conditioning must be "nearest" or "area"': self.mask_conditioning
             in ("nearest", "area"),
-            "steps must be timesteps for ddpm, a divisor of it for ddim": 0 < self.steps
+            "steps must be at most timesteps for ddpm, a divisor of it for ddim": 0 < self.steps
             and (
-                self.steps == self.timesteps
+                self.steps <= self.timesteps
                 if self.method == "ddpm"
                 else self.timesteps % self.steps == 0
             ),

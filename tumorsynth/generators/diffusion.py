@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from tumorsynth.generators.sampling import (
     ddim_sample,
     ddim_steps,
     ddpm_sample,
+    ddpm_steps,
     draw_noise,
 )
 from tumorsynth.models.autoencoder import Autoencoder
@@ -280,13 +280,14 @@ class Generator:
             stream = noise
             noise = torch.cat([self._draw_noise(cond, [stream]) for _ in range(len(cond))], dim=1)
         noise, ddpm = onto(noise, cond.device), s.method == "ddpm"
-        steps = list(range(s.timesteps)) if ddpm else ddim_steps(s.timesteps, s.steps)
+        steps = (ddpm_steps if ddpm else ddim_steps)(s.timesteps, s.steps)
 
         def denoise(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
             return self._denoise(x_t, t, cond, steps.pop())  # reading t would wait for a GPU
 
-        run: Callable[..., Tensor] = ddpm_sample if ddpm else partial(ddim_sample, steps=s.steps)
-        return run(denoise, self.schedule, cond, noise, clamp=s.clamp, prediction=s.prediction)
+        run: Callable[..., Tensor] = ddpm_sample if ddpm else ddim_sample
+        how: dict[str, Any] = {"clamp": s.clamp, "prediction": s.prediction, "steps": s.steps}
+        return run(denoise, self.schedule, cond, noise, **how)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decode a normalised latent to a crop in [0, 1], axes (z, x, y)."""
@@ -374,7 +375,7 @@ class Generator:
         """Return a generator of the same networks with another sampler.
 
         Args:
-            changes: fields of `SamplerConfig`, for example ``steps=10`` for a DDIM generator.
+            changes: fields of `SamplerConfig`, for example ``steps=2``: half the network passes.
         """
         sampler = replace(self.sampler, **changes)
         other = Generator(self.autoencoder, self.denoiser, sampler, self.card)

@@ -1,5 +1,7 @@
 """Noise schedule and samplers: DDPM (Ho et al. 2020), cosine (Nichol 2021), DDIM (Song 2021).
 
+DDPM may sample fewer steps than the schedule has: it is then respaced (Nichol 2021, section 4).
+
 A denoiser is any callable ``denoise(x_t, t, cond)`` with t (B,) int64. All randomness comes in as
 the tensor ``noise`` of shape (steps + 1, B, channels, d, h, w): the start, then one draw for each
 step (the last step adds none).
@@ -17,6 +19,7 @@ from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 Prediction = Literal["noise", "x0", "v"]
+MAX_NOISE_LEFT = 0.002  # share of the variance at which DDIM may end
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +68,46 @@ def cosine_schedule(
     x = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     f = torch.cos((x + s) / (1 + s) * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(0, max_beta)
-    alphas = 1 - betas
-    bar = alphas.cumprod(0)
+    bar = (1 - betas).cumprod(0)
     if zero_terminal_snr and timesteps > 1:
         root = bar.sqrt()
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-        bar = root.square()
-        alphas = torch.cat([bar[:1], bar[1:] / bar[:-1]])
-        betas = 1 - alphas
-    previous = torch.cat([bar.new_ones(1), bar[:-1]])
+        return _schedule_of(root.square())
+    return _schedule(betas, bar)
+
+
+def respaced(schedule: Schedule, kept: Sequence[int]) -> Schedule:
+    """Return the schedule of some of the steps, ascending (Nichol & Dhariwal 2021, section 4)."""
+    if len(kept) == schedule.timesteps:
+        return schedule
+    return _schedule_of(schedule.alphas_cumprod[list(kept)])
+
+
+def ddpm_steps(timesteps: int, steps: int) -> list[int]:
+    """Return evenly spaced steps of DDPM, ascending, with the first and last: 0, 3 for 4 in 2.
+
+    One step is the last, from noise alone.
+
+    Raises:
+        ValueError: if ``steps`` is not from 1 to ``timesteps``.
+    """
+    if not 1 <= steps <= timesteps:
+        raise ValueError(
+            f"steps must be from 1 to the schedule's {timesteps} timesteps, got {steps}; "
+            f"pass steps={timesteps}"
+        )
+    if steps == 1:
+        return [timesteps - 1]
+    return [round(k * (timesteps - 1) / (steps - 1)) for k in range(steps)]
+
+
+def _schedule_of(bar: Tensor) -> Schedule:
+    """Return the schedule with these alpha-bars."""
+    return _schedule(1 - torch.cat([bar[:1], bar[1:] / bar[:-1]]), bar)
+
+
+def _schedule(betas: Tensor, bar: Tensor) -> Schedule:
+    alphas, previous = 1 - betas, torch.cat([bar.new_ones(1), bar[:-1]])
     return Schedule(
         betas=betas,
         alphas_cumprod=bar,
@@ -141,30 +175,34 @@ def ddpm_sample(
     noise: Tensor,
     clamp: float | None = 1.0,
     prediction: Prediction = "noise",
+    steps: int | None = None,
 ) -> Tensor:
-    """Sample through every step (Ho 2020, algorithm 2).
+    """Sample through every step, or fewer (Ho 2020, algorithm 2).
 
     Args:
         denoise: the network.
-        schedule: of T steps.
+        schedule: of T timesteps.
         cond: (B, ..., d, h, w), passed to the network.
-        noise: (T + 1, B, channels, d, h, w).
+        noise: (steps + 1, B, channels, d, h, w).
         clamp: x0 is clamped to [-clamp, clamp] at every step; None does not clamp.
         prediction: what the network predicts.
+        steps: at most T, see `ddpm_steps`; None is T.
 
     Returns:
         x0, (B, channels, d, h, w), float32.
 
     Raises:
-        ValueError: if ``noise`` has another shape.
+        ValueError: if ``noise`` has another shape, or ``steps`` is not from 1 to T.
     """
-    draws = _checked_noise(noise, schedule.timesteps + 1, cond)
+    kept = ddpm_steps(schedule.timesteps, steps or schedule.timesteps)
+    weights = respaced(schedule, kept)
+    draws = _checked_noise(noise, len(kept) + 1, cond)
     x = draws[0]
-    for draw, i in zip(draws[1:], reversed(range(schedule.timesteps)), strict=True):
-        x0 = _predict_x0(denoise, schedule, x, i, cond, clamp, prediction)
-        x = float(schedule.posterior_mean_x0[i]) * x0 + float(schedule.posterior_mean_xt[i]) * x
-        if i:
-            x = x + math.sqrt(schedule.posterior_variance[i]) * draw
+    for draw, k in zip(draws[1:], reversed(range(len(kept))), strict=True):
+        x0 = _predict_x0(denoise, schedule, x, kept[k], cond, clamp, prediction)
+        x = float(weights.posterior_mean_x0[k]) * x0 + float(weights.posterior_mean_xt[k]) * x
+        if k:
+            x = x + math.sqrt(weights.posterior_variance[k]) * draw
     return x
 
 
@@ -197,7 +235,7 @@ def ddim_sample(
     """Sample over a subset of the steps (Song et al. 2021, eq. 12 and 16).
 
     As in the published model, the last step ends at the noise level just below its own (0.999745
-    for 200 in 50) instead of 1.
+    for 200 in 50) instead of 1, unless a short schedule would leave visible noise there.
 
     Args:
         denoise: the network.
@@ -220,7 +258,8 @@ def ddim_sample(
     bar = [1.0, *schedule.alphas_cumprod.tolist()]  # bar[t + 1] belongs to step t
     x = draws[0]
     for n, i in enumerate(reversed(selected)):
-        now, then = bar[i + 1], bar[selected[-n - 2] + 1 if n + 1 < steps else i]
+        last = bar[i] if 1 - bar[i] < MAX_NOISE_LEFT else 1.0
+        now, then = bar[i + 1], bar[selected[-n - 2] + 1] if n + 1 < steps else last
         x0 = _predict_x0(denoise, schedule, x, i, cond, clamp, prediction)
         eps = (x - math.sqrt(now) * x0) / math.sqrt(1 - now)
         sigma = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
