@@ -200,11 +200,15 @@ def _entries(doc: str) -> dict[str, str]:
 
 
 def suggestion(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """Return "did you mean ...? " with the known names close to unknown ones, or nothing."""
+    """Return "did you mean ...? " with the known names close to unknown ones, or nothing.
+
+    Upper and lower case do not matter.
+    """
+    spelt = {name.lower(): name for name in known}
     found: list[str] = []
     for name in unknown:
-        close = difflib.get_close_matches(name, known) or difflib.get_close_matches(
-            name, known, n=1, cutoff=0.4
+        close = difflib.get_close_matches(name.lower(), spelt) or difflib.get_close_matches(
+            name.lower(), spelt, n=1, cutoff=0.4
         )
-        found += [one for one in close if one not in found]
+        found += [spelt[one] for one in close if spelt[one] not in found]
     return f"did you mean {' or '.join(found)}? " if found else ""

@@ -39,7 +39,7 @@ def test_a_series_grows_and_its_reports_are_linked(pair, tmp_path, effect):
         assert not (smaller & ~larger).any() and larger.sum() > 1.5 * smaller.sum()
     reports = [report_of(out / f"case_t{k}_report.json") for k in range(3)]
     links = [report["follow_up"] for report in reports]
-    assert [one["diameter_factor"] for one in links] == [1, 1.3, 1.7]
+    assert [one["requested_factor"] for one in links] == [1, 1.3, 1.7]
     assert [one["previous"] for one in links] == [
         None,
         "case_t0_report.json",
@@ -74,7 +74,7 @@ def test_a_folder_resumes_with_the_same_seeds(tmp_path, capsys):
     assert "3 of 4 scans are finished already" in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in out.glob("*_ct.nii.gz")}
     assert synthesize(tmp_path / "in", "-o", out, *words[:-1], "1,1.5") == 2
-    assert "follow_up diameter_factor 1.4, now 1.5" in capsys.readouterr().err
+    assert "follow_up requested_factor 1.4, now 1.5" in capsys.readouterr().err
     assert synthesize(tmp_path / "in", "-o", out, *words, "--workers", 2, "--overwrite") == 0
     assert before == {path.name: path.read_bytes() for path in out.glob("*_ct.nii.gz")}
 

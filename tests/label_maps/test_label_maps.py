@@ -63,6 +63,66 @@ def test_names_groups_and_synonyms(label_map, name, expected):
     assert values(name, label_map) == expected
 
 
+SPELLINGS = [
+    ("Left-Kidney", "kidney.r"),
+    ("LeftKidney", "RightKidney"),
+    ("kidney-L", "kidney-R"),
+    ("l_kidney", "r_kidney"),
+    ("Kidney (left)", "Kidney (right)"),
+    ("kidney_l", "kidney_r"),
+    ("renal left", "renal right"),
+    ("KIDNEY LEFT", "KIDNEY_RIGHT"),
+    ("KidneyL", "RKidney"),
+    ("Lt Kidney", "Kidney_Rt"),
+    ("kidneys left", "Kidney, right"),
+    ("left  kidney", "renal.R"),
+]
+
+
+@pytest.mark.parametrize(("left", "right"), SPELLINGS)
+def test_a_group_has_both_sides_however_they_are_spelt(tmp_path, left, right):
+    label_map = {"liver": 1, right: 4, left: 5, "kidney_tumor": 6, "KidneyCystL": 7, "L1": 8}
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"labels": {"background": 0, **label_map}}))
+    for given in (label_map, {v: k for k, v in label_map.items()}, path):
+        for name in ("kidney", "Kidneys", "renal"):
+            assert values(name, given) == (4, 5), name
+        for spelt in SPELLINGS:
+            assert (values(spelt[0], given), values(spelt[1], given)) == ((5,), (4,))
+    assert values("LIVER", label_map) == (1,) and values("l1", label_map) == (8,)
+
+
+@pytest.mark.parametrize(
+    ("label_map", "name", "says"),
+    [
+        ({"kidney_left": 1, "kidneyrechts": 2}, "kidney", "perhaps others.*'kidneyrechts'"),
+        ({"kidney_r": 1, "kidney 2": 2}, "kidney", "perhaps others.*'kidney 2'"),
+        ({"Left-Kidney": 1, "left kidney": 2}, "left_kidney", "differ by more than spelling"),
+        ({"liver": 1, "LIVER": 2}, "liver", "differ by more than spelling"),
+        ({"postcava": 1, "inferior vena cava": 2}, "IVC", "differ by more than spelling"),
+        ({"Niere L": 1}, "kidney", "it has Niere L"),
+        ({"KIDNEY_LEFT": 1}, "kidny", "did you mean KIDNEY_LEFT"),
+        ({"Left": 1, "Lobe": 2}, "left lobe", "it has Left, Lobe"),
+        ({"liver": 1}, " ", "it has liver"),
+    ],
+)
+def test_what_may_mean_several_structures_is_not_guessed(label_map, name, says):
+    with pytest.raises(ValueError, match=says):
+        values(name, label_map)
+
+
+def test_one_side_alone_is_the_group_where_there_is_no_other():
+    assert values("kidney", {"kidney_left": 1, "kidney_cyst": 2, "kidney_left_tumor": 3}) == (1,)
+    assert values("liver", {"liver": 1, "liver_left": 2, "liver vessel": 3}) == (1,)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_name_stands_for_its_own_value(name):
+    for structure, value in PUBLISHED[name].items():
+        for spelt in (structure, structure.upper(), structure.replace("_", " ").title()):
+            assert values(spelt, name) == value
+
+
 def test_several_names_and_values_together():
     assert values(["liver", "pancreas"], "btcv") == (6, 11)
     assert values(("kidney", "kidney_left", 40), "totalsegmentator") == (2, 3, 40)
@@ -93,7 +153,11 @@ def test_a_dataset_json_or_its_folder_is_a_map(tmp_path, labels):
         ({"organ_labels": "liver", "label_map": "no.json"}, FileNotFoundError, "no.json"),
         ({"organ_labels": "background", "label_map": {"background": 0}}, ValueError, "not hold 0"),
         ({"organ_labels": "liver", "label_map": {"liver": 2}}, ValueError, "tumor_label"),
-        ({"organ_labels": "liver", "label_map": {"Liver": 6, "liver": 7}}, ValueError, "than case"),
+        (
+            {"organ_labels": "liver", "label_map": {"Liver": 6, "liver": 7}},
+            ValueError,
+            "than spelling",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, error, says):

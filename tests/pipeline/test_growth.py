@@ -135,9 +135,33 @@ def test_size_place_and_texture(phantoms):
             assert "growth" not in record
         else:
             growth = record["growth"]
-            assert growth["first_diameter_mm"] == 14 and growth["has_room"]
-            assert growth["factor"] == pytest.approx(factor)
+            assert growth["requested_first_diameter_mm"] == pytest.approx(14)
+            assert growth["requested_factor"] == pytest.approx(factor) and growth["has_room"]
+            assert growth["first_diameter_mm"] == first["diameter_mm"]
             assert growth["reached_factor"] == pytest.approx(factor, rel=0.02)
+
+
+@pytest.mark.parametrize("mass_effect", [0.0, 0.5, "auto"])
+@pytest.mark.parametrize("frame", ["isotropic", "thick", "coarse"])
+def test_the_report_holds_what_the_labels_hold(phantoms, frame, mass_effect):
+    """Also where few voxels are all that there are to tell one size from another."""
+    ct = phantoms[frame]
+    synth = ts.SynthesizeTumor("hu2023", 1, TUMOR, count=1, size_mm=12, mass_effect=mass_effect)
+    factors = (0.6, 1.0, 1.7, 2.0)
+    made = series(synth, ct, 9, factors)
+    voxels = {
+        factor: int((new == TUMOR).sum()) for factor, (_, new, _) in zip(factors, made, strict=True)
+    }
+    (first,) = made[factors.index(1.0)][2]
+    for factor, (_, _, report) in zip(factors, made, strict=True):
+        if factor == 1:
+            continue
+        (record,) = report
+        growth = record["growth"]
+        assert growth["first_diameter_mm"] == first["diameter_mm"]
+        reached = (voxels[factor] / voxels[1.0]) ** (1 / 3)
+        assert growth["reached_factor"] == pytest.approx(reached)
+        assert record["diameter_mm"] == pytest.approx(first["diameter_mm"] * reached)
 
 
 def test_the_shape_stays(phantoms):
@@ -186,7 +210,11 @@ def test_a_tumour_without_room_stays_in_the_organ_and_says_so():
         _, large = synth(image, label, spacing=(1, 1, 1), params=synth.grow(params, 3))
     (record,) = synth.report
     growth = record["growth"]
-    assert growth["factor"] == 3 and 1 < growth["reached_factor"] < 2.9 and not growth["has_room"]
+    assert (
+        growth["requested_factor"] == 3
+        and 1 < growth["reached_factor"] < 2.9
+        and not growth["has_room"]
+    )
     assert (label[large == 2] == 1).all() and not ((first == 2) & (large != 2)).any()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once a transform

@@ -162,16 +162,49 @@ def test_the_first_nnunet_lists_images_without_their_channel(tmp_path):
 def test_the_ct_is_the_channel_that_dataset_json_names(tmp_path):
     root = touch(tmp_path / "D1", "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz",
                  "labelsTr/a.nii.gz")  # fmt: skip
-    with pytest.raises(ValueError, match="_0000, _0001 must be the CT.*no dataset.json"):
+    with pytest.raises(ValueError, match="of 0, 1, since there is no dataset.json.*--channel 0"):
         find_scans(root)
     write_dataset(root, channel_names={"0": "PET", "1": "CT"}, labels={"liver": 1})
     (pair,) = find_scans(root).pairs
     assert pair.ct.name == "a_0001.nii.gz"
     assert pair.places.copies == ((root / "imagesTr/a_0000.nii.gz", "imagesTr/a_0000.nii.gz"),)
-    for channels in ({"0": "PET", "1": "MR"}, {"0": "CT", "1": "CT"}, {"0": "PET", "7": "CT"}):
+    for channels, says in (
+        ({"0": "PET", "1": "MR"}, r"of 0 \(PET\), 1 \(MR\), since 0 of them are called CT"),
+        ({"0": "CT", "1": "ct late"}, r"0 \(CT\), 1 \(ct late\), since 2 of them"),
+        ({"0": "PET", "7": "CT"}, r"of 0 \(PET\), 1, since 0 of them"),
+    ):
         write_dataset(root, channel_names=channels, labels={"liver": 1})
-        with pytest.raises(ValueError, match="must be the CT, but dataset.json names"):
+        with pytest.raises(ValueError, match=says):
             find_scans(root)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "number"),
+    [("0", 0), ("0001", 1), ("arterial", 0), (" Venous ", 1), ("2", 1), ("CT", None), ("5", None),
+     ("x", None)],
+)  # fmt: skip
+def test_one_of_several_cts_is_chosen_by_number_or_name(tmp_path, wanted, number):
+    root = touch(tmp_path / "D1", *(f"imagesTr/a_000{k}.nii.gz" for k in range(4)),
+                 "labelsTr/a.nii.gz")  # fmt: skip
+    names = {"0": "Arterial", "1": "venous", "2": "CT", "3": "CT"}
+    if wanted == "2":
+        names = {"0": "CT", "1": "2", "2": "late", "3": "CT"}  # a name goes first
+    write_dataset(root, channel_names=names, labels={"liver": 1})
+    if number is None:
+        with pytest.raises(ValueError, match=r"one of the channels 0 \(Arterial\), 1 \(venous\)"):
+            find_scans(root, channel=wanted)
+        return
+    found = find_scans(root, channel=wanted)
+    (pair,) = found.pairs
+    assert pair.ct.name == f"a_000{number}.nii.gz" and len(pair.places.copies) == 3
+    others = [k for k in range(4) if k != number]
+    assert all(f"a_000{k}.nii.gz" in found.about_channels for k in others)
+
+
+def test_a_channel_is_for_files_with_channels(tmp_path):
+    touch(tmp_path, "a_ct.nii.gz", "a_label.nii.gz")
+    with pytest.raises(ValueError, match="--channel is for the channels of nnU-Net.*a_ct.nii.gz"):
+        find_scans(tmp_path, channel="1")
 
 
 def test_a_ct_with_its_folder_of_masks_and_one_mask_alone(tmp_path):

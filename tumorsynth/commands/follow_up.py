@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 OPTION = "--follow-up"
 FollowUpFactors = Annotated[
@@ -18,6 +19,14 @@ FollowUpFactors = Annotated[
         show_default=False,
     ),
 ]
+
+
+class SeriesCommand(TyperCommand):
+    """A command whose option for the series takes several numbers."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of the command line."""
+        return super().parse_args(ctx, join_factors(args))
 
 
 def join_factors(arguments: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ from tumorsynth.commands.bench import bench
 from tumorsynth.commands.convert import convert
 from tumorsynth.commands.demo import demo
 from tumorsynth.commands.evaluate import evaluate, healthy
-from tumorsynth.commands.follow_up import join_factors
+from tumorsynth.commands.follow_up import SeriesCommand
 from tumorsynth.commands.info import info
 from tumorsynth.commands.replay import replay
 from tumorsynth.commands.shared import fail
@@ -59,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if "" in arguments:
         return fail("an argument is empty; check that the shell variable it comes from is set", 2)
-    arguments = join_factors(arguments)
     try:
         code = typer.main.get_command(app).main(
             arguments, prog_name="tumorsynth", standalone_mode=False
@@ -157,7 +156,7 @@ def top(
         print(context.get_help())
 
 
-app.command()(synthesize)
+app.command(cls=SeriesCommand)(synthesize)
 app.command()(replay)
 app.command()(demo)
 app.command()(convert)

@@ -49,26 +49,6 @@ TumorLabel = Annotated[
         show_default=False,
     ),
 ]
-Pattern = Annotated[
-    tuple[str, str] | None,
-    typer.Option(
-        metavar="CT LABEL",
-        help="Names of CT and label below the folders where no known layout fits, for example "
-        "'img/{name}.nii.gz' 'seg/{name}_mask.nii.gz'.",
-        show_default=False,
-    ),
-]
-Segment = Annotated[
-    bool,
-    typer.Option(
-        "--segment",
-        help="Make the label maps with TotalSegmentator, which has to be installed; needs --organ "
-        "NAME. OUT/segmentations keeps them.",
-    ),
-]
-SegmentFast = Annotated[
-    bool, typer.Option("--segment-fast", help="--segment with the faster model for 3 mm.")
-]
 
 
 @dataclass(frozen=True)
@@ -180,7 +160,7 @@ def _map_for(organ: Sequence[str], label_map: str | None, found: Found | None = 
         from tumorsynth.scans.pairing import name_of
 
         stems = {name_of(pair.label) or "" for pair in found.pairs}
-        if len(stems) == 1 and matching_names(organ[0], stems):  # liver.nii.gz alone
+        if len(stems) == 1 and matching_names(organ[0], stems).names:  # liver.nii.gz alone
             return LabelMap(f"{stems.copy().pop()} alone", {organ[0]: (1,)})
     raise ValueError(
         f"--organ needs to know which value {organ[0]!r} has; add --label-map with one of "

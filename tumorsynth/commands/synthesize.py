@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,18 +12,11 @@ from tumorsynth.commands.organs import (
     LabelMapOption,
     Organ,
     OrganLabel,
-    Pattern,
-    Segment,
-    SegmentFast,
     TumorLabel,
     choose_organs,
 )
-from tumorsynth.commands.outcomes import report_outcomes
-from tumorsynth.commands.pictures import ContactSheet, Html, without_view, write_pictures
-from tumorsynth.commands.progress import (
-    Steps,
-    progress_bar,
-)
+from tumorsynth.commands.pictures import ContactSheet, Html
+from tumorsynth.commands.scan_options import Channel, Pattern, Segment, SegmentFast
 from tumorsynth.commands.shared import (
     Count,
     Gated,
@@ -44,32 +36,13 @@ from tumorsynth.commands.shared import (
     parse_gate,
     parse_intensity,
     parse_mass_effect,
+    say,
 )
-from tumorsynth.scans.collection import (
-    Outcome,
-    Task,
-    process_scan,
-    run_in_processes,
-    try_scan,
-)
-from tumorsynth.scans.dataset_json import write_for_results
-from tumorsynth.scans.follow_up import FollowUp, expand, results_by_folder
+from tumorsynth.commands.synthesis_run import Run
 from tumorsynth.scans.layouts import find_scans, find_unlabelled
 from tumorsynth.scans.nifti import Reading
-from tumorsynth.scans.outputs import (
-    find_unfinished,
-    folder_lock,
-    mark_unfinished,
-    output_paths,
-    remove_partial_files,
-)
-from tumorsynth.scans.pairing import Pair, is_collection
-from tumorsynth.scans.run_settings import explain_mismatch, run_settings
+from tumorsynth.scans.pairing import is_collection
 from tumorsynth.scans.segmentation import SEGMENTATIONS, find_segmenter
-
-if TYPE_CHECKING:
-    from tumorsynth.scans.organ_masks import OrganMasks
-    from tumorsynth.synthesizer import SynthesizeTumor
 
 
 def synthesize(
@@ -86,6 +59,7 @@ def synthesize(
     label_map: LabelMapOption = None,
     tumor_label: TumorLabel = None,
     pattern: Pattern = None,
+    channel: Channel = None,
     segment: Segment = False,
     segment_fast: SegmentFast = False,
     add_to_label: Annotated[
@@ -218,15 +192,18 @@ def synthesize(
         raise ValueError(f"--engine must be processes or ray, got {engine!r}; give one of them")
     if engine == "ray":
         import tumorsynth.scans.ray  # noqa: F401 (fail fast on a missing package)
-    reading = Reading(geometry, same_grid)
     if segment or segment_fast:
+        for option, value in (("--pattern", pattern), ("--channel", channel)):
+            if value is not None:
+                raise ValueError(
+                    f"{option} is for CTs with labels, and --segment makes the labels, got both; "
+                    "leave one of them out"
+                )
         found = find_unlabelled(ct, label, out / SEGMENTATIONS)
         segmenter = find_segmenter(device.split(",")[0], fast=segment_fast)
     else:
-        found, segmenter = find_scans(ct, label, pattern, without=out), None
+        found, segmenter = find_scans(ct, label, pattern, without=out, channel=channel), None
     factors = parse_factors(follow_up)
-    series = expand(found.pairs, factors)
-    pairs, points = [pair for pair, _ in series], max(1, len(factors))
     if not 0 <= seed <= 2**63 - len(found.pairs):
         raise ValueError(
             f"--seed must be 0 to 2**63 - {len(found.pairs)}, as each scan takes the next one, got "
@@ -242,7 +219,6 @@ def synthesize(
         check_device(name)
     if workers is not None and workers < 1 or threads < 1:
         raise ValueError(f"--workers and --threads must be 1 or more, got {workers}, {threads}")
-    several = is_collection(ct) or len(found.pairs) > 1
     bulges, effect = parse_bulge(bulge), parse_mass_effect(mass_effect)
     organs = choose_organs(
         found,
@@ -254,8 +230,21 @@ def synthesize(
         grows=bulges is not False,
         moves=effect != 0,
     )
-    if not several:
-        find_unfinished(pairs, out, overwrite=overwrite)
+    run = Run(
+        found,
+        organs,
+        out,
+        factors=factors,
+        seed=seed,
+        reading=Reading(geometry, same_grid),
+        if_taken="add" if add_to_label else "refuse" if tumor_label is None else "judge",
+        segmenter=segmenter,
+        several=is_collection(ct) or len(found.pairs) > 1,
+        overwrite=overwrite,
+        html=html,
+        contact_sheet=contact_sheet,
+    )
+    run.check_out()
     synth = build_synthesizer(
         generator=generator,
         organ_labels=organs.organ_labels,
@@ -274,120 +263,16 @@ def synthesize(
         device=devices[0],
         threads=threads,
     )
-    if several:
-        unfinished = _prepare_folder(
-            context, synth, series, points, out, seed, overwrite, geometry, organs.masks
-        )
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        remove_partial_files(pairs, out)
-        unfinished = list(range(len(pairs)))
-    names = [pair.name for pair in pairs]
-    if html:
-        unfinished = sorted({*unfinished, *without_view(out, names)})
-    if len(unfinished) < len(pairs):
-        print(f"{len(pairs) - len(unfinished)} of {len(pairs)} scans are finished already")
-    if_taken = "add" if add_to_label else "refuse" if tumor_label is None else "judge"
-    tasks = [
-        Task(
-            pairs[k],
-            seed + k // points,
-            reading,
-            if_taken,
-            not several,
-            organs.masks,
-            segmenter,
-            html,
-            series[k][1],
-        )
-        for k in unfinished
-    ]
-    debug = context.find_root().params["debug"]
-    processes = workers or len(devices)
-    with progress_bar(len(tasks)) as progress:
-        outcomes: Iterator[Outcome]
-        if len(tasks) < 2 or debug or (engine == "processes" and processes == 1):
-            catch = len(pairs) > 1 and not debug
-            outcomes = _run_here(synth, tasks, out, progress, catch=catch)
-        elif engine == "ray":
-            from tumorsynth.scans.ray import run_on_ray
-
-            outcomes = run_on_ray(
-                synth, tasks, out, workers=workers, devices=devices, threads=threads
-            )
-        else:
-            outcomes = run_in_processes(
-                synth, tasks, out, workers=processes, devices=devices, threads=threads
-            )
-        try:
-            report_outcomes(outcomes, tasks, len(pairs), out, progress)
-        finally:
-            if found.dataset is not None:
-                for folder, scans in results_by_folder(found.pairs, series):
-                    reports = {name: output_paths(out, name)["report"] for _, name in scans}
-                    finished = [scan for scan, name in scans if reports[name].exists()]
-                    if finished or not folder:
-                        tumor = organs.tumor_label
-                        write_for_results(found.dataset, out / folder, finished, tumor)
-            write_pictures(out, names, html=html, contact_sheet=contact_sheet)
-
-
-def _prepare_folder(
-    context: typer.Context,
-    synth: SynthesizeTumor,
-    series: Sequence[tuple[Pair, FollowUp | None]],
-    points: int,
-    out: Path,
-    seed: int,
-    overwrite: bool,
-    geometry: str | None,
-    masks: OrganMasks | None,
-) -> list[int]:
-    """Lock and tidy the folder of the results; returns the indices of the unfinished scans.
-
-    points: in time, of each scan.
-    """
-    pairs = [pair for pair, _ in series]
-
-    def mismatch(k: int, report: Path) -> str | None:
-        pair, follow_up = series[k]
-        settings = run_settings(
-            synth,
-            ct=pair.ct.name,
-            label=pair.label.name,
-            seed=seed + k // points,
-            geometry=geometry,
-            masks=masks,
-            follow_up=follow_up,
-        )
-        return explain_mismatch(report, settings)
-
-    existed = out.is_dir()
-    if existed:
-        context.with_resource(folder_lock(out))
-    unfinished = find_unfinished(pairs, out, overwrite=overwrite, mismatch=mismatch)
-    if not existed:
-        out.mkdir(parents=True, exist_ok=True)
-        context.with_resource(folder_lock(out))
-    remove_partial_files(pairs, out)
-    if overwrite:
-        mark_unfinished(pairs, out)
-    return unfinished
-
-
-def _run_here(
-    synth: SynthesizeTumor,
-    tasks: Sequence[Task],
-    out: Path,
-    progress: Steps,
-    *,
-    catch: bool,
-) -> Iterator[Outcome]:
-    """Process scans in this process. catch: turn errors into outcomes."""
-    for task in tasks:
-        progress.begin(task.pair.name)
-        if catch:
-            yield try_scan(synth, task, out, progress.step)
-        else:
-            records = process_scan(synth, task, out, progress.step)
-            yield Outcome(task.pair.name, records)
+    tasks = run.prepare(context, synth)
+    for note in (found.about_alone, found.about_channels):
+        if note:
+            say(f"note: {note}")
+    run.process(
+        synth,
+        tasks,
+        engine=engine,
+        workers=workers,
+        devices=devices,
+        threads=threads,
+        debug=context.find_root().params["debug"],
+    )

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from tumorsynth.commands.organs import LabelMapOption, Organ, OrganLabel, values_of
+from tumorsynth.commands.scan_options import Channel
 from tumorsynth.commands.shared import Geometry, Overwrite, SameGrid, parse_intensity, say
 from tumorsynth.scans.annotated import read_annotated
 from tumorsynth.scans.nifti import Reading
@@ -111,6 +112,7 @@ def autoencoder(
     data: Data,
     out: Out,
     labels: Labels = None,
+    channel: Channel = None,
     geometry: Geometry = None,
     same_grid: SameGrid = False,
     preset: Preset = "light",
@@ -133,7 +135,7 @@ def autoencoder(
 
     card = {"licence": licence} if licence else {}
     cases = partial(
-        load_data, data, labels, Reading(geometry, same_grid)
+        load_data, data, labels, Reading(geometry, same_grid), channel=channel
     )  # read after everything else is checked
     train(cases, out, config, hardware, resume=resume, init=init, card=card)
     _wrote(f"{out}; use it with tumorsynth train denoiser ... --autoencoder {out}")
@@ -150,6 +152,7 @@ def denoiser(
         typer.Option(help="Folder of an autoencoder or a generator, or a bundled generator's name"),
     ],
     labels: Labels = None,
+    channel: Channel = None,
     geometry: Geometry = None,
     same_grid: SameGrid = False,
     preset: Preset = "light",
@@ -173,7 +176,7 @@ def denoiser(
 
     card = {k: v for k, v in {"name": name, "licence": licence}.items() if v}
     cases = partial(
-        load_data, data, labels, Reading(geometry, same_grid)
+        load_data, data, labels, Reading(geometry, same_grid), channel=channel
     )  # read after everything else is checked
     train(cases, autoencoder, out, config, which, hardware, resume=resume, init=init, card=card)
     _wrote(f"{out}; use it with --generator {out}")
@@ -184,6 +187,7 @@ def pack(
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help=".npz file to write.")],
     labels: Labels = None,
+    channel: Channel = None,
     organ: MaskOrgan = None,
     geometry: Geometry = None,
     same_grid: SameGrid = False,
@@ -194,7 +198,7 @@ def pack(
     from tumorsynth.training.data import save_pack
     from tumorsynth.training.reading import load_data
 
-    cases = load_data(data, labels, Reading(geometry, same_grid), organ or ())
+    cases = load_data(data, labels, Reading(geometry, same_grid), organ or (), channel)
     save_pack(cases, out)
     for case in cases:
         size = " x ".join(str(n) for n in case.hu.shape)
@@ -216,6 +220,7 @@ def bank(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help=".safetensors file to write.")],
     labels: Labels = None,
+    channel: Channel = None,
     tumor_label: Annotated[int, typer.Option(help="Label value of tumours.")] = 2,
     organ_label: OrganLabel = None,
     organ: Organ = None,
@@ -245,7 +250,7 @@ def bank(
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists; choose another file or add --overwrite")
     organs = values_of(organ_label, organ, label_map)
-    sources = [one for one in find_sources(data, labels) if not one.held_out]
+    sources = [one for one in find_sources(data, labels, channel=channel) if not one.held_out]
     annotated = [(one.name, one.image, one.label) for one in sources if one.label is not None]
     if len(annotated) < len(sources):
         say(f"note: {len(sources) - len(annotated)} of {len(sources)} scans have no label map")

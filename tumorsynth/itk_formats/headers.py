@@ -41,6 +41,21 @@ def check_header(path: Path, format_: str) -> None:
         _check_meta(path, head)
 
 
+def voxels_are_elsewhere(path: Path, format_: str) -> bool:
+    """Return whether a file is a header, whose voxels are in files of their own.
+
+    Args:
+        path: the file.
+        format_: "NRRD" or "MetaImage".
+    """
+    with path.open("rb") as file:
+        head = file.read(MAX_HEADER_BYTES)
+    if format_ == "NRRD":
+        fields = re.split(rb"\r?\n\r?\n", head, maxsplit=1)[0]
+        return re.search(rb"^data ?file:", fields, re.M | re.I) is not None
+    return re.search(rb"^\s*ElementDataFile\s*=\s*LOCAL\b", head, re.M | re.I) is None
+
+
 def _fields(lines: list[str], separator: str) -> dict[str, str]:
     pairs = (line.partition(separator) for line in lines if separator in line)
     return {key.strip().lower(): value.strip() for key, _, value in pairs}

@@ -1,30 +1,16 @@
-"""From the name of an organ to its values in a label map."""
+"""From the name of an organ to its values in a label map, by the words of `spelling`."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tumorsynth.arguments import suggestion
+from tumorsynth.label_maps.spelling import TUMOR_NAME, matching_names, suggest
 
 LabelMapLike = str | os.PathLike[str] | Mapping[Any, Any] | None
-SIDES = {"left", "right"}
-PARTS = SIDES | {"upper", "middle", "lower", "lobe"}  # words that a group of structures leaves out
-TUMOR_NAME = re.compile(r"tumou?r|lesion|cancer|carcinoma|metasta|nodule|neoplas", re.I)
-MAX_LISTED = 30  # names of a map, or values of a label, in a message
-SYNONYMS = [  # (pattern, word) for the words of a name, in lower case with single spaces
-    (r"\bgallbladder\b", "gall bladder"),
-    (r"\burinary bladder\b", "bladder"),
-    (r"\b(postcava|ivc)\b", "inferior vena cava"),
-    (r"\boesophagus\b", "esophagus"),
-    (r"\barota\b", "aorta"),  # the spelling of AMOS
-    (r"\btumours?\b", "tumor"),
-    (r"\badrenals?\b(?! gland)", "adrenal gland"),
-    (r"\blarge bowel\b", "colon"),
-]
+MAX_LISTED = 30  # values of a label, in a message
 
 
 @dataclass(frozen=True)
@@ -44,32 +30,40 @@ class LabelMap:
     def find(self, name: str) -> tuple[int, ...]:
         """Return the values of a structure, or of a group: "kidney" is left and right.
 
-        Upper and lower case, underscores, the order of the words and usual synonyms do not matter.
+        Spelling does not matter, see `spelling`.
 
         Args:
             name: of the structure.
 
         Raises:
-            ValueError: for a name that the map does not have, with the near ones.
+            ValueError: for a name that the map does not have, or that may mean several structures;
+                with the near ones.
         """
         values = {v for one in self.names_of(name) for v in self.values[one]}
         return tuple(sorted(values))
 
     def names_of(self, name: str) -> list[str]:
         """Return the map's own names of a structure or a group."""
-        alike = [one for one in self.values if one.lower() == name.lower()]
-        if len({self.values[one] for one in alike}) > 1:
-            raise ValueError(
-                f"names of label_map {self.source!r} must differ by more than case, got "
-                f"{', '.join(f'{one!r} with {self.values[one]}' for one in alike)}; rename one"
-            )
         found = matching_names(name, self.values)
-        if not found:
+        if not found.names:
             raise ValueError(
                 f"organ_labels must be names of label_map {self.source!r}, got {name!r}; "
                 f"{suggest(name, self.values)}"
             )
-        return found
+        if found.is_one and len({self.values[one] for one in found.names}) > 1:
+            listed = ", ".join(f"{one!r} with {self.values[one]}" for one in found.names)
+            raise ValueError(
+                f"names of label_map {self.source!r} must differ by more than spelling, got "
+                f"{listed} for {name!r}; rename one"
+            )
+        if found.other_side:
+            listed = ", ".join(map(repr, [*found.names, *found.other_side]))
+            raise ValueError(
+                f"organ_labels must name all structures that they mean, got {name!r}, which is "
+                f"{' and '.join(map(repr, found.names))} in label_map {self.source!r} and perhaps "
+                f"others; pass those that you mean of {listed}"
+            )
+        return list(found.names)
 
     def describe(self, values: Iterable[int]) -> str:
         """Return values with their names: "2 (kidney_right), 3 (kidney_left)"."""
@@ -126,45 +120,6 @@ class LabelMap:
                 f"{self.free_value() - 1} and {label} holds {beyond} (of {held}); give the map "
                 "that it was made with, or your own, as in label_map={'liver': 6}"
             )
-
-
-def matching_names(name: str, known: Iterable[str]) -> list[str]:
-    """Return the names that are a structure, or that belong to a group; none if it is unknown.
-
-    Args:
-        name: what the user wrote.
-        known: the names that there are.
-    """
-    names = list(known)
-    if name in names:
-        return [name]
-    for wanted in (_words(name), _words(re.sub(r"s\b", "", name))):  # kidneys: kidney
-        words = {one: _words(one) for one in names}
-        if exact := [one for one in names if words[one] == wanted]:
-            return exact
-        parts = [one for one in names if wanted < words[one] and words[one] - wanted <= PARTS]
-        if wanted and parts:
-            return parts
-    return []
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return what to write in place of an unknown name."""
-    names = [one for one in known if one != "background"]
-    near = suggestion([name.lower()], names)
-    words = name.lower().replace("_", " ").split()
-    holding = [one for one in names if any(word in one.lower() for word in words if len(word) > 2)]
-    if not near and holding:
-        near = f"did you mean {' or '.join(holding[:5])}? "
-    listed = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
-    return f"{near}it has {listed or 'none'}"
-
-
-def _words(name: str) -> frozenset[str]:
-    text = " ".join(re.findall(r"[^\W_]+", name.lower()))
-    for pattern, word in SYNONYMS:
-        text = re.sub(pattern, word, text)
-    return frozenset(text.split())
 
 
 def has_names(organ_labels: Any) -> bool:

@@ -162,8 +162,10 @@ def _label_values(setting: str, which: Any, labels: dict[str, Any]) -> list[int]
         value = labels[which]
         return sorted(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
     if isinstance(which, str) and setting == "organ_labels":
-        names = matching_names(which, labels.keys() - {"background"})
-        return _label_values(setting, names, labels) if names else _unknown(setting, which, labels)
+        named = {k: tuple(_label_values(setting, k, labels)) for k in labels if k != "background"}
+        if not matching_names(which, named).names:
+            _unknown(setting, which, labels)
+        return list(LabelMap("dataset.json", named).find(which))
     held = {int(v) for x in labels.values() for v in (x if isinstance(x, list | tuple) else [x])}
     if isinstance(which, int) and not isinstance(which, bool) and which in held:
         return [which]

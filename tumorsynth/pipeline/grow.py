@@ -91,7 +91,8 @@ def _grow(tumor: TumorParams, factor: float, mass_effect: MassEffect) -> TumorPa
 def no_room_to_grow(growth: Growth) -> str:
     """Return the warning of a tumour that could not grow as far as asked for."""
     return (
-        f"a tumour must stay in its organ, which has no room for {growth.factor:.3g} times its "
-        f"diameter of {growth.first_diameter_mm:.1f} mm: it grew {growth.reached_factor:.3g} times "
-        "(the report's growth says which); pass a smaller factor, or start with a smaller tumour"
+        f"a tumour must stay in its organ, which has no room for {growth.requested_factor:.3g} "
+        f"times its diameter of {growth.first_diameter_mm:.1f} mm: its label reached "
+        f"{growth.reached_factor:.3g} times (the report's growth says which); pass a smaller "
+        "factor, or start with a smaller tumour"
     )

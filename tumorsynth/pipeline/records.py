@@ -240,15 +240,18 @@ class Growth:
     """How a tumour's size compares with that of the first phase.
 
     Args:
-        first_diameter_mm: diameter in the first phase, as in its params.
-        factor: diameter that was asked for over that of the first phase.
-        reached_factor: the same as it came out.
+        first_diameter_mm: equivalent diameter of the labelled voxels in the first phase.
+        requested_first_diameter_mm: sampled diameter in the first phase.
+        reached_factor: diameter of the labelled voxels over that in the first phase. A label of
+            few or of coarse voxels cannot follow the requested factor closely.
+        requested_factor: diameter that was asked for over that of the first phase.
         has_room: whether there was room for what was asked for.
     """
 
     first_diameter_mm: float
-    factor: float
+    requested_first_diameter_mm: float
     reached_factor: float
+    requested_factor: float
     has_room: bool
 
     @classmethod
@@ -256,11 +259,13 @@ class Growth:
         """Return the growth of a tumour; None of one in its first phase."""
         if tumor.first is None:
             return None
+        requested_factor = tumor.params.growth_factor
         return cls(
-            tumor.first.params.diameter_mm,
-            tumor.params.growth_factor,
-            tumor.reached_factor,
-            tumor.has_room,
+            first_diameter_mm=tumor.first.diameter_mm,
+            requested_first_diameter_mm=tumor.params.drawn_mm / requested_factor,
+            reached_factor=tumor.reached_factor,
+            requested_factor=requested_factor,
+            has_room=tumor.has_room,
         )
 
 

@@ -240,10 +240,8 @@ class LocalMask:
 
     @property
     def reached_factor(self) -> float:
-        """Diameter over that of the first phase, as the room allowed."""
-        if self.first is None:
-            return 1.0
-        return (self.fine_voxels / self.first.fine_voxels) ** (1 / 3)
+        """Diameter of the labelled voxels over that in the first phase."""
+        return 1.0 if self.first is None else self.diameter_mm / self.first.diameter_mm
 
     @property
     def has_room(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,6 +11,7 @@ from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.label_maps import LabelMap
 from tumorsynth.label_maps.reading import read_dataset_labels
 from tumorsynth.scans.pairing import Pair, Places, name_of
+from tumorsynth.scans.places import written_name
 from tumorsynth.scans.volume_files import written_suffix
 
 NAME = "dataset.json"
@@ -58,45 +58,26 @@ def _pair(dataset: Path, entry: Any) -> Pair:
             f"every case in {dataset} must have the path of its image and of its label, got "
             f"{str(entry)[:80]}; {LIST_EXAMPLE}"
         )
-    name = name_of(Path(image)) or Path(image).name
-    places = Places(_beneath(image, "images"), _beneath(label, "labels"))
+    name = name_of(dataset.parent / image) or Path(image).name
+    places = Places(_beneath(dataset, image, "images"), _beneath(dataset, label, "labels"))
     return Pair(name, dataset.parent / image, dataset.parent / label, places)
 
 
-def _beneath(path: str, otherwise: str) -> str:
+def _beneath(dataset: Path, path: str, otherwise: str) -> str:
     """A path of a dataset.json, kept beneath the folder of the results."""
     file = PurePosixPath(path)
     inside = not file.is_absolute() and ".." not in file.parts
     place = file if inside else PurePosixPath(otherwise) / file.name
-    kept = place.name.endswith((".nii", written_suffix(place.name)))
-    return str(place if kept else place.with_suffix(".nii.gz"))
+    return str(place.with_name(written_name(dataset.parent / path)))
 
 
-def ct_channel(path: Path | None, numbers: Iterable[int]) -> int:
-    """The number of the channel that is CT.
-
-    Args:
-        path: the dataset.json; None without one.
-        numbers: those of the files.
-
-    Raises:
-        ValueError: if there are several and not exactly one is named CT.
-    """
-    found = sorted(numbers)
-    if len(found) == 1:
-        return found[0]
-    content = {} if path is None else read(path)
+def channel_names(path: Path) -> dict[int, str]:
+    """The names of the channels by their numbers; none if the file has none."""
+    content = read(path)
     named: dict[str, Any] = next(
         (content[key] for key in CHANNEL_KEYS if isinstance(content.get(key), dict)), {}
     )
-    cts = [int(k) for k, v in named.items() if re.search(r"\bct\b", str(v), re.I) and k.isdigit()]
-    if len(cts) != 1 or cts[0] not in found:
-        what = f"{path.name} names {named}" if path is not None else "there is no dataset.json"
-        raise ValueError(
-            f"one of the channels {', '.join(f'_{n:04d}' for n in found)} must be the CT, but "
-            f'{what}; add "channel_names": {{"{found[0]}": "CT", ...}} to dataset.json'
-        )
-    return cts[0]
+    return {int(k): str(v) for k, v in named.items() if k.isdigit()}
 
 
 def label_map(path: Path) -> LabelMap | None:

@@ -39,7 +39,7 @@ class FollowUp:
         return {
             "scan": self.scan,
             "number": self.number,
-            "diameter_factor": self.factor,
+            "requested_factor": self.factor,
             "first": f"{_name(self.scan, 0)}_report.json",
             "previous": previous,
         }

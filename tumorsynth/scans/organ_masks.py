@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tumorsynth.atomic_writes import copy_file
 from tumorsynth.label_maps import matching_names, suggest
 from tumorsynth.scans.nifti import Reading
 from tumorsynth.scans.pairing import find_files
+from tumorsynth.scans.places import written_name
 from tumorsynth.scans.volume import Volume
 from tumorsynth.scans.volume_files import (
     check_same_grid,
+    copy_volume,
     read_pair,
     read_volume,
     write_volume,
@@ -100,8 +101,8 @@ class OrganMasks:
         count = int((label.stored == self.tumor_label).sum())
         if count and not add:
             raise ValueError(
-                f"{label.name} must have no tumours yet, but {self.tumor}.nii.gz in it holds "
-                f"{count} voxels; to add others to them, give --add-to-label"
+                f"{label.name} must have no tumours yet, but {self.tumor} in it holds {count} "
+                f" voxels; to add others to them, give --add-to-label"
             )
 
     def _values(self, files: Iterable[str]) -> dict[str, int]:
@@ -133,13 +134,13 @@ class OrganMasks:
             if name == self.tumor:
                 continue
             if not moved:
-                copy_file(path, folder / path.name)
+                copy_volume(path, folder / written_name(path))
                 continue
             mask = read_volume(path).as_label()
             inside = new == values[name]
             if name in self.organs:
                 inside |= tumor & (mask.stored > 0)
-            write_volume(folder / path.name, mask, inside.astype(mask.stored.dtype))
+            write_volume(folder / written_name(path), mask, inside.astype(mask.stored.dtype))
         suffix = written_suffix(next(iter(files.values())).name)
         write_volume(folder / f"{self.tumor}{suffix}", label, tumor.astype(np.uint8))
 
@@ -170,12 +171,18 @@ def choose_masks(
     found: list[str] = []
     for organ in organs:
         matching = matching_names(organ, names)
-        if not matching:
+        if not matching.names:
             raise ValueError(
                 f"--organ must name files of the folder of masks, got {organ!r}; "
                 f"{suggest(organ, names)}"
             )
-        found += [name for name in matching if name not in found]
+        if matching.other_side:
+            raise ValueError(
+                f"--organ must name all files that it means, got {organ!r}, which is "
+                f"{' and '.join(matching.names)} and perhaps others; give --organ for each of "
+                f"{', '.join([*matching.names, *matching.other_side])} that you mean"
+            )
+        found += [name for name in matching.names if name not in found]
     tumor = f"{organs[0].strip().lower().replace(' ', '_')}_tumor" if len(organs) == 1 else "tumor"
     return OrganMasks(tuple(found), tumor, context or moves, moves)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,11 +102,29 @@ def find_pairs(ct: Path, label: Path | None) -> list[Pair]:
             if one_folder
             else f"the folder {ct} holds no .nii.gz; give the folder of the CTs"
         )
-    ending = "_label.nii.gz" if one_folder else ".nii.gz"
+    known, ending = match_names(cts, labels), "_label" if one_folder else ""
     return [
-        Pair(name, path, labels.get(name, (label or ct) / f"{name}{ending}"))
+        Pair(name, path, known.get(name) or missing(label or ct, f"{name}{ending}", path))
         for name, path in sorted(cts.items())
     ]
+
+
+def match_names(cts: Mapping[str, Path], labels: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the labels of CTs by name: of the same name, or of the one that differs by case."""
+    found = {name: labels[name] for name in cts if name in labels}
+    rest = [name for name in labels if name not in found]
+    for name in cts.keys() - found.keys():
+        others = [one for one in cts if one.casefold() == name.casefold()]
+        alike = [one for one in rest if one.casefold() == name.casefold()]
+        if len(others) == len(alike) == 1:
+            found[name] = labels[alike[0]]
+    return found
+
+
+def missing(folder: Path, name: str, ct: Path) -> Path:
+    """Return where the label of a CT should be that has none, in the format of the CT."""
+    stem = name_of(ct) or ct.name
+    return folder / f"{name}{ct.name[len(stem) :] or '.nii.gz'}"
 
 
 def is_collection(ct: Path) -> bool:
@@ -158,6 +177,34 @@ def find_files(folder: Path, ending: str, *, ending_required: bool = False) -> d
                 f"are both {name!r}; rename or move one"
             )
     return found
+
+
+def find_named(folder: Path, name: str) -> Path | None:
+    """Return a folder's volume of this name: of any format, in upper or lower case.
+
+    Where there are several, that of the same case and the preferred format is returned.
+    """
+    named = [path for path in folder.iterdir() if path.name[: len(name)].lower() == name]
+    found = [
+        path
+        for path in named
+        if (name_of(path) or path.name).lower() == name
+        and (path.is_file() or not path.exists() or _format(path) == DICOM_FOLDER)
+    ]
+    return min(
+        found,
+        key=lambda path: (not path.name.startswith(name), _format(path), -len(path.name), path),
+        default=None,
+    )
+
+
+def find_subfolder(folder: Path, name: str) -> Path | None:
+    """Return a subfolder by its name, in upper or lower case."""
+    exact = folder / name
+    if exact.is_dir():
+        return exact
+    found = (path for path in sorted(folder.iterdir()) if path.name.lower() == name.lower())
+    return next((path for path in found if path.is_dir()), None)
 
 
 def name_of(path: Path, ending: str = "") -> str | None:

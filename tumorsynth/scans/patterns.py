@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tumorsynth.scans.pairing import Pair, Places
+from tumorsynth.scans.places import place_beneath
 
 NAME = "{name}"
 EXAMPLE = "for example --pattern 'img/{name}.nii.gz' 'seg/{name}_mask.nii.gz'"
 
 
-def find_by_pattern(ct: Path, label: Path | None, pattern: Sequence[str]) -> list[Pair]:
-    """Find the CTs of a pattern, and the label of each.
+def find_by_pattern(
+    ct: Path, label: Path | None, pattern: Sequence[str]
+) -> tuple[list[Pair], list[Path]]:
+    """Find the CTs of a pattern with the label of each, and labels without a CT.
 
     Args:
         ct: the folder that the first pattern starts from.
@@ -50,11 +53,11 @@ def find_by_pattern(ct: Path, label: Path | None, pattern: Sequence[str]) -> lis
     pairs = []
     for name, path in matches.items():
         found = labels.get(name, root / pattern[1].replace(NAME, name))
-        places = Places(path.relative_to(ct).as_posix(), found.relative_to(root).as_posix())
+        places = Places(place_beneath(ct, path), place_beneath(root, found))
         if places.ct == places.label:  # equal names in two folders
             places = Places(f"images/{places.ct}", f"labels/{places.label}")
         pairs.append(Pair(name.replace("/", "_"), path, found, places))
-    return pairs
+    return pairs, [path for name, path in labels.items() if name not in matches]
 
 
 def _matching(folder: Path, pattern: str) -> dict[str, Path]:

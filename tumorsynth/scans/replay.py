@@ -85,7 +85,7 @@ def follow_up_of(report: dict[str, Any]) -> FollowUp | None:
     if entry is None:
         return None
     try:
-        point = FollowUp(entry["scan"], entry["number"], entry["diameter_factor"])
+        point = FollowUp(entry["scan"], entry["number"], entry["requested_factor"])
         valid = point.to_dict() == entry
     except (KeyError, TypeError):
         valid = False

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tumorsynth.atomic_writes import copy_file, write_atomic
+from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.scans.outputs import output_paths, output_paths_of, unfinished_marker
 from tumorsynth.scans.run_settings import run_settings, to_json_types, voxels_sha256
 from tumorsynth.scans.volume import Volume
-from tumorsynth.scans.volume_files import write_volume
+from tumorsynth.scans.volume_files import copy_volume, write_volume
 
 if TYPE_CHECKING:
     from tumorsynth.scans.follow_up import FollowUp
@@ -139,7 +139,7 @@ def synthesize_scan(
     else:
         write_volume(paths["label"], whole_label, new_label)
     for source, place in () if places is None else places.copies:
-        copy_file(source, out / place)
+        copy_volume(source, out / place)
     step()
     tumor = relabelled & (new == synth.tumor_label)
     hu, new_hu = (synth.intensity.to_hu(torch.from_numpy(v)).numpy() for v in (before, after))

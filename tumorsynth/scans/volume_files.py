@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from tumorsynth.affines import MAX_SHIFT_VOXELS, largest_shift, voxel_sizes
+from tumorsynth.atomic_writes import copy_file
 from tumorsynth.default_affines import stands_for_none
+from tumorsynth.itk_formats.headers import voxels_are_elsewhere
 from tumorsynth.itk_formats.images import ItkImage, read_grid, write_image
 from tumorsynth.itk_formats.reading import read_itk
 from tumorsynth.itk_formats.recognize import DICOM, format_of
@@ -68,6 +70,19 @@ def write_volume(path: Path, like: Volume, stored: np.ndarray) -> None:
         nifti.write_volume(path, like, stored)
     else:
         nifti.write_volume(path, nifti.new_volume(like.name, stored, like.affine), stored)
+
+
+def copy_volume(source: Path, target: Path) -> None:
+    """Copy a volume: byte by byte, where one file holds it and the target has its suffix."""
+    suffix = ".nii" if target.suffix == ".nii" else written_suffix(target.name)
+    format_ = format_of(source)
+    if source.name.lower().endswith(suffix) and (
+        format_ is None or not voxels_are_elsewhere(source, format_)
+    ):
+        copy_file(source, target)
+    else:
+        volume = read_volume(source)
+        write_volume(target, volume, volume.stored)
 
 
 def read_pair(

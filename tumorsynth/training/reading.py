@@ -42,6 +42,7 @@ def load_data(
     labels: Path | None = None,
     reading: Reading = Reading(),  # noqa: B008 (frozen)
     organs: Sequence[str] = (),
+    channel: str | None = None,
 ) -> list[Case]:
     """Read training cases.
 
@@ -53,6 +54,7 @@ def load_data(
         reading: what to do where files contradict themselves or each other.
         organs: names of the organs, where the labels are folders of one file per organ: the label
             is 1, 2, ... in these, and the next value in the tumours.
+        channel: number or name of the CT, where cases have several channels (nnU-Net).
 
     Raises:
         FileNotFoundError: if ``data`` does not exist.
@@ -67,8 +69,10 @@ def load_data(
             "dataset.json and a pack name their own labels"
         )
     if data.suffix == ".npz":
+        if channel is not None:
+            raise ValueError(f"--channel is for scans, but {data} is a pack of them; leave it out")
         return load_pack(data)
-    return read_cases(find_sources(data, labels, organs), reading=reading)
+    return read_cases(find_sources(data, labels, organs, channel), reading=reading)
 
 
 def read_cases(

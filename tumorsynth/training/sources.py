@@ -31,7 +31,10 @@ class Source:
 
 
 def find_sources(
-    data: Path, labels: Path | None = None, organs: Sequence[str] = ()
+    data: Path,
+    labels: Path | None = None,
+    organs: Sequence[str] = (),
+    channel: str | None = None,
 ) -> list[Source]:
     """Find the files that a dataset.json lists, or that one or two folders hold.
 
@@ -39,17 +42,23 @@ def find_sources(
         data: as for `load_data`.
         labels: likewise.
         organs: likewise.
+        channel: likewise.
 
     Raises:
         FileNotFoundError: if ``data`` does not exist.
         ValueError: if it lists or holds no cases, or is malformed.
     """
     if data.is_dir():
-        return _with_masks(_in_folders(data, labels), organs)
+        return _with_masks(_in_folders(data, labels, channel), organs)
     if not data.is_file():
         raise FileNotFoundError(f"no such file: {data}; pass a dataset.json, a pack or a folder")
     if name_of(data):
         raise ValueError(f"{data} is one scan; pass its folder, or list it in a dataset.json")
+    if channel is not None:
+        raise ValueError(
+            f"--channel is for a folder in nnU-Net's layout, got {channel} with {data.name}; leave "
+            "it out, as this file lists each image"
+        )
     try:
         listed = json.loads(data.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -97,7 +106,7 @@ def _source(dataset: Path, entry: Any, held_out: bool) -> Source:
     return Source(_stem(image), folder / image, folder / label if label else None, held_out)
 
 
-def _in_folders(images: Path, labels: Path | None) -> list[Source]:
+def _in_folders(images: Path, labels: Path | None, channel: str | None) -> list[Source]:
     if not is_collection(images):
         what = describe_folder(images)
         raise ValueError(f"the CTs must be several scans, but {images} is a folder{what}")
@@ -110,11 +119,13 @@ def _in_folders(images: Path, labels: Path | None) -> list[Source]:
             )
         labels = None
     try:
-        found = find_scans(images, labels)
+        found = find_scans(images, labels, channel=channel)
     except NothingPaired:
-        if labels is not None:
+        if labels is not None or channel is not None:
             raise
     else:
+        if found.about_alone:
+            warnings.warn(found.about_alone, stacklevel=3)
         if labels is None and found.dataset and dataset_json.lists_cases(found.dataset):
             return find_sources(found.dataset)
         return [Source(c.name, c.ct, c.label) for c in found.pairs]

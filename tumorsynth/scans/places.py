@@ -1,0 +1,52 @@
+"""Where the results of a scan go, in the layout and the format that the scan came in."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from tumorsynth.scans.pairing import Pair, Places, name_of
+from tumorsynth.scans.volume_files import written_suffix
+
+
+def written_name(path: Path) -> str:
+    """The name under which a volume is written: in its own format where that can be.
+
+    A folder of one file per organ keeps its name.
+    """
+    is_folder = path.is_dir() and name_of(path) is None
+    if is_folder or path.name.endswith((".nii", ".nii.gz")):
+        return path.name
+    return f"{name_of(path) or path.stem}{written_suffix(path.name)}"
+
+
+def places_in(
+    pair: Pair, folders: tuple[str, str], roots: tuple[Path, Path] | None = None
+) -> Places:
+    """Places in two folders.
+
+    Args:
+        pair: the files.
+        folders: what the folders of CTs and labels are called beneath that of the results.
+        roots: the folders that the files come from; their subfolders are kept.
+    """
+    ct, label = PurePosixPath(folders[0]), PurePosixPath(folders[1])
+    if roots is not None:
+        ct /= pair.ct.parent.relative_to(roots[0]).as_posix()
+        label /= pair.label.parent.relative_to(roots[1]).as_posix()
+    return Places(str(ct / written_name(pair.ct)), str(label / written_name(pair.label)))
+
+
+def folder_names(cts: Path, labels: Path) -> tuple[str, str]:
+    """What the folders of CTs and labels are called beneath that of the results."""
+    names = cts.resolve().name, labels.resolve().name
+    return names if names[0] != names[1] else ("images", "labels")
+
+
+def places_beneath(root: Path, ct: Path, label: Path) -> Places:
+    """Places of files as beneath a root."""
+    return Places(place_beneath(root, ct), place_beneath(root, label))
+
+
+def place_beneath(root: Path, path: Path) -> str:
+    """Return the path beneath a root, under the name that the volume is written to."""
+    return path.relative_to(root).with_name(written_name(path)).as_posix()
