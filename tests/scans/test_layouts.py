@@ -162,16 +162,24 @@ def test_the_first_nnunet_lists_images_without_their_channel(tmp_path):
 def test_the_ct_is_the_channel_that_dataset_json_names(tmp_path):
     root = touch(tmp_path / "D1", "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz",
                  "labelsTr/a.nii.gz")  # fmt: skip
-    with pytest.raises(ValueError, match="of 0, 1, since there is no dataset.json.*--channel 0"):
+    with pytest.raises(
+        ValueError, match="channels 0, 1 must be the CT, but there is no dataset.json.*--channel 0"
+    ):
         find_scans(root)
     write_dataset(root, channel_names={"0": "PET", "1": "CT"}, labels={"liver": 1})
     (pair,) = find_scans(root).pairs
     assert pair.ct.name == "a_0001.nii.gz"
     assert pair.places.copies == ((root / "imagesTr/a_0000.nii.gz", "imagesTr/a_0000.nii.gz"),)
     for channels, says in (
-        ({"0": "PET", "1": "MR"}, r"of 0 \(PET\), 1 \(MR\), since 0 of them are called CT"),
-        ({"0": "CT", "1": "ct late"}, r"0 \(CT\), 1 \(ct late\), since 2 of them"),
-        ({"0": "PET", "7": "CT"}, r"of 0 \(PET\), 1, since 0 of them"),
+        (
+            {"0": "PET", "1": "MR"},
+            r"0 \(PET\), 1 \(MR\) must be the CT, but dataset.json calls none",
+        ),
+        (
+            {"0": "CT", "1": "ct late"},
+            r"0 \(CT\), 1 \(ct late\) must be the CT, but dataset.json calls 2 of them CT",
+        ),
+        ({"0": "PET", "7": "CT"}, r"0 \(PET\), 1 must be the CT, but dataset.json calls none"),
     ):
         write_dataset(root, channel_names=channels, labels={"liver": 1})
         with pytest.raises(ValueError, match=says):

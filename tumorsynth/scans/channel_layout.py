@@ -71,17 +71,20 @@ def choose_channel(numbers: Iterable[int], names: dict[int, str], wanted: str | 
         if word.isdigit() and int(word) in found and not named:
             return int(word)
         if len(named) != 1:
-            what = "is the name of several" if named else "is none"
+            what = ", the name of several; give a number" if named else "; give one of them"
             raise ValueError(
-                f"--channel must be the number or the name of one of the channels {listed}, but "
-                f"{wanted!r} {what}; give its number"
+                f"--channel must be the number or the name of one of the channels {listed}, got "
+                f"{wanted!r}{what}"
             )
         return named[0]
     cts = [n for n in found if re.search(r"\bct\b", names.get(n, ""), re.I)]
     if len(found) == 1 or len(cts) == 1:
         return (cts or found)[0]
-    why = f"{len(cts)} of them are called CT" if names else "there is no dataset.json to name them"
+    if names:
+        why = f"dataset.json calls {len(cts) or 'none'} of them CT"
+    else:
+        why = "there is no dataset.json to name them"
     raise ValueError(
-        f"the tumours go into one channel, but it cannot be told into which of {listed}, since "
-        f"{why}; give the CT's number or name, for example --channel {(cts or found)[0]}"
+        f"one of the channels {listed} must be the CT, but {why}; give its number or name, for "
+        f"example --channel {(cts or found)[0]}"
     )

@@ -75,8 +75,9 @@ class Found:
             return None
         listed = ", ".join(map(str, self.alone[:MAX_LISTED]))
         more = ", ..." if len(self.alone) > MAX_LISTED else ""
-        label = "1 label has" if len(self.alone) == 1 else f"{len(self.alone)} labels have"
-        return f"{label} no CT and count for nothing: {listed}{more}"
+        if len(self.alone) == 1:
+            return f"1 label has no CT and is left out: {listed}"
+        return f"{len(self.alone)} labels have no CT and are left out: {listed}{more}"
 
     @property
     def about_channels(self) -> str | None:
