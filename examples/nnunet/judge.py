@@ -10,6 +10,7 @@ makes one on phantoms. The label map holds the organ as 1 and gets the tumours a
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -18,7 +19,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 import tumorsynth as ts
-from tumorsynth.nnunet import segmenter_scorer
+from tumorsynth.nnunet import segmenter_scorer, shim
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", type=Path)
@@ -29,6 +30,7 @@ parser.add_argument("--checkpoint", default="checkpoint_final.pth")
 parser.add_argument("-o", type=Path, default=Path("judged"), metavar="FOLDER")
 given = parser.parse_args()
 
+os.environ.setdefault("nnUNet_extTrainer", str(shim.folder()))  # where nnU-Net 2.8 finds trainers
 predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
 predictor.initialize_from_trained_model_folder(str(given.model), (0,), given.checkpoint)
 scorer = segmenter_scorer(predictor)

@@ -82,6 +82,38 @@ def values_of(
     return list(organ_values(tuple(organ), _map_for(organ, label_map)))
 
 
+def organs_of_annotated(
+    found: Found,
+    *,
+    organ_label: Sequence[int] | None,
+    organ: Sequence[str] | None,
+    label_map: str | None,
+    tumor_label: int | None,
+) -> Organs:
+    """Turn the options into the values that organ and tumours have in annotated scans.
+
+    Args:
+        found: the scans.
+        organ_label: values of --organ-label.
+        organ: names of --organ.
+        label_map: of --label-map.
+        tumor_label: of --tumor-label; None for that of the label map's tumours, or 2.
+
+    Raises:
+        ValueError: for options that exclude each other or do not suit the files.
+    """
+    _check_given(organ_label, organ, label_map)
+    if found.has_masks:
+        return _of_masks(found, organ_label, organ, label_map, tumor_label, False, False)
+    named = _map_for(organ, label_map, found) if organ else None
+    known = named or _map_of_dataset(found)
+    own = None if known is None else known.tumor_value()
+    labels = organ_values(tuple(organ), named) if organ else organ_label or DEFAULT_ORGAN_LABEL
+    if tumor_label is None:
+        tumor_label = DEFAULT_TUMOR_LABEL if own is None else own
+    return Organs(tuple(labels), tumor_label)
+
+
 def choose_organs(
     found: Found,
     *,

@@ -12,7 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
-from tumorsynth.commands.organs import LabelMapOption, Organ, OrganLabel, values_of
+from tumorsynth.commands.organs import (
+    LabelMapOption,
+    Organ,
+    OrganLabel,
+    organs_of_annotated,
+)
 from tumorsynth.commands.scan_options import Channel
 from tumorsynth.commands.shared import Geometry, Overwrite, SameGrid, parse_intensity, say
 from tumorsynth.scans.annotated import read_annotated
@@ -215,13 +220,21 @@ def bank(
         Path,
         typer.Argument(
             help='dataset.json ({"training": [{"image": ..., "label": ...}, ...]}; what it lists '
-            "under validation stays out), or a folder of CTs"
+            "under validation stays out), or a folder of CTs, also in the layout of a public data "
+            "set (docs/layouts.md); of one file per organ, ORGAN_tumor.nii.gz holds the tumours"
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help=".safetensors file to write.")],
     labels: Labels = None,
     channel: Channel = None,
-    tumor_label: Annotated[int, typer.Option(help="Label value of tumours.")] = 2,
+    tumor_label: Annotated[
+        int | None,
+        typer.Option(
+            help="Label value of tumours. [default: that of the label map's or dataset.json's "
+            "tumours, or 2]",
+            show_default=False,
+        ),
+    ] = None,
     organ_label: OrganLabel = None,
     organ: Organ = None,
     label_map: LabelMapOption = None,
@@ -244,24 +257,42 @@ def bank(
     """
     from tumorsynth.generators.bank import check_bank_path
     from tumorsynth.generators.copy_paste import TERMS, CopyPaste
-    from tumorsynth.training.sources import find_sources
+    from tumorsynth.scans.layouts import Found
+    from tumorsynth.scans.pairing import Pair
+    from tumorsynth.training.sources import dataset_beside, find_sources
 
     check_bank_path(out)
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists; choose another file or add --overwrite")
-    organs = values_of(organ_label, organ, label_map)
     sources = [one for one in find_sources(data, labels, channel=channel) if not one.held_out]
     annotated = [(one.name, one.image, one.label) for one in sources if one.label is not None]
+    organs = organs_of_annotated(
+        Found([Pair(*files) for files in annotated], dataset_beside(data)),
+        organ_label=organ_label,
+        organ=organ,
+        label_map=label_map,
+        tumor_label=tumor_label,
+    )
+    if organs.masks is not None:
+        annotated = [files for files in annotated if organs.masks.has_tumors(files[2])]
     if len(annotated) < len(sources):
-        say(f"note: {len(sources) - len(annotated)} of {len(sources)} scans have no label map")
+        lacking = len(sources) - len(annotated)
+        what = "label map" if organs.masks is None else f"file {organs.masks.tumor}"
+        say(f"note: {lacking} of {len(sources)} scans have no {what}")
     if not annotated:
-        raise ValueError(
-            f"{data} must have annotated scans, but none has a label map; give their folder as "
-            "--labels"
-        )
-    scans = read_annotated(annotated, Reading(geometry, same_grid), parse_intensity(intensity))
+        fix = "give their folder as --labels"
+        if organs.masks is not None:
+            fix = f"name the masks of the tumours {organs.masks.tumor}.nii.gz"
+        raise ValueError(f"{data} must have annotated scans, but none has a {what}; {fix}")
+    scans = read_annotated(
+        annotated, Reading(geometry, same_grid), parse_intensity(intensity), organs.masks
+    )
     made = CopyPaste.from_scans(
-        scans, tumor_label, organs, name=name or out.stem, terms=terms or TERMS
+        scans,
+        organs.tumor_label,
+        organs.masks.organ_labels if organs.masks else organs.organ_labels,
+        name=name or out.stem,
+        terms=terms or TERMS,
     )
     made.save(out)
     for lesion in made.lesions:

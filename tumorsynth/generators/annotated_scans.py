@@ -110,6 +110,11 @@ def make_scan(
             f"image and label of {name} must have one shape (X, Y, Z), got {values.shape} and "
             f"{label.shape}; pass one scan without further channels, and its label"
         )
+    if values.size and values.min() == values.max():
+        raise ValueError(
+            f"the image of {name} must show tissue, but every voxel is {values.flat[0]:g}; export "
+            "it again"
+        )
     image = torch.from_numpy(np.ascontiguousarray(values, np.float32))
     try:
         check_intensity(image, intensity)

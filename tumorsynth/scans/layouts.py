@@ -91,6 +91,8 @@ class Found:
     @property
     def label_map(self) -> str | None:
         """The label map of the public set whose layout this is, if the layout is one set's own."""
+        if not self.pairs:
+            return None
         stems = name_of(self.pairs[0].ct) or "", name_of(self.pairs[0].label) or ""
         if tuple(stem.lower() for stem in stems) == KITS:
             return "kits"

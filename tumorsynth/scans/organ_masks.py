@@ -96,6 +96,11 @@ class OrganMasks:
         dtype = np.uint8 if max(values.values()) <= 255 else np.int16
         return replace(label, name=folder.name, stored=voxels.astype(dtype))
 
+    def has_tumors(self, folder: Path) -> bool:
+        """Return whether a folder has files of the tumours and of one of the organs."""
+        files = find_files(folder, "") if folder.is_dir() else {}
+        return self.tumor in files and any(name in files for name in self.organs)
+
     def check_free(self, label: Volume, *, add: bool) -> None:
         """Raise ValueError if a scan has tumours already, unless others are to be added."""
         count = int((label.stored == self.tumor_label).sum())

@@ -28,7 +28,7 @@ from tumorsynth.training.data import (
     load_pack,
     raise_problems,
 )
-from tumorsynth.training.sources import Source, find_sources
+from tumorsynth.training.sources import Source, find_sources, with_masks
 
 MAX_VOLUME_MM3 = 1.5e9  # a whole body in its field of view has 0.5e9
 MIN_LONGEST_SIDE_MM = 5.0  # of any CT
@@ -72,7 +72,8 @@ def load_data(
         if channel is not None:
             raise ValueError(f"--channel is for scans, but {data} is a pack of them; leave it out")
         return load_pack(data)
-    return read_cases(find_sources(data, labels, organs, channel), reading=reading)
+    sources = with_masks(find_sources(data, labels, channel), organs)
+    return read_cases(sources, reading=reading)
 
 
 def read_cases(

@@ -33,7 +33,6 @@ class Source:
 def find_sources(
     data: Path,
     labels: Path | None = None,
-    organs: Sequence[str] = (),
     channel: str | None = None,
 ) -> list[Source]:
     """Find the files that a dataset.json lists, or that one or two folders hold.
@@ -41,7 +40,6 @@ def find_sources(
     Args:
         data: as for `load_data`.
         labels: likewise.
-        organs: likewise.
         channel: likewise.
 
     Raises:
@@ -49,7 +47,7 @@ def find_sources(
         ValueError: if it lists or holds no cases, or is malformed.
     """
     if data.is_dir():
-        return _with_masks(_in_folders(data, labels, channel), organs)
+        return _in_folders(data, labels, channel)
     if not data.is_file():
         raise FileNotFoundError(f"no such file: {data}; pass a dataset.json, a pack or a folder")
     if name_of(data):
@@ -77,6 +75,12 @@ def find_sources(
         raise ValueError(f"{data} lists no cases under training; add some")
     names = _distinct_names([Path(os.path.abspath(source.image)) for source in sources])
     return [replace(source, name=name) for source, name in zip(sources, names, strict=True)]
+
+
+def dataset_beside(data: Path) -> Path | None:
+    """Return the dataset.json that is the data, or lies in their folder; None without one."""
+    path = data / dataset_json.NAME if data.is_dir() else data
+    return path if path.is_file() else None
 
 
 def _distinct_names(files: list[Path]) -> list[str]:
@@ -135,9 +139,22 @@ def _in_folders(images: Path, labels: Path | None, channel: str | None) -> list[
     raise ValueError(f"{images} holds no .nii or .nii.gz files; pass the folder of the CTs")
 
 
-def _with_masks(sources: list[Source], organs: Sequence[str]) -> list[Source]:
-    """Say which files matter where labels are folders of one file per organ."""
-    folders = [s.label for s in sources if s.label is not None and s.label.is_dir()]
+def mask_folders(sources: Sequence[Source]) -> list[Path]:
+    """Return the labels that are folders of one file per organ."""
+    return [s.label for s in sources if s.label is not None and s.label.is_dir()]
+
+
+def with_masks(sources: list[Source], organs: Sequence[str]) -> list[Source]:
+    """Say which files matter where labels are folders of one file per organ.
+
+    Args:
+        sources: the cases.
+        organs: names of the organs; without any, such labels are left out, with a warning.
+
+    Raises:
+        ValueError: for names where labels are label maps, and unknown names.
+    """
+    folders = mask_folders(sources)
     if organs and not folders:
         raise ValueError(
             f"--organ goes with labels of one file per organ, got {', '.join(organs)} with label "
