@@ -335,6 +335,47 @@ def test_bad_arguments_are_named(arguments, error):
         ts.Gate(most="high")
 
 
+@pytest.mark.parametrize(
+    ("limits", "error"),
+    [
+        ({"least": 70}, "shares from 0 to 1, got least=70"),
+        ({"least": 0.0, "most": 30}, "got least=0 and most=30"),
+        ({"scorer": None, "least": 0.7}, "limits of a scorer, got least=0.7 without one"),
+        ({"scorer": None, "least": 0.0, "most": 0.3}, "pass scorer="),
+    ],
+)
+def test_limits_that_cannot_be_meant_are_named(limits, error):
+    with pytest.raises(ValueError, match=error):
+        ts.Gate(**{"scorer": ts.SegmenterScorer(Dark(), 2, 32), **limits})
+    ts.Gate(scorer=lambda *_: 70, least=70)  # another scorer's numbers are its own
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_probabilities_are_not_taken_for_logits(channels):
+    """After a second softmax over five channels, no tumour could ever be found."""
+    mask = torch.zeros(32, 32, 32, dtype=torch.bool)
+    mask[12:20, 12:20, 12:20] = True
+    hu = torch.where(mask, 55.0, 110.0) + 8 * torch.randn(mask.shape)
+    channel = channels - 1
+
+    def logits(x):
+        tumor = 0.2 * (70 - x)
+        rest = [-tumor] + [torch.full_like(x, -20.0)] * (channels - 2)
+        return torch.cat([*rest[: channels - 1], tumor], 1)
+
+    def network(x):
+        return logits(x).sigmoid() if channels == 1 else logits(x).softmax(1)
+
+    with pytest.raises(ValueError, match='look like probabilities.*activation="none"'):
+        ts.SegmenterScorer(network, channel, 32)(hu, mask, (1, 1, 1))
+    given = ts.SegmenterScorer(network, channel, 32, activation="none")(hu, mask, (1, 1, 1))
+    assert given == ts.SegmenterScorer(logits, channel, 32)(hu, mask, (1, 1, 1)) > 0.5
+    for small in (torch.zeros, torch.randn):  # an untrained network's logits are no probabilities
+        ts.SegmenterScorer(
+            lambda x, small=small: 0.1 * small(1, channels, *x.shape[2:]), channel, 32
+        )(hu, mask, (1, 1, 1))
+
+
 def test_repr_is_short_and_the_same_in_each_process():
     scorer = ts.SegmenterScorer(Dark(), 2, 32, preprocess=ts.Scaled(), spacing=1.5)
     assert "0x" not in repr(scorer) and len(repr(scorer)) < 200

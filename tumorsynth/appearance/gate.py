@@ -29,6 +29,7 @@ MIN_VOXELS = 30  # or triples of neighbours, behind each score
 NO_EDGE_MM = 99.0  # width of an edge that is not there
 SOLID_TISSUE_HU = (20.0, 220.0)  # in such organs a tumour is neither fat, fluid nor calcium
 MAD_TO_SD = 1.4826  # standard deviation over median absolute deviation, of normal noise
+LEAST = 0.5  # of a scorer's number, where nothing is said
 
 
 @keywords_of()
@@ -75,7 +76,7 @@ class Gate:
     edge_mm: tuple[float, float] | None = None
     flatness: tuple[float, float] | None = (0.2, 1.0)
     scorer: Scorer | None = None
-    least: float = 0.5
+    least: float = LEAST
     most: float | None = None
 
     def __post_init__(self) -> None:
@@ -109,6 +110,21 @@ class Gate:
             raise ValueError(
                 f"least must not be above most, got least={self.least} and most={self.most}; for "
                 "what a segmenter misses pass for example least=0.0, most=0.3"
+            )
+        self._check_limits_fit_scorer()
+
+    def _check_limits_fit_scorer(self) -> None:
+        limits = {"least": self.least, "most": self.most}
+        given = " and ".join(f"{k}={v:g}" for k, v in limits.items() if v is not None)
+        if self.scorer is None and (self.least != LEAST or self.most is not None):
+            raise ValueError(
+                f"least and most are limits of a scorer, got {given} without one; pass "
+                "scorer=ts.SegmenterScorer(network, ...), or leave them out"
+            )
+        if self.scores_samples and not all(0 <= (v or 0) <= 1 for v in limits.values()):
+            raise ValueError(
+                "least and most of a SegmenterScorer must be shares from 0 to 1, got "
+                f"{given}; pass for example 0.7 for 70 %"
             )
 
     def scores(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
+SURE_BACKGROUND = 0.01  # a logit as small is rare where none is negative
 ROUNDING = 1e-3  # beyond 0 and 1, of probabilities in half precision
 
 
@@ -43,7 +44,9 @@ def tumor_probability(
             "the segmenter must return finite values, got NaN or infinity; look at its weights, "
             "and at preprocess="
         )
-    activation = activation or ("sigmoid" if count == 1 else "softmax")
+    if activation is None:
+        _check_logits(logits)
+        activation = "sigmoid" if count == 1 else "softmax"
     if activation == "softmax":
         return logits.softmax(0)[list(channels)].sum(0)
     chosen = logits[list(channels)]
@@ -56,6 +59,23 @@ def tumor_probability(
             f'{high:.3g}; pass activation="softmax" or "sigmoid"'
         )
     return chosen.amax(0)
+
+
+def _check_logits(values: Tensor) -> None:
+    """Raise ValueError for values (C, X, Y, Z) that are probabilities beyond doubt."""
+    low, high = torch.stack(torch.aminmax(values)).tolist()
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        return
+    if len(values) == 1:
+        is_probability = low < SURE_BACKGROUND and low < high
+    else:
+        is_probability = bool((values.sum(0) - 1).abs().max() < ROUNDING)
+    if is_probability:
+        raise ValueError(
+            "the segmenter must return logits, but its values look like probabilities, from "
+            f'{low:.3g} to {high:.3g}; pass activation="none", or activation="softmax" or '
+            '"sigmoid" if they are logits'
+        )
 
 
 def _full_resolution(output: Any, patch_size: tuple[int, ...]) -> Tensor:

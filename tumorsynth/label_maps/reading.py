@@ -79,7 +79,12 @@ def _checked(labels: Mapping[Any, Any], what: str) -> dict[str, tuple[int, ...]]
         if isinstance(value, str) and not _is_number(value):  # {"1": "liver"}, as in the Decathlon
             key, value = value, key
         values = value if isinstance(value, list | tuple | set | frozenset) else [value]
-        if not isinstance(key, str) or not values or not all(map(_is_number, values)):
+        if (
+            not isinstance(key, str)
+            or not key.strip()
+            or not values
+            or not all(map(_is_number, values))
+        ):
             raise ValueError(
                 f"{what} must give each name whole numbers, got {key!r}: {str(value)[:80]!r}; "
                 f"write {EXAMPLE}"
