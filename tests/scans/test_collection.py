@@ -169,7 +169,7 @@ def test_files_of_somebody_else_are_not_replaced(scans, tmp_path, capsys):
 @pytest.mark.usefixtures("undrawn")
 def test_overwriting_can_be_gone_on_with(scans, tmp_path, monkeypatch):
     """Stopped in the middle of --overwrite: what is old is made anew, and what is new is kept."""
-    from tumorsynth.commands import synthesize as command
+    from tumorsynth.commands import synthesis_run as command
 
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert main(words(scans, whole)) == 0
