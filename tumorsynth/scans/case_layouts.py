@@ -48,7 +48,7 @@ def cases_like_kits(root: Path, folders: Sequence[Path]) -> Layout:
 
 
 def _pair(root: Path, folder: Path, ct: Path, label: Path) -> Pair:
-    return Pair(folder.name, ct, label, places_beneath(root, ct, label))
+    return Pair(folder.name, ct, label, places_beneath((root, root), ct, label))
 
 
 def with_mask_folders(cts: Path, labels: Path) -> Layout:

@@ -82,8 +82,9 @@ class Found:
     @property
     def about_channels(self) -> str | None:
         """Which channels are copied without the tumours; None if there are no others."""
-        places = next((pair.places for pair in self.pairs if pair.places), None)
-        if places is None or not places.copies:
+        all_places = (pair.places for pair in self.pairs if pair.places is not None)
+        places = next((places for places in all_places if places.copies), None)
+        if places is None:
             return None
         others = " and ".join(place for _, place in places.copies)
         return f"the tumours go into {places.ct} and the like alone, not into {others}"

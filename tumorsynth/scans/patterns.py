@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tumorsynth.scans.pairing import Pair, Places
-from tumorsynth.scans.places import place_beneath
+from tumorsynth.scans.places import places_beneath
 
 NAME = "{name}"
 EXAMPLE = "for example --pattern 'img/{name}.nii.gz' 'seg/{name}_mask.nii.gz'"
@@ -53,7 +53,7 @@ def find_by_pattern(
     pairs = []
     for name, path in matches.items():
         found = labels.get(name, root / pattern[1].replace(NAME, name))
-        places = Places(place_beneath(ct, path), place_beneath(root, found))
+        places = places_beneath((ct, root), path, found)
         if places.ct == places.label:  # equal names in two folders
             places = Places(f"images/{places.ct}", f"labels/{places.label}")
         pairs.append(Pair(name.replace("/", "_"), path, found, places))

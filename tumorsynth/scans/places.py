@@ -9,14 +9,15 @@ from tumorsynth.scans.volume_files import written_suffix
 
 
 def written_name(path: Path) -> str:
-    """The name under which a volume is written: in its own format where that can be.
-
-    A folder of one file per organ keeps its name.
-    """
-    is_folder = path.is_dir() and name_of(path) is None
-    if is_folder or path.name.endswith((".nii", ".nii.gz")):
+    """The name under which a volume is written: in its own format where that can be."""
+    if path.name.endswith((".nii", ".nii.gz")):
         return path.name
     return f"{name_of(path) or path.stem}{written_suffix(path.name)}"
+
+
+def _label_name(label: Path) -> str:
+    """The same of a label; a folder of one file per organ keeps its name."""
+    return label.name if label.is_dir() else written_name(label)
 
 
 def places_in(
@@ -33,7 +34,7 @@ def places_in(
     if roots is not None:
         ct /= pair.ct.parent.relative_to(roots[0]).as_posix()
         label /= pair.label.parent.relative_to(roots[1]).as_posix()
-    return Places(str(ct / written_name(pair.ct)), str(label / written_name(pair.label)))
+    return Places(str(ct / written_name(pair.ct)), str(label / _label_name(pair.label)))
 
 
 def folder_names(cts: Path, labels: Path) -> tuple[str, str]:
@@ -42,11 +43,8 @@ def folder_names(cts: Path, labels: Path) -> tuple[str, str]:
     return names if names[0] != names[1] else ("images", "labels")
 
 
-def places_beneath(root: Path, ct: Path, label: Path) -> Places:
-    """Places of files as beneath a root."""
-    return Places(place_beneath(root, ct), place_beneath(root, label))
-
-
-def place_beneath(root: Path, path: Path) -> str:
-    """Return the path beneath a root, under the name that the volume is written to."""
-    return path.relative_to(root).with_name(written_name(path)).as_posix()
+def places_beneath(roots: tuple[Path, Path], ct: Path, label: Path) -> Places:
+    """Places of a CT and a label as beneath the roots that they come from."""
+    ct_place = ct.relative_to(roots[0]).with_name(written_name(ct))
+    label_place = label.relative_to(roots[1]).with_name(_label_name(label))
+    return Places(ct_place.as_posix(), label_place.as_posix())
