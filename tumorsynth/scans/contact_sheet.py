@@ -83,7 +83,7 @@ def _paste(sheet: Any, preview: Path, tumor: int, at: tuple[int, int], panel: in
         for k, name in enumerate(SHOWN):
             box = panel_box(tumor, [plane[0] for plane in PLANES].index("axial"),
                             COLUMNS.index(name))  # fmt: skip
-            part = picture.convert("RGB").crop(box).resize((panel, panel), Image.Resampling.LANCZOS)
+            part = picture.crop(box).convert("RGB").resize((panel, panel), Image.Resampling.LANCZOS)
             sheet.paste(part, (at[0] + k * panel, at[1]))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def render(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from tumorsynth.scans.bare_axes import BareAxes
+
     if window is None:
         window = choose_window(before, tumor)
     placed = [t for t in tumors if t.get("applied", True)]
@@ -146,8 +149,7 @@ def render(
             for column, name in enumerate(COLUMNS):
                 left = MARGIN + column * (PANEL + GAP)
                 place = (left / width, 1 - (row + PANEL) / height, PANEL / width, PANEL / height)
-                axes = figure.add_axes(place, facecolor="black")
-                axes.set_axis_off()
+                axes = figure.add_axes(place, axes_class=BareAxes, facecolor="black")
                 if name == "whole slice":
                     whole = [(0.0, n * mm) for n, mm in zip(shape, voxel, strict=True)]
                     _panel(axes, name, pictures, voxel, whole, window, span)
@@ -194,11 +196,16 @@ def require_matplotlib() -> None:
 
 def save_preview(path: Path, *args: Any, **kwargs: Any) -> None:
     """Draw the preview with `render` and write it as PNG, completely or not at all."""
+    from PIL import Image
+
     figure = render(*args, **kwargs)
-    style = {"facecolor": figure.get_facecolor(), "metadata": {"Software": None}}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box replaces it
-        write_atomic(path, lambda file: figure.savefig(file, format="png", **style))
+        figure.canvas.draw()
+    pixels = np.array(figure.canvas.buffer_rgba())[..., :3]
+    # Further compression takes thrice the time and makes noise no smaller.
+    style: dict[str, Any] = {"format": "PNG", "compress_level": 1, "dpi": (DPI, DPI)}
+    write_atomic(path, lambda file: Image.fromarray(pixels).save(file, **style))
 
 
 def _caption(index: int, record: Mapping[str, Any]) -> str:
@@ -221,6 +228,13 @@ def _zoom(index: int, count: int, mm: float, side: float) -> tuple[float, float]
     return low, low + side
 
 
+@cache
+def _difference_map() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("difference", DIFFERENCE_COLOURS)
+
+
 def _panel(
     axes: Any,
     name: str,
@@ -232,7 +246,6 @@ def _panel(
 ) -> None:
     """Draw what lies in the frame: ((left, right), (top, bottom)) in mm."""
     from matplotlib.collections import LineCollection
-    from matplotlib.colors import LinearSegmentedColormap
 
     rows, columns = pictures[0].shape
     cut = [
@@ -244,10 +257,9 @@ def _panel(
     extent = (c0 * voxel[0], c1 * voxel[0], r1 * voxel[1], r0 * voxel[1])
     style = {"extent": extent, "aspect": "equal", "interpolation": "antialiased"}
     if name == "difference":
-        cmap = LinearSegmentedColormap.from_list("difference", DIFFERENCE_COLOURS)
         with np.errstate(invalid="ignore"):  # inf - inf
             change = after - before
-        axes.imshow(change, cmap=cmap, vmin=-span, vmax=span, **style)
+        axes.imshow(change, cmap=_difference_map(), vmin=-span, vmax=span, **style)
     else:
         picture = before if name == "before" else after
         axes.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1], **style)
@@ -304,14 +316,14 @@ def _ruler(axes: Any) -> None:
 
 def _colour_bar(axes: Any, span: float) -> None:
     """Draw the HU scale of the differences along the right side, within the panel."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.patches import Rectangle
 
-    cmap = LinearSegmentedColormap.from_list("difference", DIFFERENCE_COLOURS)
-    inset = axes.inset_axes((0.93, 0.2, 0.03, 0.6))
-    colours = ScalarMappable(Normalize(-span, span), cmap)
-    bar = axes.figure.colorbar(colours, cax=inset)
-    bar.outline.set(edgecolor=INK, linewidth=0.5)
-    bar.set_ticks([])
+    inset = axes.inset_axes((0.93, 0.2, 0.03, 0.6), axes_class=type(axes))
+    steps = np.linspace(-span, span, _difference_map().N + 1)
+    inset.pcolormesh((0.0, 1.0), steps, (steps[1:, None] + steps[:-1, None]) / 2,
+                     cmap=_difference_map(), vmin=-span, vmax=span)  # fmt: skip
+    inset.set_ylim(-span, span)
+    outline: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.5, "clip_on": False}
+    inset.add_patch(Rectangle((0.0, -span), 1.0, 2 * span, fill=False, **outline))
     for share, words in ((0.2, f"-{span:.0f}"), (0.5, "0 HU"), (0.8, f"+{span:.0f}")):
         _write(axes, 0.91, share, words, fontsize=6.5, ha="right", va="center")
