@@ -203,7 +203,8 @@ def test_the_sheet_says_what_each_scan_got(tmp_path):
     write(tmp_path / "in", "a", *scan())
     assert synthesize(tmp_path / "in", "-o", tmp_path / "out") == 0
     for count, panel in ((1, 200), (25, 140), (101, 100), (401, 64)):
-        write_contact_sheet(tmp_path / "s.png", tmp_path / "out", ["a"] * count)
+        names = ["a"] + ["without results"] * (count - 1)
+        write_contact_sheet(tmp_path / "s.png", tmp_path / "out", names)
         from PIL import Image
 
         with Image.open(tmp_path / "s.png") as sheet:
