@@ -13,9 +13,16 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 FEWER_STEPS = {
-    "monai_segmenter_gate.py": {"WARM_UP, EPOCHS = 3, 6": "WARM_UP, EPOCHS = 1, 2"},
-    "monai_pipeline.py": {"for epoch in range(12)": "for epoch in range(1)"},
-    "new_organ.py": {'"steps": 300': '"steps": 20', '"steps": 250': '"steps": 20'},
+    "lightning_module.py": {"range(4)": "range(2)"},
+    "monai_segmenter_gate.py": {
+        "WARM_UP, EPOCHS = 3, 6": "WARM_UP, EPOCHS = 1, 2",
+        "range(4)": "range(2)",
+    },
+    "monai_pipeline.py": {
+        "for epoch in range(12)": "for epoch in range(1)",
+        "for i in range(3)": "for i in range(1)",
+    },
+    "new_organ.py": {'"steps": 300': '"steps": 8', '"steps": 250': '"steps": 8'},
 }
 
 

@@ -149,14 +149,16 @@ def test_the_words_of_the_option():
 # -- another phase ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def portal(pair, tmp_path):
+@pytest.fixture(scope="module")
+def portal(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("portal")
+    pair = write(folder / "in", "case", *scan())
     words = ("--count", 2, "--size-mm", 8, 12, "--contrast-prior", "liver-portal", "--seed", 2)
-    assert synthesize(*pair, "-o", tmp_path / "out", *words) == 0
+    assert synthesize(*pair, "-o", folder / "out", *words) == 0
     ct, _ = scan(9)
     arterial = np.where(ct > 60, ct - 30, ct).astype(np.int16)
-    nib.save(nib.Nifti1Image(arterial, LPS), tmp_path / "late_ct.nii.gz")
-    return tmp_path / "out" / "case_report.json", pair, tmp_path / "late_ct.nii.gz"
+    nib.save(nib.Nifti1Image(arterial, LPS), folder / "late_ct.nii.gz")
+    return folder / "out" / "case_report.json", pair, folder / "late_ct.nii.gz"
 
 
 def test_another_phase_has_the_same_label(portal, tmp_path, capsys):

@@ -43,7 +43,7 @@ EVERYTHING = {  # each part of stage 1 that has a state of its own
     "dead_code_every": 4,
 }
 STAGE2 = DenoiserTraining(
-    steps=60, patch_size=32, batch_size=2, save_every=3, lr=2e-3, pool=8, reuse=3, **SMALL
+    steps=40, patch_size=32, batch_size=2, save_every=3, lr=2e-3, pool=8, reuse=3, **SMALL
 )
 
 
