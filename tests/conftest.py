@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 import sys
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
+def pytest_collection_finish() -> None:
+    """Take all that is imported out of the garbage collector's rounds."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Give every test the same random numbers, alone and in any order.
@@ -62,9 +69,9 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def phantom() -> Phantom:
     """A coarse phantom, made once for all tests: copy before changing it in place."""
-    from tumorsynth.phantom import make_phantom
+    from phantoms import shared_phantom
 
-    return make_phantom(spacing=(3.0, 3.0, 3.0), seed=0)
+    return shared_phantom((3.0, 3.0, 3.0))
 
 
 @pytest.fixture

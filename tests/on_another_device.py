@@ -21,7 +21,7 @@ from tumorsynth.models.conv_unet import ConvUNet, ConvUNetConfig
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 from tumorsynth.monai import BatchSynthesizeTumord
 
-PHANTOM = ts.make_phantom(spacing=(3.0, 3.0, 4.0), seed=0)
+PHANTOM = ts.make_phantom(spacing=(3.0, 3.0, 4.0), shape=(64, 64, 32))
 
 
 @pytest.fixture(autouse=True)

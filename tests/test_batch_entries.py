@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from phantoms import shared_phantom
 from torchio_subjects import make_subject
 
-import tumorsynth as ts
 from tumorsynth.batch_entries import (
     describe,
     find_entry,
@@ -46,7 +46,7 @@ class Frozen:
 
 @pytest.fixture(scope="module")
 def scan():
-    return ts.make_phantom(spacing=SPACING, shape=(64, 64, 48))
+    return shared_phantom(SPACING, (64, 64, 48))
 
 
 BATCHES = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from phantoms import shared_phantom
 from scipy import ndimage
 from tiny import tiny_generator
 
@@ -23,7 +24,7 @@ SIDE = 4
 
 @pytest.fixture(scope="module")
 def phantom():
-    return ts.make_phantom(spacing=SPACING, seed=0)
+    return shared_phantom(SPACING)
 
 
 def features(image: torch.Tensor, away: np.ndarray, corners: list) -> np.ndarray:

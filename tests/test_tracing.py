@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from phantoms import shared_phantom
 from torchio_subjects import make_subject
 
 import tumorsynth as ts
@@ -24,7 +25,7 @@ BACKENDS = ["eager", "aot_eager"]
 
 @pytest.fixture(scope="module")
 def scan():
-    return ts.make_phantom(spacing=(2.0, 2.0, 2.0), shape=(64, 64, 48))
+    return shared_phantom((2.0, 2.0, 2.0), (64, 64, 48))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from phantoms import shared_phantom
 from test_cli import load, refused, run
 
 import tumorsynth as ts
@@ -17,7 +18,7 @@ ORGANS = ("liver", "stomach", "spleen")
 
 @pytest.fixture(scope="module")
 def ct():
-    return ts.make_phantom(spacing=(2, 2, 2), shape=(64, 64, 48))
+    return shared_phantom((2.0, 2.0, 2.0), (64, 64, 48))
 
 
 def save(path, array, affine):

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from phantoms import shared_phantom
 from test_cli import load, refused, run
 
 import tumorsynth as ts
@@ -41,7 +42,7 @@ nib.save(nib.Nifti1Image(labels, image.affine), args.output)
 
 @pytest.fixture(scope="module")
 def ct():
-    return ts.make_phantom(spacing=(2, 2, 2), shape=(64, 64, 48))
+    return shared_phantom((2.0, 2.0, 2.0), (64, 64, 48))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from phantoms import shared_phantom
 from tiny import tiny_generator
 
 import tumorsynth as ts
@@ -28,7 +29,7 @@ FRAMES = {
 
 @pytest.fixture(scope="module")
 def phantoms():
-    return {name: ts.make_phantom(spacing=spacing) for name, spacing in FRAMES.items()}
+    return {name: shared_phantom(spacing) for name, spacing in FRAMES.items()}
 
 
 def series(synth, ct, seed, factors=FACTORS, organ_label=None, **call):

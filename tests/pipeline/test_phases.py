@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from phantoms import shared_phantom
 from tiny import tiny_generator
 
 import tumorsynth as ts
@@ -16,15 +16,10 @@ from tumorsynth.generators.config import ContrastConfig
 TUMOR = 20
 
 
-@cache
-def portal_phase():
-    return ts.make_phantom(spacing=(3.0, 3.0, 3.0))
-
-
 def phases(seed=0):
     """A portal and an arterial phase: the arterial has a darker liver, bright vessels and noise of
     its own; here and there a value that is no tissue."""
-    ct = portal_phase()
+    ct = shared_phantom((3.0, 3.0, 3.0))
     rng = torch.Generator().manual_seed(seed)
     liver = ct.label == 1
     arterial = ct.image + 8 * torch.randn(ct.image.shape, generator=rng)

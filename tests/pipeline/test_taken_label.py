@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from phantoms import shared_phantom
 
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
@@ -20,7 +21,7 @@ SPACING = (3.0, 3.0, 3.0)
 
 @pytest.fixture(scope="module")
 def ct():
-    return ts.make_phantom(spacing=SPACING, shape=(64, 60, 40))
+    return shared_phantom(SPACING, (64, 60, 40))
 
 
 def said(work):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from phantoms import shared_phantom
 
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
@@ -16,7 +17,7 @@ STEP = 20 / 65535  # of an int16 header, for labels up to 20
 
 @pytest.fixture(scope="module")
 def ct():
-    return ts.make_phantom(spacing=SPACING, shape=(64, 60, 40))
+    return shared_phantom(SPACING, (64, 60, 40))
 
 
 def quantised(label, dtype=torch.float32):

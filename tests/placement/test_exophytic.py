@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from phantoms import shared_phantom
 
 import tumorsynth as ts
 from tumorsynth.adapter import Adapter
@@ -27,7 +28,7 @@ TUMOR = 60
 
 @pytest.fixture(scope="module")
 def ct():
-    return ts.make_phantom(spacing=(2.0, 2.0, 3.0), seed=0)
+    return shared_phantom((2.0, 2.0, 3.0))
 
 
 def synthesizer(generator="hu2023", **options):

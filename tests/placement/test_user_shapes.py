@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from organs import place_in
+from phantoms import shared_phantom
 from scipy.stats import ks_2samp
 
 import tumorsynth as ts
@@ -105,7 +106,7 @@ def test_unusable_masks_are_named(tmp_path):
 
 
 def test_outlines_are_small_and_replay_without_the_masks():
-    ct = ts.make_phantom(spacing=(2.0, 2.0, 3.0), seed=0)
+    ct = shared_phantom((2.0, 2.0, 3.0))
     shapes = [(ellipsoid(), (1, 1, 1)), (ellipsoid((10, 10, 10)), (1, 1, 1))]
     synth = ts.SynthesizeTumor(
         "hu2023", organ_labels=1, tumor_label=20, size_mm=(12, 20), shapes=shapes

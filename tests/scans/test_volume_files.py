@@ -107,8 +107,9 @@ def test_a_scan_gets_the_tumours_of_its_arrays_and_keeps_its_format(tmp_path, ki
     np.testing.assert_array_equal(replayed.stored, after[0].stored)
 
 
-@pytest.mark.parametrize("kind", [".nrrd", ".mhd", "dicom"])
-@pytest.mark.parametrize("folders", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "folders"), [(".nrrd", 1), (".mhd", 2), ("dicom", 1), ("dicom", 2)]
+)
 def test_folders_of_them_are_paired_resumed_and_evaluated(tmp_path, capsys, kind, folders):
     for seed, name in enumerate(("a", "b")):
         paths = pair_in(tmp_path / "ct", kind, name, seed)

@@ -202,10 +202,10 @@ def save_preview(path: Path, *args: Any, **kwargs: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box replaces it
         figure.canvas.draw()
-    pixels = np.array(figure.canvas.buffer_rgba())[..., :3]
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
     # Further compression takes thrice the time and makes noise no smaller.
     style: dict[str, Any] = {"format": "PNG", "compress_level": 1, "dpi": (DPI, DPI)}
-    write_atomic(path, lambda file: Image.fromarray(pixels).save(file, **style))
+    write_atomic(path, lambda file: picture.save(file, **style))
 
 
 def _caption(index: int, record: Mapping[str, Any]) -> str:
