@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import random
 import sys
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-
-from tumorsynth.atomic_writes import write_atomic
 
 if TYPE_CHECKING:
     from tumorsynth.phantom import Phantom
@@ -72,22 +69,6 @@ def phantom() -> Phantom:
     from phantoms import shared_phantom
 
     return shared_phantom((3.0, 3.0, 3.0))
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write a digest of what a preview would show; drawing takes most of the time of a small scan.
-
-    In this process alone: the commands' own processes draw.
-    """
-
-    def save(path: Path, *shown: object, **options: object) -> None:
-        parts = (one.tobytes() if isinstance(one, np.ndarray) else repr(one).encode()
-                 for one in (*shown, options))  # fmt: skip
-        digest = hashlib.sha256(b"".join(parts)).digest()
-        write_atomic(path, lambda file: file.write(digest))
-
-    monkeypatch.setattr("tumorsynth.scans.preview.save_preview", save)
 
 
 @pytest.fixture

@@ -613,7 +613,6 @@ def write_pair(folder: Path, image: Tensor, ct) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("kind", ["HU/10", "HU/100", "0-255", "z-scores", "sign", "no CT"])
-@pytest.mark.usefixtures("undrawn")
 def test_the_command_line_names_file_and_option(ct, kind, tmp_path, capsys):
     image = with_bright_voxel(WRONG[kind](ct.image), 250.0 if kind == "0-255" else 3000.0)
     image = image.to(torch.uint8) if kind == "0-255" else image

@@ -383,7 +383,6 @@ def test_monai_and_torchio_take_it():
     assert int(relabelled.sum()) > 0  # of the organ, which bulges, or the vessel
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_command_line_takes_it_and_replays_it(tmp_path, capsys):
     nib = pytest.importorskip("nibabel")
     from tumorsynth.commands.main import main

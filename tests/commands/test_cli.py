@@ -137,7 +137,6 @@ def test_same_seed_same_files_in_another_process(pair, tmp_path):
         assert path.read_bytes() != (c / path.name).read_bytes(), path.name
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_several_organ_labels(pair, tmp_path):
     out = tmp_path / "out"
     hit = set()
@@ -152,7 +151,6 @@ def test_several_organ_labels(pair, tmp_path):
     assert hit and hit <= {3, 7}
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_scaled_storage_keeps_its_raw_numbers(tmp_path):
     ct, label = scan()
     paths = write(tmp_path / "in", "case", ct, label)
@@ -184,7 +182,6 @@ def test_float_ct_with_nan_and_inf_keeps_them(tmp_path):
     assert 0.8 < same.mean() < 1
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_trailing_axis_of_one_is_kept(tmp_path):
     ct, label = scan()
     paths = write(tmp_path / "in", "case", ct[..., None], label)
@@ -193,7 +190,6 @@ def test_trailing_axis_of_one_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("axes", list(permutations(range(3)))[1::2])
-@pytest.mark.usefixtures("undrawn")
 def test_the_same_patient_in_another_orientation(tmp_path, axes):
     ct, label = scan()
     affine = LPS[:, [*axes, 3]] @ np.diag([-1, 1, 1, 1])
@@ -234,7 +230,6 @@ def test_size_prior_and_scaled_intensity(pair, tmp_path):
 # folders ------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_folder_of_pairs_and_two_folders_agree(tmp_path):
     one, cts, labels = tmp_path / "one", tmp_path / "cts", tmp_path / "labels"
     for i, name in enumerate(("b", "a")):
@@ -256,7 +251,6 @@ def test_folder_of_pairs_and_two_folders_agree(tmp_path):
             assert len({gzip.open(f).read() for f in files}) == 1
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_bad_scan_among_many_is_reported_and_passed_over(tmp_path, capsys):
     folder = tmp_path / "in"
     for name in "abcd":
@@ -492,7 +486,6 @@ def test_a_wrong_organ_label_is_an_error_and_writes_nothing(pair, tmp_path, caps
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_no_tumour_anywhere_is_said_and_exits_with_one(tmp_path, capsys):
     ct, label = scan()
     for name, organ in (("a", 1), ("b", 5)):
@@ -571,7 +564,6 @@ def faint_scan(folder, name="case"):
     return write(folder, name, np.rint(ct).astype(np.int16), label)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_summary_counts_the_tumours_that_are_hardly_visible(tmp_path, capsys):
     for name in ("a", "b"):
         faint_scan(tmp_path / "in", name)
@@ -590,7 +582,6 @@ def test_a_summary_counts_the_tumours_that_are_hardly_visible(tmp_path, capsys):
     assert "hardly" not in out + err
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_default_tumours_are_visible_in_the_report(tmp_path, capsys):
     paths = faint_scan(tmp_path / "in")
     assert synthesize(*paths, "--count", 3, "-o", tmp_path / "out") == 0
@@ -606,7 +597,6 @@ def strict(path):
     return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_gate_skips_tumours_and_resumes_and_replays(tmp_path, capsys):
     paths = faint_scan(tmp_path / "in")
     out = tmp_path / "out"

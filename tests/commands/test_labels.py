@@ -10,7 +10,6 @@ import pytest
 from test_cli import LPS, load, refused, run, scan, synthesize, write
 
 nib = pytest.importorskip("nibabel")
-pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def lits(seed=0):

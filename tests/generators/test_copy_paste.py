@@ -501,7 +501,6 @@ def run(*words):
     return main([str(word) for word in words])
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_files_from_the_command_line_to_a_replay(tmp_path, capsys):
     pytest.importorskip("monai", reason="train needs the extra train")
     for name, bodies in (("a", [EGG]), ("b", [BALL]), ("c", [])):

@@ -62,7 +62,6 @@ def test_results_never_go_among_the_scans(folder, tmp_path, capsys):
     assert files(folder) == before
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_links_in_the_folder_of_results(folder, tmp_path, capsys):
     out, precious = tmp_path / "out", tmp_path / "precious"
     out.mkdir()
@@ -135,7 +134,6 @@ def test_two_runs_at_once_into_one_folder(folder, tmp_path, capsys):
     assert len(list(out.iterdir())) == 8  # and no file tells of it
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_an_output_that_nobody_reads(folder, tmp_path):
     run = subprocess.Popen(
         [sys.executable, "-m", "tumorsynth.commands.main", *words(folder, "-o", tmp_path / "out")],
@@ -159,7 +157,6 @@ def made(tmp_path_factory):
     return pair, json.loads((folder / "out" / "a_report.json").read_text())
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_report_of_another_kind_is_no_finished_scan(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(words(folder, "-o", out)) == 0

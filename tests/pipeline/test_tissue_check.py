@@ -253,7 +253,6 @@ def test_monai_and_torchio_move_and_skip_alike():
         assert bool((transform(subject)["label"].data == 2).any()) == option
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_files_are_skipped_with_the_reason_and_painted_if_asked(tmp_path):
     nib = pytest.importorskip("nibabel")
     shutil.copytree(WEIGHTS / "lung", tmp_path / "lung")

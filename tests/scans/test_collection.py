@@ -150,7 +150,6 @@ def test_another_run_does_not_go_on_with_these(scans, whole, tmp_path, capsys, c
     assert contents(out) == whole
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_files_of_somebody_else_are_not_replaced(scans, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -166,7 +165,6 @@ def test_files_of_somebody_else_are_not_replaced(scans, tmp_path, capsys):
         assert main(words(scans, out)) == 2
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_overwriting_can_be_gone_on_with(scans, tmp_path, monkeypatch):
     """Stopped in the middle of --overwrite: what is old is made anew, and what is new is kept."""
     from tumorsynth.commands import synthesis_run as command

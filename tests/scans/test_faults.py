@@ -116,7 +116,6 @@ sys.exit(main({words!r}))
 """
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_write_that_fails_leaves_no_half_file(scans, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     done = subprocess.run(

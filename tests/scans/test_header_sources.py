@@ -15,7 +15,6 @@ from tumorsynth.scans.nifti import Reading, read_volume
 from tumorsynth.scans.volume_files import read_pair
 
 nib = pytest.importorskip("nibabel")
-pytestmark = pytest.mark.usefixtures("undrawn")
 
 AFFINE = np.array([[-2.0, 0, 0, 60.5], [0, -2, 0, 50], [0, 0, 2, -400], [0, 0, 0, 1]])
 SHAPE = (40, 40, 36)

@@ -155,6 +155,39 @@ def test_the_difference_has_a_colour_bar():
     assert [t.get_text() for t in panel.texts] == ["-50", "0 HU", "+50"]
 
 
+def test_bare_axes_show_what_matplotlibs_own_show(monkeypatch):
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Tick
+
+    class OwnAxes(Axes):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.set_axis_off()
+
+    volume = patient()
+    tumor = np.zeros(volume.shape, bool)
+    tumor[18:24, 20:26, 16:20] = True
+    shown = volume, volume - 50 * tumor, tumor, np.diag([0.8, 0.7, 4.0, 1.0])
+
+    ticks = []
+    make_tick = Tick.__init__
+
+    def counted(self, *args, **kwargs):
+        ticks.append(self)
+        make_tick(self, *args, **kwargs)
+
+    def pixels():
+        figure = render(*shown, [{"centre_voxel": (21, 23, 18)}])
+        figure.canvas.draw()
+        return np.asarray(figure.canvas.buffer_rgba())
+
+    monkeypatch.setattr(Tick, "__init__", counted)
+    bare = pixels()
+    assert not ticks
+    monkeypatch.setattr("tumorsynth.scans.bare_axes.BareAxes", OwnAxes)
+    assert (bare == pixels()).all() and ticks
+
+
 def test_skipped_tumours_are_left_out_and_too_many_are_said():
     volume = np.zeros((20, 20, 20), np.float32)
     placed = [{"applied": True, "centre_voxel": (5, 5, 5)} for _ in range(4)]

@@ -11,7 +11,6 @@ from tiny import tiny_generator
 from tumorsynth.commands.main import main
 
 nib = pytest.importorskip("nibabel")
-pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def run(*words):
