@@ -153,6 +153,71 @@ def test_a_call_waits_for_no_copy_to_the_device(settings):
     assert any(record["applied"] for record in synth.report) and not copies
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("generator", "settings"),
+    [
+        ("tiny", {"contrast": ContrastConfig()}),
+        ("tiny", {"contrast": ContrastConfig(), "contrast_hu": -30.0, "gate": True}),
+        ("tiny", {"blend": "difftumor", "codes": 16}),
+        ("tiny", {"contrast_hu": "liver-portal", "size_mm": 40, "bulge": 0.3}),
+        ("tiny", {"mass_effect": 0.5, "size_mm": 25}),
+        ("hu2023", {"mass_effect": 0.5, "size_mm": 25, "gate": True}),
+        ("hu2023", {"size_mm": "kidney", "organ_labels": (3, 4), "bulge": True}),
+    ],
+)
+def test_a_call_runs_where_torch_is_to_be_deterministic(deterministic, generator, settings):
+    """As CUDA has no deterministic kernel of some operators, which raise there and not on a CPU."""
+    image, label = PHANTOM.image.to(DEVICE), PHANTOM.label.to(DEVICE)
+    own = {name: settings[name] for name in ("contrast", "codes") if name in settings}
+    made = {"size_mm": 12, "count": 2, "tumor_label": 20, "organ_labels": 1}
+    made |= {name: value for name, value in settings.items() if name not in own}
+    if generator == "tiny":
+        generator = tiny_generator(**own).to(DEVICE)
+    synth = ts.SynthesizeTumor(generator, **made)
+    synth(image, label, spacing=PHANTOM.spacing, seed=3)
+    assert any(record["applied"] or record.get("scores") for record in synth.report)
+
+
+@pytest.mark.parametrize("compression", ["encoder", "decoder"])
+def test_gradients_need_no_operator_that_cuda_lacks(deterministic, compression):
+    """A segmentation network's own step is not ours; the networks' training step is."""
+    autoencoder = Autoencoder(AutoencoderConfig(1, (8, 8), (8, 8), groups=4, codes=16)).to(DEVICE)
+    x = {"encoder": torch.randn(1, 1, 8, 8, 8), "decoder": torch.randn(1, 8, 4, 4, 4)}[compression]
+    getattr(autoencoder, compression)(x.to(DEVICE)).square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda x: x.nanmedian(0),
+        lambda x: x.median(0),
+        lambda x: x.kthvalue(2),
+        lambda x: x.cumsum(0),
+        lambda x: x.histc(),
+        lambda x: torch.bincount(x.long(), x),
+        lambda x: x.put_(torch.tensor([1], device=DEVICE), x[:1]),
+        lambda x: x.scatter_reduce(0, x.long(), x, "prod"),
+    ],
+)
+def test_operators_without_a_deterministic_kernel_are_seen(deterministic, operator):
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        operator(torch.arange(4.0, device=DEVICE))
+
+
+def test_operators_with_a_deterministic_kernel_run(deterministic):
+    x = torch.arange(4.0, device=DEVICE)
+    x[x > 1] = 5.0
+    for made in (x.nanmedian(), x.sort().values, x.long().cumsum(0), torch.bincount(x.long())):
+        assert made.device == DEVICE
+
+
 class Launches(TorchDispatchMode):
     """Operators on the device that compute something, and are no views: about its kernels."""
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from tiny import tiny_generator
 from torch import Tensor
 
 from tumorsynth.generators.sampling import (
@@ -219,7 +222,7 @@ def test_bad_input_is_named() -> None:
     def denoise(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         return x
 
-    for shape in [(4, 2, 8, 2, 2, 2), (6, 2, 8, 2, 2, 2), (5, 1, 8, 2, 2, 2), (5, 2, 8, 2, 2, 3)]:
+    for shape in [(3, 2, 8, 2, 2, 2), (6, 2, 8, 2, 2, 2), (5, 1, 8, 2, 2, 2), (5, 2, 8, 2, 2, 3)]:
         with pytest.raises(ValueError, match="noise must be"):
             ddpm_sample(denoise, schedule, cond, torch.zeros(shape))
     with pytest.raises(ValueError, match="noise must be"):
@@ -234,6 +237,37 @@ def test_bad_input_is_named() -> None:
             cosine_schedule(timesteps)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prediction must be"):
         ddpm_sample(denoise, schedule, cond, torch.zeros(5, 2, 8, 2, 2, 2), prediction="eps")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 2, 2), (8, 16, 16, 16), (8, 1, 1, 3), (3, 1, 1, 1)])
+@pytest.mark.parametrize("steps", [0, 1, 4, 5])
+def test_the_last_draw_is_left_out_where_the_others_stay_the_same(shape, steps) -> None:
+    whole, part = (
+        draw_noise(shape, steps, [torch.Generator().manual_seed(s) for s in (0, 1)], last=last)
+        for last in (True, False)
+    )
+    full_blocks = math.prod(shape) % 16 == 0
+    assert len(part) == (steps if full_blocks and steps else steps + 1)
+    assert torch.equal(part, whole[: len(part)])
+
+
+def test_the_last_draw_adds_nothing() -> None:
+    schedule, cond = cosine_schedule(4), torch.zeros(2, 9, 2, 2, 2)
+    noise = torch.randn(5, 2, 8, 2, 2, 2)
+
+    def denoise(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return x.sin() + t[:, None, None, None, None]
+
+    whole, part = (ddpm_sample(denoise, schedule, cond, given) for given in (noise, noise[:4]))
+    assert torch.equal(whole, part)
+
+
+def test_samples_that_share_one_stream_are_drawn_as_ever() -> None:
+    generator, cond = tiny_generator(), torch.zeros(2, 9, 16, 16, 16)
+    stream = torch.Generator().manual_seed(3)
+    noise = torch.cat([draw_noise((8, 16, 16, 16), 4, [stream]) for _ in range(2)], dim=1)
+    found = generator.sample(cond, torch.Generator().manual_seed(3))
+    assert torch.equal(found, generator.sample(cond, noise))
 
 
 # -- zero terminal SNR ----------------------------------------------------------------------------

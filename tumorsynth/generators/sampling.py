@@ -4,7 +4,7 @@ DDPM may sample fewer steps than the schedule has: it is then respaced (Nichol 2
 
 A denoiser is any callable ``denoise(x_t, t, cond)`` with t (B,) int64. All randomness comes in as
 the tensor ``noise`` of shape (steps + 1, B, channels, d, h, w): the start, then one draw for each
-step (the last step adds none).
+step. The last step adds none, so its draw may be missing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 Prediction = Literal["noise", "x0", "v"]
 MAX_NOISE_LEFT = 0.002  # share of the variance at which DDIM may end
+DRAWN_AT_ONCE = 16  # normal numbers of one block of torch's CPU generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +184,7 @@ def ddpm_sample(
         denoise: the network.
         schedule: of T timesteps.
         cond: (B, ..., d, h, w), passed to the network.
-        noise: (steps + 1, B, channels, d, h, w).
+        noise: (steps + 1, B, channels, d, h, w), or without the last draw.
         clamp: x0 is clamped to [-clamp, clamp] at every step; None does not clamp.
         prediction: what the network predicts.
         steps: at most T, see `ddpm_steps`; None is T.
@@ -196,13 +197,13 @@ def ddpm_sample(
     """
     kept = ddpm_steps(schedule.timesteps, steps or schedule.timesteps)
     weights = respaced(schedule, kept)
-    draws = _checked_noise(noise, len(kept) + 1, cond)
+    draws = _checked_noise(noise, len(kept) + (len(noise) != len(kept)), cond)
     x = draws[0]
-    for draw, k in zip(draws[1:], reversed(range(len(kept))), strict=True):
+    for n, k in enumerate(reversed(range(len(kept))), start=1):
         x0 = _predict_x0(denoise, schedule, x, kept[k], cond, clamp, prediction)
         x = float(weights.posterior_mean_x0[k]) * x0 + float(weights.posterior_mean_xt[k]) * x
         if k:
-            x = x + math.sqrt(weights.posterior_variance[k]) * draw
+            x = x + math.sqrt(weights.posterior_variance[k]) * draws[n]
     return x
 
 
@@ -274,6 +275,7 @@ def draw_noise(
     steps: int,
     generators: Sequence[torch.Generator],
     device: torch.device | str = "cpu",
+    last: bool = True,
 ) -> Tensor:
     """Draw the noise of a batch, each sample's from its own CPU generator.
 
@@ -284,9 +286,11 @@ def draw_noise(
         steps: draws after the start.
         generators: one CPU generator for each sample.
         device: where the result goes.
+        last: whether the last step's draw, which adds nothing, is needed: not where each generator
+            serves this sample alone. The numbers before it stay the same.
 
     Returns:
-        (steps + 1, B, *shape), float32.
+        (steps + 1, B, *shape), float32; without ``last``, (steps, B, *shape) where possible.
 
     Raises:
         ValueError: if a generator is not on the CPU.
@@ -297,7 +301,10 @@ def draw_noise(
                 f"noise must be drawn from CPU generators, got one on {generator.device}; "
                 "pass torch.Generator('cpu').manual_seed(seed)"
             )
-    size = (steps + 1, *shape)  # another default dtype would draw other numbers
+    # a block that is not full takes other numbers, so a shorter tensor may then have others too
+    skips = not last and steps > 0 and math.prod(shape) % DRAWN_AT_ONCE == 0
+    size = (steps if skips else steps + 1, *shape)
+    # another default dtype would draw other numbers
     draws = [torch.randn(size, generator=one, dtype=torch.float32) for one in generators]
     return torch.stack(draws, dim=1).to(device)
 

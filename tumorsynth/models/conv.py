@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tumorsynth.devices import asks_for_full_float32
 from tumorsynth.models.kernels import (
     cpu_computes_bfloat16,
     onednn_convolves,
@@ -129,6 +131,8 @@ class Conv3d(nn.Conv3d):
             return in_float32(self._conv_forward, input, weight, bias)
         if isinstance(self.padding, str) or self.padding_mode != "zeros":
             return super()._conv_forward(input, weight, bias)
+        if _avoids_tf32(input):
+            return _convolve_without_tf32(self, input, weight, bias, (0, 0, 0))
         if not _are_float32(input, weight) or not calls_onednn(input):
             return super()._conv_forward(input, weight, bias)
         return torch.mkldnn_convolution(
@@ -142,6 +146,9 @@ class ConvTranspose3d(nn.ConvTranspose3d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is None and emulates_bfloat16(input):
             return in_float32(self._plain, input, self.weight, self.bias)
+        if output_size is None and _avoids_tf32(input):
+            padding = self.output_padding
+            return _convolve_without_tf32(self, input, self.weight, self.bias, padding)
         return super().forward(input, output_size)
 
     def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -210,6 +217,37 @@ def in_float32(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tens
     """Call ``function`` in float32 on the CPU and round its result to bfloat16."""
     with torch.autocast("cpu", enabled=False):
         return function(*(t if t is None else t.float() for t in tensors)).bfloat16()
+
+
+def _avoids_tf32(x: Tensor) -> bool:
+    """Whether a convolution of x must ask for full float32 by itself."""
+    return x.device.type != "cpu" and not torch.compiler.is_compiling() and asks_for_full_float32()
+
+
+def _convolve_without_tf32(
+    layer: nn.Conv3d | nn.ConvTranspose3d,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_padding: Sequence[int],
+) -> Tensor:
+    """Call a layer's convolution as PyTorch does, with TF32 off for this call alone."""
+    cudnn: Any = torch.backends.cudnn
+    return torch._convolution(
+        x,
+        weight,
+        bias,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.transposed,
+        output_padding,
+        layer.groups,
+        cudnn.benchmark,
+        cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
+        cudnn.enabled,
+        False,  # TF32
+    )
 
 
 def _are_float32(x: Tensor, weight: Tensor) -> bool:

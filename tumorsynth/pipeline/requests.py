@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.background import EXTENSION_MM, fill_background, measure_tissue
 from tumorsynth.appearance.blend import feather_reach
-from tumorsynth.appearance.contrast import similar_level_around
+from tumorsynth.appearance.surroundings import similar_level_around
 from tumorsynth.appearance.contrast_priors import ContrastPrior
 from tumorsynth.appearance.noise import (
     ScanNoise,
