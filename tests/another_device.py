@@ -66,6 +66,18 @@ DEVICE = torch.device(NAME, 0)
 # Copies to the device that the program waits for on CUDA, by the function of ours that made them:
 # those through `devices.onto` it does not.
 copies: Counter[str] = Counter()
+# What the program waits for to come from the device, by the function of ours that asked.
+waits: Counter[str] = Counter()
+ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal.default")
+
+
+def _note_wait(name: str, args: Any) -> None:
+    """Note an operator whose answer, or its size, the program needs to go on."""
+    by_mask = name.startswith(("aten.index.", "aten.index_put")) and any(
+        isinstance(index, Pretended) and index.dtype is torch.bool for index in args[1]
+    )
+    if by_mask or any(ask in name for ask in ASKS):
+        waits[caller() or "test"] += 1
 
 
 def _note_copy() -> None:
@@ -93,6 +105,7 @@ class Pretended(torch.Tensor):
         return tensor
 
     def tolist(self) -> Any:
+        waits[caller() or "test"] += 1
         return self.inner.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
@@ -154,6 +167,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device")
     device = kwargs.get("device")
     result_here = bool(here) if device is None else torch.device(device).type == NAME
+    if here:
+        _note_wait(name, args)
+        if name.startswith("aten._to_copy.") and not result_here:
+            waits[caller() or "test"] += 1
     if name.startswith("aten._to_copy.") and result_here and not here:
         _note_copy()
     if name.startswith("aten.copy_.") and isinstance(args[0], Pretended) and away:
@@ -165,6 +182,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     out = func(*a, **k)
     # what works in place returns what it was given
     same = {id(_inner(t)): t for t in given} if func._schema.is_mutable else {}
+    if name.startswith("aten.copy_.") and here and not isinstance(args[0], Pretended):
+        waits[caller() or "test"] += 1
     if moves and same:
         result_here = isinstance(args[0], Pretended)
     return tree_map(

@@ -24,6 +24,7 @@ ASKING = (  # modules of ours that do otherwise on the CPU
     "appearance.contrast",
     "appearance.surroundings",
     "intensity_check.shares",
+    "pipeline.organ_search",
     "pipeline.paint",
     "placement.organ",
 )

@@ -160,6 +160,13 @@ def asks_for_full_float32() -> bool:
     return _of_thread.depth > 0
 
 
+def cudnn_flags_without_tf32() -> tuple[bool, bool, bool, bool]:
+    """Return the last arguments of ``torch._convolution``: the process's settings, TF32 off."""
+    cudnn: Any = torch.backends.cudnn
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    return cudnn.benchmark, deterministic, cudnn.enabled, False
+
+
 def allow_deterministic_products(device: torch.device) -> None:
     """Let CUDA's matrix products run in a program that asks torch for deterministic algorithms.
 

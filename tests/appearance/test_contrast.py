@@ -9,8 +9,25 @@ import torch
 from tiny import tiny_crop, tiny_generator
 
 import tumorsynth as ts
-from tumorsynth.appearance.contrast import FLUID_HU, MIN_DARKER_HU, ContrastConfig, check_contrast, contrast_of, core, requested_contrast, sample_contrast, sampled_contrast, shift_to_contrast
-from tumorsynth.appearance.surroundings import MAX_LEVEL_BIAS_HU, grown, healthy_level_around, level_around, similar_level_around
+from tumorsynth.appearance.contrast import (
+    FLUID_HU,
+    MIN_DARKER_HU,
+    ContrastConfig,
+    check_contrast,
+    contrast_of,
+    core,
+    requested_contrast,
+    sample_contrast,
+    sampled_contrast,
+    shift_to_contrast,
+)
+from tumorsynth.appearance.surroundings import (
+    MAX_LEVEL_BIAS_HU,
+    grown,
+    healthy_level_around,
+    level_around,
+    similar_level_around,
+)
 
 TISSUE = (20.0, 220.0)
 SIDE = 40

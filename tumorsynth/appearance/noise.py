@@ -315,12 +315,14 @@ def _organ_statistics(hu: Tensor, organ: Tensor) -> _OrganStatistics:
     # not the median absolute deviation: of whole HU it has whole steps
     variance = hu.square().sum() / fits.sum() / NOISE_VARIANCE_KEPT
     sums = [_difference_sum(hu, fits, axis, step) for axis in range(3) for step in (1, 2, 4)]
-    figures = (*sum(sums, ()), organ_voxels, median, variance)
-    stacked = torch.stack([number.to(hu.dtype) for number in figures])
-    *numbers, count, level, squared = stacked.tolist()  # one host-device synchronisation
+    totals, pairs = zip(*sums, strict=True)
+    counts = torch.stack([*pairs, organ_voxels]).to(hu.dtype)
+    # one host-device synchronisation
+    numbers = torch.cat([torch.stack([*totals, median, variance]), counts]).tolist()
+    (*squares, level, squared), (*numbers_of_pairs, count) = numbers[:11], numbers[11:]
     means = [
-        total / pairs if pairs >= MIN_PAIRS else 0.0
-        for total, pairs in zip(numbers[::2], numbers[1::2], strict=True)
+        total / number if number >= MIN_PAIRS else 0.0
+        for total, number in zip(squares, numbers_of_pairs, strict=True)
     ]
     differences = [means[0:3], means[3:6], means[6:9]]
     return _OrganStatistics(differences, count, level, math.sqrt(squared))

@@ -5,8 +5,8 @@
 * "bfloat16" falls back to float32, with one warning, on CPUs that only emulate it.
 
 If the denoiser predicts noise, it and the encoder compute in full float32, since its steps multiply
-errors: "bfloat16" is then the decoder's alone. In bfloat16 the same seed gives the same tumour bit by bit on machines of
-one kind.
+errors, and "bfloat16" is the decoder's alone. In bfloat16 the same seed gives the same tumour bit
+by bit on machines of one kind.
 """
 
 from __future__ import annotations

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tumorsynth.devices import asks_for_full_float32
+from tumorsynth.devices import asks_for_full_float32, cudnn_flags_without_tf32
 from tumorsynth.models.kernels import (
     cpu_computes_bfloat16,
     onednn_convolves,
@@ -232,7 +231,7 @@ def _convolve_without_tf32(
     output_padding: Sequence[int],
 ) -> Tensor:
     """Call a layer's convolution as PyTorch does, with TF32 off for this call alone."""
-    cudnn: Any = torch.backends.cudnn
+    assert not isinstance(layer.padding, str)
     return torch._convolution(
         x,
         weight,
@@ -243,10 +242,7 @@ def _convolve_without_tf32(
         layer.transposed,
         output_padding,
         layer.groups,
-        cudnn.benchmark,
-        cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
-        cudnn.enabled,
-        False,  # TF32
+        *cudnn_flags_without_tf32(),
     )
 
 

@@ -316,7 +316,5 @@ def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -
     grain_mm = [request.fine_grain_mm[axis] for axis in request.grid.frame.axes]
     params = request.tumor.params
     own_variation = sample_own_variation(params.seed) if generator.even else None
-    change = match_to_scan(
-        crop, change, mask, grain_mm, own_variation, request.edge_mm
-    )
+    change = match_to_scan(crop, change, mask, grain_mm, own_variation, request.edge_mm)
     return add_structure(change, request.crop_outline, params.structure_hu, params.seed)
