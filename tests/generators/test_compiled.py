@@ -367,10 +367,11 @@ class FakeCuda:
 
             def replay(self) -> None:
                 log.append("replay")
-                for function, args, kwargs, out in self.operators:
-                    made = function(*args, **kwargs)
-                    if isinstance(out, Tensor) and made is not out:
-                        out.copy_(made)
+                with torch.inference_mode():  # a recording writes to any memory
+                    for function, args, kwargs, out in self.operators:
+                        made = function(*args, **kwargs)
+                        if isinstance(out, Tensor) and made is not out:
+                            out.copy_(made)
 
         class Recording(TorchDispatchMode):
             def __init__(self, graph, pool, capture_error_mode) -> None:
@@ -399,14 +400,16 @@ class FakeCuda:
 
 
 @torch.no_grad()
-def test_a_recorded_pass_replays_on_memory_of_its_own(monkeypatch):
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_recorded_pass_replays_on_memory_of_its_own(monkeypatch, inference):
     cuda, network, calls = FakeCuda(monkeypatch), Small(), []
 
     def run(x: Tensor) -> Tensor:
         calls.append(x)
         return network(x)
 
-    recorded = RecordedPass(run, [batch(2)], "pool")
+    with torch.inference_mode() if inference else nullcontext():
+        recorded = RecordedPass(run, [batch(2)], "pool")
     assert cuda.log == ["wait", "wait", "record in pool"] and len(calls) == 3
     assert torch.is_autocast_cache_enabled()
     for x in (batch(2), batch(2) - 3, batch(2)):

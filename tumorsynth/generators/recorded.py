@@ -27,7 +27,8 @@ class RecordedPass:
     """
 
     def __init__(self, run: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any) -> None:
-        self._inputs = [x.clone() for x in inputs]
+        with torch.inference_mode(False):  # what is made within it cannot be written to outside
+            self._inputs = [x.clone() for x in inputs]
         device = inputs[0].device
         with _one_at_a_time, torch.cuda.device(device), _without_kept_casts():
             stream, outside = torch.cuda.Stream(device), torch.cuda.current_stream(device)

@@ -119,11 +119,11 @@ class Codebook(nn.Module):
         codes = self.embeddings
         if self.training or codes.is_inference():  # torch does not count changes of the latter
             return DerivedFromCodes.of(codes)
-        state = codes._version, stream_of(codes.device)
-        if self._kept is None or self._kept[0] is not codes or self._kept[1] != state:
+        state, kept = (codes._version, stream_of(codes.device)), self._kept
+        if kept is None or kept[0] is not codes or kept[1] != state:
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = codes, state, DerivedFromCodes.of(codes)
-        return self._kept[2]
+                self._kept = kept = codes, state, DerivedFromCodes.of(codes)
+        return kept[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
