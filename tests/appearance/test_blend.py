@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tumorsynth.appearance import blend, contrast
+from tumorsynth.appearance import blend as module
+from tumorsynth.appearance import contrast
 from tumorsynth.appearance.blend import BLENDS, feather, feather_reach
 
 ndimage = pytest.importorskip("scipy.ndimage")
@@ -170,34 +171,36 @@ def test_own_edge_has_full_weight_to_the_outline_and_the_same_reach(sigma, spaci
 
 @pytest.fixture
 def kept():
-    blend._kept_matrix.cache_clear()
-    return blend._kept_matrix.cache_info
+    module._kept_matrix.cache_clear()
+    return module._kept_matrix.cache_info
 
 
 def test_a_filters_matrix_is_made_once_for_its_size_and_width(kept):
     volume = torch.rand(9, 9, 11)
-    first = blend.gaussian_filter(volume, [1.5, 1.5, 1.5])
+    first = module.gaussian_filter(volume, [1.5, 1.5, 1.5])
     assert (kept().misses, kept().hits) == (2, 1)
-    assert torch.equal(blend.gaussian_filter(volume, [1.5, 1.5, 1.5]), first) and kept().misses == 2
-    blend.gaussian_filter(volume, [1.5, 1.6, 0.0])
-    blend.gaussian_filter(volume, [1.5, 0.0, 0.0], cutoff=4.0)
+    assert (
+        torch.equal(module.gaussian_filter(volume, [1.5, 1.5, 1.5]), first) and kept().misses == 2
+    )
+    module.gaussian_filter(volume, [1.5, 1.6, 0.0])
+    module.gaussian_filter(volume, [1.5, 0.0, 0.0], cutoff=4.0)
     assert kept().misses == 4
 
 
 def test_kept_matrices_are_bounded(kept):
     for n in range(300):
-        blend.gaussian_filter(torch.rand(5), [1.0 + n / 100])
+        module.gaussian_filter(torch.rand(5), [1.0 + n / 100])
     assert kept().currsize == kept().maxsize == 256
     before = kept().currsize
-    blend.gaussian_filter(torch.rand(blend.MAX_KEPT_COUNT + 1), [7.0])
+    module.gaussian_filter(torch.rand(module.MAX_KEPT_COUNT + 1), [7.0])
     assert kept().misses == 300 and kept().currsize == before
 
 
 def test_a_matrix_kept_in_inference_mode_is_good_for_gradients(kept):
     with torch.inference_mode():
-        blend.gaussian_filter(torch.rand(9), [1.5])
+        module.gaussian_filter(torch.rand(9), [1.5])
     volume = torch.rand(9, requires_grad=True)
-    blend.gaussian_filter(volume, [1.5]).sum().backward()
+    module.gaussian_filter(volume, [1.5]).sum().backward()
     assert volume.grad is not None and kept().hits == 1
 
 
