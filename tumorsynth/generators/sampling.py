@@ -197,7 +197,8 @@ def ddpm_sample(
     """
     kept = ddpm_steps(schedule.timesteps, steps or schedule.timesteps)
     weights = respaced(schedule, kept)
-    draws = _checked_noise(noise, len(kept) + (len(noise) != len(kept)), cond)
+    needed = len(kept) if len(noise) == len(kept) else len(kept) + 1
+    draws = _checked_noise(noise, needed, cond)
     x = draws[0]
     for n, k in enumerate(reversed(range(len(kept))), start=1):
         x0 = _predict_x0(denoise, schedule, x, kept[k], cond, clamp, prediction)
