@@ -4,7 +4,7 @@ DDPM may sample fewer steps than the schedule has: it is then respaced (Nichol 2
 
 A denoiser is any callable ``denoise(x_t, t, cond)`` with t (B,) int64. All randomness comes in as
 the tensor ``noise`` of shape (steps + 1, B, channels, d, h, w): the start, then one draw for each
-step. The last step adds none, so its draw may be missing.
+step (the last step adds none).
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def ddpm_sample(
         denoise: the network.
         schedule: of T timesteps.
         cond: (B, ..., d, h, w), passed to the network.
-        noise: (steps + 1, B, channels, d, h, w), or without the last draw.
+        noise: (steps + 1, B, channels, d, h, w).
         clamp: x0 is clamped to [-clamp, clamp] at every step; None does not clamp.
         prediction: what the network predicts.
         steps: at most T, see `ddpm_steps`; None is T.
@@ -197,14 +197,13 @@ def ddpm_sample(
     """
     kept = ddpm_steps(schedule.timesteps, steps or schedule.timesteps)
     weights = respaced(schedule, kept)
-    needed = len(kept) if len(noise) == len(kept) else len(kept) + 1
-    draws = _checked_noise(noise, needed, cond)
+    draws = _checked_noise(noise, len(kept) + 1, cond)
     x = draws[0]
-    for n, k in enumerate(reversed(range(len(kept))), start=1):
+    for draw, k in zip(draws[1:], reversed(range(len(kept))), strict=True):
         x0 = _predict_x0(denoise, schedule, x, kept[k], cond, clamp, prediction)
         x = float(weights.posterior_mean_x0[k]) * x0 + float(weights.posterior_mean_xt[k]) * x
         if k:
-            x = x + math.sqrt(weights.posterior_variance[k]) * draws[n]
+            x = x + math.sqrt(weights.posterior_variance[k]) * draw
     return x
 
 
@@ -287,11 +286,11 @@ def draw_noise(
         steps: draws after the start.
         generators: one CPU generator for each sample.
         device: where the result goes.
-        last: whether the last step's draw, which adds nothing, is needed: not where each generator
-            serves this sample alone. The numbers before it stay the same.
+        last: whether to draw for the last step, which adds nothing. False draws 0 for it and leaves
+            the numbers before it as they are, but not what the generators draw next.
 
     Returns:
-        (steps + 1, B, *shape), float32; without ``last``, (steps, B, *shape) where possible.
+        (steps + 1, B, *shape), float32.
 
     Raises:
         ValueError: if a generator is not on the CPU.
@@ -302,12 +301,15 @@ def draw_noise(
                 f"noise must be drawn from CPU generators, got one on {generator.device}; "
                 "pass torch.Generator('cpu').manual_seed(seed)"
             )
-    # a block that is not full takes other numbers, so a shorter tensor may then have others too
-    skips = not last and steps > 0 and math.prod(shape) % DRAWN_AT_ONCE == 0
-    size = (steps if skips else steps + 1, *shape)
-    # another default dtype would draw other numbers
-    draws = [torch.randn(size, generator=one, dtype=torch.float32) for one in generators]
-    return torch.stack(draws, dim=1).to(device)
+    drawn = steps + 1
+    # a block that is not full takes other numbers, so that fewer draws may start with others
+    if not last and steps > 0 and math.prod(shape) % DRAWN_AT_ONCE == 0:
+        drawn = steps
+    noise = torch.zeros(steps + 1, len(generators), *shape, dtype=torch.float32)
+    for sample, one in enumerate(generators):
+        # another default dtype would draw other numbers
+        noise[:drawn, sample] = torch.randn((drawn, *shape), generator=one, dtype=torch.float32)
+    return noise.to(device)
 
 
 def _predict_x0(
