@@ -12,6 +12,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -319,6 +320,18 @@ def test_threads_take_turns_on_one_recording(records):
         assert all(pool.map(call, range(48)))
     # batches of 1, 2 and 2 + 1 of two networks, all in one pool's memory
     assert len(records.made) == 4 and {one.pool for one in records.made} == {"pool"}
+
+
+def test_what_another_thread_compiles_has_no_say(monkeypatch):
+    """Torch's ``is_compiling`` is one flag for all threads."""
+    package = Path(ts.__file__).parent
+    found = [p.name for p in package.rglob("*.py") if "is_compiling()" in p.read_text()]
+    assert found == []
+    monkeypatch.setattr("torch.compiler._is_compiling_flag", True, raising=False)
+    backend, network = Counting(), Small()
+    with torch.no_grad():
+        assert torch.equal(Compiled(backend=backend)(network, batch(1)), network(batch(1)))
+    assert backend.compiled == 1
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ class Compiled:
         """
         if self._process != os.getpid():  # a fork may copy the lock while another thread holds it
             self.clear()
-        if self._off or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self._off or torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             return network(*inputs)
         parts = []
         for part in zip(*(x.split(in_parts(len(x))) for x in inputs), strict=True):

@@ -259,7 +259,7 @@ def _fused(
     """Return the result of the fused search, or None if it cannot run; warn once on failure."""
     global fused_on
     possible = latent.device.type == fused_on and embeddings.dtype == torch.float32
-    if not possible or torch.compiler.is_compiling():
+    if not possible or torch.compiler.is_dynamo_compiling():
         return None
     try:
         from tumorsynth.models.nearest_triton import nearest

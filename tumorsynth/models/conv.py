@@ -101,7 +101,7 @@ def pad_replicate(x: Tensor, by: int) -> Tensor:
         x: the volume.
         by: voxels to add on each side.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
         return F.pad(x, (by,) * 6, mode="replicate")
     last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
     layout = torch.channels_last_3d if last else torch.contiguous_format
@@ -194,7 +194,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def calls_onednn(x: Tensor) -> bool:
     """Whether layers call oneDNN directly for x: on a CPU, without gradients."""
     return bool(
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_dynamo_compiling()
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and uses_onednn()
@@ -207,7 +207,7 @@ def emulates_bfloat16(x: Tensor) -> bool:
 
     That is so if x is in bfloat16, or if the caller's autocast would round it.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype == torch.float64:
+    if torch.compiler.is_dynamo_compiling() or x.device.type != "cpu" or x.dtype == torch.float64:
         return False
     return (cpu_autocast() or x.dtype) == torch.bfloat16 and not cpu_computes_bfloat16()
 
@@ -220,7 +220,11 @@ def in_float32(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tens
 
 def _avoids_tf32(x: Tensor) -> bool:
     """Whether a convolution of x must ask for full float32 by itself."""
-    return x.device.type != "cpu" and not torch.compiler.is_compiling() and asks_for_full_float32()
+    return (
+        x.device.type != "cpu"
+        and not torch.compiler.is_dynamo_compiling()
+        and asks_for_full_float32()
+    )
 
 
 def _convolve_without_tf32(
