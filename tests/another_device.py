@@ -21,6 +21,35 @@ NAME = "pretended"
 MOVES = ("aten._to_copy.", "aten.copy_.", "aten._copy_from.")
 
 
+RAISING = (
+    "median.dim",
+    "nanmedian.dim",
+    "kthvalue",
+    "mode.",
+    "histc",
+    "put.",
+    "put_.",
+    "max_unpool",
+    "nll_loss",
+    "_ctc_loss_backward",
+    "fractional_max_pool2d_backward",
+    "fractional_max_pool3d_backward",
+    "avg_pool3d_backward",
+    "_adaptive_avg_pool2d_backward",
+    "_adaptive_avg_pool3d_backward",
+    "adaptive_max_pool2d_backward",
+    "upsample_linear1d_backward",
+    "upsample_bilinear2d_backward",
+    "upsample_bicubic2d_backward",
+    "upsample_trilinear3d_backward",
+    "reflection_pad1d_backward",
+    "reflection_pad2d_backward",
+    "reflection_pad3d_backward",
+    "grid_sampler_2d_backward",
+    "grid_sampler_3d_backward",
+)
+
+
 class _Module:
     """What PyTorch asks of a device's module, as torch.cuda is for CUDA."""
 
@@ -37,6 +66,18 @@ DEVICE = torch.device(NAME, 0)
 # Copies to the device that the program waits for on CUDA, by the function of ours that made them:
 # those through `devices.onto` it does not.
 copies: Counter[str] = Counter()
+# What the program waits for to come from the device, by the function of ours that asked.
+waits: Counter[str] = Counter()
+ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal.default")
+
+
+def _note_wait(name: str, args: Any) -> None:
+    """Note an operator whose answer, or its size, the program needs to go on."""
+    by_mask = name.startswith(("aten.index.", "aten.index_put")) and any(
+        isinstance(index, Pretended) and index.dtype is torch.bool for index in args[1]
+    )
+    if by_mask or any(ask in name for ask in ASKS):
+        waits[caller() or "test"] += 1
 
 
 def _note_copy() -> None:
@@ -64,6 +105,7 @@ class Pretended(torch.Tensor):
         return tensor
 
     def tolist(self) -> Any:
+        waits[caller() or "test"] += 1
         return self.inner.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
@@ -91,11 +133,33 @@ def _inner(value: Any) -> Any:
     return value
 
 
+def has_deterministic_kernel(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether CUDA runs an operator under ``torch.use_deterministic_algorithms``.
+
+    The list is that function's documentation, with the operators behind the modules named there,
+    and ``nanmedian``, which is ``median`` that leaves NaN out.
+    """
+    name = str(func).removeprefix("aten.")
+    if name.startswith(RAISING):
+        return False
+    if name.startswith("cumsum"):
+        dtype = kwargs.get("dtype") or args[0].dtype
+        return not (dtype.is_floating_point or dtype.is_complex)
+    if name.startswith("bincount"):
+        return kwargs.get("weights", args[1] if len(args) > 1 else None) is None
+    if name.startswith("scatter_reduce"):
+        return "prod" not in (*args, *kwargs.values())
+    return True
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = str(func)
     given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
     here = [t for t in given if isinstance(t, Pretended)]
     away = [t for t in given if not isinstance(t, Pretended) and t.ndim > 0]
+    if here and torch.are_deterministic_algorithms_enabled():
+        if not has_deterministic_kernel(func, args, kwargs):
+            raise RuntimeError(f"{name} does not have a deterministic implementation")
     moves = name.startswith(MOVES)
     indexing = name.startswith(("aten.index.", "aten.index_put"))
     indices = indexing and isinstance(args[0], Pretended)  # indices may be the CPU's
@@ -103,6 +167,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device")
     device = kwargs.get("device")
     result_here = bool(here) if device is None else torch.device(device).type == NAME
+    if here:
+        _note_wait(name, args)
+        if name.startswith("aten._to_copy.") and not result_here:
+            waits[caller() or "test"] += 1
     if name.startswith("aten._to_copy.") and result_here and not here:
         _note_copy()
     if name.startswith("aten.copy_.") and isinstance(args[0], Pretended) and away:
@@ -114,6 +182,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     out = func(*a, **k)
     # what works in place returns what it was given
     same = {id(_inner(t)): t for t in given} if func._schema.is_mutable else {}
+    if name.startswith("aten.copy_.") and here and not isinstance(args[0], Pretended):
+        waits[caller() or "test"] += 1
     if moves and same:
         result_here = isinstance(args[0], Pretended)
     return tree_map(

@@ -94,9 +94,9 @@ def test_a_codebook_takes_it_where_it_may(monkeypatch):
     expected = book.nearest(latent, tokens_per_chunk=4096)
     calls = []
 
-    def counted(*args):
+    def counted(*args, **more):
         calls.append(args)
-        return nearest(*args)
+        return nearest(*args, **more)
 
     monkeypatch.setattr("tumorsynth.models.nearest_triton.nearest", counted)
     assert torch.equal(book.nearest(latent), expected) and len(calls) == 1

@@ -20,6 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 # operators whose answer, or its size, the program needs to go on
+ASKING = (  # modules of ours that do otherwise on the CPU
+    "appearance.contrast",
+    "appearance.surroundings",
+    "intensity_check.shares",
+    "pipeline.organ_search",
+    "pipeline.paint",
+    "placement.organ",
+)
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal.default")
 
 
@@ -79,7 +87,7 @@ def pretended(monkeypatch: Any, *tensors: Tensor) -> Iterator[PretendedDevice]:
         return tolist(to_cpu(self))
 
     with monkeypatch.context() as patch:
-        for module in ("placement.organ", "appearance.contrast", "intensity_check.shares"):
+        for module in ASKING:
             patch.setattr(f"tumorsynth.{module}.on_cpu", lambda tensor: not device.holds(tensor))
         patch.setattr(Tensor, "cpu", to_cpu)
         patch.setattr(Tensor, "tolist", to_list)

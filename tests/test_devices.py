@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import warnings
@@ -234,17 +235,105 @@ def test_only_devices_sets_the_rounding_of_float32():
     assert found == {"devices.py"}
 
 
+def test_layers_of_ours_leave_the_setting_of_convolutions_alone(restored):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    before, asked = tf32(), []
+
+    def asks():
+        asked.append(devices.asks_for_full_float32())
+
+    with devices.full_float32("cuda", own_layers=True), devices.full_float32("cuda", True):
+        assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+        asks()
+        other = threading.Thread(target=asks)
+        other.start()
+        other.join()
+        with devices.full_float32("cuda"):  # as for layers of others
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    asks()
+    assert asked == [True, False, False] and tf32() == before
+    torch.backends.cuda.matmul.allow_tf32 = False
+    before = tf32()
+    with devices.full_float32("cuda", own_layers=True):
+        assert tf32() == before  # PyTorch's default: nothing of the process changes
+    with devices.full_float32("cpu", own_layers=True):
+        assert not devices.asks_for_full_float32()
+
+
 @pytest.mark.parametrize("prediction, full", [("noise", True), ("x0", False)])
-def test_a_network_that_predicts_noise_denoises_in_full_float32(monkeypatch, prediction, full):
-    seen, before = [], tf32()
-    generator = tiny_generator(prediction=prediction, codes=8)
-    monkeypatch.setattr(
-        "tumorsynth.generators.diffusion.full_float32", lambda kind: devices.full_float32("cuda")
-    )
-    torch.backends.cudnn.allow_tf32 = True
-    for network in (generator.denoiser, generator.autoencoder.encoder):
-        network.register_forward_pre_hook(
-            lambda *_: seen.append(torch.backends.cudnn.allow_tf32) or None
-        )
+@pytest.mark.parametrize("whose", ["ours", "third party's", "compiled"])
+def test_what_a_network_that_predicts_noise_asks_for(monkeypatch, prediction, full, whose):
+    seen, generator = [], tiny_generator(prediction=prediction, codes=8)
+    if whose == "third party's":
+        inner = generator.denoiser
+        generator.denoiser = type("Theirs", (torch.nn.Module,), {"forward": inner.__call__})()
+    if whose == "compiled":
+        generator.compile(backend="eager")
+
+    @contextmanager
+    def watched(kind, own_layers):
+        seen.append(own_layers)
+        yield
+
+    monkeypatch.setattr("tumorsynth.generators.diffusion.full_float32", watched)
     generator.change(*tiny_crop(), seed=0)
-    assert seen[0] is True and set(seen[1:5]) == {not full} and tf32() == before
+    ours, theirs = whose != "compiled", whose == "ours"
+    expected = [ours, *[theirs] * 4, ours]  # hollowed crop, four steps, healthy crop
+    assert seen == (expected if full else [])
+
+
+class FakeTensor:
+    """A tensor of the CPU that notes how it is copied to CUDA."""
+
+    def __init__(self, size, log):
+        self.size, self.log, self.device = size, log, torch.device("cpu")
+
+    def numel(self):
+        return self.size
+
+    def element_size(self):
+        return 1
+
+    def copy_(self, other):
+        self.log.append("pinned")
+        return self
+
+    def to(self, device, non_blocking=False):
+        self.log.append((str(device), non_blocking))
+
+
+@pytest.mark.parametrize("size, pinned", [(2**16, False), (2**16 + 1, True)])
+def test_large_copies_to_cuda_go_through_pinned_memory(monkeypatch, size, pinned):
+    log = []
+
+    def empty_like(tensor, pin_memory):
+        assert pin_memory
+        return FakeTensor(size, log)
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    devices.onto(FakeTensor(size, log), torch.device("cuda"))
+    assert log == ["pinned"] * pinned + [("cuda", True)]
+    log.clear()
+    devices.onto(FakeTensor(size, log), torch.device("mps"))
+    assert log == [("mps", False)]
+
+
+def test_deterministic_programs_get_the_workspace_that_cuda_needs(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    try:
+        torch.use_deterministic_algorithms(True)
+        devices.allow_deterministic_products(cuda)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the program's own
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        devices.allow_deterministic_products(cpu)
+        torch.use_deterministic_algorithms(False)
+        devices.allow_deterministic_products(cuda)
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        torch.use_deterministic_algorithms(True)
+        devices.allow_deterministic_products(cuda)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

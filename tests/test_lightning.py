@@ -66,12 +66,21 @@ def loader(data, batch_size=2):
 
 
 def fit(
-    data, callback, epochs=1, module=None, folder=None, resume=None, validate=False, precision=None
+    data,
+    callback,
+    epochs=1,
+    module=None,
+    folder=None,
+    resume=None,
+    validate=False,
+    precision=None,
+    deterministic=None,
 ):
     module = Segmenter() if module is None else module
     trainer = L.Trainer(
         accelerator="cpu",
         precision=precision,
+        deterministic=deterministic,
         max_epochs=epochs,
         callbacks=callback if isinstance(callback, list) else [callback],
         logger=False,
@@ -149,6 +158,26 @@ def test_no_weight_of_the_generator_enters_the_checkpoint(tmp_path):
     assert (tmp_path / "end.ckpt").stat().st_size < 20_000
     fresh = TumorSynthCallback(generator="liver-early")
     assert len(pickle.dumps(fresh)) < 20_000
+
+
+@pytest.mark.parametrize("generator", ["hu2023", tiny_generator()], ids=["by rule", "diffusion"])
+def test_a_deterministic_trainer_makes_the_same_tumours(monkeypatch, generator):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Lightning sets it, too
+    made = []
+    try:
+        for deterministic in (True, None):
+            module, _ = fit(
+                as_dicts(scans()),
+                TumorSynthCallback(**{**SETTINGS, "generator": generator, "seed": 0}),
+                deterministic=deterministic,
+            )
+            made.append(labels(module))
+            assert torch.are_deterministic_algorithms_enabled() is bool(deterministic)
+            torch.use_deterministic_algorithms(False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(*made, strict=True):
+        assert torch.equal(one, other) and (one == 2).any()
 
 
 def test_two_callbacks_of_a_trainer_keep_their_own_seeds(tmp_path):

@@ -65,6 +65,20 @@ def test_set_determinism_reproduces():
     assert equal(*made) and not equal(made[0], Compose([transform()])(sample()))
 
 
+@pytest.mark.parametrize("generator", ["hu2023", tiny_generator()], ids=["by rule", "diffusion"])
+def test_set_determinism_may_ask_for_deterministic_algorithms(generator):
+    made = []
+    try:
+        for algorithms in (True, False):
+            set_determinism(3, use_deterministic_algorithms=algorithms)
+            made.append(Compose([transform(generator=generator)])(sample()))
+            assert torch.are_deterministic_algorithms_enabled() is algorithms
+    finally:
+        torch.use_deterministic_algorithms(False)
+        set_determinism(None)
+    assert equal(*made) and (made[0]["label"] == 2).any()
+
+
 def test_each_rank_of_a_distributed_training_makes_its_own_tumours(monkeypatch):
     """From one seed on all ranks; tests/training/test_distributed.py has real ones."""
     batch = list_data_collate([sample("tensor")] * 2)

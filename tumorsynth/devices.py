@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,10 +13,7 @@ import torch
 
 T = TypeVar("T")
 _warned: set[tuple[str, str]] = set()  # (step, device type) of `or_on_cpu`
-# full_float32 nests over all threads, since the settings belong to the process
-_float32_lock = threading.Lock()
-_float32_depth = 0
-_float32_restore = ExitStack()
+LARGEST_UNPINNED_BYTES = 2**16  # CUDA copies more than this from pageable memory by waiting
 
 
 def parse_device(device: Any) -> torch.device:
@@ -69,56 +67,114 @@ def plain_defaults() -> Iterator[None]:
         yield
 
 
+class _OfThread(threading.local):
+    """How many `full_float32` of this thread hold for convolutions alone that say so themselves."""
+
+    depth = 0
+
+
+class _OfProcess:
+    """A setting that allows TF32, off while any thread needs it off.
+
+    Args:
+        older: returns the owner of ``allow_tf32``.
+        newer: returns the owner of ``fp32_precision``, of torch >= 2.9.
+    """
+
+    def __init__(self, older: Callable[[], Any], newer: Callable[[], Any]) -> None:
+        self._older, self._newer = older, newer
+        self._lock, self._depth, self._restore = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._turn_off()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._restore.close()
+
+    def _turn_off(self) -> None:
+        backends: Any = torch.backends
+        # torch >= 2.9 has newer settings, some of them for several operators, and refuses a mixture
+        overall = (getattr(owner, "fp32_precision", "none") for owner in (backends, backends.cudnn))
+        if all(precision == "none" for precision in overall):
+            try:
+                return self._set(self._older(), "allow_tf32", False)
+            except RuntimeError:  # torch refuses a mixture
+                pass
+        self._set(self._newer(), "fp32_precision", "ieee")
+
+    def _set(self, owner: Any, name: str, value: object) -> None:
+        current = getattr(owner, name)
+        if current != value:
+            self._restore.callback(setattr, owner, name, current)
+            setattr(owner, name, value)
+
+
+_of_thread = _OfThread()
+_convolutions = _OfProcess(lambda: torch.backends.cudnn, lambda: torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+_matrix_products = _OfProcess(
+    lambda: torch.backends.cuda.matmul, lambda: torch.backends.cuda.matmul
+)
+
+
 @contextmanager
-def full_float32(kind: str) -> Iterator[None]:
+def full_float32(kind: str, own_layers: bool = False) -> Iterator[None]:
     """Compute convolutions and matrix products in full float32 on devices of a type.
 
     By default PyTorch rounds the inputs of CUDA convolutions to TF32 (10 of 23 bits), and a program
-    may have asked for the same in matrix products. The settings are restored afterwards.
+    may have asked for the same in matrix products. The settings are restored afterwards. They
+    belong to the process: where they allow TF32, other threads are without it meanwhile.
 
     Args:
         kind: type of the device, such as "cuda".
+        own_layers: whether all convolutions within are `tumorsynth.models.conv`'s and run as they
+            are. These then ask for full float32 in each call, and the process's setting for
+            convolutions stays. PyTorch offers no such argument for matrix products.
     """
-    global _float32_depth
     if kind != "cuda":
         yield
         return
-    with _float32_lock:
-        _float32_depth += 1
-        if _float32_depth == 1:
-            _without_tf32(_float32_restore)
-    try:
+    with ExitStack() as stack:
+        if own_layers:
+            _of_thread.depth += 1
+            stack.callback(_leave_own_layers)
+        else:
+            stack.enter_context(_convolutions.off())
+        stack.enter_context(_matrix_products.off())
         yield
-    finally:
-        with _float32_lock:
-            _float32_depth -= 1
-            if _float32_depth == 0:
-                _float32_restore.close()
 
 
-def _without_tf32(restore: ExitStack) -> None:
-    backends: Any = torch.backends
+def _leave_own_layers() -> None:
+    _of_thread.depth -= 1
 
-    def set_until_restored(owner: Any, name: str, value: object) -> None:
-        current = getattr(owner, name)
-        if current != value:
-            restore.callback(setattr, owner, name, current)
-            setattr(owner, name, value)
 
-    # torch >= 2.9 has newer settings, some of them for several operators, and refuses a mixture
-    overall = (getattr(owner, "fp32_precision", "none") for owner in (backends, backends.cudnn))
-    newer = any(precision != "none" for precision in overall)
-    for old, new in (
-        (backends.cudnn, lambda: backends.cudnn.conv),
-        (backends.cuda.matmul, lambda: backends.cuda.matmul),
-    ):
-        if not newer:
-            try:
-                set_until_restored(old, "allow_tf32", False)
-                continue
-            except RuntimeError:  # torch refuses a mixture
-                pass
-        set_until_restored(new(), "fp32_precision", "ieee")
+def asks_for_full_float32() -> bool:
+    """Whether this thread's convolutions must ask for full float32; see `full_float32`."""
+    return _of_thread.depth > 0
+
+
+def cudnn_flags_without_tf32() -> tuple[bool, bool, bool, bool]:
+    """Return the last arguments of ``torch._convolution``: the process's settings, TF32 off."""
+    cudnn: Any = torch.backends.cudnn
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    return cudnn.benchmark, deterministic, cudnn.enabled, False
+
+
+def allow_deterministic_products(device: torch.device) -> None:
+    """Let CUDA's matrix products run in a program that asks torch for deterministic algorithms.
+
+    Otherwise torch raises an error there. As Lightning does, this sets CUBLAS_WORKSPACE_CONFIG,
+    unless the program has.
+    """
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
@@ -129,9 +185,23 @@ def on_cpu(tensor: torch.Tensor) -> bool:
 def onto(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor to a device without waiting for the device's earlier work.
 
-    CUDA has read a tensor in pageable memory when this returns, so the caller need not keep it.
+    CUDA has read a small tensor in pageable memory when this returns. For a large one it would
+    wait, so that goes through pinned memory, which torch keeps until the copy is done. Either way
+    the caller need not keep the tensor.
     """
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    if tensor.numel() * tensor.element_size() > LARGEST_UNPINNED_BYTES:
+        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
+
+
+def stream_of(device: torch.device) -> int:
+    """Return which queue of the device this thread's operators go to; 0 where there is one.
+
+    What one queue is still computing, another must not read.
+    """
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def or_on_cpu(step: str, device: torch.device, work: Callable[[torch.device], T]) -> T:

@@ -16,7 +16,7 @@ from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.mass_effect import MassEffect
 from tumorsynth.appearance.visibility import FaintTumorWarning, faint_warning, is_faint
 from tumorsynth.arguments import check_probability, keywords_of, known_keywords
-from tumorsynth.devices import parse_device, plain_defaults
+from tumorsynth.devices import allow_deterministic_products, parse_device, plain_defaults
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
 from tumorsynth.intensity import HU, Intensity
@@ -271,6 +271,8 @@ class SynthesizeTumor(nn.Module):
         if doubt is not None:
             self.unknown_size.give(doubt)
         seeds = [0] * len(frames) if params is not None else per_sample_seeds(seed, len(frames))
+        for device in {image.device, settings.device or image.device}:
+            allow_deterministic_products(device)
         generator = self.handle.get(settings.device or image.device)
         new_contrast = contrast_hu is not None
         call = Call(settings, generator, self.painter, new_contrast)

@@ -11,6 +11,8 @@ import sys
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,10 +27,8 @@ from tumorsynth.generators.diffusion import Generator
 from tumorsynth.models import codebook
 from tumorsynth.models.codebook import Codebook
 
-SAMPLE, TUMOUR = (
-    5,
-    6,
-)  # waits that a sample costs, and each of its tumours: tests/pipeline/test_waits.py
+# waits that a sample costs, and each of its tumours: tests/pipeline/test_waits.py
+SAMPLE, TUMOUR = 4, 4
 
 
 def tiny(device: torch.device) -> Generator:
@@ -108,6 +108,50 @@ def check_the_fused_search_is_the_slow_one(device: torch.device) -> None:
     far, near = ((z - book.embeddings[i[differ]].double()).square().sum(-1) for i in (slow, found))
     torch.testing.assert_close(near, far, rtol=0, atol=1e-5)
     assert device.type != "cuda" or codebook.fused_on == "cuda", "the fused search did not run"
+
+
+def check_threads_share_compiled_networks(device: torch.device) -> None:
+    """Each with a stream of its own, on graphs that keep their inputs in one place."""
+    plain, generator = tiny(device), tiny(device).compile()
+    crop, mask = crop_and_mask(32, 1, device)
+
+    def made(seed: int) -> bool:
+        on_cuda = device.type == "cuda"
+        stream = torch.cuda.stream(torch.cuda.Stream(device)) if on_cuda else nullcontext()
+        with stream:
+            found = generator.inpaint(crop, mask, seed=seed % 5).cpu()
+        return torch.allclose(found, wanted[seed % 5], rtol=0, atol=1e-4)
+
+    with full_float32(device.type):
+        wanted = [plain.inpaint(crop, mask, seed=seed).cpu() for seed in range(5)]
+        with ThreadPoolExecutor(4) as pool:
+            right = list(pool.map(made, range(40)))
+    assert all(right), f"{right.count(False)} of {len(right)} tumours are another thread's"
+    assert generator.compiled is not None and generator.compiled.works
+
+
+def check_deterministic_mode_runs(device: torch.device) -> None:
+    """No operator without a deterministic kernel; the same call twice gives the same bits."""
+    image, label = (x.to(device) for x in scan(2))
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name in ("hu2023", "tiny", "liver-early"):
+            synth = ts.SynthesizeTumor(tiny(device) if name == "tiny" else name, size_mm=9.0)
+            made = [synth(image, label, spacing=1.0, seed=0)[0] for _ in range(2)]
+            assert torch.equal(made[0], made[1]), name
+            assert any(record["applied"] for record in synth.report), synth.report
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_convolutions_avoid_tf32_by_themselves(device: torch.device) -> None:
+    """As exact as with the process's setting, which stays as it is."""
+    generator, (crop, mask) = ways.tiny(codes=0).to(device), crop_and_mask(32, 1, device)
+    generator.precision = "float32"
+    made = generator.prepare(crop, mask, seed=0).cond
+    with full_float32(device.type):
+        wanted = generator.prepare(crop, mask, seed=0).cond
+    torch.testing.assert_close(made, wanted, rtol=0, atol=0)
 
 
 def check_compiled_is_eager(device: torch.device) -> None:

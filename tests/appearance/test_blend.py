@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tumorsynth.appearance import blend as module
+from tumorsynth.appearance import contrast
 from tumorsynth.appearance.blend import BLENDS, feather, feather_reach
 
 ndimage = pytest.importorskip("scipy.ndimage")
@@ -162,3 +164,51 @@ def test_own_edge_has_full_weight_to_the_outline_and_the_same_reach(sigma, spaci
     assert float(own[mask].mean()) > float(soft[mask].mean()) + 0.02
     assert float(own.max()) == 1
     assert float(own[~mask].mean()) < 0.5  # and falls off
+
+
+# -- kept matrices --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept():
+    module._kept_matrix.cache_clear()
+    return module._kept_matrix.cache_info
+
+
+def test_a_filters_matrix_is_made_once_for_its_size_and_width(kept):
+    volume = torch.rand(9, 9, 11)
+    first = module.gaussian_filter(volume, [1.5, 1.5, 1.5])
+    assert (kept().misses, kept().hits) == (2, 1)
+    assert (
+        torch.equal(module.gaussian_filter(volume, [1.5, 1.5, 1.5]), first) and kept().misses == 2
+    )
+    module.gaussian_filter(volume, [1.5, 1.6, 0.0])
+    module.gaussian_filter(volume, [1.5, 0.0, 0.0], cutoff=4.0)
+    assert kept().misses == 4
+
+
+def test_kept_matrices_are_bounded(kept):
+    for n in range(300):
+        module.gaussian_filter(torch.rand(5), [1.0 + n / 100])
+    assert kept().currsize == kept().maxsize == 256
+    before = kept().currsize
+    module.gaussian_filter(torch.rand(module.MAX_KEPT_COUNT + 1), [7.0])
+    assert kept().misses == 300 and kept().currsize == before
+
+
+def test_a_matrix_kept_in_inference_mode_is_good_for_gradients(kept):
+    with torch.inference_mode():
+        module.gaussian_filter(torch.rand(9), [1.5])
+    volume = torch.rand(9, requires_grad=True)
+    module.gaussian_filter(volume, [1.5]).sum().backward()
+    assert volume.grad is not None and kept().hits == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_softens_a_shift_is_kept_too(dtype):
+    contrast._soft_kernel.cache_clear()
+    volume = torch.rand(1, 1, 9, 9, 11, dtype=dtype)
+    first = contrast._soften(volume, 4)
+    assert torch.equal(contrast._soften(volume, 4), first) and first.dtype == dtype
+    info = contrast._soft_kernel.cache_info()
+    assert (info.misses, info.hits) == (1, 1) and info.maxsize is not None

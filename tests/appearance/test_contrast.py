@@ -11,19 +11,21 @@ from tiny import tiny_crop, tiny_generator
 import tumorsynth as ts
 from tumorsynth.appearance.contrast import (
     FLUID_HU,
-    MAX_LEVEL_BIAS_HU,
     MIN_DARKER_HU,
     ContrastConfig,
     check_contrast,
     contrast_of,
     core,
-    grown,
-    healthy_level_around,
-    level_around,
     requested_contrast,
     sample_contrast,
     sampled_contrast,
     shift_to_contrast,
+)
+from tumorsynth.appearance.surroundings import (
+    MAX_LEVEL_BIAS_HU,
+    grown,
+    healthy_level_around,
+    level_around,
     similar_level_around,
 )
 

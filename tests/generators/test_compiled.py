@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_crop, tiny_generator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tumorsynth as ts
 from tumorsynth.devices import full_float32
+from tumorsynth.generators import compiled as module
 from tumorsynth.generators.compiled import Compiled, in_parts
 from tumorsynth.generators.diffusion import Generator
+from tumorsynth.generators.recorded import RecordedPass
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 
@@ -199,7 +210,7 @@ def test_compiling_keeps_results_settings_and_files(tmp_path, monkeypatch):
     assert backend.compiled == 6  # encode, denoise, decode, of two crops and of one
     generator.precision = "bfloat16"
     generator.change(*tiny_crop(), seed=0)
-    assert backend.compiled == 9  # the denoiser's first step is in float32, as it was
+    assert backend.compiled == 7  # the decoder's alone: noise is predicted in float32
 
     other = generator.with_sampler(crop_size=64)
     assert other.compiled is generator.compiled
@@ -262,3 +273,181 @@ def test_cuda_graphs_keep_the_results_for_any_batch():
                 made = [getattr(generator, paint)(crop, mask, seed=seed) for seed in (0, 1)][0]
             assert generator.compiled is not None and generator.compiled.works
             torch.testing.assert_close(made, want, rtol=0, atol=1e-4)
+
+
+# -- recorded passes, by stand-ins that replay on the CPU -----------------------------------------
+
+
+class Replaying:
+    """A recorded pass: memory of its own for inputs and answer, slow enough for threads to meet."""
+
+    made: list[Replaying] = []
+
+    def __init__(self, run, inputs, pool) -> None:
+        self.run, self.pool = run, pool
+        self.inputs = [x.clone() for x in inputs]
+        self.answer = run(*self.inputs).clone()
+        self.made.append(self)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        time.sleep(0.002)
+        self.answer.copy_(self.run(*self.inputs))
+        time.sleep(0.002)
+        return self.answer
+
+
+@pytest.fixture
+def records(monkeypatch):
+    monkeypatch.setattr(Replaying, "made", [])
+    monkeypatch.setattr(module, "new_pool", lambda: "pool")
+    monkeypatch.setattr(module, "RecordedPass", Replaying)
+    monkeypatch.setattr(Compiled, "_records_on", lambda self, device: not self._unrecorded)
+    return Replaying
+
+
+def test_threads_take_turns_on_one_recording(records):
+    compiled = Compiled(4, Counting())
+    networks = [Small(), Small()]
+
+    def call(k: int) -> bool:
+        with torch.no_grad():  # of the thread
+            x = batch(1 + k % 3) + k
+            return torch.equal(compiled(networks[k % 2], x), networks[k % 2](x))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, range(48)))
+    # batches of 1, 2 and 2 + 1 of two networks, all in one pool's memory
+    assert len(records.made) == 4 and {one.pool for one in records.made} == {"pool"}
+
+
+def test_what_another_thread_compiles_has_no_say(monkeypatch):
+    """Torch's ``is_compiling`` is one flag for all threads."""
+    package = Path(ts.__file__).parent
+    found = [p.name for p in package.rglob("*.py") if "is_compiling()" in p.read_text()]
+    assert found == []
+    monkeypatch.setattr("torch.compiler._is_compiling_flag", True, raising=False)
+    backend, network = Counting(), Small()
+    with torch.no_grad():
+        assert torch.equal(Compiled(backend=backend)(network, batch(1)), network(batch(1)))
+    assert backend.compiled == 1
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_runs_compiled_with_one_warning(records, monkeypatch):
+    def failing(run, inputs, pool):
+        raise AssertionError
+
+    monkeypatch.setattr(module, "RecordedPass", failing)
+    network, backend = Small(), Counting()
+    compiled = Compiled(4, backend)
+    with pytest.warns(UserWarning, match="CUDA graphs do not .* line [0-9]+: raise Asser") as said:
+        assert torch.equal(compiled(network, batch(3)), network(batch(3)))
+        assert torch.equal(compiled(network, batch(8)), network(batch(8)))
+    assert len(said) == 1 and backend.compiled == 3 and not compiled.works
+
+
+@torch.no_grad()
+def test_a_recording_that_exceeds_the_memory_is_tried_again(records, monkeypatch):
+    def full(run, inputs, pool):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    network, compiled = Small(), Compiled(1, Counting())
+    with monkeypatch.context() as patch, pytest.raises(torch.cuda.OutOfMemoryError):
+        patch.setattr(module, "RecordedPass", full)
+        compiled(network, batch(8))
+    assert torch.equal(compiled(network, batch(4)), network(batch(4))) and len(records.made) == 1
+
+
+class FakeCuda:
+    """Stand-ins for torch.cuda's: a graph notes the operators of its recording and repeats them."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.log: list[str] = []
+        log = self.log
+
+        class Stream:
+            def __init__(self, device) -> None:
+                pass
+
+            def wait_stream(self, other) -> None:
+                log.append("wait")
+
+        class Graph:
+            def __init__(self) -> None:
+                self.operators: list[tuple] = []
+
+            def replay(self) -> None:
+                log.append("replay")
+                with torch.inference_mode():  # a recording writes to any memory
+                    for function, args, kwargs, out in self.operators:
+                        made = function(*args, **kwargs)
+                        if isinstance(out, Tensor) and made is not out:
+                            out.copy_(made)
+
+        class Recording(TorchDispatchMode):
+            def __init__(self, graph, pool, capture_error_mode) -> None:
+                super().__init__()
+                assert capture_error_mode == "thread_local"
+                assert not torch.is_autocast_cache_enabled()
+                log.append(f"record in {pool}")
+                self.graph = graph
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                if not any(r.alias_info for r in function._schema.returns):  # views need no repeat
+                    self.graph.operators.append((function, args, kwargs or {}, out))
+                return out
+
+        current = Stream(None)
+        for name, fake in (
+            ("Stream", Stream),
+            ("CUDAGraph", Graph),
+            ("graph", Recording),
+            ("stream", lambda stream: nullcontext()),
+            ("device", lambda device: nullcontext()),
+            ("current_stream", lambda device: current),
+        ):
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_recorded_pass_replays_on_memory_of_its_own(monkeypatch, inference):
+    cuda, network, calls = FakeCuda(monkeypatch), Small(), []
+
+    def run(x: Tensor) -> Tensor:
+        calls.append(x)
+        return network(x)
+
+    with torch.inference_mode() if inference else nullcontext():
+        recorded = RecordedPass(run, [batch(2)], "pool")
+    assert cuda.log == ["wait", "wait", "record in pool"] and len(calls) == 3
+    assert torch.is_autocast_cache_enabled()
+    for x in (batch(2), batch(2) - 3, batch(2)):
+        given = x.clone()
+        assert torch.equal(recorded(x), network(x)) and torch.equal(x, given)
+    assert len(calls) == 3 and cuda.log[3:] == ["replay"] * 3
+    assert len({x.data_ptr() for x in calls}) == 1
+
+
+@forks
+def test_a_forked_process_does_not_wait_for_a_lock_of_its_parent():
+    network, compiled = Small(), Compiled(4, "eager")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            queue.put(compiled(network, batch(1)).tolist())
+
+    with compiled._lock:  # as if another thread were at it
+        process = context.Process(target=child, daemon=True)
+        process.start()
+        try:
+            with torch.no_grad():
+                assert queue.get(timeout=300) == network(batch(1)).tolist()
+        finally:
+            process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,42 @@ def test_nearest_is_the_brute_force_argmin(chunk: int):
     flat = latent.movedim(1, -1).reshape(-1, 3).double()
     expected = torch.cdist(flat, codebook.embeddings.double()).argmin(1)
     assert torch.equal(codebook.nearest(latent, chunk).flatten(), expected)
+
+
+def test_what_follows_from_the_codes_is_kept_until_they_change():
+    codebook, latent = placed([[0.0, 1.0, 0.0], [5.0, 5.0, 5.0]]).eval(), latents(0)
+    first = codebook.derived()
+    assert codebook.nearest(latent).sum() == 0 and codebook.derived() is first
+    with torch.inference_mode():
+        assert codebook.derived() is first
+    state = {name: value.clone() for name, value in codebook.state_dict().items()}
+    for change in (
+        lambda: codebook.embeddings.neg_(),
+        lambda: codebook.embeddings.__setitem__(0, 9.0),
+        lambda: codebook.load_state_dict(state),
+        lambda: codebook.load_state_dict(state, assign=True),
+        lambda: codebook.double(),
+        lambda: setattr(codebook, "embeddings", codebook.embeddings + 1),
+    ):
+        before = codebook.derived()
+        change()
+        found, codes = codebook.derived(), codebook.embeddings
+        assert found is not before
+        assert torch.equal(found.away, -codes) and float(found.highest) == float(codes.max())
+        assert torch.equal(found.half_norm, codes.square().sum(1) / 2)
+        assert float(found.lowest) == float(codes.min())
+
+
+def test_training_keeps_nothing_of_the_codes():
+    codebook = placed([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    for seed in range(3):
+        codebook(latents(seed))
+        assert codebook._kept is None
+        assert torch.equal(codebook.derived().away, -codebook.embeddings)
+    codebook.eval().nearest(latents(0))
+    copied = pickle.loads(pickle.dumps(codebook))
+    assert codebook._kept is not None and copied._kept is None
+    assert torch.equal(copied.nearest(latents(1)), codebook.nearest(latents(1)))
 
 
 def test_autocast_does_not_change_the_codes():

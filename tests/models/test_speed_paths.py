@@ -196,6 +196,7 @@ def test_an_organ_is_searched_in_slabs(monkeypatch):
     monkeypatch.setattr("tumorsynth.placement.organ.SLAB_VOXELS", 2**12)
     label = torch.zeros(40, 32, 48, dtype=torch.uint8)
     label[10:20, 5:9, 30:40] = 1
+    organ_box(label, (1, 2))  # what the first call alone takes does not count
     for given in (label, label.permute(2, 1, 0), label.bool()):
         tracemalloc.start()
         assert organ_box(given, (1, 2)) is not None
@@ -241,7 +242,7 @@ F32, BF16 = torch.float32, torch.bfloat16
         ("noise", "auto", True, (F32, F32, F32)),  # published generators stay exact
         ("x0", "auto", False, (F32, F32, F32)),
         ("x0", "float32", True, (F32, F32, F32)),
-        ("noise", "bfloat16", True, (BF16, BF16, BF16)),  # of the last step: see below
+        ("noise", "bfloat16", True, (F32, F32, BF16)),
     ],
 )
 def test_the_dtype_that_each_network_computes_in(
@@ -254,16 +255,27 @@ def test_the_dtype_that_each_network_computes_in(
     assert generator.with_sampler(crop_size=40).precision == precision
 
 
-def test_noise_is_predicted_in_float32_where_its_error_grows(monkeypatch):
-    """The first of four steps multiplies an error by 263, the others by 2.4 at most."""
+@pytest.mark.parametrize("codes", [0, 16])
+def test_bfloat16_is_the_decoders_alone_where_noise_is_predicted(monkeypatch, codes):
+    """The first of four steps multiplies errors by 263, and codes lie close together."""
     monkeypatch.setattr("tumorsynth.generators.precision.cpu_computes_bfloat16", lambda: True)
-    generator, seen = tiny_generator(prediction="noise"), []
-    generator.precision = "bfloat16"
-    generator.denoiser.register_forward_hook(
-        lambda module, inputs, out: seen.append((int(inputs[1][0]), out.dtype))
-    )
-    generator.change(*tiny_crop(), seed=0)
-    assert seen == [(3, F32), (2, BF16), (1, BF16), (0, BF16)]
+    exact, fast = (tiny_generator(prediction="noise", codes=codes) for _ in range(2))
+    exact.precision, fast.precision = "float32", "bfloat16"
+    seen: dict[str, list[object]] = {"encoder": [], "denoiser": [], "decoder": [], "latent": []}
+    networks = (fast.autoencoder.encoder, fast.denoiser, fast.autoencoder.decoder)
+    for network, name in zip(networks, seen, strict=False):
+        network.register_forward_hook(
+            lambda module, inputs, out, name=name: seen[name].append(out.dtype)
+        )
+    for generator in (exact, fast):
+        generator.autoencoder.decoder.register_forward_pre_hook(
+            lambda module, inputs: seen["latent"].append(inputs[0])
+        )
+        generator.change(*tiny_crop(), seed=0)
+    assert seen["encoder"] == [F32] * 2 and seen["denoiser"] == [F32] * 4
+    assert seen["decoder"] == [BF16] * 2
+    for latent, other in zip(seen["latent"][:2], seen["latent"][2:], strict=True):
+        assert torch.equal(latent, other)
 
 
 def test_a_callers_autocast_does_not_change_a_tumour():
@@ -344,7 +356,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("codes", [0, 32])
 @pytest.mark.parametrize("contrast_hu", [None, -30.0])
 def test_nothing_waits_for_the_device_while_a_tumour_is_painted(codes, contrast_hu, monkeypatch):
-    monkeypatch.setattr("tumorsynth.appearance.contrast.on_cpu", lambda tensor: False)
+    for module in ("contrast", "surroundings"):
+        monkeypatch.setattr(f"tumorsynth.appearance.{module}.on_cpu", lambda tensor: False)
     generator, (crop, mask) = tiny_generator(codes=codes), tiny_crop(batch=2)
     with Waits() as seen:
         generator.change(crop, mask, seed=0, contrast_hu=contrast_hu)

@@ -17,7 +17,7 @@ from tumorsynth.placement.organ import organ_box
 from tumorsynth.synthesizer import SynthesizeTumor
 
 SHAPE = (60, 52, 44)
-SAMPLE, TUMOUR = 5, 6  # waits that a sample costs, and each of its tumours
+SAMPLE, TUMOUR = 4, 4  # waits that a sample costs, and each of its tumours
 
 
 def scan(kind: str = "ball", dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from balls import make_cases
 
-from tumorsynth.appearance.contrast import contrast_of, level_around
+from tumorsynth.appearance.contrast import contrast_of
+from tumorsynth.appearance.surroundings import level_around
 from tumorsynth.appearance.tissue import TissueRange
 from tumorsynth.training import autoencoder, denoiser
 from tumorsynth.training.config import PRESETS, AutoencoderTraining, DataConfig, DenoiserTraining

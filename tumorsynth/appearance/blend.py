@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from numbers import Real
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.devices import onto
+from tumorsynth.devices import onto, stream_of
 from tumorsynth.geometry import Frame, Rows3
 
 BLENDS = ("change", "difftumor")
@@ -19,6 +20,7 @@ CUTOFF_SIGMAS = {"change": 3.0, "difftumor": 4.0}  # the second as published
 MIN_SIGMA_VOXELS = 0.4  # an edge of the scan is never sharper than its sampling
 EDGE_AT_ONE_SIGMA = 0.159  # what a filtered edge leaves one standard deviation outside
 PLATEAU_SHARE = 0.98  # weights from this share of the peak on become 1
+MAX_KEPT_COUNT = 176  # voxels along an axis, up to which a filter's matrix is kept
 MIN_WEIGHT = 0.005  # smaller weights outside the tumour become 0
 
 
@@ -112,8 +114,8 @@ def gaussian_filter(volume: Tensor, sigmas: Sequence[float], cutoff: float = 3.0
     """
     for axis, sigma in enumerate(sigmas):
         if sigma > 0:
-            matrix = _gaussian_matrix(volume.shape[axis], sigma, _radius(sigma, cutoff))
-            matrix = onto(matrix, volume.device)
+            count, radius = volume.shape[axis], _radius(sigma, cutoff)
+            matrix = _matrix_on(volume.device, count, float(sigma), radius)
             volume = torch.movedim(torch.tensordot(matrix, volume, dims=([1], [axis])), 0, axis)
     return volume
 
@@ -159,6 +161,21 @@ def _sigma_voxels(
 
 def _radius(sigma: float, cutoff: float) -> int:
     return int(cutoff * sigma + 0.5)
+
+
+def _matrix_on(device: torch.device, count: int, sigma: float, radius: int) -> Tensor:
+    """Return `_gaussian_matrix` on a device; kept, unless it is large. Do not change it."""
+    if count > MAX_KEPT_COUNT:
+        return onto(_gaussian_matrix(count, sigma, radius), device)
+    return _kept_matrix(device, stream_of(device), count, sigma, radius)
+
+
+@lru_cache(maxsize=256)  # 32 MB at most
+def _kept_matrix(
+    device: torch.device, stream: int, count: int, sigma: float, radius: int
+) -> Tensor:
+    with torch.inference_mode(False):  # a caller's may end before the matrix is used again
+        return onto(_gaussian_matrix(count, sigma, radius), device)
 
 
 def _gaussian_matrix(count: int, sigma: float, radius: int) -> Tensor:

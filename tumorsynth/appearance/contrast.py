@@ -15,27 +15,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.appearance.surroundings import (
+    Surroundings,
+    around_tumors,
+    count_voxels,
+    grown,
+)
 from tumorsynth.arguments import any_bool
-from tumorsynth.devices import on_cpu, onto
-from tumorsynth.geometry import bounding_box
+from tumorsynth.devices import on_cpu, onto, stream_of
 from tumorsynth.random_streams import substream
 
-SHELL_MM = (2, 6)  # distances from a tumour between which the tissue around it is measured
-MIN_TISSUE_VOXELS = 50  # of the shell
-MAX_TISSUE_DIFFERENCE_HU = 50.0  # noise included, between voxels of the same tissue
 MIN_CORE_VOXELS = 20  # a smaller tumour is measured with its outermost layer
-LOW_TISSUE_HU = 40.0  # above the lower end of what counts as tissue, up to where it misleads
-MAX_LEVEL_BIAS_HU = 10.0  # by which the level may exceed that of the tissue replaced there
-OWN_TISSUE_SDS = 2.5  # of the tissue that a tumour replaces, within which it goes on around
-OWN_TISSUE_HU = (10.0, 50.0)  # the same in HU, at least and at most
-MAD_TO_SD = 1.4826  # standard deviation over median absolute deviation, of normal noise
 SOFT_REACH_VOXELS = 2  # cutoff of the Gaussian of 1 voxel that softens a shift
 SOFT_KERNEL_SUM = 1 + 2 * math.exp(-0.5) + 2 * math.exp(-2)
 FLUID_HU = 10.0  # solid tissue does not become darker than this
@@ -109,60 +106,6 @@ def check_contrast(contrast_hu: float | Sequence[float] | None) -> tuple[float, 
     return low, high
 
 
-def level_around(hu: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]) -> Tensor:
-    """Return the median HU of the tissue around each tumour, (B,).
-
-    Args:
-        hu: (B, 1, X, Y, Z).
-        tumor_mask: bool, same shape.
-        tissue: HU that count as tissue. Where too few voxels of the shell lie within, all of the
-            shell counts; without a shell, all of the crop.
-    """
-    box = _around_tumors(tumor_mask, SHELL_MM[1] + 1)
-    hu, tumor_mask = hu[box], tumor_mask[box]
-    shell = _shell(tumor_mask, hu.dtype)
-    for wider in (~tumor_mask, torch.ones_like(tumor_mask)):
-        shell = torch.where(_count(shell) > 0, shell, wider)
-    fits = shell & (hu > tissue[0]) & (hu < tissue[1])
-    fits = torch.where(_count(fits) >= MIN_TISSUE_VOXELS, fits, shell)
-    return _median(hu, fits)
-
-
-def healthy_level_around(
-    healthy: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]
-) -> Tensor:
-    """Return `level_around` of crops without a tumour, right near the lower end of ``tissue``, too.
-
-    In a fatty or a noisy unenhanced organ only the bright part of the voxels lies within
-    ``tissue``: a tumour relative to their median would be brighter than the organ. The level is
-    then that of the tissue which the tumour replaces.
-    """
-    box = _around_tumors(tumor_mask, SHELL_MM[1] + 1)
-    healthy, tumor_mask = healthy[box], tumor_mask[box]
-    level, replaced = level_around(healthy, tumor_mask, tissue), _median(healthy, tumor_mask)
-    biased = (replaced < tissue[0] + LOW_TISSUE_HU) & (level > replaced + MAX_LEVEL_BIAS_HU)
-    return torch.where(biased, similar_level_around(healthy, tumor_mask), level)
-
-
-def similar_level_around(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
-    """Return the median HU around each tumour of the tissue that it replaces, (B,).
-
-    A requested contrast is relative to this: a tumour may replace bright kidney, fatty pancreas or
-    renal sinus. Where too little such tissue is around, it is the median inside the mask.
-
-    Args:
-        healthy: (B, 1, X, Y, Z), before the tumour.
-        tumor_mask: bool, same shape.
-    """
-    box = _around_tumors(tumor_mask, SHELL_MM[1] + 1)
-    healthy, tumor_mask = healthy[box], tumor_mask[box]
-    replaced = _median(healthy, tumor_mask)
-    difference = (healthy - replaced[:, None, None, None, None]).abs()
-    similar = _shell(tumor_mask, healthy.dtype) & (difference < MAX_TISSUE_DIFFERENCE_HU)
-    enough = _count(similar).flatten() >= MIN_TISSUE_VOXELS
-    return torch.where(enough, _median(healthy, similar), replaced)
-
-
 class ContrastFrom(NamedTuple):
     """What a tumour's core is painted at: (B,) each, in HU.
 
@@ -187,11 +130,11 @@ def requested_contrast(healthy: Tensor, tumor_mask: Tensor, contrast_hu: Tensor)
         tumor_mask: bool, same shape.
         contrast_hu: (B,).
     """
-    level = similar_level_around(healthy, tumor_mask)
-    replaced = _median_inside(healthy, tumor_mask)
-    wrong = contrast_hu.sign() * (level + contrast_hu - replaced) < 0
+    around = Surroundings.of(healthy, tumor_mask)
+    level = around.similar_level()
+    wrong = contrast_hu.sign() * (level + contrast_hu - around.replaced) < 0
     if not on_cpu(wrong) or bool(wrong.any()):
-        own = _own_level_around(healthy, tumor_mask)
+        own = around.own_level()
         level = torch.where(wrong & own.isfinite(), own, level)
     return ContrastFrom(level, contrast_hu)
 
@@ -212,17 +155,19 @@ def sampled_contrast(
         config: the range.
         seeds: one for each tumour; None for the middle of the range.
     """
-    level = healthy_level_around(healthy, tumor_mask, config.tissue)
-    contrast = sample_contrast(config, level, seeds)
+    around = Surroundings.of(healthy, tumor_mask)
+    level = around.healthy_level(config.tissue)
+    shares = _contrast_shares(level, seeds)
+    contrast = _contrast_at(config, level, shares)
     if not config.darkens:
         return ContrastFrom(level, contrast)
-    brightest = _median_inside(healthy, tumor_mask) - MIN_DARKER_HU
+    brightest = around.replaced - MIN_DARKER_HU
     wrong = level + contrast > brightest
     if not on_cpu(wrong) or bool(wrong.any()):
-        own = _own_level_around(healthy, tumor_mask)
+        own = around.own_level()
         wrong &= own.isfinite()
         level = torch.where(wrong, own, level)
-        contrast = torch.where(wrong, sample_contrast(config, level, seeds), contrast)
+        contrast = torch.where(wrong, _contrast_at(config, level, shares), contrast)
         level = torch.where(wrong, torch.minimum(level, brightest - contrast), level)
     return ContrastFrom(level, contrast)
 
@@ -234,12 +179,12 @@ def core(tumor_mask: Tensor) -> Tensor:
         tumor_mask: bool (B, 1, X, Y, Z).
     """
     eroded = ~(grown((~tumor_mask).float(), 1) > 0)
-    return torch.where(_count(eroded) >= MIN_CORE_VOXELS, eroded, tumor_mask)
+    return torch.where(count_voxels(eroded) >= MIN_CORE_VOXELS, eroded, tumor_mask)
 
 
 def contrast_of(hu: Tensor, tumor_mask: Tensor, level: Tensor) -> Tensor:
     """Return the mean of each tumour's core minus the level around it, (B,)."""
-    box = _around_tumors(tumor_mask, 2)
+    box = around_tumors(tumor_mask, 2)
     hu, tumor_mask = hu[box], tumor_mask[box]
     inside = core(tumor_mask).to(hu.dtype)
     return (hu * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1) - level
@@ -256,17 +201,7 @@ def sample_contrast(config: ContrastConfig, level: Tensor, seeds: Sequence[int] 
     Returns:
         (B,) in HU.
     """
-    shares = [
-        float(torch.rand((), generator=stream, dtype=torch.float32))
-        for stream in (substream(seed, "contrast_condition") for seed in seeds or [])
-    ]
-    share = onto(torch.tensor(shares or [0.5], dtype=level.dtype), level.device)
-    contrast = config.low + (config.high - config.low) * share.expand(level.shape)
-    if config.reference_hu is None:
-        return torch.minimum(contrast, (MAX_SOLID_HU - level).clamp(min=0.0))
-    contrast = contrast * (level / config.reference_hu).clamp(*CONTRAST_SCALE_RANGE)
-    contrast = torch.maximum(contrast, (FLUID_HU - level).clamp(max=-MIN_DARKER_HU))
-    return contrast.clamp(max=-MIN_DARKER_HU) if config.darkens else contrast
+    return _contrast_at(config, level, _contrast_shares(level, seeds))
 
 
 def shift_to_contrast(hu: Tensor, tumor_mask: Tensor, level: Tensor, contrast_hu: Tensor) -> Tensor:
@@ -284,7 +219,7 @@ def shift_to_contrast(hu: Tensor, tumor_mask: Tensor, level: Tensor, contrast_hu
     Returns:
         HU, shaped like ``hu``.
     """
-    box = _around_tumors(tumor_mask, SOFT_REACH_VOXELS + 1)
+    box = around_tumors(tumor_mask, SOFT_REACH_VOXELS + 1)
     change, hu, tumor_mask = torch.zeros_like(hu), hu[box], tumor_mask[box]
     missing = contrast_hu - contrast_of(hu, tumor_mask, level)
     soft = tumor_mask.to(hu.dtype)
@@ -296,74 +231,38 @@ def shift_to_contrast(hu: Tensor, tumor_mask: Tensor, level: Tensor, contrast_hu
     return change
 
 
-def grown(mask: Tensor, voxels: int) -> Tensor:
-    """Dilate a mask by a cube, one axis at a time.
-
-    Args:
-        mask: 0 and 1 in floating point, (..., X, Y, Z).
-        voxels: by how many on each side.
-    """
-    for axis in range(3):
-        kernel, padding = [1, 1, 1], [0, 0, 0]
-        kernel[axis], padding[axis] = 2 * voxels + 1, voxels
-        mask = F.max_pool3d(mask, kernel, stride=1, padding=padding)
-    return mask
+def _contrast_shares(level: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    """Sample where in its generator's range each tumour's contrast lies: (B,), 0 to 1."""
+    shares = [
+        float(torch.rand((), generator=stream, dtype=torch.float32))
+        for stream in (substream(seed, "contrast_condition") for seed in seeds or [])
+    ]
+    share = onto(torch.tensor(shares or [0.5], dtype=level.dtype), level.device)
+    return share.expand(level.shape)
 
 
-def _around_tumors(tumor_mask: Tensor, margin: int) -> tuple[slice, ...]:
-    """Index of the part of (B, 1, X, Y, Z) around the tumours.
-
-    On a GPU (to avoid a sync), or if any sample has no tumour, this is the full volume.
-    """
-    if not on_cpu(tumor_mask) or not bool(tumor_mask.flatten(1).any(1).all()):
-        return (slice(None),) * 5
-    box = bounding_box(tumor_mask.flatten(0, 1).any(0), margin)
-    assert box is not None
-    return (slice(None), slice(None), *box.slices)
-
-
-def _shell(tumor_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The voxels 2 to 6 mm around each tumour."""
-    mask = tumor_mask.to(dtype)
-    inner, outer = SHELL_MM
-    return (grown(mask, outer) > 0) & ~(grown(mask, inner) > 0)
-
-
-def _own_level_around(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
-    """Return the median HU of the tissue that a tumour replaces, as it goes on around it, (B,).
-
-    NaN where too little of it does: the tumour's place differs from all that is around.
-    """
-    box = _around_tumors(tumor_mask, SHELL_MM[1] + 1)
-    healthy, tumor_mask = healthy[box], tumor_mask[box]
-    replaced = _median(healthy, tumor_mask)
-    difference = (healthy - replaced[:, None, None, None, None]).abs()
-    limit = (OWN_TISSUE_SDS * MAD_TO_SD * _median(difference, tumor_mask)).clamp(*OWN_TISSUE_HU)
-    own = _shell(tumor_mask, healthy.dtype) & (difference < limit[:, None, None, None, None])
-    enough = _count(own).flatten() >= MIN_TISSUE_VOXELS
-    return torch.where(enough, _median(healthy, own), torch.nan)
-
-
-def _median_inside(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
-    """Median (B,) of the tissue that each tumour replaces."""
-    box = _around_tumors(tumor_mask, 0)
-    return _median(healthy[box], tumor_mask[box])
-
-
-def _median(values: Tensor, where: Tensor) -> Tensor:
-    """Median (B,) of the voxels of a mask; NaN where it is empty."""
-    return torch.where(where, values, torch.nan).flatten(1).nanmedian(1).values
+def _contrast_at(config: ContrastConfig, level: Tensor, shares: Tensor) -> Tensor:
+    """Return the contrasts at these shares of a generator's range, in tissue of a level: (B,)."""
+    contrast = config.low + (config.high - config.low) * shares
+    if config.reference_hu is None:
+        return torch.minimum(contrast, (MAX_SOLID_HU - level).clamp(min=0.0))
+    contrast = contrast * (level / config.reference_hu).clamp(*CONTRAST_SCALE_RANGE)
+    contrast = torch.maximum(contrast, (FLUID_HU - level).clamp(max=-MIN_DARKER_HU))
+    return contrast.clamp(max=-MIN_DARKER_HU) if config.darkens else contrast
 
 
 def _soften(volume: Tensor, axis: int) -> Tensor:
     """Filter along an axis with a Gaussian of 1 voxel; beyond the border lies 0."""
-    at = torch.arange(volume.shape[axis], device=volume.device, dtype=volume.dtype)
-    squared = (at[:, None] - at).square()
-    kernel = torch.where(squared <= SOFT_REACH_VOXELS**2, torch.exp(-0.5 * squared), 0.0)
-    kernel = kernel / SOFT_KERNEL_SUM
+    device = volume.device
+    kernel = _soft_kernel(device, stream_of(device), volume.shape[axis], volume.dtype)
     return torch.movedim(torch.tensordot(kernel, volume, dims=([1], [axis])), 0, axis)
 
 
-def _count(mask: Tensor) -> Tensor:
-    """Voxels of each sample's mask, (B, 1, 1, 1, 1)."""
-    return mask.flatten(1).sum(1)[:, None, None, None, None]
+@lru_cache(maxsize=64)
+def _soft_kernel(device: torch.device, stream: int, count: int, dtype: torch.dtype) -> Tensor:
+    """(count, count) matrix of `_soften` on a device; kept, so do not change it."""
+    with torch.inference_mode(False):  # a caller's may end before the matrix is used again
+        at = torch.arange(count, dtype=dtype, device="cpu")
+        squared = (at[:, None] - at).square()
+        kernel = torch.where(squared <= SOFT_REACH_VOXELS**2, torch.exp(-0.5 * squared), 0.0)
+        return onto(kernel / SOFT_KERNEL_SUM, device)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.appearance.blend import gaussian_filter
-from tumorsynth.appearance.contrast import CONTRAST_SCALE_RANGE, FLUID_HU, core, grown
+from tumorsynth.appearance.contrast import CONTRAST_SCALE_RANGE, FLUID_HU, core
 from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS
+from tumorsynth.appearance.surroundings import grown
 from tumorsynth.arguments import keywords_of
 from tumorsynth.devices import onto
 from tumorsynth.geometry import bounding_box

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.appearance.contrast import core
+from tumorsynth.devices import onto
 from tumorsynth.geometry import Box, Floats3, Ints3, bounding_box
 from tumorsynth.random_streams import substream
 
@@ -195,7 +196,7 @@ def match_to_scan(
     Args:
         crop: (X, Y, Z) in HU, 1 mm voxels, the healthy scan.
         change: HU, same shape.
-        tumor_mask: bool, same shape.
+        tumor_mask: bool, same shape. In the CPU's memory, it lets nothing wait for a GPU.
         grain_mm: of the scan, along the crop's axes.
         own_variation: what a tumour has of its own, over the scan's slow variation; None leaves the
             texture to the generator. Around the tumour's profile from outline to middle, the scan's
@@ -210,22 +211,29 @@ def match_to_scan(
     if box is None:
         return change
     mask, old = tumor_mask[box.slices], change[box.slices]
-    # as indices, so that a GPU synchronises once and not at each use
-    new, where = old, mask.nonzero().unbind(1)
+    # as indices, which on a GPU are not waited for again at each use
+    where = _indices(mask, change.device)
+    new = old
     if own_variation is not None and len(where[0]) >= MIN_EVENED_VOXELS:
-        new = new + _evening(crop[box.slices], old, mask, where, own_variation)
+        inside = onto(mask, change.device).to(torch.float32)
+        new = new + _evening(crop[box.slices], old, inside, where, own_variation)
     radius = (3 * len(where[0]) / (4 * math.pi)) ** (1 / 3)
     softening = softening_mm(grain_mm, edge_mm)
     new = gaussian_filter(new, [min(sigma, radius / 3) for sigma in softening])
     if new is old:
         return change
-    inside = core(mask[None, None])[0, 0].nonzero().unbind(1)
-    before, after = old[inside].mean(), new[inside].mean()
+    in_core = _indices(core(mask[None, None])[0, 0], change.device)
+    before, after = old[in_core].mean(), new[in_core].mean()
     # of a change that its softened edge has reached, the mean cannot be restored
     lost = (before * after <= 0) | (before.abs() <= MIN_CORE_CHANGE_HU)
     change = change.clone()
     change[box.slices] = new * torch.where(lost, 1.0, (before / after).clamp(*CORE_GAIN_RANGE))
     return change
+
+
+def _indices(mask: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Where a mask is, along each axis, on a device."""
+    return onto(mask.nonzero().T, device).unbind(0)
 
 
 class _DepthProfile(NamedTuple):
@@ -253,13 +261,12 @@ class _DepthProfile(NamedTuple):
 
 
 def _evening(
-    hu: Tensor, change: Tensor, mask: Tensor, where: tuple[Tensor, ...], own_variation: float
+    hu: Tensor, change: Tensor, inside: Tensor, where: tuple[Tensor, ...], own_variation: float
 ) -> Tensor:
     """What to add to a change so that the tumour is as noisy and as even as the tissue was.
 
-    where: the mask's voxels, as indices along each axis.
+    inside: 1 in the tumour, else 0. where: the tumour's voxels, as indices along each axis.
     """
-    inside = mask.to(torch.float32)
     profile = _DepthProfile.of(inside, where)
     share = gaussian_filter(inside, [SLOW_SIGMA_MM] * 3).clamp(min=1e-3)
 
@@ -308,12 +315,14 @@ def _organ_statistics(hu: Tensor, organ: Tensor) -> _OrganStatistics:
     # not the median absolute deviation: of whole HU it has whole steps
     variance = hu.square().sum() / fits.sum() / NOISE_VARIANCE_KEPT
     sums = [_difference_sum(hu, fits, axis, step) for axis in range(3) for step in (1, 2, 4)]
-    figures = (*sum(sums, ()), organ_voxels, median, variance)
-    stacked = torch.stack([number.to(hu.dtype) for number in figures])
-    *numbers, count, level, squared = stacked.tolist()  # one host-device synchronisation
+    totals, pairs = zip(*sums, strict=True)
+    counts = torch.stack([*pairs, organ_voxels]).to(hu.dtype)
+    # one host-device synchronisation
+    numbers = torch.cat([torch.stack([*totals, median, variance]), counts]).tolist()
+    (*squares, level, squared), (*numbers_of_pairs, count) = numbers[:11], numbers[11:]
     means = [
-        total / pairs if pairs >= MIN_PAIRS else 0.0
-        for total, pairs in zip(numbers[::2], numbers[1::2], strict=True)
+        total / number if number >= MIN_PAIRS else 0.0
+        for total, number in zip(squares, numbers_of_pairs, strict=True)
     ]
     differences = [means[0:3], means[3:6], means[6:9]]
     return _OrganStatistics(differences, count, level, math.sqrt(squared))

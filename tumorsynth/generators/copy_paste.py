@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.appearance.contrast import FLUID_HU, MIN_DARKER_HU, similar_level_around
+from tumorsynth.appearance.contrast import FLUID_HU, MIN_DARKER_HU
+from tumorsynth.appearance.surroundings import similar_level_around
 from tumorsynth.appearance.tissue import CARD_KEY, SOFT_TISSUE, TissueRange
 from tumorsynth.arguments import keywords_of, known_keywords
 from tumorsynth.devices import onto

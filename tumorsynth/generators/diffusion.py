@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,11 @@ from tumorsynth.generators.conditioning import (
     to_zxy,
 )
 from tumorsynth.generators.config import SamplerConfig
-from tumorsynth.generators.precision import amplifies_noise_error, computes_in_bfloat16
+from tumorsynth.generators.precision import computes_in_bfloat16
 from tumorsynth.generators.sampling import (
     cosine_schedule,
     ddim_sample,
-    ddim_steps,
     ddpm_sample,
-    ddpm_steps,
     draw_noise,
 )
 from tumorsynth.models.autoencoder import Autoencoder
@@ -238,7 +237,8 @@ class Generator:
         volume, cond = self._condition(crop, tumor_mask, hu)
         if noise is None:
             assert seeds is not None
-            noise = self._draw_noise(cond, [torch.Generator().manual_seed(s) for s in seeds])
+            streams = [torch.Generator().manual_seed(s) for s in seeds]
+            noise = self._draw_noise(cond, streams, last=False)
         return NetworkInputs(volume, cond, noise, target)
 
     def condition(
@@ -280,11 +280,8 @@ class Generator:
             stream = noise
             noise = torch.cat([self._draw_noise(cond, [stream]) for _ in range(len(cond))], dim=1)
         noise, ddpm = onto(noise, cond.device), s.method == "ddpm"
-        steps = (ddpm_steps if ddpm else ddim_steps)(s.timesteps, s.steps)
-
-        def denoise(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-            return self._denoise(x_t, t, cond, steps.pop())  # reading t would wait for a GPU
-
+        call = self._run_exactly if s.prediction == "noise" else self.run_network
+        denoise = partial(call, self.denoiser)
         run: Callable[..., Tensor] = ddpm_sample if ddpm else ddim_sample
         how: dict[str, Any] = {"clamp": s.clamp, "prediction": s.prediction, "steps": s.steps}
         return run(denoise, self.schedule, cond, noise, **how)
@@ -295,6 +292,8 @@ class Generator:
 
     def encode_volume(self, volume: Tensor) -> Tensor:
         """Encode (B, 1, D, H, W) in [-1, 1] to a raw latent, in this generator's precision."""
+        if self.sampler.prediction == "noise":
+            return self._run_exactly(self.autoencoder.encode, volume)
         return self.run_network(self.autoencoder.encode, volume)
 
     def decode_latent(self, raw: Tensor, box: Near | None = None) -> Tensor:
@@ -401,20 +400,24 @@ class Generator:
             channels.append(contrast_channel(hole, size, contrast_hu, self.window))
         return volume, torch.cat(channels, dim=1)
 
-    def _denoise(self, x_t: Tensor, t: Tensor, cond: Tensor, step: int) -> Tensor:
-        """Run the denoiser at a step, which t (B,) holds for each sample."""
-        if self.sampler.prediction == "noise":
-            alpha_bar = float(self.schedule.alphas_cumprod[step])
-            if amplifies_noise_error(alpha_bar) or not self._in_bfloat16():
-                with full_float32(x_t.device.type):
-                    return self.run_network(self.denoiser, x_t, t, cond, allow_bfloat16=False)
-        return self.run_network(self.denoiser, x_t, t, cond)
+    def _run_exactly(self, network: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Call a network in full float32, whatever the precision.
+
+        Steps of a denoiser that predicts noise multiply errors, of its own and of its conditioning,
+        by up to 263.
+        """
+        module = getattr(network, "__self__", network)
+        own = self.compiled is None and type(module).__module__.startswith("tumorsynth.models.")
+        with full_float32(self.device.type, own_layers=own):
+            return self.run_network(network, *inputs, allow_bfloat16=False)
 
     def _in_bfloat16(self) -> bool:
         return computes_in_bfloat16(self.precision, self.device, self.sampler.prediction)
 
-    def _draw_noise(self, cond: Tensor, streams: list[torch.Generator]) -> Tensor:
+    def _draw_noise(
+        self, cond: Tensor, streams: list[torch.Generator], last: bool = True
+    ) -> Tensor:
         shape = (self.autoencoder.config.latent_channels, *cond.shape[2:])
         # DDIM with eta 0 uses the start alone
         steps = self.sampler.steps if self.sampler.method == "ddpm" else 0
-        return draw_noise(shape, steps, streams)
+        return draw_noise(shape, steps, streams, last=last)

@@ -4,9 +4,9 @@
 * "float32" follows PyTorch's settings: by default, CUDA convolutions round to TF32.
 * "bfloat16" falls back to float32, with one warning, on CPUs that only emulate it.
 
-A denoiser that predicts noise computes in full float32, except with "bfloat16" in steps that
-amplify its error little. In bfloat16 the same seed gives the same tumour bit by bit on machines of
-one kind.
+If the denoiser predicts noise, it and the encoder compute in full float32, since its steps multiply
+errors, and "bfloat16" is the decoder's alone. In bfloat16 the same seed gives the same tumour bit
+by bit on machines of one kind.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import torch
 from tumorsynth.models.kernels import cpu_computes_bfloat16, cpu_gains_from_bfloat16, cpu_isa
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-# Largest factor from an error in predicted noise to the error in x0 that bfloat16 may have
-MAX_NOISE_ERROR_GAIN = 4.0
 
 
 def computes_in_bfloat16(precision: str, device: torch.device, prediction: str) -> bool:
@@ -47,15 +45,6 @@ def computes_in_bfloat16(precision: str, device: torch.device, prediction: str) 
         _warn_of_float32()
         return False
     return precision == "bfloat16"
-
-
-def amplifies_noise_error(alpha_bar: float) -> bool:
-    """Whether x0 is too sensitive to the predicted noise for bfloat16 at this noise level.
-
-    Args:
-        alpha_bar: the signal's share of the variance, 0 to 1.
-    """
-    return 1 - alpha_bar > MAX_NOISE_ERROR_GAIN**2 * alpha_bar
 
 
 @cache  # once per process

@@ -20,6 +20,7 @@ from torch import Tensor
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 Prediction = Literal["noise", "x0", "v"]
 MAX_NOISE_LEFT = 0.002  # share of the variance at which DDIM may end
+DRAWN_AT_ONCE = 16  # normal numbers of one block of torch's CPU generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,6 +275,7 @@ def draw_noise(
     steps: int,
     generators: Sequence[torch.Generator],
     device: torch.device | str = "cpu",
+    last: bool = True,
 ) -> Tensor:
     """Draw the noise of a batch, each sample's from its own CPU generator.
 
@@ -284,6 +286,8 @@ def draw_noise(
         steps: draws after the start.
         generators: one CPU generator for each sample.
         device: where the result goes.
+        last: whether to draw for the last step, which adds nothing. False draws 0 for it and leaves
+            the numbers before it as they are, but not what the generators draw next.
 
     Returns:
         (steps + 1, B, *shape), float32.
@@ -297,9 +301,15 @@ def draw_noise(
                 f"noise must be drawn from CPU generators, got one on {generator.device}; "
                 "pass torch.Generator('cpu').manual_seed(seed)"
             )
-    size = (steps + 1, *shape)  # another default dtype would draw other numbers
-    draws = [torch.randn(size, generator=one, dtype=torch.float32) for one in generators]
-    return torch.stack(draws, dim=1).to(device)
+    drawn = steps + 1
+    # a block that is not full takes other numbers, so that fewer draws may start with others
+    if not last and steps > 0 and math.prod(shape) % DRAWN_AT_ONCE == 0:
+        drawn = steps
+    noise = torch.zeros(steps + 1, len(generators), *shape, dtype=torch.float32)
+    for sample, one in enumerate(generators):
+        # another default dtype would draw other numbers
+        noise[:drawn, sample] = torch.randn((drawn, *shape), generator=one, dtype=torch.float32)
+    return noise.to(device)
 
 
 def _predict_x0(

@@ -35,7 +35,7 @@ class Rotary(nn.Module):
         """Return cosine and sine of the angles at all positions, (length, dim / 2, 2)."""
         positions = torch.arange(length, device=self.frequencies.device, dtype=torch.float32)
         angles = positions[:, None] * self.frequencies.float()
-        if torch.compiler.is_compiling():  # torch.compile does not support complex numbers
+        if torch.compiler.is_dynamo_compiling():  # torch.compile does not support complex numbers
             return torch.stack([angles.cos(), angles.sin()], dim=-1)
         return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
@@ -44,7 +44,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate the first channels of x (..., length, channels) by a `Rotary.table`."""
     rotated, rest = x.split([2 * len(table[0]), x.shape[-1] - 2 * len(table[0])], dim=-1)
     pairs = rotated.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:

@@ -327,4 +327,5 @@ class Autoencoder(nn.Module):
     def _range(self) -> tuple[Tensor, Tensor]:
         if self.codebook is None:
             return self.latent_low, self.latent_high
-        return self.codebook.embeddings.min(), self.codebook.embeddings.max()
+        derived = self.codebook.derived()
+        return derived.lowest, derived.highest

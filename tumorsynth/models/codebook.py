@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tumorsynth.devices import full_float32
+from tumorsynth.devices import full_float32, stream_of
 from tumorsynth.models.conv import linear
 
 fused_on: str | None = "cuda"  # type of device that searches in one kernel; None for none
@@ -27,6 +28,26 @@ class Usage(NamedTuple):
 
     perplexity: float
     alive: float
+
+
+class DerivedFromCodes(NamedTuple):
+    """What the search and the latent's range need of the codes.
+
+    Args:
+        away: (size, dim), the negative codes.
+        half_norm: (size,), half of their squared lengths.
+        lowest: the smallest value in them.
+        highest: the largest one.
+    """
+
+    away: Tensor
+    half_norm: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor) -> DerivedFromCodes:
+        return cls(-codes, codes.square().sum(1) / 2, codes.min(), codes.max())
 
 
 class Codebook(nn.Module):
@@ -53,6 +74,7 @@ class Codebook(nn.Module):
     def __init__(self, size: int, dim: int, decay: float = 0.99):
         super().__init__()
         self.decay = decay
+        self._kept: tuple[Tensor, tuple[int, int], DerivedFromCodes] | None = None
         self.register_buffer("embeddings", torch.randn(size, dim))
         self.register_buffer("counts", torch.zeros(size))
         self.register_buffer("sums", torch.zeros(size, dim))
@@ -75,21 +97,36 @@ class Codebook(nn.Module):
             Index of the code, (B, d, h, w) int64.
         """
         if tokens_per_chunk is None:
-            found = _fused(latent, self.embeddings)
+            found = _fused(latent, self.embeddings, self.derived)
             if found is not None:
                 return found
         size = len(self.embeddings)
         if tokens_per_chunk is None:
             tokens_per_chunk = max(16, 2**19 // size) if latent.device.type == "cpu" else 4096
         flat = _tokens(latent).to(self.embeddings.dtype)
-        away, half_norm = -self.embeddings, self.embeddings.square().sum(1) / 2
+        derived = self.derived()
         # codes lie too close together for the 8 bits of bfloat16
         kind = latent.device.type
-        with torch.autocast(kind, enabled=False), full_float32(kind):
+        with torch.autocast(kind, enabled=False), full_float32(kind, own_layers=True):
             codes = [
-                _argmin(linear(chunk, away, half_norm)) for chunk in flat.split(tokens_per_chunk)
+                _argmin(linear(chunk, derived.away, derived.half_norm))
+                for chunk in flat.split(tokens_per_chunk)
             ]
         return torch.cat(codes).view(latent.shape[0], *latent.shape[2:])
+
+    def derived(self) -> DerivedFromCodes:
+        """Return what follows from the codes; outside of training it is kept until they change."""
+        codes = self.embeddings
+        if self.training or codes.is_inference():  # torch does not count changes of the latter
+            return DerivedFromCodes.of(codes)
+        state, kept = (codes._version, stream_of(codes.device)), self._kept
+        if kept is None or kept[0] is not codes or kept[1] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = kept = codes, state, DerivedFromCodes.of(codes)
+        return kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Return the codes of indices: (B, d, h, w) -> (B, dim, d, h, w)."""
@@ -216,17 +253,19 @@ class Codebook(nn.Module):
         self.embeddings[used] = self.sums[used] / self.counts[used, None]
 
 
-def _fused(latent: Tensor, embeddings: Tensor) -> Tensor | None:
+def _fused(
+    latent: Tensor, embeddings: Tensor, derived: Callable[[], DerivedFromCodes]
+) -> Tensor | None:
     """Return the result of the fused search, or None if it cannot run; warn once on failure."""
     global fused_on
     possible = latent.device.type == fused_on and embeddings.dtype == torch.float32
-    if not possible or torch.compiler.is_compiling():
+    if not possible or torch.compiler.is_dynamo_compiling():
         return None
     try:
         from tumorsynth.models.nearest_triton import nearest
 
         with torch.cuda.device_of(latent):  # triton launches on the current device
-            return nearest(latent, embeddings)
+            return nearest(latent, embeddings, half_norm=derived().half_norm)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # no triton, no C compiler, an unknown GPU, ...

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tumorsynth.devices import asks_for_full_float32, cudnn_flags_without_tf32
 from tumorsynth.models.kernels import (
     cpu_computes_bfloat16,
     onednn_convolves,
@@ -100,7 +101,7 @@ def pad_replicate(x: Tensor, by: int) -> Tensor:
         x: the volume.
         by: voxels to add on each side.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
         return F.pad(x, (by,) * 6, mode="replicate")
     last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
     layout = torch.channels_last_3d if last else torch.contiguous_format
@@ -129,6 +130,8 @@ class Conv3d(nn.Conv3d):
             return in_float32(self._conv_forward, input, weight, bias)
         if isinstance(self.padding, str) or self.padding_mode != "zeros":
             return super()._conv_forward(input, weight, bias)
+        if _avoids_tf32(input):
+            return _convolve_without_tf32(self, input, weight, bias, (0, 0, 0))
         if not _are_float32(input, weight) or not calls_onednn(input):
             return super()._conv_forward(input, weight, bias)
         return torch.mkldnn_convolution(
@@ -142,6 +145,9 @@ class ConvTranspose3d(nn.ConvTranspose3d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is None and emulates_bfloat16(input):
             return in_float32(self._plain, input, self.weight, self.bias)
+        if output_size is None and _avoids_tf32(input):
+            padding = self.output_padding
+            return _convolve_without_tf32(self, input, self.weight, self.bias, padding)
         return super().forward(input, output_size)
 
     def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -188,7 +194,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def calls_onednn(x: Tensor) -> bool:
     """Whether layers call oneDNN directly for x: on a CPU, without gradients."""
     return bool(
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_dynamo_compiling()
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and uses_onednn()
@@ -201,7 +207,7 @@ def emulates_bfloat16(x: Tensor) -> bool:
 
     That is so if x is in bfloat16, or if the caller's autocast would round it.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype == torch.float64:
+    if torch.compiler.is_dynamo_compiling() or x.device.type != "cpu" or x.dtype == torch.float64:
         return False
     return (cpu_autocast() or x.dtype) == torch.bfloat16 and not cpu_computes_bfloat16()
 
@@ -210,6 +216,38 @@ def in_float32(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tens
     """Call ``function`` in float32 on the CPU and round its result to bfloat16."""
     with torch.autocast("cpu", enabled=False):
         return function(*(t if t is None else t.float() for t in tensors)).bfloat16()
+
+
+def _avoids_tf32(x: Tensor) -> bool:
+    """Whether a convolution of x must ask for full float32 by itself."""
+    return (
+        x.device.type != "cpu"
+        and not torch.compiler.is_dynamo_compiling()
+        and asks_for_full_float32()
+    )
+
+
+def _convolve_without_tf32(
+    layer: nn.Conv3d | nn.ConvTranspose3d,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_padding: Sequence[int],
+) -> Tensor:
+    """Call a layer's convolution as PyTorch does, with TF32 off for this call alone."""
+    assert not isinstance(layer.padding, str)
+    return torch._convolution(
+        x,
+        weight,
+        bias,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.transposed,
+        output_padding,
+        layer.groups,
+        *cudnn_flags_without_tf32(),
+    )
 
 
 def _are_float32(x: Tensor, weight: Tensor) -> bool:

@@ -60,6 +60,7 @@ def nearest(
     block_voxels: int = BLOCK_VOXELS,
     block_codes: int = BLOCK_CODES,
     warps: int = WARPS,
+    half_norm: Tensor | None = None,
 ) -> Tensor:
     """Find the nearest code of every latent voxel, in float32.
 
@@ -69,6 +70,7 @@ def nearest(
         block_voxels: latent voxels of a program, a power of two.
         block_codes: codes in one step of the loop, a power of two.
         warps: of a program.
+        half_norm: (size,), half of the codes' squared lengths; None computes them.
 
     Returns:
         Index of the code, (B, d, h, w) int64; the lowest of equally near ones.
@@ -76,7 +78,8 @@ def nearest(
     batch, channels, *sides = latent.shape
     flat = latent.to(torch.float32).flatten(2).contiguous()
     embeddings = embeddings.to(torch.float32)
-    half_norm = embeddings.square().sum(1) / 2
+    if half_norm is None:
+        half_norm = embeddings.square().sum(1) / 2
     codes = embeddings.T.contiguous()
     found = torch.empty(batch, flat.shape[2], dtype=torch.int64, device=latent.device)
     if found.numel():

@@ -118,10 +118,8 @@ def _measure(
     changed = (after != blend.healthy.to(before.dtype)).logical_and_(inside).sum()
     peak = (blend.fine_weight * request.fine_inside).amax()
     # indexing by voxel avoids a synchronisation, which indexing by mask needs on a GPU
-    voxels = tuple(
-        onto(i + s - r, before.device)
-        for i, s, r in zip(tumor.mask.nonzero().unbind(1), tumor.start, region.start, strict=True)
-    )
+    offset = torch.tensor(tumor.start) - torch.tensor(region.start)
+    voxels = onto((tumor.mask.nonzero() + offset).T, before.device).unbind(0)
     inside_before, inside_after = before.float()[voxels], after.float()[voxels]
     change = (inside_after - inside_before).mean() * intensity.hu_per_unit
     level = intensity.to_hu(inside_after).mean()

@@ -15,7 +15,7 @@ from torch import Tensor
 from tumorsynth.appearance.contrast_priors import add_structure
 from tumorsynth.appearance.noise import match_to_scan, sample_own_variation
 from tumorsynth.appearance.tissue import SOFT_TISSUE, TissueRange
-from tumorsynth.devices import onto, or_on_cpu
+from tumorsynth.devices import on_cpu, onto, or_on_cpu
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
 from tumorsynth.geometry import Box
@@ -64,6 +64,7 @@ class Painter:
         if not requests:
             return
         device = settings.device or requests[0].crop.device
+        requests = _with_masks_on_cpu(requests)
         for kind in sorted({_batch_kind(request) for request in requests}):
             waiting = [request for request in requests if _batch_kind(request) == kind]
             while waiting:
@@ -284,6 +285,22 @@ def _is_read(request: PaintRequest) -> bool:
     return not (request.rejected or request.tumor.params.repainted)
 
 
+def _with_masks_on_cpu(requests: Sequence[PaintRequest]) -> list[PaintRequest]:
+    """Copy the crops' masks of all requests at once, with one host-device synchronisation.
+
+    A tumour whose voxels the CPU knows is matched to its scan without any.
+    """
+    masks = [request.crop_mask for request in requests]
+    if on_cpu(masks[0]):
+        return list(requests)
+    together = torch.cat([mask.flatten() for mask in masks]).cpu()
+    parts = together.split([mask.numel() for mask in masks])
+    return [
+        replace(request, mask_on_cpu=part.view(mask.shape))
+        for request, mask, part in zip(requests, masks, parts, strict=True)
+    ]
+
+
 def _finished(
     settings: Settings, generator: TumorGenerator, request: PaintRequest, generated: Tensor
 ) -> Tensor:
@@ -294,11 +311,10 @@ def _finished(
 def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -> Tensor:
     """Match a change to the sharpness and the noise of its scan, and add rim and core."""
     low, high = generator.window
-    crop = request.crop.to(change.device) * (high - low) + low
+    crop = onto(request.crop, change.device) * (high - low) + low
+    mask = request.crop_mask if request.mask_on_cpu is None else request.mask_on_cpu
     grain_mm = [request.fine_grain_mm[axis] for axis in request.grid.frame.axes]
     params = request.tumor.params
     own_variation = sample_own_variation(params.seed) if generator.even else None
-    change = match_to_scan(
-        crop, change, request.crop_mask, grain_mm, own_variation, request.edge_mm
-    )
+    change = match_to_scan(crop, change, mask, grain_mm, own_variation, request.edge_mm)
     return add_structure(change, request.crop_outline, params.structure_hu, params.seed)

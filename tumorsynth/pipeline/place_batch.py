@@ -14,6 +14,7 @@ from tumorsynth.devices import or_on_cpu
 from tumorsynth.geometry import Box, ints3
 from tumorsynth.intensity_check import check_intensity
 from tumorsynth.pipeline.label_map_check import label_values
+from tumorsynth.pipeline.organ_search import OrganSearch
 from tumorsynth.pipeline.params_grid import ParamsGrid
 from tumorsynth.pipeline.records import Sample, SampleParams
 from tumorsynth.pipeline.settings import Settings
@@ -22,7 +23,7 @@ from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.exophytic import ExophyticRegion
 from tumorsynth.placement.growth import grow_in_organ
-from tumorsynth.placement.organ import OrganRegion, is_organ, organ_box
+from tumorsynth.placement.organ import OrganRegion, is_organ
 from tumorsynth.placement.place import place, place_from_params
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
 
@@ -123,13 +124,14 @@ def place_sample(
     rng = torch.Generator().manual_seed(seed)
     if float(torch.rand((), generator=rng, dtype=torch.float64)) >= settings.p:
         return PlacedSample(not_selected(settings, seed), [])
-    box = organ_box(sample.label, settings.organ_labels)
+    found = OrganSearch(settings, sample)
+    box = found.organ_box
     if box is None:
         reason = _no_organ(settings, sample.label)
         return PlacedSample(SampleParams(seed, SkipCode.NO_ORGAN, reason), [])
     _check_intensity(settings, sample)  # first: tissue is judged in HU
     placement = settings.placement
-    region = organ_region(settings, sample, tissue, box)
+    region = organ_region(settings, sample, tissue, found)
     growth = None if placement.bulge is None else growth_region(settings, sample)
     frame = sample.frame
     objection = None if tissue is None else partial(tissue.objection, sample)
@@ -252,7 +254,10 @@ def growth_region(settings: Settings, sample: Sample) -> ExophyticRegion:
 
 
 def organ_region(
-    settings: Settings, sample: Sample, tissue: TissueCheck | None = None, box: Box | None = None
+    settings: Settings,
+    sample: Sample,
+    tissue: TissueCheck | None = None,
+    found: OrganSearch | None = None,
 ) -> OrganRegion:
     """Return the organ of a sample, on the CPU.
 
@@ -263,14 +268,13 @@ def organ_region(
         settings: of the transform.
         sample: the scan or patch.
         tissue: where the generator may paint.
-        box: around the organ, if known.
+        found: the organ, if it has been searched for.
     """
     image, label, spacing = sample.image, sample.label, sample.frame.plane_distance
     gap_mm, merge = settings.placement.gap_mm, settings.placement.merge
-    box = box or organ_box(label, settings.organ_labels)
-    whole = Box.whole(label.shape)
-    tumor_box = present = None if merge else organ_box(label, settings.tumor_label)
-    finite = bool(image.sum(dtype=torch.float32).isfinite())
+    found = found or OrganSearch(settings, sample)
+    whole, box, finite = Box.whole(label.shape), found.organ_box, found.is_finite
+    tumor_box = present = found.tumor_box
     parts = []
     if box is not None:  # tumours take voxels beyond the organ
         parts.append(box.grown_mm(0.0 if merge else gap_mm, spacing))

@@ -108,6 +108,7 @@ class PaintRequest:
             generator's card does not say what tissue is.
         rejected: whether the params of a replay skip the tumour: its crop is only there to form the
             batch that the call painted.
+        mask_on_cpu: ``crop_mask`` in the CPU's memory, where it has been copied there.
     """
 
     id: TumorId
@@ -126,6 +127,7 @@ class PaintRequest:
     fill: BackgroundFill | None = None
     unsuited: Tensor | None = None
     rejected: bool = False
+    mask_on_cpu: Tensor | None = None
 
     @property
     def fine_grid(self) -> CropGrid:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tumorsynth.appearance.background import EXTENSION_MM, fill_background, measure_tissue
 from tumorsynth.appearance.blend import feather_reach
-from tumorsynth.appearance.contrast import similar_level_around
 from tumorsynth.appearance.contrast_priors import ContrastPrior
 from tumorsynth.appearance.noise import (
     ScanNoise,
@@ -22,6 +21,7 @@ from tumorsynth.appearance.noise import (
     sample_edge_mm,
     softening_mm,
 )
+from tumorsynth.appearance.surroundings import similar_level_around
 from tumorsynth.crop_grid import CropGrid, plan_crop
 from tumorsynth.devices import onto
 from tumorsynth.generators.protocol import TumorGenerator

@@ -106,18 +106,44 @@ def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
             "its channel, label[0]"
         )
     labels = check_organ_labels(organ_labels)
+    if not on_cpu(label):
+        return boxes_on_device(label, [labels])[0][0]
     # search along the memory's slowest axis; a NIfTI's memory has its axes in reverse
     order = sorted(range(3), key=label.stride, reverse=True)
+    planes, across = _planes_and_lines_with(*as_array(label.permute(order), labels))
+    return _box_of_hits([planes, *(np.logical_or.reduce(across, axis) for axis in (1, 0))], order)
+
+
+def boxes_on_device(
+    label: Tensor, values: Sequence[Sequence[int]], flag: Tensor | None = None
+) -> tuple[list[Box | None], bool]:
+    """Return `organ_box` of several sets of values, with one host-device synchronisation.
+
+    Args:
+        label: (X, Y, Z), any dtype and device.
+        values: the sets, each checked.
+        flag: a bool to bring along, if any.
+
+    Returns:
+        The boxes, and the flag; False without one.
+    """
+    order = sorted(range(3), key=label.stride, reverse=True)
     label = label.permute(order)
-    if on_cpu(label):
-        planes, across = _planes_and_lines_with(*as_array(label, labels))
-        hits: list[Bools] = [planes, *(np.logical_or.reduce(across, axis) for axis in (1, 0))]
-    else:
+    flags = [] if flag is None else [flag[None]]
+    for labels in values:
         organ = is_organ(label, labels)
         projected = organ.any(0)
-        flags = torch.cat([organ.any(2).any(1), projected.any(1), projected.any(0)])
-        # one host-device synchronisation
-        hits = [line.numpy() for line in flags.cpu().split(list(label.shape))]
+        flags += [organ.any(2).any(1), projected.any(1), projected.any(0)]
+    first, *lines = torch.cat(flags).cpu().split([len(found) for found in flags])
+    if flag is None:
+        lines = [first, *lines]
+    hits = [line.numpy() for line in lines]
+    boxes = [_box_of_hits(hits[n : n + 3], order) for n in range(0, len(hits), 3)]
+    return boxes, flag is not None and bool(first)
+
+
+def _box_of_hits(hits: Sequence[Bools], order: Sequence[int]) -> Box | None:
+    """Return the box whose planes are hit along three axes, which belong to these of the label."""
     start, stop = [0, 0, 0], [0, 0, 0]
     for axis, line in zip(order, hits, strict=True):
         index = np.flatnonzero(line)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.appearance.contrast import ContrastConfig, contrast_of, core, grown, level_around
+from tumorsynth.appearance.contrast import ContrastConfig, contrast_of, core
 from tumorsynth.appearance.contrast_priors import add_structure
+from tumorsynth.appearance.surroundings import grown, level_around
 from tumorsynth.arguments import format_beside
 from tumorsynth.training.config import DenoiserTraining
 from tumorsynth.training.data import Case, Tumor, augment

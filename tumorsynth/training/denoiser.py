@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tumorsynth.appearance.contrast import ContrastConfig, contrast_of, level_around
+from tumorsynth.appearance.contrast import ContrastConfig, contrast_of
+from tumorsynth.appearance.surroundings import level_around
 from tumorsynth.appearance.tissue import CARD_KEY
 from tumorsynth.generators.diffusion import Generator
 from tumorsynth.generators.sampling import q_sample, target

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tumorsynth.appearance.contrast import contrast_of, level_around
+from tumorsynth.appearance.contrast import contrast_of
+from tumorsynth.appearance.surroundings import level_around
 from tumorsynth.training.data import Case, Tumor, connected_components
 
 MIDDLE_VOXELS = 100  # the most contrasting ones, which give the contrast of a tumour's middle

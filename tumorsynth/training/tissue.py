@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tumorsynth.appearance.contrast import level_around
+from tumorsynth.appearance.surroundings import level_around
 from tumorsynth.appearance.tissue import TissueRange
 from tumorsynth.training.config import DenoiserTraining
 from tumorsynth.training.crops import crop_around, even_tissue_levels
