@@ -77,8 +77,9 @@ def _faults(sample: Sample) -> Iterator[Fault]:
         yield scale
     if is_ct(sample):
         return
+    unmasked = Sample(whole.without(0.0), inner)  # zeros would count as tissue at any scale
     for by in (100, 10):
-        if is_ct(sample.mapped(by)) and not _is_clipped_at_fat(sample):
+        if is_ct(unmasked.mapped(by)) and not _is_clipped_at_fat(sample):
             yield DIVIDED[by]
     if fractional and _is_fat_and_tissue(inner.mapped(10)):
         yield DIVIDED[10]
@@ -174,9 +175,15 @@ def _is_label_map(whole: Shares) -> bool:
 
 
 def _is_clipped_at_fat(sample: Sample) -> bool:
-    """Whether this may be HU clipped at -100, as some clip an abdomen, with tissue above."""
-    at_lowest = sample.all.share(-100.001, -99.999)
-    return at_lowest > RARE and sample.inner.above(25) > 0.1 * sample.inner.share(-15, 25)
+    """Whether this may be HU clipped at -100, as some clip an abdomen, with tissue or edges above.
+
+    In HU / 10, bone alone is above 25, and hardly anything is between lung and fat.
+    """
+    inner = sample.inner
+    if sample.all.share(-100.001, -99.999) <= RARE:
+        return False
+    fluid = inner.share(-15, 25)
+    return inner.above(25) > 0.1 * fluid or inner.share(-45, -20) / 25 > 0.2 * fluid / 40
 
 
 def _has_fractions(values: Shares) -> bool:
