@@ -20,6 +20,20 @@ def equalised(values: np.ndarray, of: np.ndarray | None = None) -> np.ndarray:
     return np.searchsorted(ordered, values) / max(1, len(ordered) - 1) * 255
 
 
+def equalised_in_bins(values: np.ndarray) -> np.ndarray:
+    """Return values from 0 to 255 by their cumulative histogram, as scikit-image equalises."""
+    counts, edges = np.histogram(values, BINS)
+    return np.interp(values, (edges[:-1] + edges[1:]) / 2, counts.cumsum() / values.size) * 255
+
+
+def equalised_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return values windowed to 0 to 255 and then equalised, whole, as OpenCV does."""
+    windowed = np.rint((values.clip(low, high) - low) / (high - low) * 255).astype(np.int64)
+    summed = np.bincount(windowed.ravel()).cumsum()
+    first = summed[windowed.min()]
+    return np.rint((summed[windowed] - first) / max(1, values.size - first) * 255)
+
+
 def equalised_in_parts(volume: np.ndarray) -> np.ndarray:
     """Return a volume from 0 to 255, each part of it equalised with limited contrast.
 

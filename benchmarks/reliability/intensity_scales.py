@@ -30,7 +30,12 @@ import torch.nn.functional as F
 
 import tumorsynth as ts
 from benchmarks.common import write
-from benchmarks.reliability.equalised import equalised, equalised_in_parts
+from benchmarks.reliability.equalised import (
+    equalised,
+    equalised_bytes,
+    equalised_in_bins,
+    equalised_in_parts,
+)
 from tumorsynth.affines import voxel_sizes
 from tumorsynth.intensity_check import (
     MIN_VALUES,
@@ -145,6 +150,8 @@ WRONG: dict[str, tuple[str, Change]] = {
     "as in MR": ("no CT", like_mr),
     "equalised": ("equalised", equalised),
     "equalised, whole": ("equalised", lambda hu: equalised(hu).round()),
+    "equalised in 256 bins": ("equalised", equalised_in_bins),
+    "-160..240 to 0..255, equalised": ("equalised", lambda hu: equalised_bytes(hu, -160, 240)),
 }
 IN_PARTS = {"equalised in parts": ("equalised", equalised_in_parts)}  # voxels by their place
 KINDS = (*WRONG, *equalised_like(np.zeros(1)), *IN_PARTS)

@@ -38,7 +38,9 @@ from tumorsynth.intensity_check.shares import RARE, Sample, Shares
 MIN_VALUES = 1000  # voxels besides padding; fewer cannot tell
 WRAPPED_NOISE = 2.0**16 - 50  # 16-bit numbers from here on are negative noise
 CT_RANGE_HU = (-1100.0, 3200.0)
-MAX_UNEVENNESS = 0.03  # Kolmogorov distance from equally frequent values; 0.01 is chance
+# of an equalised histogram, as a Kolmogorov distance: 0.01 is chance, HU clipped to 0-250 have 0.08
+MAX_UNEVENNESS = 0.05
+MIN_EVEN_VALUES = 4000  # fewer besides 0 may be edges of an organ that was cut out
 MAX_LABEL = 39  # of the label maps that are told from a fluid
 # upper ends of windows from -1000 HU on: each 5 % wider than the one before
 BYTE_WINDOW_ENDS_HU = tuple(1400 * 1.05**k - 1000 for k in range(23))
@@ -98,7 +100,7 @@ def _faults(sample: Sample) -> Iterator[Fault]:
         yield FLIPPED
     if whole.below(0) < RARE:
         if whole.above(255.01) < RARE:
-            if _is_even(inner):
+            if _is_equalised(sample):
                 yield EQUALISED
             if whole.share(254.99, 255.01) >= RARE or _is_wide_window(inner):
                 yield BYTES
@@ -269,14 +271,24 @@ def _is_wide_window(inner: Shares) -> bool:
     return False
 
 
-def _is_even(inner: Shares) -> bool:
-    """Whether values up to 255 are about equally frequent; those of tissues are not."""
-    lowest, highest = inner.quantiles(0.0, 1.0)
-    if highest < 250 or highest - lowest < 100:
+def _is_equalised(sample: Sample) -> bool:
+    """Whether each value, over 255, is about the share of the voxels below it.
+
+    Some libraries leave out the lowest value, which is then 0.
+    """
+    values = sample.inner.values
+    if values[-1] < 250 or values[-1] - values[0] < 100:
         return False
-    expected = np.linspace(lowest, highest, len(inner.values), dtype=np.float32)
-    largest = float(np.abs(inner.values - expected).max())
-    return largest < MAX_UNEVENNESS * (highest - lowest)
+    if _unevenness(sample.all, values) < MAX_UNEVENNESS:
+        return True
+    return len(values) > MIN_EVEN_VALUES and _unevenness(sample.inner, values) < MAX_UNEVENNESS
+
+
+def _unevenness(shares: Shares, values: NDArray[np.float32]) -> float:
+    """Return how far values, over 255, are from their ranks at most."""
+    low, high = (shares.values.searchsorted(values, side) for side in ("left", "right"))
+    ranks = values / 255 * len(shares.values)
+    return float(np.maximum(low - ranks, ranks - high).max()) / len(shares.values)
 
 
 def _is_positive(whole: Shares, inner: Shares) -> bool:

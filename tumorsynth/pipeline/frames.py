@@ -257,8 +257,8 @@ def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
             "spacing must say which of its numbers belong to which sample, but three tensors of "
             f"three numbers for a batch of three can hold one sample or one axis each, got "
             f"{value!r}; pass one tensor (B, 3): torch.stack(spacing) where each is one sample's "
-            "(dx, dy, dz), torch.stack(spacing, 1) where they are dx, dy and dz, as default_collate "
-            "makes of tuples; of arrays or tensors (dx, dy, dz) it makes (B, 3)"
+            "(dx, dy, dz), torch.stack(spacing, 1) where they are dx, dy and dz, as torch's "
+            "default_collate makes of tuples; of arrays or tensors it makes (B, 3)"
         )
     try:
         if value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value):
