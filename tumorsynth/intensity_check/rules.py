@@ -277,7 +277,8 @@ def _is_equalised(sample: Sample) -> bool:
     Some libraries leave out the lowest value, which is then 0.
     """
     values = sample.inner.values
-    if values[-1] < 250 or values[-1] - values[0] < 100:
+    values = values[: values.searchsorted(np.float32(255.01), "right")]
+    if len(values) < MIN_VALUES or values[-1] < 250 or values[-1] - values[0] < 100:
         return False
     if _unevenness(sample.all, values) < MAX_UNEVENNESS:
         return True
