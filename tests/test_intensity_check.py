@@ -327,7 +327,7 @@ def equalised_bytes(hu: Tensor) -> Tensor:
 @pytest.mark.parametrize("equalise", [equalised, equalised_in_bins, equalised_bytes])
 def test_pictures_with_an_equalised_histogram_are_named(ct, equalise, rounded):
     hu, organ = ct.image[0], (ct.label[0] == 1).nonzero().float().mean(0).long().tolist()
-    for half in (12, 16, 60) if equalise is not equalised else (8, 12, 16, 60):
+    for half in {equalised: (8, 12, 16, 60), equalised_bytes: (12, 16, 60)}.get(equalise, (12, 60)):
         part = tuple(slice(max(0, at - half), at + half) for at in organ)
         image = equalise(hu[part])
         image = image.round() if rounded else image
