@@ -40,7 +40,9 @@ WRAPPED_NOISE = 2.0**16 - 50  # 16-bit numbers from here on are negative noise
 CT_RANGE_HU = (-1100.0, 3200.0)
 # of an equalised histogram, as a Kolmogorov distance: 0.01 is chance, HU clipped to 0-250 have 0.08
 MAX_UNEVENNESS = 0.05
-MIN_EVEN_VALUES = 4000  # fewer besides 0 may be edges of an organ that was cut out
+# of the values besides 0, of which HU from 0 to 250 have 0.04 where all others were set to 0
+MAX_INNER_UNEVENNESS = 0.025
+MIN_EVEN_VALUES = 4000  # besides 0; fewer may be edges of an organ that was cut out
 MAX_LABEL = 39  # of the label maps that are told from a fluid
 # upper ends of windows from -1000 HU on: each 5 % wider than the one before
 BYTE_WINDOW_ENDS_HU = tuple(1400 * 1.05**k - 1000 for k in range(23))
@@ -282,7 +284,9 @@ def _is_equalised(sample: Sample) -> bool:
         return False
     if _unevenness(sample.all, values) < MAX_UNEVENNESS:
         return True
-    return len(values) > MIN_EVEN_VALUES and _unevenness(sample.inner, values) < MAX_UNEVENNESS
+    if len(values) < MIN_EVEN_VALUES:
+        return False
+    return _unevenness(sample.inner, values) < MAX_INNER_UNEVENNESS
 
 
 def _unevenness(shares: Shares, values: NDArray[np.float32]) -> float:
