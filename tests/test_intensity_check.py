@@ -225,7 +225,7 @@ def test_what_can_be_hu_passes(name, shape):
 
 def prepared(hu: Tensor) -> dict[str, Tensor]:
     """The same HU as people prepare them."""
-    padded = torch.nn.functional.pad
+    padded, resampled = torch.nn.functional.pad, torch.nn.functional.interpolate
     return {
         "HU": hu,
         **{f"clipped to {a}..{b}": hu.clip(a, b) for a, b in
@@ -235,6 +235,7 @@ def prepared(hu: Tensor) -> dict[str, Tensor]:
            (0.0, -1000.0, -1024.0, -2000.0, -3024.0)},
         "noise": hu + torch.from_numpy(np.random.default_rng(0).normal(0, 60, hu.shape)).float(),
         "denoised": torch.nn.functional.avg_pool3d(hu[None], 3, stride=1)[0],
+        "resampled": resampled(hu[None], scale_factor=1.4, mode="trilinear")[0],
         "int16": hu.round().short().float(),
         "bfloat16": hu.bfloat16().float(),
     }  # fmt: skip
@@ -308,14 +309,65 @@ def equalised(hu: Tensor) -> Tensor:
     return torch.searchsorted(ordered, hu.contiguous()).float() / (hu.numel() - 1) * 255
 
 
+def equalised_in_bins(hu: Tensor) -> Tensor:
+    """As scikit-image: the lowest value has the share of its voxels."""
+    counts, edges = np.histogram(hu.numpy(), 256)
+    shares = counts.cumsum() / hu.numel() * 255
+    return torch.from_numpy(np.interp(hu.numpy(), (edges[:-1] + edges[1:]) / 2, shares)).float()
+
+
+def equalised_bytes(hu: Tensor) -> Tensor:
+    """As OpenCV: a windowed picture, whose lowest value stays 0."""
+    window = windowed(hu, -160, 240, 0, 255).round().long()
+    summed = window.flatten().bincount().cumsum(0).float()
+    return ((summed[window] - summed[0]) / (hu.numel() - summed[0]) * 255).round()
+
+
 @pytest.mark.parametrize("rounded", [False, True])
-def test_pictures_with_an_equalised_histogram_are_named(ct, rounded):
+@pytest.mark.parametrize("equalise", [equalised, equalised_in_bins, equalised_bytes])
+def test_pictures_with_an_equalised_histogram_are_named(ct, equalise, rounded):
     hu, organ = ct.image[0], (ct.label[0] == 1).nonzero().float().mean(0).long().tolist()
-    for half in (8, 12, 16, 60):
+    for half in {equalised: (8, 12, 16, 60), equalised_bytes: (12, 16, 60)}.get(equalise, (12, 60)):
         part = tuple(slice(max(0, at - half), at + half) for at in organ)
-        image = equalised(hu[part])
-        assert kind_of(image.round() if rounded else image) == "equalised"
+        image = equalise(hu[part])
+        image = image.round() if rounded else image
+        assert kind_of(image) == kind_of(with_bright_voxel(image)) == "equalised"
         assert kind_of(hu[part].clip(0, 255)) != "equalised"
+
+
+def mixed(**parts: tuple[float, np.ndarray]) -> np.ndarray:
+    """A volume with a share of each part's values."""
+    count = np.prod(SHAPE)
+    values = [v.ravel()[: round(share * count)] for share, v in parts.values()]
+    return np.concatenate(values)[:count].reshape(-1, 48)[None]
+
+
+def even(low: float, high: float) -> np.ndarray:
+    """As many voxels of each value, as at the edges of organs."""
+    return np.random.default_rng(1).uniform(low, high, SHAPE)
+
+
+ZERO = np.zeros(SHAPE)
+HU_WITH_EDGES = {
+    "an organ's edges, cut out": mixed(zero=(0.86, ZERO), edges=(0.14, even(0, 255))),
+    "fat beside fluid, clipped at -100": mixed(
+        fat=(0.35, normal(-105, 10)), edges=(0.27, even(-100, -10)), fluid=(0.38, normal(-2, 8))
+    ).clip(-100, 240),
+    "fat and muscle, padded with 0": mixed(
+        zero=(0.5, ZERO), fat=(0.24, normal(-90, 12)), edges=(0.12, even(-60, 20)),
+        muscle=(0.14, normal(45, 12)),
+    ),
+    "dense lung, heart and contrast": mixed(
+        lung=(0.1, normal(-430, 110)), heart=(0.4, normal(15, 22)), contrast=(0.4, even(60, 260)),
+        edges=(0.1, even(-250, 0)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HU_WITH_EDGES)
+def test_hu_with_edges_pass(name):
+    """As in crops that were resampled to 1 mm."""
+    assert kind_of(torch.from_numpy(HU_WITH_EDGES[name])) is None
 
 
 def test_an_equalised_scan_is_refused_with_its_name(ct):

@@ -63,11 +63,12 @@ class TumorSynthCallback(Callback):
         loader: the name or position of the loader whose batches get tumours, where the trainer has
             several; ``image`` and ``label`` are then places in its batches.
         p: probability that a sample gets tumours.
-        spacing: mm per voxel along X, Y, Z, for all samples; or where in the batch it is, (B, 3)
-            or three tensors (B,), as torch's ``default_collate`` makes of tuples. The default is
-            the affine of a MetaTensor or of TorchIO's image. Without one, voxels count as 1 mm;
-            there, and where it stems from one that libraries give to plain arrays, the callback
-            warns once.
+        spacing: mm per voxel along X, Y, Z, for all samples; or where in the batch it is: (B, 3),
+            as torch's ``default_collate`` makes of arrays and tensors, or three tensors (B,), as
+            it makes of tuples, but in a batch of three, where these could be one a sample, too.
+            The default is the affine of a MetaTensor or of TorchIO's image. Without one, voxels
+            count as 1 mm; there, and where it stems from one that libraries give to plain arrays,
+            the callback warns once.
         seed: decides every draw, together with the epoch, the batch's index and the rank. The
             default is drawn from torch's global generator when training starts
             (``L.seed_everything`` reproduces it). The checkpoint keeps it, so that a resumed run
@@ -150,7 +151,7 @@ class TumorSynthCallback(Callback):
                 names=[
                     place[0] if len(place) == 1 else ".".join(map(str, place)) for place in places
                 ],
-                spacing=self._find_spacing(batch, path),
+                spacing=self._find_spacing(batch, path, len(before[0])),
                 seed=_sample_seeds(step, len(before[0]), part),
             )
             for place, old, new in zip(places, before, after, strict=False):
@@ -178,7 +179,7 @@ class TumorSynthCallback(Callback):
 
     # -- the batch ---------------------------------------------------------------------------------
 
-    def _find_spacing(self, batch: Any, path: Path) -> Any:
+    def _find_spacing(self, batch: Any, path: Path, samples: int) -> Any:
         """Return the spacing, which may be an entry of the part at a path, or of the batch."""
         if not isinstance(self.spacing, str | int):
             return self.spacing
@@ -187,7 +188,9 @@ class TumorSynthCallback(Callback):
                 return self.spacing
             found = find_path(part, self.spacing)
             if found is not None:
-                return value_at(part, found)
+                spacing = value_at(part, found)
+                _check_entry(spacing, samples)
+                return spacing
         raise missing_entry(batch, self.spacing, "spacing")
 
 
@@ -197,6 +200,18 @@ def _not_replaceable(batch: Any) -> TypeError:
         f"{type(batch).__name__}; let collate_fn or the dataset return one of these, or call "
         "ts.SynthesizeTumor in training_step"
     )
+
+
+def _check_entry(spacing: Any, samples: int) -> None:
+    """Raise ValueError for three numbers in a batch of three: one size a sample is collated so."""
+    if samples != 3 or not isinstance(spacing, torch.Tensor) or spacing.shape != (3,):
+        return
+    if bool((spacing != spacing[0]).any()):
+        raise ValueError(
+            "spacing must be (B, 3) in the batch, but three numbers for three samples can be "
+            f"(dx, dy, dz) or one size for each sample, got {spacing!r}; let the dataset give each "
+            "sample an array or tensor (dx, dy, dz)"
+        )
 
 
 def _check_place(argument: str, place: Any) -> None:

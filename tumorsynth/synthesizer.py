@@ -177,8 +177,9 @@ class SynthesizeTumor(nn.Module):
         Args:
             image: (B, 1, X, Y, Z) or (1, X, Y, Z), floating point, in the scale of ``intensity``.
             label: the same shape, whole numbers of any dtype.
-            spacing: mm per voxel along X, Y, Z: three numbers, (B, 3), or three tensors (B,) as
-                torch's ``default_collate`` makes of tuples.
+            spacing: mm per voxel along X, Y, Z: three numbers, (B, 3), a list of B tensors (3,), or
+                three tensors (B,) as torch's ``default_collate`` makes of tuples. With B = 3 the
+                last two look alike and are refused, unless both mean the same.
             affine: voxel to RAS mm, 4x4 or (B, 4, 4), in place of ``spacing``; gives the
                 orientation as well. The default of both is the affine of the MetaTensor that image
                 or label is. Without one, voxels count as 1 mm; there, and where it stems from

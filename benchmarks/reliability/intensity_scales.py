@@ -4,9 +4,10 @@
 
 FOLDER holds CTs in HU (NAME_ct.nii.gz) and label maps (NAME_label.nii.gz). Random crops of each
 scan, and the whole scan, go through `find_fault` as they are and as people prepare CT (clipped,
-padded, noisy, denoised, with metal): none may be refused. Then an eighth of the crops go through
-it in each wrong scale: which share is refused? They go through once more with one voxel of 30000:
-does the answer stay? A crop of background alone, one value, can tell nothing and is not counted.
+padded, noisy, denoised, with metal), and so do crops and scans that were resampled to cubic voxels:
+none may be refused. Then an eighth of the crops go through it in each wrong scale: which share is
+refused? They go through once more with one voxel of 30000: does the answer stay? A crop of
+background alone, one value, can tell nothing and is not counted.
 
 Scans with the label of an organ go through it with the label, too: whole, and in crops of about
 96^3 around the organ. What is not refused there goes through `SynthesizeTumor`: does it paint?
@@ -29,6 +30,13 @@ import torch.nn.functional as F
 
 import tumorsynth as ts
 from benchmarks.common import write
+from benchmarks.reliability.equalised import (
+    equalised,
+    equalised_bytes,
+    equalised_in_bins,
+    equalised_in_parts,
+)
+from tumorsynth.affines import voxel_sizes
 from tumorsynth.intensity_check import (
     MIN_VALUES,
     find_fault,
@@ -46,6 +54,11 @@ SIZES: dict[str, tuple[int, int, int] | None] = {
     "whole scan": None,
 }
 DENOISED = ("16x64x64", "32^3", "64^3")  # sizes that are filtered, too
+RESAMPLED_MM = (1.0, 2.0, 3.0)
+RESAMPLED_SIDE = 64  # voxels of a resampled crop
+RESAMPLED = tuple(
+    f"{part} in voxels of {mm:g} mm" for mm in RESAMPLED_MM for part in ("64^3", "whole scan")
+)
 Change = Callable[[np.ndarray], np.ndarray]
 Counts = Mapping[str, Any]
 HALVES = ("tuned", "held_out")
@@ -98,6 +111,12 @@ def like_mr(hu: np.ndarray) -> np.ndarray:
     return np.where(hu < -300, noise, tissue.clip(0))
 
 
+def equalised_like(scan: np.ndarray) -> dict[str, tuple[str, Change]]:
+    """Ranks of the values in the scan that a crop is of."""
+    whole = np.sort(scan, axis=None)
+    return {"equalised before the crop": ("equalised", lambda hu: equalised(hu, whole))}
+
+
 WRONG: dict[str, tuple[str, Change]] = {
     "HU / 2": ("HU/2", lambda hu: hu / 2),
     "HU x 2": ("HU x 2", lambda hu: hu * 2),
@@ -129,13 +148,19 @@ WRONG: dict[str, tuple[str, Change]] = {
     "-HU": ("sign", lambda hu: -hu),
     "-HU, clipped to -1000..1000": ("sign", lambda hu: -hu.clip(-1000, 1000)),
     "as in MR": ("no CT", like_mr),
+    "equalised": ("equalised", equalised),
+    "equalised, whole": ("equalised", lambda hu: equalised(hu).round()),
+    "equalised in 256 bins": ("equalised", equalised_in_bins),
+    "-160..240 to 0..255, equalised": ("equalised", lambda hu: equalised_bytes(hu, -160, 240)),
 }
+IN_PARTS = {"equalised in parts": ("equalised", equalised_in_parts)}  # voxels by their place
+KINDS = (*WRONG, *equalised_like(np.zeros(1)), *IN_PARTS)
 
 
 ORGANS = {"ircadb_p01": (1, 3, 4), "totalseg_example": (1, 2, 3, 4)}  # others: 1
 NO_ORGANS = ("ibsi", "adrenal")  # their label is a tumour
 AROUND_ORGAN = (96, 96, 96)
-PARTS = (*SIZES, "whole scan, with label", "96^3 around the organ")
+PARTS = (*SIZES, *RESAMPLED, "whole scan, with label", "96^3 around the organ")
 
 
 def answer(values: np.ndarray, organ: np.ndarray | None = None) -> str | None:
@@ -163,6 +188,7 @@ def crop(hu: torch.Tensor, size: tuple[int, int, int] | None, rng: np.random.Gen
 def measure(hu: torch.Tensor, crops: int, counts: Counts) -> None:
     """Count what becomes of the crops of one scan."""
     rng = np.random.default_rng(0)
+    pointwise = WRONG | equalised_like(sample_voxels(hu))
     for name, size in SIZES.items():
         for k in range(crops if size else 1):
             part = crop(hu, size, rng)
@@ -182,13 +208,49 @@ def measure(hu: torch.Tensor, crops: int, counts: Counts) -> None:
                 even = F.avg_pool3d(part[None, None], 3, stride=1)[0, 0]
                 found["denoised"]["crops"] += 1
                 found["false alarms"]["denoised"] += answer(sample_voxels(even)) is not None
-            for kind, (right, change) in WRONG.items():
-                said = answer(change(values))
+            images = {kind: (right, change(values)) for kind, (right, change) in pointwise.items()}
+            for kind, (right, change) in IN_PARTS.items():
+                images[kind] = right, sample_voxels(torch.from_numpy(change(part.numpy())))
+            for kind, (right, image) in images.items():
+                said = answer(image)
                 found["refused"][kind] += said is not None
                 found["named"][kind] += said == right
-                bright = answer(with_bright_voxel(change(values)))
+                bright = answer(with_bright_voxel(image))
                 found["bright"]["crops"] += 1
                 found["bright"]["other answer"] += (bright is None) != (said is None)
+
+
+def resampled(
+    hu: torch.Tensor, spacing: Sequence[float], mm: float, rng: np.random.Generator | None
+) -> torch.Tensor:
+    """Return a random crop in cubic voxels of so many mm; the whole scan without a generator."""
+    axes = list(zip(hu.shape, spacing, strict=True))
+    sides = [max(2, round(n * s / mm)) for n, s in axes]
+    if rng is not None:
+        sides = [min(RESAMPLED_SIDE, side) for side in sides]
+        voxels = [
+            min(max(2, round(side * mm / s)), n) for side, (n, s) in zip(sides, axes, strict=True)
+        ]
+        at = [int(rng.integers(0, n - v + 1)) for v, n in zip(voxels, hu.shape, strict=True)]
+        hu = cut(hu, at, voxels)
+    return F.interpolate(hu[None, None].float(), sides, mode="trilinear")[0, 0]
+
+
+def measure_resampled(
+    hu: torch.Tensor, spacing: Sequence[float], mm: float, crops: int, counts: Counts
+) -> None:
+    """Count false alarms in crops and in the whole of a scan that is resampled to cubic voxels."""
+    rng = np.random.default_rng(0)
+    for name in (name for name in RESAMPLED if name.endswith(f" {mm:g} mm")):
+        for _ in range(1 if name.startswith("whole") else crops):
+            part = resampled(hu, spacing, mm, None if name.startswith("whole") else rng)
+            values = rng.permutation(sample_voxels(part))
+            if (values != values[0]).sum() < MIN_VALUES:
+                counts[name]["one value"]["crops"] += 1
+                continue
+            counts[name]["all"]["crops"] += 1
+            for kind, change in GOOD.items():
+                counts[name]["false alarms"][kind] += answer(change(values)) is not None
 
 
 def measure_with_organ(
@@ -202,6 +264,7 @@ def measure_with_organ(
     """Count what becomes of a scan and of crops around its organ in each wrong scale."""
     rng = np.random.default_rng(organ)
     voxels = (label == organ).nonzero()
+    wrong = WRONG | equalised_like(sample_voxels(hu)) | IN_PARTS
     for k in range(crops + 1):
         sides, at = list(hu.shape), [0, 0, 0]
         if k > 0:
@@ -220,7 +283,7 @@ def measure_with_organ(
         masked = torch.where(marked == organ, part, 0)
         said = answer(sample_voxels(masked), under)
         found["false alarms"]["0 beyond the organ"] += said is not None
-        for kind, (right, change) in WRONG.items():
+        for kind, (right, change) in wrong.items():
             image = torch.from_numpy(change(part.numpy()).astype(np.float32))
             said = answer(sample_voxels(image), sample_organ(image, marked, (organ,)))
             found["refused"][kind] += said is not None
@@ -250,7 +313,7 @@ def summary(counts: Counts) -> dict[str, Any]:
         wrong = max(1, found["in wrong scales"]["crops"] or crops)
 
         def shares(key: str, found: Any = found, crops: int = wrong) -> dict[str, float]:
-            return {kind: round(found[key][kind] / crops, 3) for kind in WRONG}
+            return {kind: round(found[key][kind] / crops, 3) for kind in KINDS}
 
         result[size] = {
             "crops": crops,
@@ -258,7 +321,10 @@ def summary(counts: Counts) -> dict[str, Any]:
             "share refused": shares("refused"),
             "share named right": shares("named"),
         }
-        if size in SIZES:
+        if size in RESAMPLED:
+            alarms = result[size]["false alarms"]
+            result[size] = {"crops": crops, "false alarms": {kind: alarms[kind] for kind in GOOD}}
+        elif size in SIZES:
             result[size] |= {
                 "crops in wrong scales": wrong,
                 "crops of one value, not counted": found["one value"]["crops"],
@@ -290,6 +356,8 @@ def main() -> None:
             scan = read_volume(file)
             hu = torch.from_numpy(scan.values())
             measure(hu, args.crops, counts)
+            for mm in RESAMPLED_MM:
+                measure_resampled(hu, voxel_sizes(scan.affine).tolist(), mm, args.crops, counts)
             labels = file.with_name(file.name.replace("_ct.nii", "_label.nii"))
             if labels.exists() and not name.startswith(NO_ORGANS):
                 label = torch.from_numpy(read_volume(labels).integers())

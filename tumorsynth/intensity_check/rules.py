@@ -38,7 +38,11 @@ from tumorsynth.intensity_check.shares import RARE, Sample, Shares
 MIN_VALUES = 1000  # voxels besides padding; fewer cannot tell
 WRAPPED_NOISE = 2.0**16 - 50  # 16-bit numbers from here on are negative noise
 CT_RANGE_HU = (-1100.0, 3200.0)
-MAX_UNEVENNESS = 0.03  # Kolmogorov distance from equally frequent values; 0.01 is chance
+# of an equalised histogram, as a Kolmogorov distance: 0.01 is chance, HU clipped to 0-250 have 0.08
+MAX_UNEVENNESS = 0.05
+# of the values besides 0, of which HU from 0 to 250 have 0.04 where all others were set to 0
+MAX_INNER_UNEVENNESS = 0.025
+MIN_EVEN_VALUES = 4000  # besides 0; fewer may be edges of an organ that was cut out
 MAX_LABEL = 39  # of the label maps that are told from a fluid
 # upper ends of windows from -1000 HU on: each 5 % wider than the one before
 BYTE_WINDOW_ENDS_HU = tuple(1400 * 1.05**k - 1000 for k in range(23))
@@ -77,8 +81,9 @@ def _faults(sample: Sample) -> Iterator[Fault]:
         yield scale
     if is_ct(sample):
         return
+    unmasked = Sample(whole.without(0.0), inner)  # zeros would count as tissue at any scale
     for by in (100, 10):
-        if is_ct(sample.mapped(by)) and not _is_clipped_at_fat(sample):
+        if is_ct(unmasked.mapped(by)) and not _is_clipped_at_fat(sample):
             yield DIVIDED[by]
     if fractional and _is_fat_and_tissue(inner.mapped(10)):
         yield DIVIDED[10]
@@ -97,7 +102,7 @@ def _faults(sample: Sample) -> Iterator[Fault]:
         yield FLIPPED
     if whole.below(0) < RARE:
         if whole.above(255.01) < RARE:
-            if _is_even(inner):
+            if _is_equalised(sample):
                 yield EQUALISED
             if whole.share(254.99, 255.01) >= RARE or _is_wide_window(inner):
                 yield BYTES
@@ -174,9 +179,15 @@ def _is_label_map(whole: Shares) -> bool:
 
 
 def _is_clipped_at_fat(sample: Sample) -> bool:
-    """Whether this may be HU clipped at -100, as some clip an abdomen, with tissue above."""
-    at_lowest = sample.all.share(-100.001, -99.999)
-    return at_lowest > RARE and sample.inner.above(25) > 0.1 * sample.inner.share(-15, 25)
+    """Whether this may be HU clipped at -100, as some clip an abdomen, with tissue or edges above.
+
+    In HU / 10, bone alone is above 25, and hardly anything is between lung and fat.
+    """
+    inner = sample.inner
+    if sample.all.share(-100.001, -99.999) <= RARE:
+        return False
+    fluid = inner.share(-15, 25)
+    return inner.above(25) > 0.1 * fluid or inner.share(-45, -20) / 25 > 0.2 * fluid / 40
 
 
 def _has_fractions(values: Shares) -> bool:
@@ -262,14 +273,27 @@ def _is_wide_window(inner: Shares) -> bool:
     return False
 
 
-def _is_even(inner: Shares) -> bool:
-    """Whether values up to 255 are about equally frequent; those of tissues are not."""
-    lowest, highest = inner.quantiles(0.0, 1.0)
-    if highest < 250 or highest - lowest < 100:
+def _is_equalised(sample: Sample) -> bool:
+    """Whether each value, over 255, is about the share of the voxels below it.
+
+    Some libraries leave out the lowest value, which is then 0.
+    """
+    values = sample.inner.values
+    values = values[: values.searchsorted(np.float32(255.01), "right")]
+    if len(values) < MIN_VALUES or values[-1] < 250 or values[-1] - values[0] < 100:
         return False
-    expected = np.linspace(lowest, highest, len(inner.values), dtype=np.float32)
-    largest = float(np.abs(inner.values - expected).max())
-    return largest < MAX_UNEVENNESS * (highest - lowest)
+    if _unevenness(sample.all, values) < MAX_UNEVENNESS:
+        return True
+    if len(values) < MIN_EVEN_VALUES:
+        return False
+    return _unevenness(sample.inner, values) < MAX_INNER_UNEVENNESS
+
+
+def _unevenness(shares: Shares, values: NDArray[np.float32]) -> float:
+    """Return how far values, over 255, are from their ranks at most."""
+    low, high = (shares.values.searchsorted(values, side) for side in ("left", "right"))
+    ranks = values / 255 * len(shares.values)
+    return float(np.maximum(low - ranks, ranks - high).max()) / len(shares.values)
 
 
 def _is_positive(whole: Shares, inner: Shares) -> bool:

@@ -76,7 +76,7 @@ def contradicts_hu(
         if fat > -20:  # or two soft tissues beside dense lung
             if marks.clipped:
                 return air < -300 and air % 5 != 0
-            return marks.gap_share < 0.03 or _is_sharp(histogram, air)
+            return marks.gap_share < 0.02 or _is_sharp(histogram, air)
         return not marks.clipped or air % 50 != 0 or _below_fat(histogram, fat) < 0.05
     if air < -60:  # or fat
         return -30 < fat < -3 and marks.tissue < 40

@@ -50,18 +50,22 @@ class Shares:
         values = self.values * np.float32(slope) + np.float32(offset)
         return Shares(values if slope > 0 else values[::-1])
 
+    def without(self, value: float) -> Shares:
+        """Return the values without those of one value where they are many."""
+        at = np.float32(value)
+        first, last = (self.values.searchsorted(at, side) for side in ("left", "right"))
+        if last - first < PADDING_SHARE * len(self.values):
+            return self
+        return Shares(np.concatenate([self.values[:first], self.values[last:]]))
+
     def without_padding(self) -> Shares:
         """Return the values without those of the lowest one, and of 0, where they are many.
 
         A lowest value from lung to fat is none: HU are clipped there.
         """
-        (lowest,), values = self.quantiles(RARE), self.values
-        for padding in (0.0,) if -950 < lowest < -50 else (lowest, 0.0):
-            at = np.float32(padding)
-            first, last = (values.searchsorted(at, side) for side in ("left", "right"))
-            if last - first >= PADDING_SHARE * len(values):
-                values = np.concatenate([values[:first], values[last:]])
-        return Shares(values)
+        (lowest,) = self.quantiles(RARE)
+        inner = self if -950 < lowest < -50 else self.without(lowest)
+        return inner.without(0.0)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from tumorsynth.affines import (
     voxel_sizes,
 )
 from tumorsynth.arguments import any_bool
+from tumorsynth.array_types import to_tensor
 from tumorsynth.geometry import Frame, frame_from_affine, frame_from_spacing
 from tumorsynth.pipeline.lost_affines import is_of_first_alone, lost_affines
 from tumorsynth.pipeline.validation import plain
@@ -251,13 +252,23 @@ def check_spacing(spacing: Any) -> None:
 
 def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
     """Return one value per sample, given a value of ``ndim`` axes for all or one more for each."""
+    if ndim == 1 and _reads_both_ways(value, batch):
+        raise ValueError(
+            "spacing must say which of its numbers belong to which sample, but three tensors of "
+            f"three numbers for a batch of three can hold one sample or one axis each, got "
+            f"{value!r}; pass one tensor (B, 3): torch.stack(spacing) where each is one sample's "
+            "(dx, dy, dz), torch.stack(spacing, 1) where they are dx, dy and dz, as torch's "
+            "default_collate makes of tuples; of arrays or tensors it makes (B, 3)"
+        )
     try:
         if value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value):
             raise TypeError("complex numbers")
         if any_bool(value):
             raise TypeError("True and False")
-        if ndim == 1 and _is_by_axis(value, batch):
-            value = torch.stack([part.detach().double().cpu() for part in value], 1)
+        if ndim == 1 and _are_vectors(value, batch, 3):
+            value = _stack(value)
+        elif ndim == 1 and _are_vectors(value, 3, batch):
+            value = _stack(value).T
         tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
         tensor = plain(tensor)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -271,10 +282,26 @@ def _per_sample(value: Any, ndim: int, batch: int, rule: str) -> list[Any]:
     raise ValueError(f"{rule} with B = {batch}, got shape {tuple(tensor.shape)}")
 
 
-def _is_by_axis(value: Any, batch: int) -> bool:
-    """Return whether this is what torch's default_collate makes of tuples (dx, dy, dz)."""
+def _are_vectors(value: Any, count: int, length: int) -> bool:
+    """Return whether this is a list of so many tensors or arrays of so many numbers.
+
+    Collate functions leave a list of B of (3,), one for each sample; torch's default_collate makes
+    three of (B,) of tuples (dx, dy, dz), one for each axis.
+    """
     return (
         isinstance(value, list | tuple)
-        and len(value) == 3
-        and all(isinstance(part, Tensor) and part.shape == (batch,) for part in value)
+        and len(value) == count
+        and all(isinstance(one, Tensor | np.ndarray) and one.shape == (length,) for one in value)
     )
+
+
+def _reads_both_ways(value: Any, batch: int) -> bool:
+    """Return whether a list of vectors can be sorted by sample and by axis, with other sizes."""
+    if batch != 3 or not _are_vectors(value, 3, 3):
+        return False
+    return any(bool(value[i][j] != value[j][i]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def _stack(vectors: Any) -> Tensor:
+    """Return tensors or arrays of numbers as the rows of one tensor."""
+    return torch.stack([plain(to_tensor(one)).detach().double().cpu() for one in vectors])

@@ -26,6 +26,7 @@ from tumorsynth.default_affines import (
 )
 
 AS_EXACT = 2e-3  # mm, between a file's affine and where MONAI's notes lead to
+MAX_RESIZING = 1e-2  # of a voxel's size: an operation that changes it by less keeps it
 
 
 def lost_affines(affine: Any, shape: Sequence[int], x: Any = None) -> list[bool]:
@@ -60,7 +61,8 @@ def is_of_first_alone(x: Any) -> bool:
     """Return whether a batch holds one affine, which need not be that of all of its samples.
 
     MetaTensors that torch stacks keep the affine and the notes of the first. Only where these say
-    that MONAI resampled it to a size of voxels will it have done so with the others.
+    that MONAI resampled it to a size of voxels, and changed that no more, will it have done so with
+    the others.
 
     Args:
         x: a MetaTensor, or anything else.
@@ -68,8 +70,21 @@ def is_of_first_alone(x: Any) -> bool:
     notes = getattr(x, "applied_operations", None)
     if notes is None or x.ndim != 5 or len(x) < 2 or x.affine.ndim != 2:
         return False
-    names = [_innermost(one).get("class") for one in notes if isinstance(one, Mapping)]
-    return "SpatialResample" not in names
+    operations = [one for one in notes if isinstance(one, Mapping)]
+    sizes = [one.get("orig_size") for one in operations] + [tuple(x.shape[-3:])]
+    steps = list(zip(operations, sizes[:-1], sizes[1:], strict=True))
+    for operation, before, after in reversed(steps):
+        if _innermost(operation).get("class") == "SpatialResample":
+            return False
+        if _resizes_voxels(operation, before, after):
+            return True
+    return True
+
+
+def _resizes_voxels(operation: Mapping[str, Any], before: Any, after: Any) -> bool:
+    """Return whether an operation of MONAI, such as a zoom, made voxels of another size."""
+    matrix, _ = _step(operation, before, after, ends=0)
+    return bool((np.abs(np.linalg.norm(matrix, axis=0) - 1) > MAX_RESIZING).any())
 
 
 def _of_each(values: np.ndarray, ndim: int, count: int) -> list[np.ndarray]:
