@@ -176,6 +176,14 @@ def test_in_a_folder_a_scan_that_it_fails_on_is_named(tmp_path, ct, program, cap
     assert len([call for call in program.calls() if "a_ct.nii.gz" in call.split()[1]]) == 1
 
 
+def test_a_folder_of_cts_alone_is_told_of_labels(tmp_path, ct, capsys):
+    for name in "ab":
+        save(tmp_path / f"in/{name}_ct.nii.gz", ct.image[0].short().numpy(), ct.affine)
+    line = refused(capsys, "synthesize", tmp_path / "in", "-o", tmp_path / "out")
+    assert "has none, such as a_label.nii.gz for a_ct.nii.gz" in line and "--segment" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_the_program_the_message_says_how_to_get_a_label(tmp_path, ct, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
     scan = save(tmp_path / "in/a.nii.gz", ct.image[0].short().numpy(), ct.affine)

@@ -86,6 +86,7 @@ def finish(
             return _skip(request, SkipCode.TISSUE, _why_too_bright(call, candidate))
         scores = None if gate is None else _replay_scores(call, gate, request, candidate, sample)
         return write(call, request, candidate, sample, scores)
+    call.painter.warn_of_fat(request, settings)
     request, candidate = _keep_visible(call, request, candidate, sample)
     if gate is not None:
         return _write_if_accepted(call, gate, request, candidate, sample, params)
