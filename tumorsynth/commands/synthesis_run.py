@@ -127,7 +127,10 @@ class Run:
         ]
 
     def _prepare_folder(self, context: typer.Context, synth: SynthesizeTumor) -> list[int]:
-        """Lock and tidy the folder of the results; returns the indices of the unfinished scans."""
+        """Tidy the folder of the results; returns the indices of the unfinished scans.
+
+        A run of several scans locks it; runs of one scan each may share it.
+        """
         pairs, out = self.pairs, self.out
 
         def mismatch(k: int, report: Path) -> str | None:
@@ -144,13 +147,13 @@ class Run:
             return explain_mismatch(report, settings)
 
         existed = out.is_dir()
-        if existed:
+        if existed and self.several:
             context.with_resource(folder_lock(out))
         unfinished = find_unfinished(
             pairs, out, overwrite=self.overwrite, mismatch=mismatch, beside_scans=not self.several
         )
-        if not existed:
-            out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        if not existed and self.several:
             context.with_resource(folder_lock(out))
         remove_partial_files(pairs, out)
         if self.overwrite:

@@ -206,9 +206,9 @@ def synthesize(
         if label is None and ct.is_dir() and not any(pair.label.exists() for pair in found.pairs):
             first = found.pairs[0]
             raise ValueError(
-                f"the folder {ct} must hold label maps, but has none, such as {first.label.name} "
-                f"for {first.ct.name}; give the folder of the label maps as second argument, or "
-                "--segment to make them with TotalSegmentator"
+                f"the folder {ct} must hold the label maps of its CTs, but has none, such as "
+                f"{first.label.name} for {first.ct.name}; give the folder of the label maps as "
+                "second argument, or --segment to make them with TotalSegmentator"
             )
     factors = parse_factors(follow_up)
     if not 0 <= seed <= 2**63 - len(found.pairs):

@@ -203,8 +203,8 @@ class CopyPaste:
             crop: (B, 1, X, Y, Z) floating, where 0 and 1 are the ends of ``window``; 1 mm voxels.
             tumor_mask: bool, same shape.
             seed: one int for each sample.
-            contrast_hu: HU between the tumour and the tissue around it, one number or one for each
-                sample; None keeps each lesion's own.
+            contrast_hu: HU between the tumour's core and the tissue around, one number or one for
+                each sample; None keeps each lesion's own.
             near: ignored; the change is computed around the tumour.
             poses: which shape each tumour has, and how it lies in the crop. A lesion of another
                 shape, or without a pose, is one of like size, turned at random.

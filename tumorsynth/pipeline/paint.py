@@ -108,8 +108,8 @@ class Painter:
         if level > 0 and level + asked < DARKEST_ASKED_HU:
             self._fat.give(
                 f"contrast_hu asks for a tumour of {level + asked:.0f} HU in tissue of "
-                f"{level:.0f} HU, which is fat; give a contrast nearer to 0, or any_tissue=True "
-                "(--any-tissue) if you mean it"
+                f"{level:.0f} HU, which is fat or gas; give a contrast nearer to 0, or "
+                "any_tissue=True (--any-tissue) if you mean it"
             )
 
     def forms_batches(self, device: torch.device) -> bool:
