@@ -25,11 +25,10 @@ from tumorsynth.pipeline.taken_label import TakenLabelCheck
 from tumorsynth.pipeline.validation import (
     as_whole,
     check_input,
-    check_tumor_label,
     plain,
 )
 from tumorsynth.placement import skip_reasons
-from tumorsynth.placement.arguments import check_organ_labels
+from tumorsynth.placement.arguments import check_organ_labels, check_tumor_label
 from tumorsynth.placement.organ import is_organ
 from tumorsynth.placement.types import Skip, SkipCode
 from tumorsynth.synthesizer import SynthesizeTumor

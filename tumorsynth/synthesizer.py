@@ -72,8 +72,8 @@ class SynthesizeTumor(nn.Module):
         intensity: the image's scale: ``HU()``, ``Scaled(...)`` or ``ZScore(...)``.
         blend: "change" adds the difference that the generator makes and keeps the scan's own
             noise; "difftumor" blends the decoded voxels, as published.
-        contrast_hu: HU between a tumour and the tissue around it, negative for darker: a number,
-            (lo, hi) drawn per tumour, or a prior of an organ and a phase ("liver-portal",
+        contrast_hu: HU between a tumour's core and the tissue around, negative for darker: a
+            number, (lo, hi) drawn per tumour, or a prior of an organ and a phase ("liver-portal",
             "kidney-arterial", "pancreas-unenhanced", ...) with rims and necrotic cores. None
             leaves the contrast to the generator; where the scan's noise would hide the tumour,
             the contrast is raised, or the tumour skipped. A contrast of yours stays.

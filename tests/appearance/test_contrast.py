@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -383,3 +384,52 @@ def test_the_least_contrast_of_a_generator_that_darkens():
         assert float(contrasts.max()) <= -MIN_DARKER_HU
     both = sample_contrast(ContrastConfig(-40, 40), levels, list(range(5)))
     assert float(both.max()) > 0  # one that also brightens is not held back
+
+
+# -- requests that no tumour has -------------------------------------------------------------------
+
+
+def fat_warnings(level, contrast_hu, generator="hu2023", seeds=(0, 1), **settings):
+    """The warnings of calls with this contrast, in an organ of this level."""
+    synth = ts.SynthesizeTumor(
+        generator, 1, 2, count=1, size_mm=14, contrast_hu=contrast_hu, **settings
+    )
+    image = volume(level, noise=5.0)[0]
+    label = torch.ones(image.shape, dtype=torch.int16)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in seeds:
+            synth(image, label, spacing=(1.0, 1.0, 1.0), seed=seed)
+    assert synth.report[0]["applied"]
+    return [str(one.message) for one in said if "contrast_hu asks" in str(one.message)]
+
+
+def test_a_contrast_that_makes_fat_of_soft_tissue_is_named_once():
+    (words,) = fat_warnings(60.0, (-200, -150))
+    assert "any_tissue=True" in words and "in tissue of 60 HU" in words
+
+
+@pytest.mark.parametrize(
+    ("level", "contrast_hu", "settings"),
+    [
+        (60.0, (-50, -20), {}),
+        (110.0, -140, {}),  # as dark as fluid with a little fat
+        (-820.0, -100, {"generator": "lung"}),  # an organ below 0 HU
+        (60.0, 200, {}),
+        (60.0, -150, {"any_tissue": True}),  # meant
+    ],
+)
+def test_other_contrasts_give_no_alarm(level, contrast_hu, settings):
+    assert fat_warnings(level, contrast_hu, **settings) == []
+
+
+@pytest.mark.parametrize("size_mm", [8, 12, 20])
+def test_the_requested_contrast_is_that_of_the_core(size_mm):
+    ct = ts.make_phantom(spacing=(1.0, 1.0, 1.0), shape=(96, 96, 64), seed=0)
+    synth = ts.SynthesizeTumor("hu2023", 1, 20, count=1, size_mm=size_mm, contrast_hu=-60)
+    image, label = synth(ct.image, ct.label, spacing=ct.spacing, seed=1)
+    mask = (label == 20)[None]
+    level = requested_contrast(ct.image[None].float(), mask, torch.tensor([-60.0])).level
+    assert float(contrast_of(image[None].float(), mask, level)) == pytest.approx(-60, abs=8)
+    whole = synth.report[0]["hu_change"]
+    assert -54 < whole < -36  # the soft edge counts there

@@ -414,3 +414,22 @@ def test_a_copy_in_a_worker_is_named_once(training):
     counts = list(torch.utils.data.DataLoader(Made(network), num_workers=1, batch_size=None))
     assert counts == ([1, 0] if training else [0, 0])
     assert Made(network)[0] == 0  # in the training process itself
+
+
+def refuse(*_):
+    raise RuntimeError("a replay must not call the scorer")
+
+
+@pytest.mark.parametrize("scorer", [refuse, ts.SegmenterScorer(refuse, 2, 32)])
+@pytest.mark.parametrize("limits", [{"least": 0.2}, {"least": 0.999, "tries": 2}])
+def test_a_replay_never_calls_the_scorer(scorer, limits):
+    synth, (image, label) = synthesize(ts.SegmenterScorer(Dark(below=75.0), 2, 32), **limits)
+    gate = replace(OPEN, scorer=scorer, least=0.5)
+    other = ts.SynthesizeTumor("hu2023", 1, 2, gate=gate)
+    again = other(*scan(), spacing=ISO, params=synth.params)
+    assert torch.equal(again[0], image) and torch.equal(again[1], label)
+    first, second = synth.report[0], other.report[0]
+    assert first["applied"] == second["applied"] == (limits["least"] == 0.2)
+    if first["applied"]:
+        assert first["scores"]["scorer"] is not None
+        assert second["scores"] == {**first["scores"], "scorer": None}

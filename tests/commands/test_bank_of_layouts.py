@@ -83,3 +83,30 @@ def test_an_image_that_shows_nothing_is_no_source(annotated):
     image, label, _ = annotated
     with pytest.raises(ValueError, match="scan 0 must show tissue, but every voxel is 40"):
         ts.CopyPaste.from_scans([(np.full_like(image, 40), label, (3, 3, 4))], 2, 1)
+
+
+def test_the_tumours_need_a_value_of_their_own(tmp_path, annotated, capsys):
+    image, label, affine = annotated
+    save(tmp_path / "set/a_ct.nii.gz", image, affine)
+    save(tmp_path / "set/a_label.nii.gz", label, affine)
+    words = "train", "bank", tmp_path / "set", "-o", tmp_path / "b.safetensors"
+    assert "must differ from organ_labels" in refused(capsys, *words, "--organ-label", 2)
+    assert not (tmp_path / "b.safetensors").exists()
+    with pytest.raises(ValueError, match="must differ from organ_labels"):
+        ts.CopyPaste.from_scans([(image, label, affine)], tumor_label=2, organ_labels=(1, 2))
+    with pytest.raises(ValueError, match="tumor_label must be a whole number"):
+        ts.CopyPaste.from_scans([(image, label, affine)], tumor_label=2.5, organ_labels=1)
+
+
+def test_scans_without_a_lesion_are_named(tmp_path, annotated, capsys):
+    image, label, affine = annotated
+    for name, value in (("a", 9), ("b", 2)):
+        save(tmp_path / f"set/{name}_ct.nii.gz", image, affine)
+        map_ = np.where(label == 2, value, label).astype(np.uint8)
+        save(tmp_path / f"set/{name}_label.nii.gz", map_, affine)
+    out = tmp_path / "b.safetensors"
+    assert len(lesions(tmp_path / "set", "--tumor-label", 9, out=out)) == 1
+    said = capsys.readouterr()
+    assert "left out: b holds no 9 = tumor_label" in said.err
+    assert ts.CopyPaste.load(out).card["left_out"] == ["b holds no 9 = tumor_label"]
+    assert "mm, core -" in said.out

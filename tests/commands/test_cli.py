@@ -606,7 +606,9 @@ def test_the_gate_skips_tumours_and_resumes_and_replays(tmp_path, capsys):
     report = strict(out / "case_report.json")
     assert {r["code"] for r in report["tumors"]} == {"gate"}
     assert report["options"]["gate"]["visibility"] == [5.0, None]
-    assert synthesize(tmp_path / "in", *words, "-o", out) == 0  # finished already
+    assert synthesize(tmp_path / "in", *words, "-o", out) == 1  # finished already
+    said = capsys.readouterr()
+    assert "finished already" in said.out and "no scan got a tumour" in said.err
     assert "made with" in refused(
         capsys, "synthesize", tmp_path / "in", "--generator", "hu2023", "--contrast-hu", -3, -2,
         "-o", out,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 
 import numpy as np
@@ -35,8 +36,9 @@ image = nib.load(args.input)
 if image.shape[0] < 40:
     sys.exit("RuntimeError: out of memory")
 assert args.ml and args.output.endswith(".nii.gz")
-labels = nib.load({labels!r}).get_fdata().astype("uint8")
-nib.save(nib.Nifti1Image(labels, image.affine), args.output)
+labels, affine = nib.load({labels!r}).get_fdata().astype("uint8"), image.affine.copy()
+{fault}
+nib.save(nib.Nifti1Image(labels, affine), args.output)
 """
 
 
@@ -54,8 +56,8 @@ def program(tmp_path, monkeypatch, ct):
     nib.save(nib.Nifti1Image(held, ct.affine), labels)
     log.touch()
 
-    def install(version="2.18.0"):
-        words = {"python": sys.executable, "version": version}
+    def install(version="2.18.0", fault=""):
+        words = {"python": sys.executable, "version": version, "fault": fault}
         text = STAND_IN.format(**words, log=str(log), labels=str(labels))
         (folder / "TotalSegmentator").write_text(text)
         (folder / "TotalSegmentator").chmod(0o755)
@@ -112,6 +114,55 @@ def test_the_label_map_is_made_once_for_a_scan_a_version_and_a_model(tmp_path, c
     assert kept == ["a.json", "a.nii.gz"]
 
 
+GARBAGE = "open(args.output, 'wb').write(b'xx'); sys.exit()"
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (GARBAGE, "the segmentation is not a NIfTI file"),
+        ("sys.exit()", "TotalSegmentator failed for ü a_ct.nii.gz (it said nothing)"),
+        ("labels = labels[..., :-1]", "the segmentation differ in shape 64x64x48 against 64x64x47"),
+        ("affine[0, 3] += 5", "the segmentation differ in affine: origin"),
+        ("labels = labels + 0.5", "it must hold whole numbers, but the segmentation holds 0.5"),
+        ("labels = labels * 40", "the segmentation holds 200, which is no value of the task"),
+    ],
+)
+def test_a_bad_map_is_not_kept(tmp_path, ct, program, capsys, fault, says):
+    scan = save(tmp_path / "in/ü a_ct.nii.gz", ct.image[0].short().numpy(), ct.affine)
+    words = scan, "-o", tmp_path / "out", "--segment", "--organ", "liver"
+    program(fault=fault)
+    line = refused(capsys, "synthesize", *words)
+    assert says in line and "unfinished" not in line
+    alone = shlex.split(line.partition("run it alone to see why: ")[2])
+    assert alone[1:] == ["-i", str(scan), "-o", "masks"] and os.access(alone[0], os.X_OK)
+    assert not list((tmp_path / "out/segmentations").iterdir())
+    program()
+    assert synthesize(*words) == 0
+    assert len(program.calls()) == 2
+
+
+@pytest.mark.parametrize("fault", ["garbage", "cut short", "another grid", "another task"])
+def test_a_kept_map_that_does_not_fit_is_made_again(tmp_path, ct, program, fault):
+    scan = save(tmp_path / "in/a_ct.nii.gz", ct.image[0].short().numpy(), ct.affine)
+    words = scan, "-o", tmp_path / "out", "--segment", "--organ", "liver", "--overwrite"
+    assert synthesize(*words) == 0
+    kept = tmp_path / "out/segmentations/a.nii.gz"
+    good = kept.read_bytes()
+    label, affine = load(kept)[0], ct.affine
+    if fault == "garbage":
+        kept.write_bytes(b"xx")
+    elif fault == "cut short":
+        kept.write_bytes(good[: len(good) // 2])
+    elif fault == "another grid":
+        save(kept, label[1:], affine)
+    else:
+        save(kept, label * 40, affine)
+    assert synthesize(*words) == 0
+    assert len(program.calls()) == 2
+    np.testing.assert_array_equal(load(kept)[0], label)
+
+
 def test_in_a_folder_a_scan_that_it_fails_on_is_named(tmp_path, ct, program, capsys):
     image = ct.image[0].short().numpy()
     save(tmp_path / "in/a_ct.nii.gz", image, ct.affine)
@@ -123,6 +174,14 @@ def test_in_a_folder_a_scan_that_it_fails_on_is_named(tmp_path, ct, program, cap
     assert (tmp_path / "out/a_report.json").exists()
     assert synthesize(*words) == 1  # resumes: a is finished
     assert len([call for call in program.calls() if "a_ct.nii.gz" in call.split()[1]]) == 1
+
+
+def test_a_folder_of_cts_alone_is_told_of_labels(tmp_path, ct, capsys):
+    for name in "ab":
+        save(tmp_path / f"in/{name}_ct.nii.gz", ct.image[0].short().numpy(), ct.affine)
+    line = refused(capsys, "synthesize", tmp_path / "in", "-o", tmp_path / "out")
+    assert "has none, such as a_label.nii.gz for a_ct.nii.gz" in line and "--segment" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_program_the_message_says_how_to_get_a_label(tmp_path, ct, capsys, monkeypatch):

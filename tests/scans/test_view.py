@@ -12,7 +12,7 @@ import pytest
 nib = pytest.importorskip("nibabel", reason="needs the extra io")
 
 from browser import WAIT_MS, open_page, picture  # noqa: E402
-from test_cli import run, scan, synthesize, write  # noqa: E402
+from test_cli import refused, run, scan, synthesize, write  # noqa: E402
 
 from tumorsynth.scans import view  # noqa: E402
 from tumorsynth.scans.view import save_view, write_view_page  # noqa: E402
@@ -129,6 +129,24 @@ def test_the_page_in_a_browser(page, out):
     assert "keep the folder" in page.inner_text("#alarm")
     moved.rename(script)
 
+    # a page without its folder says so, and does not load for ever
+    alone = out / "alone" / "view.html"
+    alone.parent.mkdir()
+    alone.write_bytes((out / "view.html").read_bytes())
+    page.goto(alone.as_uri())
+    assert 'folder "view" is missing' in page.inner_text("#alarm")
+    assert page.is_visible("#alarm") and page.inner_text("#loading") == ""
+
+
+def test_a_scan_without_a_tumour_does_not_claim_one(page, tmp_path):
+    ct, label = write(tmp_path / "in", "a", *scan())
+    assert synthesize(ct, label, "-o", tmp_path / "out", "--html", "--p", 0) == 0
+    page.goto((tmp_path / "out" / "view.html").as_uri())
+    page.wait_for_selector("#view[aria-busy=false]")
+    assert page.inner_text("#stamp") == "no synthetic tumour"
+    page.keyboard.press("b")
+    assert page.inner_text("#stamp") == "as it was"
+
 
 def playwright_wait(page, place):
     page.wait_for_function(
@@ -148,6 +166,30 @@ def test_a_resumed_run_adds_the_scans_that_the_page_lacks(tmp_path, capsys):
     capsys.readouterr()
     assert synthesize(*words, "--html") == 0
     assert "2 of 2 scans are finished already" in capsys.readouterr().out
+
+
+def test_pictures_can_be_added_to_one_scan_that_is_finished(tmp_path, capsys):
+    ct, label = write(tmp_path / "in", "a", *scan())
+    out = tmp_path / "out"
+    words = (ct, label, "-o", out, "--count", 1)
+    assert synthesize(*words) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert synthesize(*words, "--contact-sheet") == 0  # of what is there
+    assert "finished already" in capsys.readouterr().out and (out / "contact_sheet.png").exists()
+    assert synthesize(*words, "--html") == 0  # processed once more
+    assert 'SCANS = ["a"]' in (out / "view" / "scans.js").read_text()
+    assert {name: (out / name).read_bytes() for name in before} == before
+    line = refused(capsys, "synthesize", *words, "--generator", "hu2023", "--html", "--seed", 1)
+    assert "made with" in line and "--overwrite" in line  # of another run
+    assert "--overwrite" in refused(capsys, "synthesize", *words, "--generator", "hu2023")
+
+
+def test_one_scan_can_have_its_page_beside_it(tmp_path):
+    ct, label = write(tmp_path / "in", "a", *scan())
+    moved = ct.rename(ct.with_name("a.nii.gz")), label.rename(label.with_name("mask.nii.gz"))
+    assert synthesize(*moved, "-o", tmp_path / "in", "--html", "--count", 1) == 0
+    assert (tmp_path / "in" / "view.html").exists()
 
 
 def test_a_scan_that_failed_is_not_on_the_page_and_has_an_empty_tile(tmp_path):

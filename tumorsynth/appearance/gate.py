@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any
 
@@ -161,6 +161,12 @@ class Gate:
             )
             scores["scorer"] = value if math.isfinite(value) else None
         return scores
+
+    def without_scorer(self) -> Gate:
+        """Return this gate for a replay, whose params hold what the scorer decided."""
+        if self.scorer is None:
+            return self
+        return replace(self, scorer=None, least=LEAST, most=None)
 
     @property
     def scores_samples(self) -> bool:

@@ -16,9 +16,23 @@ NOT_SELECTED = "not_selected"  # the skip code of what p, count or the caller le
 
 
 def report_outcomes(
-    outcomes: Iterator[Outcome], tasks: Sequence[Task], scans: int, out: Path, progress: Steps
+    outcomes: Iterator[Outcome],
+    tasks: Sequence[Task],
+    scans: int,
+    out: Path,
+    progress: Steps,
+    earlier: Iterator[list[dict[str, Any]]],
 ) -> None:
-    """Print each outcome and the totals; exits with 1 if scans failed or none got a tumour."""
+    """Print each outcome and the totals; exits with 1 if scans failed or none got a tumour.
+
+    Args:
+        outcomes: of this run.
+        tasks: its scans.
+        scans: the number of all scans, with those that were finished before.
+        out: the folder of the results.
+        progress: of the run.
+        earlier: the tumours of each scan that was finished before.
+    """
     failed, fatal, all_lack_tumors = 0, None, True
     faint: list[dict[str, Any]] = []
     tumors = 0
@@ -46,7 +60,7 @@ def report_outcomes(
         raise typer.Exit(fail(f"{words}; {fatal}, and give the same command to resume", 1))
     if failed:
         raise typer.Exit(fail(f"{failed} of {scans} scans failed", 1))
-    if tasks and all_lack_tumors:
+    if all_lack_tumors and all(map(lacks_tumors, earlier)):
         raise typer.Exit(fail("no scan got a tumour; see the reasons above", 1))
 
 

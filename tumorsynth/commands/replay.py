@@ -49,7 +49,7 @@ def replay(
         tuple[float, float] | None,
         typer.Option(
             metavar="LOW HIGH",
-            help="With --other-phase: HU between tumour and organ in that phase.",
+            help="With --other-phase: HU between the tumour's core and the organ in that phase.",
             show_default=False,
         ),
     ] = None,

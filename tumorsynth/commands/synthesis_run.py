@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -86,15 +87,20 @@ class Run:
         """Return the seed of the k-th of ``series``: one for all points of a scan."""
         return self.seed + k // max(1, len(self.factors))
 
+    @property
+    def resumes(self) -> bool:
+        """Whether finished scans stay as they are: in a folder, and to add pictures."""
+        return self.several or self.html or self.contact_sheet
+
     def check_out(self) -> None:
         """Raise ValueError if results of one scan would replace others, before anything is read."""
-        if not self.several:
+        if not self.resumes:
             find_unfinished(self.pairs, self.out, overwrite=self.overwrite)
 
     def prepare(self, context: typer.Context, synth: SynthesizeTumor) -> list[Task]:
         """Make and tidy the folder of the results, and return what is left to do."""
         pairs = self.pairs
-        if self.several:
+        if self.resumes:
             unfinished = self._prepare_folder(context, synth)
         else:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +127,10 @@ class Run:
         ]
 
     def _prepare_folder(self, context: typer.Context, synth: SynthesizeTumor) -> list[int]:
-        """Lock and tidy the folder of the results; returns the indices of the unfinished scans."""
+        """Tidy the folder of the results; returns the indices of the unfinished scans.
+
+        A run of several scans locks it; runs of one scan each may share it.
+        """
         pairs, out = self.pairs, self.out
 
         def mismatch(k: int, report: Path) -> str | None:
@@ -138,11 +147,13 @@ class Run:
             return explain_mismatch(report, settings)
 
         existed = out.is_dir()
-        if existed:
+        if existed and self.several:
             context.with_resource(folder_lock(out))
-        unfinished = find_unfinished(pairs, out, overwrite=self.overwrite, mismatch=mismatch)
-        if not existed:
-            out.mkdir(parents=True, exist_ok=True)
+        unfinished = find_unfinished(
+            pairs, out, overwrite=self.overwrite, mismatch=mismatch, beside_scans=not self.several
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        if not existed and self.several:
             context.with_resource(folder_lock(out))
         remove_partial_files(pairs, out)
         if self.overwrite:
@@ -188,11 +199,21 @@ class Run:
                     synth, tasks, self.out, workers=processes, devices=devices, threads=threads
                 )
             try:
-                report_outcomes(outcomes, tasks, len(self.pairs), self.out, progress)
+                report_outcomes(
+                    outcomes, tasks, len(self.pairs), self.out, progress, self._earlier(tasks)
+                )
             finally:
                 self._write_datasets()
                 names = [pair.name for pair in self.pairs]
                 write_pictures(self.out, names, html=self.html, contact_sheet=self.contact_sheet)
+
+    def _earlier(self, tasks: Sequence[Task]) -> Iterator[list[dict[str, Any]]]:
+        """Yield the tumours of each report that was there before this run."""
+        again = {task.pair.name for task in tasks}
+        for pair in self.pairs:
+            if pair.name not in again:
+                report = output_paths(self.out, pair.name)["report"]
+                yield json.loads(report.read_text(encoding="utf-8")).get("tumors", [])
 
     def _write_datasets(self) -> None:
         """Write the dataset.json of each data set of results that are there."""

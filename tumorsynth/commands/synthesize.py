@@ -93,8 +93,8 @@ def synthesize(
         tuple[float, float] | None,
         typer.Option(
             metavar="LOW HIGH",
-            help="HU between tumour and organ, for example -50 -20; negative is darker. "
-            "[default: the generator's own]",
+            help="HU between the tumour's core and the organ, for example -50 -20; negative is "
+            "darker. [default: the generator's own]",
             show_default=False,
         ),
     ] = None,
@@ -203,6 +203,13 @@ def synthesize(
         segmenter = find_segmenter(device.split(",")[0], fast=segment_fast)
     else:
         found, segmenter = find_scans(ct, label, pattern, without=out, channel=channel), None
+        if label is None and ct.is_dir() and not any(pair.label.exists() for pair in found.pairs):
+            first = found.pairs[0]
+            raise ValueError(
+                f"the folder {ct} must hold the label maps of its CTs, but has none, such as "
+                f"{first.label.name} for {first.ct.name}; give the folder of the label maps as "
+                "second argument, or --segment to make them with TotalSegmentator"
+            )
     factors = parse_factors(follow_up)
     if not 0 <= seed <= 2**63 - len(found.pairs):
         raise ValueError(

@@ -254,6 +254,7 @@ def bank(
     """Cut the tumours out of annotated scans, to paste them into others.
 
     Writes a bank, for --generator OUT and ts.CopyPaste.load(OUT). It holds voxels of the scans.
+    Prints each lesion with its diameter, and the HU between its core and the organ around it.
     """
     from tumorsynth.generators.bank import check_bank_path
     from tumorsynth.generators.copy_paste import TERMS, CopyPaste
@@ -296,7 +297,7 @@ def bank(
     )
     made.save(out)
     for lesion in made.lesions:
-        print(f"{lesion.source}: {lesion.diameter_mm:.1f} mm, {lesion.contrast_hu:+.0f} HU")
+        print(f"{lesion.source}: {lesion.diameter_mm:.1f} mm, core {lesion.contrast_hu:+.0f} HU")
     for reason in made.card["left_out"]:
         say(f"note: left out: {reason}")
     _wrote(f"{out} with {len(made.lesions)} lesions; use it with --generator {out}")

@@ -38,7 +38,7 @@ from tumorsynth.geometry import bounding_box
 from tumorsynth.intensity import HU, HU_HIGH, HU_LOW, Intensity
 from tumorsynth.models.slabs import Near
 from tumorsynth.once import Once
-from tumorsynth.placement.arguments import check_organ_labels
+from tumorsynth.placement.arguments import check_organ_labels, check_tumor_label
 from tumorsynth.placement.rasterize import equivalent_diameter
 from tumorsynth.placement.sample_tumor import choose_like_size
 from tumorsynth.placement.settings import OwnShape
@@ -126,15 +126,19 @@ class CopyPaste:
         Raises:
             TypeError: for anything else.
             ValueError: if no scan has a lesion that can be used, saying why; if an image is not in
-                the scale of ``intensity``; or if image and label do not go together.
+                the scale of ``intensity``; if image and label do not go together; or if
+                ``tumor_label`` is one of the organ's.
         """
         organ, lesions, left_out = check_organ_labels(organ_labels), [], []
-        names, held = [], set()
+        tumor_label = check_tumor_label(tumor_label, organ)
+        names, held, without = [], set(), []
         for scan in read_scans(scans, intensity):
             cut = cut_lesions(scan.hu, scan.label, scan.frame, tumor_label, organ, scan.name)
             lesions += cut.lesions
             left_out += cut.left_out
             names.append(scan.name)
+            if not cut.lesions and not cut.left_out:
+                without.append(f"{scan.name} holds no {tumor_label} = tumor_label")
             if not cut.lesions:
                 held |= set(scan.label.unique().tolist())
         if not lesions:
@@ -154,7 +158,8 @@ class CopyPaste:
                 f"not and are left out of the bank: {'; '.join(wrong[:3])}{more}; look at these "
                 "scans, and correct their labels"
             )
-        return cls(lesions, {"name": name, "licence": terms, "left_out": left_out})
+        about = {"name": name, "licence": terms, "left_out": [*left_out, *without]}
+        return cls(lesions, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CopyPaste:
@@ -198,8 +203,8 @@ class CopyPaste:
             crop: (B, 1, X, Y, Z) floating, where 0 and 1 are the ends of ``window``; 1 mm voxels.
             tumor_mask: bool, same shape.
             seed: one int for each sample.
-            contrast_hu: HU between the tumour and the tissue around it, one number or one for each
-                sample; None keeps each lesion's own.
+            contrast_hu: HU between the tumour's core and the tissue around, one number or one for
+                each sample; None keeps each lesion's own.
             near: ignored; the change is computed around the tumour.
             poses: which shape each tumour has, and how it lies in the crop. A lesion of another
                 shape, or without a pose, is one of like size, turned at random.

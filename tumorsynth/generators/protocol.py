@@ -108,8 +108,8 @@ class TumorGenerator(Protocol):
             crop: (B, 1, X, Y, Z) in [0, 1].
             tumor_mask: bool, same shape.
             seed: one int for each sample.
-            contrast_hu: HU between the tumour and the tissue around it, one for each sample; None
-                leaves it to the generator.
+            contrast_hu: HU between the tumour's core and the tissue around, one for each sample;
+                None leaves it to the generator.
             near: the part of the crop, along X, Y and Z, that the caller reads.
 
         Returns:

@@ -84,8 +84,9 @@ def finish(
     if params is None:
         if candidate.is_too_bright:  # as in another phase of the patient
             return _skip(request, SkipCode.TISSUE, _why_too_bright(call, candidate))
-        scores = None if gate is None else _scores(settings, gate, request, candidate, sample)
+        scores = None if gate is None else _replay_scores(call, gate, request, candidate, sample)
         return write(call, request, candidate, sample, scores)
+    call.painter.warn_of_fat(request, settings)
     request, candidate = _keep_visible(call, request, candidate, sample)
     if gate is not None:
         return _write_if_accepted(call, gate, request, candidate, sample, params)
@@ -255,6 +256,14 @@ def _skip(
     scores: dict[str, float | None] | None = None,
 ) -> SkipRecord:
     return SkipRecord(request.id.sample, request.id.report_index, code, reason, scores)
+
+
+def _replay_scores(
+    call: Call, gate: Gate, request: PaintRequest, candidate: Candidate, sample: Sample
+) -> dict[str, float | None]:
+    """Return the scores of a tumour that was accepted before, without the scorer's network."""
+    scores = _scores(call.settings, gate.without_scorer(), request, candidate, sample)
+    return scores if gate.scorer is None else {**scores, "scorer": None}
 
 
 def _scores(

@@ -35,6 +35,7 @@ MAX_OVER_CONTRAST = 3.0
 TUMOR_HU = SOFT_TISSUE.voxel_hu
 MAX_UNKNOWN_HU = 1500.0  # the densest bone, for a generator whose card names no tissue
 MAX_FROM_HEALTHY_HU = 250.0
+DARKEST_ASKED_HU = -40.0  # in soft tissue; what is darker is fat
 GPU_BATCH = 8  # crops in one pass of the networks; halved where memory does not suffice
 
 
@@ -48,7 +49,7 @@ class Painter:
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
         self.batch_limit = GPU_BATCH  # lowered for good where a GPU's memory is too small
-        self._implausible = Once()  # the warning
+        self._implausible, self._fat = Once(), Once()  # the warnings
 
     def paint(
         self, settings: Settings, generator: TumorGenerator, requests: Sequence[PaintRequest]
@@ -98,6 +99,18 @@ class Painter:
     def warn_of_implausible(self, reason: str) -> None:
         """Warn, once a transform, that tumours are skipped since the generator is at fault."""
         self._implausible.give(f"tumours are skipped: {reason}")
+
+    def warn_of_fat(self, request: PaintRequest, settings: Settings) -> None:
+        """Warn, once a transform, of a requested contrast that makes fat of soft tissue."""
+        asked, level = request.tumor.params.contrast_hu, request.noise.level_hu
+        if asked is None or level is None or settings.any_tissue:
+            return
+        if level > 0 and level + asked < DARKEST_ASKED_HU:
+            self._fat.give(
+                f"contrast_hu asks for a tumour of {level + asked:.0f} HU in tissue of "
+                f"{level:.0f} HU, which is fat or gas; give a contrast nearer to 0, or "
+                "any_tissue=True (--any-tissue) if you mean it"
+            )
 
     def forms_batches(self, device: torch.device) -> bool:
         """Whether several crops go through the networks at once on a device."""

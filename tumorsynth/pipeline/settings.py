@@ -17,7 +17,6 @@ from tumorsynth.arguments import check_flag, check_probability
 from tumorsynth.devices import parse_device
 from tumorsynth.intensity import Intensity
 from tumorsynth.label_maps import LabelMap, LabelMapLike, organ_values, read_label_map
-from tumorsynth.pipeline.validation import check_tumor_label
 from tumorsynth.placement.arguments import (
     MAX_GAP_MM,
     MAX_SIGMA_MM,
@@ -25,6 +24,7 @@ from tumorsynth.placement.arguments import (
     check_organ_labels,
     check_range,
     check_size,
+    check_tumor_label,
 )
 from tumorsynth.placement.exophytic import check_bulge
 from tumorsynth.placement.settings import OwnShape, PlacementSettings

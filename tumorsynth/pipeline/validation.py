@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tumorsynth.arguments import is_bool
 from tumorsynth.label_values import ROUNDING, describe_fraction
 from tumorsynth.pipeline.params_grid import ParamsGrid
 from tumorsynth.placement.arguments import MAX_COUNT
@@ -24,28 +23,6 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes
 def plain(x: Tensor) -> Tensor:
     """Return a tensor of the same memory without the subclass (MetaTensor)."""
     return x.as_subclass(Tensor) if type(x) is not Tensor else x
-
-
-def check_tumor_label(tumor_label: int, organ_labels: tuple[int, ...]) -> int:
-    """Return the label value of a tumour.
-
-    Raises:
-        ValueError: unless it is a whole number and none of the organ's.
-    """
-    try:
-        whole = not is_bool(tumor_label) and int(tumor_label) == tumor_label
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole or not -(2**63) <= tumor_label < 2**63:
-        raise ValueError(
-            f"tumor_label must be a whole number of at most 64 bits, got {tumor_label!r}; try 2"
-        )
-    if tumor_label in organ_labels:
-        raise ValueError(
-            f"tumor_label must differ from organ_labels, got {tumor_label} in {organ_labels}; "
-            "give the tumour a value of its own"
-        )
-    return int(tumor_label)
 
 
 def check_input(image: Tensor, label: Tensor, tumor_label: int) -> None:

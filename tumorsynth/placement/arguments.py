@@ -65,6 +65,28 @@ def check_organ_labels(labels: int | Iterable[int]) -> tuple[int, ...]:
     return found
 
 
+def check_tumor_label(tumor_label: int, organ_labels: tuple[int, ...]) -> int:
+    """Return the label value of a tumour.
+
+    Raises:
+        ValueError: unless it is a whole number and none of the organ's.
+    """
+    try:
+        whole = not is_bool(tumor_label) and int(tumor_label) == tumor_label
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole or not -(2**63) <= tumor_label < 2**63:
+        raise ValueError(
+            f"tumor_label must be a whole number of at most 64 bits, got {tumor_label!r}; try 2"
+        )
+    if tumor_label in organ_labels:
+        raise ValueError(
+            f"tumor_label must differ from organ_labels, got {tumor_label} in {organ_labels}; "
+            "give the tumour a value of its own"
+        )
+    return int(tumor_label)
+
+
 def check_spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
     """Return mm per voxel along X, Y, Z; raise ValueError unless three positive finite numbers."""
     values = tuple(float(s) for s in spacing)

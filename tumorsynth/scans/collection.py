@@ -115,12 +115,13 @@ def process_scan(
     """
     pair, about_label = task.pair, None  # what is known about a label map made here
     if task.segmenter is not None:
-        about_label = task.segmenter.make_label(pair.ct, pair.label)
-    image, label = read_scan(pair.ct, pair.label, task.reading, task.masks)
+        image, label, about_label = task.segmenter.read_scan(pair.ct, pair.label, task.reading)
+    else:
+        image, label = read_scan(pair.ct, pair.label, task.reading, task.masks)
     check_label_map(label, synth)
     label.check_label_fits(synth.tumor_label)
     if task.organ_required:
-        check_organ(label, synth)
+        check_organ(label, synth, segmented=about_label is not None)
     if task.masks is not None:
         task.masks.check_free(label, add=task.if_taken == "add")
         taken = None

@@ -53,6 +53,7 @@ def find_unfinished(
     *,
     overwrite: bool,
     mismatch: Callable[[int, Path], str | None] | None = None,
+    beside_scans: bool = False,
 ) -> list[int]:
     """List the scans that a run into a folder still has to process.
 
@@ -65,6 +66,7 @@ def find_unfinished(
         mismatch: for a run that resumes: called as ``mismatch(k, report)`` for an existing report
             of ``pairs[k]``, says why it is not the report that this run would write, or None. By
             default nothing resumes.
+        beside_scans: whether a run that resumes may write into the folder of the scans.
 
     Returns:
         Indices of the unfinished scans.
@@ -78,7 +80,7 @@ def find_unfinished(
     if any(out.resolve() == folder.resolve() for folder in slices):
         raise ValueError(f"--out must not be a folder of slices, got {out}; choose another")
     folders = {path.parent.resolve() for pair in pairs for path in (pair.ct, pair.label)}
-    if mismatch is not None and out.resolve() in folders:
+    if mismatch is not None and not beside_scans and out.resolve() in folders:
         raise ValueError(
             f"--out must not be the folder of the scans, got {out}: the next run would take the "
             "results for scans; choose another"

@@ -164,18 +164,25 @@ def _about_organs(synth: SynthesizeTumor) -> dict[str, Any]:
     return {"organs": {"label_map": label_map.source, **names}}
 
 
-def check_organ(label: Volume, synth: SynthesizeTumor) -> None:
-    """Raise ValueError if a label map holds none of the organ's values."""
+def check_organ(label: Volume, synth: SynthesizeTumor, *, segmented: bool = False) -> None:
+    """Raise ValueError if a label map holds none of the organ's values.
+
+    Args:
+        label: the label map.
+        synth: the transform.
+        segmented: whether --segment made it.
+    """
     held = label.held_values()
     if any(value in synth.organ_labels for value in held):
         return
     label_map = synth.settings.label_map
     if label_map is not None:
+        other = "" if segmented else ", or the --label-map that it was made with"
+        what = "the segmentation" if segmented else "the label map"
         raise ValueError(
-            f"--organ must be in the label map, but {label.name} has no "
+            f"--organ must be in {what}, but {label.name} has no "
             f"{label_map.describe(synth.organ_labels)} of {label_map.source}; it holds "
-            f"{label_map.describe(v for v in held if v) or '0 alone'}; give another --organ, or "
-            "the --label-map that it was made with"
+            f"{label_map.describe(v for v in held if v) or '0 alone'}; give another --organ{other}"
         )
     listed = ", ".join(map(str, held[:20])) + (", ..." if len(held) > 20 else "")
     raise ValueError(

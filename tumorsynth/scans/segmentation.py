@@ -6,18 +6,23 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tumorsynth.atomic_writes import write_atomic
 from tumorsynth.itk_formats.recognize import format_of
-from tumorsynth.scans.volume_files import read_volume, write_volume
+from tumorsynth.label_maps.reading import read_label_map
+from tumorsynth.scans.nifti import Reading
+from tumorsynth.scans.volume import Volume
+from tumorsynth.scans.volume_files import check_same_grid, read_volume, write_volume
 
 PROGRAM, TASK = "TotalSegmentator", "total"
+NAMES = "totalsegmentator"  # the label map of the task's values
 SEGMENTATIONS = "segmentations"  # the folder of OUT that keeps the label maps
 VOXELS_BESIDE = (".raw", ".zraw", ".raw.gz")  # of a header in NRRD or MetaImage
 LEAST_VERSION = 2  # before, values had other names
@@ -44,15 +49,24 @@ class Segmenter:
     device: str = "cpu"
     fast: bool = False
 
-    def make_label(self, ct: Path, label: Path) -> dict[str, Any]:
-        """Make the label map of a CT, unless it is there; returns what is known about it.
+    def read_scan(
+        self,
+        ct: Path,
+        label: Path,
+        reading: Reading = Reading(),  # noqa: B008 (frozen)
+    ) -> tuple[Volume, Volume, dict[str, Any]]:
+        """Read a CT and its label map, which is made unless it is there and fits.
 
         Args:
             ct: the CT.
-            label: the file to write; a .json beside it says how it was made.
+            label: the label map that is kept; a .json beside it says how it was made.
+            reading: how to read the files.
+
+        Returns:
+            The CT, its label map, and what is known about the label map.
 
         Raises:
-            ValueError: if the program fails.
+            ValueError: if the program fails or makes no label map of the CT. None is kept then.
         """
         name = label.name.removesuffix(".nii.gz")
         notes = label.with_name(f"{name}.json")
@@ -64,12 +78,36 @@ class Segmenter:
             "ct_sha256": _sha256(ct),
         }
         if label.is_file() and _read(notes) == about:
-            return about
+            image = read_volume(ct, reading)
+            try:
+                return image, _read_label(label, image, reading), about
+            except ValueError:
+                pass  # it is made again
         label.parent.mkdir(parents=True, exist_ok=True)
-        notes.unlink(missing_ok=True)
+        for old in (notes, label):
+            old.unlink(missing_ok=True)
         made = label.with_name(f"{name}_unfinished_{os.getpid()}.nii.gz")
-        converted = label.with_name(f"{name}_ct_{os.getpid()}.nii.gz")
+        try:
+            self._segment(ct, made)
+            image = read_volume(ct, reading)
+            try:
+                mask = replace(_read_label(made, image, reading), name=label.name)
+            except ValueError as error:
+                raise ValueError(
+                    f"{PROGRAM} made no label map that fits {ct.name} ({_reason(error, made)}); "
+                    f"{self._alone(ct)}"
+                ) from error
+            os.replace(made, label)
+        finally:
+            made.unlink(missing_ok=True)
+        text = json.dumps(about, indent=2) + "\n"
+        write_atomic(notes, lambda file: file.write(text.encode()))
+        return image, mask, about
+
+    def _segment(self, ct: Path, made: Path) -> None:
+        """Run the program on a CT."""
         scan = ct
+        converted = made.with_name(f"ct_of_{made.name}")
         if format_of(ct) is not None:  # so that label and CT share one grid
             scan = converted
             volume = read_volume(ct)
@@ -78,18 +116,17 @@ class Segmenter:
         command += ["--device", self.device, "--quiet"] + ["--fast"] * self.fast
         try:
             run = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            if run.returncode or not made.is_file():
-                raise ValueError(
-                    f"{PROGRAM} failed for {ct.name} ({_last_line(run.stderr, run.stdout)}); run "
-                    f"it alone to see why: {PROGRAM} -i {ct.name} -o masks"
-                )
-            os.replace(made, label)
         finally:
-            made.unlink(missing_ok=True)
             converted.unlink(missing_ok=True)
-        text = json.dumps(about, indent=2) + "\n"
-        write_atomic(notes, lambda file: file.write(text.encode()))
-        return about
+        if run.returncode or not made.is_file():
+            raise ValueError(
+                f"{PROGRAM} failed for {ct.name} ({_last_line(run.stderr, run.stdout)}); "
+                f"{self._alone(ct)}"
+            )
+
+    def _alone(self, ct: Path) -> str:
+        command = [self.program, "-i", os.path.abspath(ct), "-o", "masks"]
+        return f"run it alone to see why: {shlex.join(command)}"
 
 
 def find_segmenter(device: str, *, fast: bool = False) -> Segmenter:
@@ -120,6 +157,24 @@ def find_segmenter(device: str, *, fast: bool = False) -> Segmenter:
         )
     words = device.replace("cuda", "gpu")
     return Segmenter(program, version[0], words, fast)
+
+
+def _read_label(path: Path, image: Volume, reading: Reading) -> Volume:
+    """Read a label map; raise ValueError unless it is one of the task, on the CT's grid."""
+    label = read_volume(path, reading)
+    check_same_grid(image, label, "CT and segmentation", reading)
+    named = read_label_map(NAMES)
+    assert named is not None
+    foreign = named.foreign(label.held_values(), 0)
+    if foreign:
+        raise ValueError(f"{path.name} holds {foreign[0]}, which is no value of the task {TASK!r}")
+    return label
+
+
+def _reason(error: Exception, made: Path) -> str:
+    """Return an error's first clause, in words that do without the temporary file."""
+    words = str(error).split("; ")[0].replace(made.name, "the segmentation")
+    return words.replace("a label must", "it must")
 
 
 def _sha256(path: Path) -> str:

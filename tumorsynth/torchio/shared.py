@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from tumorsynth.adapter import Adapter
-from tumorsynth.appearance.gate import LEAST, Gate
+from tumorsynth.appearance.gate import Gate
 from tumorsynth.appearance.segmenter import SegmenterScorer
 from tumorsynth.generators.store import bundled_names
 from tumorsynth.pipeline.validation import is_record
@@ -43,7 +42,7 @@ def settings_for_history(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in settings.items() if name not in DRAWN}
     gate = kept.get("gate")
     if isinstance(gate, Gate) and isinstance(gate.scorer, SegmenterScorer):
-        kept["gate"] = replace(gate, scorer=None, least=LEAST, most=None)  # params hold its choice
+        kept["gate"] = gate.without_scorer()
     return kept
 
 

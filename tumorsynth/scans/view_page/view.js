@@ -53,7 +53,8 @@ function setState(isAfter) {
     button.setAttribute("aria-checked", (button.dataset.after === "true") === after);
   }
   nv.createOnLocationChange(); // the value at the cross
-  $("stamp").textContent = after ? "with synthetic tumours" : "as it was";
+  const now = scan.tumors.length ? "with synthetic tumours" : "no synthetic tumour";
+  $("stamp").textContent = after ? now : "as it was";
 }
 
 function setOutline(shown) {
