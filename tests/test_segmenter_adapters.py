@@ -169,3 +169,16 @@ def test_torchios_history_holds_no_network():
     made = transform(subject)
     assert transform.report[0]["scores"]["scorer"] == 1.0
     assert "Net" not in repr(made.applied_transforms) and (made["label"].data == 2).any()
+
+
+def test_a_replay_in_monai_needs_no_network():
+    monai = pytest.importorskip("tumorsynth.monai", reason="needs MONAI")
+    network = Net(9.0)
+    gate = replace(OPEN, scorer=ts.SegmenterScorer(network, 2, 32), least=0.5)
+    transform = monai.RandSynthesizeTumord("image", "label", gate=gate, prob=1.0, **SETTINGS)
+    one = {name: value[0] for name, value in batch(1).items()}
+    made = transform.set_random_state(0)(dict(one))
+    assert transform.report[0]["scores"]["scorer"] == 1.0 and len(network.calls) == 1
+    again = transform.replay(dict(one), params=transform.params)
+    assert len(network.calls) == 1 and transform.report[0]["scores"]["scorer"] is None
+    assert torch.equal(again["image"], made["image"]) and (again["label"] == 2).any()
