@@ -158,6 +158,22 @@ def test_further_channels_come_along(tmp_path, ct):
     assert (out / other).read_bytes() == (root / other).read_bytes()
 
 
+def test_a_case_without_one_of_the_channels_is_named(tmp_path, ct, capsys):
+    root, out = tmp_path / "D1", tmp_path / "D2"
+    write_nnunet(root, ct, cases=2, channel_names={"0": "CT", "1": "PET"})
+    save(root / "imagesTr/a_0_0001.nii.gz", image(ct), ct.affine)
+    assert synthesize(root, "-o", out) == 1
+    said = capsys.readouterr().err
+    assert "a_1 has no a_1_0001.nii.gz" in said and "a_0:" not in said
+    assert "the tumours go into imagesTr/a_0_0000.nii.gz and the like alone" in said
+    assert [path.name for path in (out / "labelsTr").iterdir()] == ["a_0.nii.gz"]
+    assert json.loads((out / "dataset.json").read_text())["numTraining"] == 1
+    # without a dataset.json, what one case has the others must have
+    (root / "dataset.json").unlink()
+    assert synthesize(root, "-o", tmp_path / "D3", "--channel", 0) == 1
+    assert "a_1 has no a_1_0001.nii.gz" in capsys.readouterr().err
+
+
 def test_the_decathlon_lists_the_results(tmp_path, ct):
     root, out = tmp_path / "Task03", tmp_path / "out"
     save(root / "imagesTr/l_0.nii.gz", image(ct), ct.affine)
@@ -196,7 +212,7 @@ def test_a_list_of_files_without_labels_is_enough(tmp_path, ct):
             "2 is spleen",
         ),
         ({}, ["--organ", "spleen"], "did you mean|it has liver"),
-        ({"channel_names": {"0": "MR", "1": "PET"}}, [], None),  # one channel: it is the CT
+        ({"channel_names": {"0": "MR"}}, [], None),  # one channel: it is the CT
     ],
 )
 def test_what_nnunet_would_refuse_is_refused_before(tmp_path, ct, capsys, content, words, says):
@@ -259,6 +275,7 @@ def test_mass_effect_moves_all_masks_and_bulges_respect_them(tmp_path, ct, capsy
     assert (masks["liver"] != old["liver"]).any()
     others = masks["stomach"] | masks["spleen"]
     assert not (others & (masks["liver"] | masks["liver_tumor"])).any()
+    assert masks["liver_tumor"].any() and masks["liver"][masks["liver_tumor"]].all()
     # masks that overlap cannot be moved as one label map
     whole = tmp_path / "set/s1/segmentations/body.nii.gz"
     save(whole, np.ones(image(ct).shape, np.uint8), ct.affine)

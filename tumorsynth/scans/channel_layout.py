@@ -39,17 +39,34 @@ def by_channels(
     names = {} if dataset is None else dataset_json.channel_names(dataset)
     numbers = {number for held in channels.values() for number in held}
     which = choose_channel(numbers, names, channel)
+    needed = set(names) or numbers
     pairs = []
     for name, held in channels.items():
         first = firsts[name]
         ct = held.get(which) or missing(cts, f"{name}_{which:04d}", first)
         pair = Pair(name, ct, known.get(name) or missing(labels, name, first))
         places = places_in(pair, folder_names(cts, labels))
-        others = [path for number, path in held.items() if number != which]
+        # a channel that is not there is listed with its path, so that the caller reports it
+        others = [
+            held.get(number) or missing(cts, f"{name}_{number:04d}", first)
+            for number in sorted({*needed, *held} - {which})
+        ]
         folder = PurePosixPath(places.ct).parent
         copies = tuple((path, str(folder / written_name(path))) for path in others)
         pairs.append(replace(pair, places=replace(places, copies=copies)))
     return pairs
+
+
+def check_channels(pair: Pair) -> None:
+    """Raise FileNotFoundError if a case lacks a channel that the others or dataset.json have."""
+    copies = () if pair.places is None else pair.places.copies
+    lacking = [path.name for path, _ in copies if not path.exists()]
+    if lacking:
+        raise FileNotFoundError(
+            f"every case must have all channels of its data set, but {pair.name} has no "
+            f"{' and no '.join(lacking)}; add the files, or take the channels out of dataset.json "
+            "and the other cases"
+        )
 
 
 def choose_channel(numbers: Iterable[int], names: dict[int, str], wanted: str | None) -> int:

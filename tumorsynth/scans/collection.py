@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from tumorsynth.scans.channel_layout import check_channels
 from tumorsynth.scans.errors import describe_error, is_fatal
 from tumorsynth.scans.follow_up import FollowUp
 from tumorsynth.scans.nifti import Reading
@@ -113,6 +114,7 @@ def process_scan(
     Raises:
         ValueError: for files that cannot be used; nothing is written.
     """
+    check_channels(task.pair)
     pair, about_label = task.pair, None  # what is known about a label map made here
     if task.segmenter is not None:
         image, label, about_label = task.segmenter.read_scan(pair.ct, pair.label, task.reading)

@@ -7,7 +7,7 @@ one more for the tumours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from tumorsynth.label_maps import matching_names, suggest
 from tumorsynth.scans.nifti import Reading
+from tumorsynth.scans.organ_of_tumors import organ_of_tumors
 from tumorsynth.scans.pairing import find_files
 from tumorsynth.scans.places import written_name
 from tumorsynth.scans.volume import Volume
@@ -121,8 +122,8 @@ class OrganMasks:
     def write(self, folder: Path, source: Path, label: Volume, new: np.ndarray) -> None:
         """Write the masks of a scan with synthetic tumours.
 
-        The organs' files keep the tumours' voxels, as in the public sets. Files change only where
-        tissue was pushed aside.
+        The organs' files hold the tumours' voxels, as in the public sets. Files change only where
+        tissue was pushed aside, and where tumours grew beyond their organ.
 
         Args:
             folder: to write to; made if it does not exist.
@@ -135,19 +136,36 @@ class OrganMasks:
         moved = bool(((new != label.stored) & ~tumor).any())
         files = find_files(source, "")
         values = self._values(files)
+        changed = tumor if moved else tumor & ~np.isin(label.stored, list(values.values()))
+        owner = self._owner(files, values, changed, label, new) if changed.any() else None
         for name, path in files.items():
             if name == self.tumor:
                 continue
-            if not moved:
+            if owner is None or not moved and name not in self.organs:
                 copy_volume(path, folder / written_name(path))
                 continue
             mask = read_volume(path).as_label()
-            inside = new == values[name]
-            if name in self.organs:
-                inside |= tumor & (mask.stored > 0)
+            inside = new == values[name] if moved else mask.stored > 0
+            inside |= owner == values[name]
             write_volume(folder / written_name(path), mask, inside.astype(mask.stored.dtype))
         suffix = written_suffix(next(iter(files.values())).name)
         write_volume(folder / f"{self.tumor}{suffix}", label, tumor.astype(np.uint8))
+
+    def _owner(
+        self,
+        files: Mapping[str, Path],
+        values: Mapping[str, int],
+        tumor: np.ndarray,
+        label: Volume,
+        new: np.ndarray,
+    ) -> np.ndarray:
+        """Return the value of the organ in the voxels of tumours that grew from it, else 0."""
+        held = [name for name in self.organs if name in values]
+        before = label.stored
+        for name in held if (before == self.tumor_label).any() else ():  # hidden by tumours
+            mask = read_volume(files[name]).as_label().stored > 0
+            before = np.where(mask & (before == self.tumor_label), values[name], before)
+        return organ_of_tumors(tumor, before, new, [values[name] for name in held])
 
 
 def choose_masks(
