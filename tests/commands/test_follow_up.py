@@ -92,7 +92,9 @@ def test_a_tumour_without_room_is_named(tmp_path, capsys):
     assert (small[grown] == 1).all()
 
 
-@pytest.mark.parametrize("factors", [["0"], ["-1"], ["big"], ["1", "nan"], ["1,50"], [","]])
+@pytest.mark.parametrize(
+    "factors", [["0"], ["-1"], ["big"], ["1", "nan"], ["1,50"], [","], [], ["--seed", "3"]]
+)
 def test_bad_factors_end_with_2(pair, tmp_path, capsys, factors):
     assert synthesize(*pair, "-o", tmp_path / "out", "--follow-up", *factors) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -142,7 +144,8 @@ def test_the_words_of_the_option():
     ]  # fmt: skip
     assert join_factors(["--follow-up", "1", "b"]) == ["--follow-up", "1", "b"]
     assert join_factors(["--follow-up=1,2", "3"]) == ["--follow-up=1,2", "3"]
-    assert join_factors(["--follow-up"]) == ["--follow-up"]
+    assert join_factors(["--follow-up"]) == ["--follow-up", ""]
+    assert join_factors(["--follow-up", "--seed", "3"]) == ["--follow-up", "", "--seed", "3"]
     assert parse_factors("1, 1.3 2") == (1.0, 1.3, 2.0) and parse_factors(None) == ()
 
 
@@ -191,7 +194,8 @@ def test_another_phase_has_the_same_label(portal, tmp_path, capsys):
         (("--contrast-prior", "liver-arterial"), "go with --other-phase"),
         (("--other-phase", "{other}", "--contrast-prior", "liver-atrial"), "must be one of"),
         (("--other-phase", "missing.nii.gz"), "missing.nii.gz"),
-        (("--other-phase", "{small}", "--contrast-hu", "20", "30"), "small_ct.nii.gz"),
+        (("--other-phase", "{small}", "--contrast-hu", "20", "30"), "resample it to that CT"),
+        (("--other-phase", "{moved}", "--contrast-hu", "20", "30"), "resample it to that CT"),
         (
             ("--other-phase", "{other}", "--contrast-hu", "1", "2", "--contrast-prior", "liver"),
             "exclude each other",
@@ -202,7 +206,9 @@ def test_bad_phases_end_with_2(portal, tmp_path, capsys, words, error):
     report, pair, other = portal
     small = tmp_path / "small_ct.nii.gz"
     nib.save(nib.Nifti1Image(voxels(other)[:-4], LPS), small)
-    words = [word.format(other=other, small=small) for word in words]
+    moved = tmp_path / "moved_ct.nii.gz"
+    nib.save(nib.Nifti1Image(voxels(other), LPS @ np.diag([1.0, 1, 1.1, 1])), moved)
+    words = [word.format(other=other, small=small, moved=moved) for word in words]
     capsys.readouterr()
     assert run("replay", report, *pair, "-o", tmp_path / "late", *words) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -62,7 +62,7 @@ def check_result(source, made, *, tumor=2, changed=True):
         ("imagesTr/liver_0_0000.nii.gz", "labelsTr/liver_0.nii.gz"),
         ("volume-0.nii", "segmentation-0.nii"),
         ("Training Batch 1/volume-0.nii", "Training Batch 1/segmentation-0.nii"),
-        ("img/img0001.nii.gz", "label/label0001.nii.gz"),
+        ("img/img0001.nii.gz", "label/label0001.nii.gz"),  # BTCV has 13 organs
         ("case_00000/imaging.nii.gz", "case_00000/segmentation.nii.gz"),
     ],
 )
@@ -71,7 +71,8 @@ def test_label_maps_keep_their_layout(tmp_path, ct, ct_name, label_name):
     save(source / ct_name, image(ct), ct.affine)
     save(source / label_name, liver(ct), ct.affine)
     assert synthesize(source, "-o", out) == 0
-    tumor = check_result(source / label_name, out / label_name) == 2
+    value = 14 if label_name.startswith("label/") else 2
+    tumor = check_result(source / label_name, out / label_name, tumor=value) == value
     assert (load(out / ct_name)[0] != load(source / ct_name)[0])[tumor].mean() > 0.5
     (report,) = out.glob("*_report.json")
     assert json.loads(report.read_text())["tumors"][0]["applied"]
@@ -93,6 +94,61 @@ def test_a_sets_own_layout_tells_its_label_map(tmp_path, ct, ct_name, label_name
     save(source / label_name, liver(ct) * (6 if value == 14 else 1), ct.affine)
     assert synthesize(source, "-o", out, "--organ", organ) == 0
     check_result(source / label_name, out / label_name, tumor=value)
+
+
+def test_btcv_as_downloaded(tmp_path, ct, capsys):
+    """Its tests have no labels, and tumours get the value after the 13 organs."""
+    source, out = tmp_path / "RawData", tmp_path / "out"
+    for k in (1, 2):  # the second has organs that the first lacks
+        save(source / f"Training/img/img000{k}.nii.gz", image(ct), ct.affine)
+        label = liver(ct) + 12 * (ct.label[0] == ts.phantom.LABELS["spleen"]).byte().numpy()
+        where = source / f"Training/label/label000{k}.nii.gz"
+        save(where, liver(ct) if k == 1 else label, ct.affine)
+    save(source / "Testing/img/img0061.nii.gz", image(ct), ct.affine)
+    assert synthesize(source, "-o", out, "--organ-label", 1) == 0
+    said = capsys.readouterr().err
+    assert "note: 1 scan without label in" in said and "tumours get 14" in said
+    assert "no organ is named" not in said
+    check_result(source / "Training/label/label0002.nii.gz",
+                 out / "Training/label/label0002.nii.gz", tumor=14)  # fmt: skip
+    assert not (out / "Testing").exists()
+    assert synthesize(source, "-o", tmp_path / "default") == 0
+    assert (
+        "no organ is named, so that tumours go into 1, which is spleen" in capsys.readouterr().err
+    )
+    # a scan that should have a label still fails
+    save(source / "Training/img/img0003.nii.gz", image(ct), ct.affine)
+    assert synthesize(source, "-o", tmp_path / "third") == 1
+    assert "img0003: no such file" in capsys.readouterr().err
+
+
+def test_nnunets_regions_leave_the_tumours_out(tmp_path, ct, capsys):
+    content = {"labels": {"background": 0, "whole": [1, 2], "tumour": 2}}
+    root = write_nnunet(tmp_path / "D1", ct, cases=1, regions_class_order=[1, 2], **content)
+    out = tmp_path / "D2"
+    assert synthesize(root / "dataset.json", "-o", out, "--organ", "whole") == 0
+    check_result(root / "labelsTr/a_0.nii.gz", out / "labelsTr/a_0.nii.gz", tumor=2)
+    assert json.loads((out / "dataset.json").read_text())["labels"] == content["labels"]
+    line = refused(capsys, "synthesize", root, "-o", tmp_path / "D3", "--organ", "tumour")
+    assert "--tumor-label must differ from the values of --organ" in line
+    line = refused(capsys, "synthesize", root, "-o", tmp_path / "D3", "--organ", "spleen")
+    assert "--organ must be names of --label-map" in line and "organ_labels" not in line
+
+
+def test_a_case_with_one_kidney_is_named(tmp_path, ct, capsys):
+    for k, sides in enumerate((("left", "right"), ("right",))):
+        case = tmp_path / f"set/BDMAP_{k}"
+        save(case / "ct.nii.gz", image(ct), ct.affine)
+        for side in sides:
+            mask = (ct.label[0] == ts.phantom.LABELS[f"{side}_kidney"]).byte().numpy()
+            save(case / f"segmentations/kidney_{side}.nii.gz", mask, ct.affine)
+    words = tmp_path / "set", "-o", tmp_path / "out", "--organ", "kidney", "--bulge", 0.3
+    assert synthesize(*words, "--size-mm", 12, 14) == 0
+    assert "note: BDMAP_1 has no kidney_left: tumours" in capsys.readouterr().err
+    for case in (tmp_path / "out").glob("BDMAP_?"):  # also of a tumour that grows beyond it
+        masks = {p.name: load(p)[0] > 0 for p in (case / "segmentations").iterdir()}
+        tumor = masks.pop("kidney_tumor.nii.gz")
+        assert tumor.any() and np.logical_or.reduce(list(masks.values()))[tumor].all()
 
 
 def test_a_run_resumes_and_a_pattern_keeps_names(tmp_path, ct, capsys):

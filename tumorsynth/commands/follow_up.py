@@ -39,7 +39,7 @@ def join_factors(arguments: Sequence[str]) -> list[str]:
             factors = []
             while words and _is_number(words[0]):
                 factors.append(words.pop(0))
-            if factors:
+            if factors or not words or words[0].startswith("-"):
                 joined.append(",".join(factors))
     return joined
 

@@ -108,9 +108,10 @@ def organs_of_annotated(
     named = _map_for(organ, label_map, found) if organ else None
     known = named or _map_of_dataset(found)
     own = None if known is None else known.tumor_value()
-    labels = organ_values(tuple(organ), named) if organ else organ_label or DEFAULT_ORGAN_LABEL
     if tumor_label is None:
         tumor_label = DEFAULT_TUMOR_LABEL if own is None else own
+    labels = _values_beside(organ, named, tumor_label) if organ else organ_label
+    labels = labels or DEFAULT_ORGAN_LABEL
     return Organs(tuple(labels), tumor_label)
 
 
@@ -148,21 +149,56 @@ def choose_organs(
     named = _map_for(organ, label_map, found) if organ else None
     labels: tuple[Any, ...] = tuple(organ or organ_label or DEFAULT_ORGAN_LABEL)
     known = named or _map_of_dataset(found)
+    of_layout = known or read_label_map(found.label_map)
     if tumor_label is not None:
         value = tumor_label
+    elif known is not None:
+        value = _default_tumor_label(known)
     else:
-        value = _default_in_layout(found, labels) if known is None else _default_tumor_label(known)
+        value = _default_in_layout(found, labels, of_layout)
     name = None if known is None else known.name_of(value)
     if known is not None and name is not None and not known.is_tumor(name):
         raise ValueError(
             f"--tumor-label must be free in the label maps, but {value} is {name} in "
             f"{known.source}; give --tumor-label {known.free_value()}"
         )
+    held = _values_beside(organ, named, value) if organ else labels
+    if value in held:
+        option, what = ("--organ", " ".join(organ)) if organ else ("--organ-label", value)
+        raise ValueError(
+            f"--tumor-label must differ from the values of {option}, but {value} is one of {what}; "
+            "give the tumours a value of their own"
+        )
     if found.dataset is not None:
         from tumorsynth.scans.dataset_json import check_tumor_label
 
         check_tumor_label(found.dataset, value)
+    if of_layout is not None and not organ and not organ_label:
+        _note_default_organ(of_layout)
     return Organs(labels, value, named)
+
+
+def _values_beside(
+    organ: Sequence[str], named: LabelMap | None, tumor_label: int
+) -> tuple[int, ...]:
+    """Return the values of --organ, of regions without that of the tumours."""
+    assert named is not None
+    try:
+        return tuple(organ_values(tuple(organ), named.without(tumor_label)))
+    except ValueError as error:
+        words = str(error).replace("organ_labels", "--organ").replace("label_map", "--label-map")
+        raise ValueError(words) from error
+
+
+def _note_default_organ(known: LabelMap) -> None:
+    """Say which organ the default value is, where the label maps hold several."""
+    (value,) = DEFAULT_ORGAN_LABEL
+    name = known.name_of(value)
+    if name is not None and len(known.organ_names()) > 1:
+        say(
+            f"note: no organ is named, so that tumours go into {value}, which is {name} in "
+            f"{known.source}; --organ names another"
+        )
 
 
 def _check_given(
@@ -217,11 +253,21 @@ def _default_tumor_label(named: LabelMap) -> int:
     return DEFAULT_TUMOR_LABEL if name is None and not named.is_complete else named.free_value()
 
 
-def _default_in_layout(found: Found, organ_labels: tuple[int, ...]) -> int:
-    """The usual value; the first free one where the first map of a public layout has organs there.
+def _default_in_layout(
+    found: Found, organ_labels: tuple[int, ...], of_layout: LabelMap | None
+) -> int:
+    """The usual value; the first free one where a public layout has an organ there.
 
-    Other maps are checked when they are read.
+    That is the first that the layout's own label map does not have, or else that its first file
+    does not hold. The files are checked when they are read.
     """
+    if of_layout is not None and _default_tumor_label(of_layout) != DEFAULT_TUMOR_LABEL:
+        free = _default_tumor_label(of_layout)
+        say(
+            f"note: tumours get {free}, the first value that {of_layout.source} does not have, as "
+            "the files are named as in that data set; --tumor-label gives them another"
+        )
+        return free
     from tumorsynth.scans.scan import is_another_organ
     from tumorsynth.scans.volume_files import read_volume
 
@@ -281,5 +327,20 @@ def _of_masks(
             )
     folders = [pair.label for pair in found.pairs]
     masks = choose_masks(folders, organ or (), context=grows, moves=moves)
+    _note_absent_masks(found, masks)
     values = dict(zip(masks.organs, ((v,) for v in masks.organ_labels), strict=True))
     return Organs(masks.organs, masks.tumor_label, LabelMap("the masks", values), masks)
+
+
+def _note_absent_masks(found: Found, masks: OrganMasks) -> None:
+    """Say which scans have some of the organs' files, and not all."""
+    from tumorsynth.scans.layouts import MAX_LISTED
+
+    absent = [(pair.name, masks.lacking(pair.label)) for pair in found.pairs]
+    listed = [f"{name} has no {' and no '.join(names)}" for name, names in absent if names]
+    if listed:
+        more = f", and {len(listed) - MAX_LISTED} more scans" if len(listed) > MAX_LISTED else ""
+        say(
+            f"note: {', '.join(listed[:MAX_LISTED])}{more}: tumours go into the organs that are "
+            "there"
+        )

@@ -16,6 +16,7 @@ from tumorsynth.scans.organ_masks import read_scan
 from tumorsynth.scans.outputs import find_unfinished, output_paths_of, remove_partial_files
 from tumorsynth.scans.phase import Phase, check_phase
 from tumorsynth.scans.scan import synthesize_scan
+from tumorsynth.scans.volume_files import read_volume
 
 
 def replay(
@@ -99,7 +100,7 @@ def replay(
     if other_phase is not None:
         phase = Phase(report.name, image, contrast_prior or contrast_hu)
         (pair,) = find_scans(other_phase, label).pairs
-        image, mask = read_scan(pair.ct, pair.label, Reading(old.get("geometry")), masks)
+        image = read_volume(pair.ct, Reading(old.get("geometry")))
         check_phase(phase.first, image)
     find_unfinished([pair], out, overwrite=overwrite)
     synth = build_synthesizer(

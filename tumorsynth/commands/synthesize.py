@@ -271,7 +271,7 @@ def synthesize(
         threads=threads,
     )
     tasks = run.prepare(context, synth)
-    for note in (found.about_alone, found.about_channels):
+    for note in (found.about_alone, found.about_tests, found.about_channels):
         if note:
             say(f"note: {note}")
     run.process(

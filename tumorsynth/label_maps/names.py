@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tumorsynth.label_maps.spelling import TUMOR_NAME, matching_names, suggest
+from tumorsynth.label_maps.spelling import SUBSTRUCTURE, TUMOR_NAME, matching_names, suggest
 
 LabelMapLike = str | os.PathLike[str] | Mapping[Any, Any] | None
 MAX_LISTED = 30  # values of a label, in a message
@@ -85,6 +85,26 @@ class LabelMap:
         found = [held for name, held in self.values.items() if self.is_tumor(name)]
         return found[0][0] if len(found) == 1 and len(found[0]) == 1 else None
 
+    def organ_names(self) -> list[str]:
+        """Return the names of organs: not of their tumours and cysts, nor of the background."""
+        return [
+            name
+            for name, held in self.values.items()
+            if held != (0,) and not SUBSTRUCTURE.search(name)
+        ]
+
+    def without(self, tumor_label: Any) -> LabelMap:
+        """Return the map in which regions, names with several values, leave out the tumours'.
+
+        Args:
+            tumor_label: the tumours' value.
+        """
+        values = {
+            name: tuple(v for v in held if v != tumor_label) if len(held) > 1 else held
+            for name, held in self.values.items()
+        }
+        return replace(self, values=values)
+
     def free_value(self) -> int:
         """Return the value after the map's largest."""
         return max(v for held in self.values.values() for v in held) + 1
@@ -156,5 +176,10 @@ def organ_values(organ_labels: Any, label_map: LabelMap | None) -> Any:
     given: Sequence[Any] = [organ_labels] if isinstance(organ_labels, str) else list(organ_labels)
     found: list[Any] = []
     for one in given:
+        if isinstance(one, Iterable) and not isinstance(one, str):
+            raise ValueError(
+                "organ_labels must be names or whole numbers, one list of them, got "
+                f"{str(one)[:80]!r} in it; pass for example organ_labels=['liver', 'spleen']"
+            )
         found += label_map.find(one) if isinstance(one, str) else [one]
     return tuple(dict.fromkeys(found))

@@ -86,7 +86,8 @@ def _checked(labels: Mapping[Any, Any], what: str) -> dict[str, tuple[int, ...]]
             or not all(map(_is_number, values))
         ):
             raise ValueError(
-                f"{what} must give each name whole numbers, got {key!r}: {str(value)[:80]!r}; "
+                f"{what} must give each name whole numbers from 0, got {key!r}: "
+                f"{str(value)[:80]!r}; "
                 f"write {EXAMPLE}"
             )
         found[key] = tuple(sorted({*found.get(key, ()), *(int(v) for v in values)}))
@@ -99,5 +100,5 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, str):
         return value.isascii() and value.isdigit()
     number: Any = Integral
-    whole = isinstance(value, float) and value.is_integer()
-    return not is_bool(value) and (isinstance(value, number) or whole)
+    whole = isinstance(value, number) or isinstance(value, float) and value.is_integer()
+    return whole and not is_bool(value) and 0 <= value < 2**63

@@ -157,8 +157,10 @@ def check_settings(
         TypeError: for an argument of the wrong type.
     """
     named = read_label_map(label_map)
-    labels = check_organ_labels(organ_values(organ_labels, named))
-    tumor_label = check_tumor_label(tumor_label, labels)
+    tumor_label = check_tumor_label(tumor_label, ())
+    regions = None if named is None else named.without(tumor_label)
+    labels = check_organ_labels(organ_values(organ_labels, regions))
+    check_tumor_label(tumor_label, labels)
     p = check_probability("p", p)
     check_count(count)
     check_size(size_mm)

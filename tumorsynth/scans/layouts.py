@@ -21,7 +21,7 @@ from tumorsynth.scans.case_layouts import (
 )
 from tumorsynth.scans.channel_layout import CHANNEL, by_channels
 from tumorsynth.scans.file_kinds import check_is_there, describe_folder
-from tumorsynth.scans.numbered_layouts import NUMBERED, numbered, numbered_in
+from tumorsynth.scans.numbered_layouts import NUMBERED, in_test_folder, numbered, numbered_in
 from tumorsynth.scans.pairing import (
     Pair,
     Places,
@@ -57,11 +57,13 @@ class Found:
         pairs: sorted by name. A CT without a label has the path where its label should be.
         dataset: the dataset.json that describes them; None without one.
         alone: labels without a CT.
+        tests: CTs in the folder of a public set's scans without label, which are left out.
     """
 
     pairs: list[Pair]
     dataset: Path | None = None
     alone: tuple[Path, ...] = ()
+    tests: tuple[Path, ...] = ()
 
     @property
     def has_masks(self) -> bool:
@@ -78,6 +80,14 @@ class Found:
         if len(self.alone) == 1:
             return f"1 label has no CT and is left out: {listed}"
         return f"{len(self.alone)} labels have no CT and are left out: {listed}{more}"
+
+    @property
+    def about_tests(self) -> str | None:
+        """How many CTs are left out as they come without label; None if there are none."""
+        if not self.tests:
+            return None
+        count = "1 scan" if len(self.tests) == 1 else f"{len(self.tests)} scans"
+        return f"{count} without label in {self.tests[0].parent}: left out, as the data set's tests"
 
     @property
     def about_channels(self) -> str | None:
@@ -152,6 +162,8 @@ def _find(
         return _found(pairs, alone)
     if not is_collection(ct):
         if label is None and ct.suffix.lower() == ".json":
+            if not dataset_json.read(ct).get("training") and _two_folders(ct.parent):
+                return _in_one_folder(ct.parent, without, channel)
             return _found(dataset_json.listed_pairs(ct), dataset=ct)
         if label is not None and label.is_dir():
             return Found([_file_with_masks(ct, label)])
@@ -198,15 +210,16 @@ def _in_one_folder(root: Path, without: Path | None, channel: str | None) -> Fou
     dataset = root / dataset_json.NAME
     if dataset.is_file() and dataset_json.lists_cases(dataset):
         return _found(dataset_json.listed_pairs(dataset), dataset=dataset)
-    for names in TWO_FOLDERS:
-        two = [folder for name in names if (folder := find_subfolder(root, name)) is not None]
-        if len(two) == len(names):
-            return _in_two_folders(two[0], two[1], channel, keep=True)
+    if two := _two_folders(root):
+        return _in_two_folders(*two, channel, keep=True)
     folders = list(search(root, without))
     for find in (cases_with_masks, cases_like_kits, numbered_in):
         pairs, alone = find(root, folders)
         if pairs:
-            return _found(pairs, alone)
+            tests = [pair for pair in pairs if find is numbered_in and in_test_folder(root, pair)]
+            tests = tests if len(tests) < len(pairs) else []  # else no label is where it should be
+            found = _found([pair for pair in pairs if pair not in tests], alone)
+            return replace(found, tests=tuple(pair.ct for pair in tests))
     if what := describe_folder(root):
         raise ValueError(f"the CTs must be several scans, but {root} is a folder{what}")
     held = ", ".join(sorted(path.name for path in root.iterdir())[:3]) or "nothing"
@@ -215,6 +228,15 @@ def _in_one_folder(root: Path, without: Path | None, channel: str | None) -> Fou
         f"layout, but {held}; looked for {LOOKED_FOR}; give the folder of the CTs and then that of "
         "the label maps, --pattern with their names, or --segment for CTs without labels"
     )
+
+
+def _two_folders(root: Path) -> tuple[Path, Path] | None:
+    """The folders of CTs and labels of a data set, if it has them."""
+    for names in TWO_FOLDERS:
+        cts, labels = (find_subfolder(root, name) for name in names)
+        if cts is not None and labels is not None:
+            return cts, labels
+    return None
 
 
 def _in_two_folders(cts: Path, labels: Path, channel: str | None, *, keep: bool = False) -> Found:

@@ -16,6 +16,9 @@ NUMBERED = {
 }
 
 
+TEST_FOLDERS = ("testing", "test")  # of scans that come without labels: BTCV's is Testing
+
+
 def numbered_in(root: Path, folders: Sequence[Path]) -> tuple[list[Pair], list[Path]]:
     """Return the pairs in a folder and those below it, and the labels without a CT."""
     return numbered(folders, {f: f.relative_to(root).as_posix() for f in folders})
@@ -61,3 +64,9 @@ def numbered(folders: Sequence[Path], places: Mapping[Path, str]) -> tuple[list[
             all_labels = [path for held in labels.values() for path in held.values()]
             return pairs, [path for path in all_labels if path not in used]
     return [], []
+
+
+def in_test_folder(root: Path, pair: Pair) -> bool:
+    """Return whether a CT without label lies in the folder of the scans that come without."""
+    inside = pair.ct.relative_to(root).parts[:-1] if pair.ct.is_relative_to(root) else ()
+    return not pair.label.exists() and any(part.lower() in TEST_FOLDERS for part in inside)

@@ -102,6 +102,12 @@ class OrganMasks:
         files = find_files(folder, "") if folder.is_dir() else {}
         return self.tumor in files and any(name in files for name in self.organs)
 
+    def lacking(self, folder: Path) -> list[str]:
+        """Return the organs that a folder lacks; none if it has no organ, which is an error."""
+        files = find_files(folder, "") if folder.is_dir() else {}
+        absent = [name for name in self.organs if name not in files]
+        return absent if len(absent) < len(self.organs) else []
+
     def check_free(self, label: Volume, *, add: bool) -> None:
         """Raise ValueError if a scan has tumours already, unless others are to be added."""
         count = int((label.stored == self.tumor_label).sum())

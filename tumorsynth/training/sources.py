@@ -128,8 +128,9 @@ def _in_folders(images: Path, labels: Path | None, channel: str | None) -> list[
         if labels is not None or channel is not None:
             raise
     else:
-        if found.about_alone:
-            warnings.warn(found.about_alone, stacklevel=3)
+        for note in (found.about_alone, found.about_tests):
+            if note:
+                warnings.warn(note, stacklevel=3)
         if labels is None and found.dataset and dataset_json.lists_cases(found.dataset):
             return find_sources(found.dataset)
         return [Source(c.name, c.ct, c.label) for c in found.pairs]
