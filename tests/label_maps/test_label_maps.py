@@ -268,3 +268,24 @@ def test_torchio_takes_names_also_in_its_history(ct):
     assert (made.label.data == 40).any()
     again = made.history[-1](subject)
     assert torch.equal(again.label.data, made.label.data)
+
+
+@pytest.mark.parametrize(
+    ("organ_labels", "label_map", "says"),
+    [
+        (["liver", ["spleen"]], {"liver": 1, "spleen": 3}, "must be names or whole numbers"),
+        (("liver", {"spleen"}), {"liver": 1, "spleen": 3}, "must be names or whole numbers"),
+        ("liver", {"liver": -1}, "whole numbers from 0"),
+        ("liver", {"liver": 2**63}, "whole numbers from 0"),
+        ("tumour", {"whole": [1, 2], "tumour": 2}, "must differ from organ_labels"),
+    ],
+)
+def test_names_that_cannot_be_values_are_named(organ_labels, label_map, says):
+    with pytest.raises(ValueError, match=says):
+        synth(organ_labels=organ_labels, label_map=label_map, tumor_label=2)
+
+
+def test_a_region_stands_for_the_organ_without_the_tumours():
+    regions = {"whole": [1, 2], "lesion": 2}
+    assert synth(organ_labels="whole", label_map=regions, tumor_label=2).organ_labels == (1,)
+    assert synth(organ_labels="whole", label_map=regions, tumor_label=3).organ_labels == (1, 2)

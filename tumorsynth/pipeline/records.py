@@ -172,7 +172,8 @@ class Candidate:
     Args:
         after: the region's image with the tumour.
         peak_weight: largest blend weight in the tumour.
-        hu_change: mean change in the labelled voxels, in HU.
+        hu_change: mean change in the labelled voxels, in HU; with mass effect against the tissue
+            that was pushed aside, not the input.
         true_contrast_hu: mean of what the generator changed in the tumour itself.
         visible_contrast_hu: the same after averaging over voxels, in the labelled ones.
         contrast_hu: mean of the tumour minus the level of the organ around; None where too little
@@ -288,7 +289,8 @@ class TumorRecord:
             label differs: it holds the voxels of which the tumour fills half; of one thinner than a
             voxel, the outline of what is visible.
         true_volume_mm3: volume of the tumour itself.
-        hu_change: mean change in the labelled voxels, in HU.
+        hu_change: mean change in the labelled voxels, in HU; with mass effect against the tissue
+            that was pushed aside, not the input.
         true_contrast_hu: mean of what the generator changed in the tumour itself.
         visible_contrast_hu: mean of the same in the labelled voxels, after averaging over voxels
             that the tumour fills in part.
