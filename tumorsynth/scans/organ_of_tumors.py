@@ -7,8 +7,6 @@ from itertools import product
 
 import numpy as np
 
-from tumorsynth.geometry import Box, ints3
-
 
 def organ_of_tumors(
     tumor: np.ndarray, before: np.ndarray, after: np.ndarray, organs: Sequence[int]
@@ -31,17 +29,16 @@ def organ_of_tumors(
     if not tumor.any():
         return found
     corners = [np.flatnonzero(tumor.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    box = Box(ints3([c[0] for c in corners]), ints3([c[-1] + 1 for c in corners]))
-    box = box.grown(1).within(Box.whole(ints3(tumor.shape)))
-    inside, seeds = tumor[box.slices], before[box.slices]
+    box = tuple(slice(max(int(c[0]) - 1, 0), int(c[-1]) + 2) for c in corners)
+    inside, seeds = tumor[box], before[box]
     owner = np.where(inside & np.isin(seeds, organs), seeds, 0).astype(np.int16)
     _spread(owner, inside)
     if (inside & (owner == 0)).any():
-        around = after[box.slices]
+        around = after[box]
         owner = np.where(~inside & np.isin(around, organs), around, owner).astype(np.int16)
         _spread(owner, inside)
     owner[inside & (owner == 0)] = organs[0]
-    found[box.slices] = np.where(inside, owner, 0)
+    found[box] = np.where(inside, owner, 0)
     return found
 
 
