@@ -96,12 +96,22 @@ def test_a_sets_own_layout_tells_its_label_map(tmp_path, ct, ct_name, label_name
     check_result(source / label_name, out / label_name, tumor=value)
 
 
+def test_own_labels_under_a_sets_names_get_a_value_that_is_free(tmp_path, ct, capsys):
+    source, out = tmp_path / "set", tmp_path / "out"
+    aorta = (ct.label[0] == ts.phantom.LABELS["aorta"]).byte().numpy()
+    save(source / "img/img0001.nii.gz", image(ct), ct.affine)
+    save(source / "label/label0001.nii.gz", liver(ct) + 14 * aorta, ct.affine)
+    assert synthesize(source, "-o", out, "--organ-label", 1) == 0
+    check_result(source / "label/label0001.nii.gz", out / "label/label0001.nii.gz", tumor=2)
+    assert "tumours get 14" not in capsys.readouterr().err
+
+
 def test_btcv_as_downloaded(tmp_path, ct, capsys):
     """Its tests have no labels, and tumours get the value after the 13 organs."""
     source, out = tmp_path / "RawData", tmp_path / "out"
     for k in (1, 2):  # the second has organs that the first lacks
         save(source / f"Training/img/img000{k}.nii.gz", image(ct), ct.affine)
-        label = liver(ct) + 12 * (ct.label[0] == ts.phantom.LABELS["spleen"]).byte().numpy()
+        label = liver(ct) + 12 * (ct.label[0] == ts.phantom.LABELS["aorta"]).byte().numpy()
         where = source / f"Training/label/label000{k}.nii.gz"
         save(where, liver(ct) if k == 1 else label, ct.affine)
     save(source / "Testing/img/img0061.nii.gz", image(ct), ct.affine)

@@ -258,34 +258,42 @@ def _default_in_layout(
 ) -> int:
     """The usual value; the first free one where a public layout has an organ there.
 
-    That is the first that the layout's own label map does not have, or else that its first file
-    does not hold. The files are checked when they are read.
+    That is the first that the layout's own label map does not have, if the first file holds that
+    map's values alone, or else the first that the file does not hold. The files are checked when
+    they are read.
     """
-    if of_layout is not None and _default_tumor_label(of_layout) != DEFAULT_TUMOR_LABEL:
-        free = _default_tumor_label(of_layout)
-        say(
-            f"note: tumours get {free}, the first value that {of_layout.source} does not have, as "
-            "the files are named as in that data set; --tumor-label gives them another"
-        )
-        return free
     from tumorsynth.scans.scan import is_another_organ
     from tumorsynth.scans.volume_files import read_volume
 
     first = found.pairs[0]
     if first.places is None:
         return DEFAULT_TUMOR_LABEL
+    of_map = DEFAULT_TUMOR_LABEL if of_layout is None else _default_tumor_label(of_layout)
     try:
         label = read_volume(first.label)
-        if not is_another_organ(label, organ_labels, DEFAULT_TUMOR_LABEL, clearly=False):
-            return DEFAULT_TUMOR_LABEL
-        free = label.held_values()[-1] + 1
+        held = label.held_values()
+        is_usual = not is_another_organ(label, organ_labels, DEFAULT_TUMOR_LABEL, clearly=False)
     except (ValueError, OSError):  # reported when its turn comes
+        return of_map
+    if of_layout is not None and of_map != DEFAULT_TUMOR_LABEL and _holds_only(of_layout, held):
+        say(
+            f"note: tumours get {of_map}, the first value that {of_layout.source} does not have, "
+            "as the files are named as in that data set; --tumor-label gives them another"
+        )
+        return of_map
+    if is_usual:
         return DEFAULT_TUMOR_LABEL
+    free = held[-1] + 1
     say(
         f"note: {DEFAULT_TUMOR_LABEL} is an organ of {label.name}, so that tumours get {free}; "
         "--tumor-label gives them another value"
     )
     return free
+
+
+def _holds_only(known: LabelMap, values: Sequence[int]) -> bool:
+    """Whether values are those of a map: others use its names of files for maps of their own."""
+    return all(known.name_of(value) is not None for value in values if value)
 
 
 def _of_segmentation(
