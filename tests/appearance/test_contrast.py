@@ -24,8 +24,8 @@ from tumorsynth.appearance.contrast import (
 )
 from tumorsynth.appearance.surroundings import (
     MAX_LEVEL_BIAS_HU,
+    Surroundings,
     grown,
-    healthy_level_around,
     level_around,
     similar_level_around,
 )
@@ -315,7 +315,7 @@ def test_the_level_of_a_fatty_or_noisy_organ_is_its_own(level, noise_hu):
     hu = level + noise_hu * torch.randn(1, 1, 48, 48, 48, generator=rng)
     mask = torch.zeros(hu.shape, dtype=torch.bool)
     mask[..., 18:28, 18:28, 18:28] = True
-    found = float(healthy_level_around(hu, mask, (20.0, 220.0)))
+    found = float(Surroundings.of(hu, mask).healthy_level((20.0, 220.0)))
     assert found == pytest.approx(level, abs=MAX_LEVEL_BIAS_HU + 2)
 
 
@@ -326,7 +326,8 @@ def test_the_level_of_an_enhanced_organ_beside_fat_is_as_before():
     mask = torch.zeros(hu.shape, dtype=torch.bool)
     mask[..., 18:28, 18:28, 18:28] = True
     tissue = (20.0, 220.0)
-    assert torch.equal(healthy_level_around(hu, mask, tissue), level_around(hu, mask, tissue))
+    found = Surroundings.of(hu, mask).healthy_level(tissue)
+    assert torch.equal(found, level_around(hu, mask, tissue))
 
 
 def beside_a_brighter_organ(level, other, noise_hu=8.0):

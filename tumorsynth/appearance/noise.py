@@ -316,10 +316,11 @@ def _organ_statistics(hu: Tensor, organ: Tensor) -> _OrganStatistics:
     variance = hu.square().sum() / fits.sum() / NOISE_VARIANCE_KEPT
     sums = [_difference_sum(hu, fits, axis, step) for axis in range(3) for step in (1, 2, 4)]
     totals, pairs = zip(*sums, strict=True)
+    figures = torch.stack([*totals, median, variance])
     counts = torch.stack([*pairs, organ_voxels]).to(hu.dtype)
-    # one host-device synchronisation
-    numbers = torch.cat([torch.stack([*totals, median, variance]), counts]).tolist()
-    (*squares, level, squared), (*numbers_of_pairs, count) = numbers[:11], numbers[11:]
+    numbers = torch.cat([figures, counts]).tolist()  # one host-device synchronisation
+    *squares, level, squared = numbers[: len(figures)]
+    *numbers_of_pairs, count = numbers[len(figures) :]
     means = [
         total / number if number >= MIN_PAIRS else 0.0
         for total, number in zip(squares, numbers_of_pairs, strict=True)

@@ -36,18 +36,6 @@ def level_around(hu: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]) ->
     return Surroundings.of(hu, tumor_mask).level(tissue)
 
 
-def healthy_level_around(
-    healthy: Tensor, tumor_mask: Tensor, tissue: tuple[float, float]
-) -> Tensor:
-    """Return `level_around` of crops without a tumour, right near the lower end of ``tissue``, too.
-
-    In a fatty or a noisy unenhanced organ only the bright part of the voxels lies within
-    ``tissue``: a tumour relative to their median would be brighter than the organ. The level is
-    then that of the tissue which the tumour replaces.
-    """
-    return Surroundings.of(healthy, tumor_mask).healthy_level(tissue)
-
-
 def similar_level_around(healthy: Tensor, tumor_mask: Tensor) -> Tensor:
     """Return the median HU around each tumour of the tissue that it replaces, (B,).
 
@@ -104,7 +92,12 @@ class Surroundings:
         return median_inside(self.hu, fits)
 
     def healthy_level(self, tissue: tuple[float, float]) -> Tensor:
-        """As `healthy_level_around` returns it."""
+        """`level` of crops without a tumour, right near the lower end of ``tissue``, too.
+
+        In a fatty or a noisy unenhanced organ only the bright part of the voxels lies within
+        ``tissue``: a tumour relative to their median would be brighter than the organ. The level is
+        then that of the tissue which the tumour replaces.
+        """
         level, replaced = self.level(tissue), self.replaced
         biased = (replaced < tissue[0] + LOW_TISSUE_HU) & (level > replaced + MAX_LEVEL_BIAS_HU)
         if on_cpu(biased) and not bool(biased.any()):

@@ -105,8 +105,7 @@ def organs_of_annotated(
     _check_given(organ_label, organ, label_map)
     if found.has_masks:
         return _of_masks(found, organ_label, organ, label_map, tumor_label, False, False)
-    named = _map_for(organ, label_map, found) if organ else None
-    known = named or _map_of_dataset(found)
+    named, known = _maps_of(found, organ, label_map)
     own = None if known is None else known.tumor_value()
     if tumor_label is None:
         tumor_label = DEFAULT_TUMOR_LABEL if own is None else own
@@ -146,9 +145,8 @@ def choose_organs(
         return _of_segmentation(organ_label, organ, label_map, tumor_label)
     if found.has_masks:
         return _of_masks(found, organ_label, organ, label_map, tumor_label, grows, moves)
-    named = _map_for(organ, label_map, found) if organ else None
+    named, known = _maps_of(found, organ, label_map)
     labels: tuple[Any, ...] = tuple(organ or organ_label or DEFAULT_ORGAN_LABEL)
-    known = named or _map_of_dataset(found)
     of_layout = known or read_label_map(found.label_map)
     if tumor_label is not None:
         value = tumor_label
@@ -211,6 +209,14 @@ def _check_given(
         raise ValueError(
             "--label-map is for names; give the organ's with --organ, as in --organ liver"
         )
+
+
+def _maps_of(
+    found: Found, organ: Sequence[str] | None, label_map: str | None
+) -> tuple[LabelMap | None, LabelMap | None]:
+    """Return the map of the names, None without any, and what is known of all values."""
+    named = _map_for(organ, label_map, found) if organ else None
+    return named, named or _map_of_dataset(found)
 
 
 def _map_for(organ: Sequence[str], label_map: str | None, found: Found | None = None) -> LabelMap:
@@ -292,7 +298,10 @@ def _default_in_layout(
 
 
 def _holds_only(known: LabelMap, values: Sequence[int]) -> bool:
-    """Whether values are those of a map: others use its names of files for maps of their own."""
+    """Whether a label map holds a public one's values alone.
+
+    Files may be named as in a public set and hold other values.
+    """
     return all(known.name_of(value) is not None for value in values if value)
 
 

@@ -1,5 +1,7 @@
-"""Axes of matplotlib for a picture alone. Making ticks takes most of the time of a small figure,
-even where none is drawn."""
+"""Axes of matplotlib for a picture alone, without ticks.
+
+Making ticks takes most of the time of a small figure, even where none is drawn.
+"""
 
 from __future__ import annotations
 

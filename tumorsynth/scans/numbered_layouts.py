@@ -14,8 +14,6 @@ NUMBERED = {
     "lits": (re.compile(r"volume-(\d+)$", re.I), re.compile(r"segmentation-(\d+)$", re.I)),
     "btcv": (re.compile(r"img(\d+)$", re.I), re.compile(r"label(\d+)$", re.I)),
 }
-
-
 TEST_FOLDERS = ("testing", "test")  # of scans that come without labels: BTCV's is Testing
 
 

@@ -114,7 +114,7 @@ class OrganMasks:
         if count and not add:
             raise ValueError(
                 f"{label.name} must have no tumours yet, but {self.tumor} in it holds {count} "
-                f" voxels; to add others to them, give --add-to-label"
+                f"voxels; to add others to them, give --add-to-label"
             )
 
     def _values(self, files: Iterable[str]) -> dict[str, int]:

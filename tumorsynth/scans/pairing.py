@@ -122,7 +122,7 @@ def match_names(cts: Mapping[str, Path], labels: Mapping[str, Path]) -> dict[str
 
 
 def missing(folder: Path, name: str, ct: Path) -> Path:
-    """Return where the label of a CT should be that has none, in the format of the CT."""
+    """Return where a file that a CT lacks should be, in the format of the CT."""
     stem = name_of(ct) or ct.name
     return folder / f"{name}{ct.name[len(stem) :] or '.nii.gz'}"
 

@@ -140,11 +140,6 @@ def _in_folders(images: Path, labels: Path | None, channel: str | None) -> list[
     raise ValueError(f"{images} holds no .nii or .nii.gz files; pass the folder of the CTs")
 
 
-def mask_folders(sources: Sequence[Source]) -> list[Path]:
-    """Return the labels that are folders of one file per organ."""
-    return [s.label for s in sources if s.label is not None and s.label.is_dir()]
-
-
 def with_masks(sources: list[Source], organs: Sequence[str]) -> list[Source]:
     """Say which files matter where labels are folders of one file per organ.
 
@@ -155,7 +150,7 @@ def with_masks(sources: list[Source], organs: Sequence[str]) -> list[Source]:
     Raises:
         ValueError: for names where labels are label maps, and unknown names.
     """
-    folders = mask_folders(sources)
+    folders = [s.label for s in sources if s.label is not None and s.label.is_dir()]
     if organs and not folders:
         raise ValueError(
             f"--organ goes with labels of one file per organ, got {', '.join(organs)} with label "
