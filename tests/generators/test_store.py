@@ -8,6 +8,9 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -379,6 +382,40 @@ def test_a_changed_sampler_travels_with_the_handle(folder):
     again = pickle.loads(pickle.dumps(Handle(other))).get("cpu")
     assert again.sampler == other.sampler
     assert torch.equal(again.change(crop, mask, seed=1), other.change(crop, mask, seed=1))
+
+
+IN_ANOTHER_PROCESS = """
+import pickle, sys
+print(pickle.load(sys.stdin.buffer).get("cpu").precision)
+"""
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_precision_travels_to_another_process(folder, by_name):
+    """As to the workers of a loader that spawns them."""
+    generator = load_generator(folder)
+    handle = Handle(folder if by_name else generator)
+    generator.precision = "bfloat16"
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS],
+        input=pickle.dumps(handle),
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+    )
+    assert done.stdout.decode().strip() == "bfloat16", done.stderr.decode()
+
+
+def test_a_pickled_precision_changes_no_other_handle(folder):
+    generator = load_generator(folder)
+    generator.precision = "bfloat16"
+    raw = pickle.dumps(Handle(generator))
+    generator.precision = "auto"
+    again = pickle.loads(raw)
+    assert again.get("cpu").precision == "bfloat16" and generator.precision == "auto"
+    assert again.get("cpu") is again.get("cpu")  # copied once
+    assert pickle.loads(pickle.dumps(again)).get("cpu").precision == "bfloat16"
+    generator.precision = "bfloat16"
+    assert pickle.loads(raw).get("cpu") is generator
 
 
 def test_a_handcrafted_generator_keeps_its_own_settings():

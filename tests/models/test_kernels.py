@@ -22,6 +22,8 @@ from tumorsynth.models import conv, kernels, slabs
 from tumorsynth.models.conv import Linear
 from tumorsynth.models.unet import FactorizedUNet, UNetConfig
 
+ROOT = Path(__file__).resolve().parents[2]
+LIMITS = (*kernels.ONEDNN_LIMITS, kernels.TORCH_LIMIT)
 SMALLEST = 2.0**-126  # normal float32: bfloat16 instructions take what is below for 0
 
 
@@ -110,8 +112,9 @@ def test_the_callers_settings_neither_change_the_answer_nor_are_changed(flushes)
         torch.set_flush_denormal(False)
 
 
-def test_a_limited_pytorch_counts_as_a_processor_without_bfloat16(monkeypatch):
+def test_a_processor_without_avx512_computes_no_bfloat16(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     for capability in ("AVX2", "DEFAULT"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
         assert kernels._multiplies_bfloat16.__wrapped__() is False
@@ -138,7 +141,7 @@ def test_the_library_is_tried_once(monkeypatch):
     ],
 )
 def test_intel_gains_from_bfloat16_by_amx_alone(monkeypatch, intel, amx, limit, gains):
-    for name in kernels.ISA_LIMITS:
+    for name in LIMITS:
         monkeypatch.delenv(name, raising=False)
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
@@ -153,7 +156,7 @@ def test_intel_gains_from_bfloat16_by_amx_alone(monkeypatch, intel, amx, limit, 
 
 
 def test_the_isa_names_capability_limits_and_bfloat16(monkeypatch):
-    for name in kernels.ISA_LIMITS:
+    for name in LIMITS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(kernels, "uses_onednn", lambda: True)
@@ -165,7 +168,17 @@ def test_the_isa_names_capability_limits_and_bfloat16(monkeypatch):
     assert kernels.cpu_isa() == "AVX512, bfloat16 slower than float32"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setattr(kernels, "_multiplies_bfloat16", lambda: False)
-    assert kernels.cpu_isa() == "AVX512 (ONEDNN_MAX_CPU_ISA=AVX2), no bfloat16"
+    assert kernels.cpu_isa() == (
+        "AVX512, convolutions up to AVX2 (ONEDNN_MAX_CPU_ISA), no bfloat16"
+    )
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "foo")  # ignored by oneDNN
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "AVX2")  # ignored by PyTorch, which wants avx2
+    assert kernels.cpu_isa() == "AVX512, no bfloat16"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert kernels.cpu_isa() == (
+        "AVX2 (ATEN_CPU_CAPABILITY), convolutions not limited, no bfloat16"
+    )
     monkeypatch.setattr(kernels, "uses_onednn", lambda: False)
     assert kernels.cpu_isa().endswith(", no oneDNN, no bfloat16")
 
@@ -322,7 +335,7 @@ assert torch.equal(made["bfloat16"], made["float32"])
     ids=lambda limits: "-".join(limits.values()),
 )
 def test_under_a_limit_of_the_libraries(limits):
-    unlimited = {k: v for k, v in os.environ.items() if k not in kernels.ISA_LIMITS}
+    unlimited = {k: v for k, v in os.environ.items() if k not in LIMITS}
     here = Path(__file__).parent
     code = LIMITED.format(folders=[str(here), str(here.parent)])
     done = subprocess.run(
@@ -333,7 +346,22 @@ def test_under_a_limit_of_the_libraries(limits):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert all(f"{name}={value}" in done.stdout for name, value in limits.items())
+    assert f"up to {limits['ONEDNN_MAX_CPU_ISA']} (ONEDNN_MAX_CPU_ISA)" in done.stdout
+    assert ("(ATEN_CPU_CAPABILITY)" in done.stdout) == ("ATEN_CPU_CAPABILITY" in limits)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("limit", ["avx2", "default"])
+def test_a_limit_of_pytorch_alone_leaves_the_convolutions_their_bfloat16(limit):
+    code = "from tumorsynth.models import kernels; print(kernels.cpu_computes_bfloat16())"
+    unlimited = {k: v for k, v in os.environ.items() if k not in LIMITS}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**unlimited, "ATEN_CPU_CAPABILITY": limit, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "True\n", done.stderr
 
 
 @needs_bfloat16

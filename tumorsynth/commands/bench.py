@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
+
+BUSY_CORES = 0.7  # load average of the minute before, from which times are not to be relied on
 
 
 def bench(
@@ -40,16 +44,24 @@ def bench(
     """Time one tumour in a patch, step by step, on this machine.
 
     Prints medians after a warm-up, and the share of four fixed convolutions that a call takes, by
-    which you can compare machines. On a GPU the timed steps are synchronised and add up to more
-    than the whole call, which is not.
+    which you can compare machines. The convolutions are timed in turn with the calls, so that other
+    programs slow both alike. On a GPU the timed steps are synchronised and add up to more than the
+    whole call, which is not.
     """
     where_and_what = f"{size_mm[0]:g} to {size_mm[1]:g} mm in a patch of {side}^3"
     # at once and apart from the results: importing torch takes seconds
     typer.echo(f"timing one tumour of {generator}, {where_and_what}", err=True)
+    busy_cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     import torch
 
     from tumorsynth.commands.shared import check_device
-    from tumorsynth.commands.timing import call_times, patch_and_label, peak_mib, reference_times
+    from tumorsynth.commands.timing import (
+        call_times,
+        once,
+        patch_and_label,
+        peak_mib,
+        reference_work,
+    )
     from tumorsynth.synthesizer import SynthesizeTumor
 
     if threads is not None:
@@ -60,25 +72,42 @@ def bench(
     where = torch.device(device)
     image, label = patch_and_label(side, device=where)
     synth = SynthesizeTumor(generator, count=1, size_mm=size_mm)
-    typer.echo(f"timing {2 * repeats + 3} calls ...", err=True)  # minutes on a slow machine
-    found = call_times(synth, image, label, repeats, spacing=1.0)
+    convolve, reference_ms = reference_work(where), list[float]()
+    convolve()  # warm-up
+    # minutes on a slow machine
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("timing", total=2 * repeats)
+
+        def between() -> None:
+            progress.advance(bar)
+            reference_ms.append(once(convolve, where)[0])
+
+        found = call_times(synth, image, label, repeats, between, spacing=1.0)
     if not any(record["applied"] for record in synth.report):
         raise ValueError(
             f"no tumour was made in a patch of {side} voxels: {synth.report[0]['reason']}; "
             "give a larger --side or a smaller --size-mm"
         )
     peak = peak_mib(lambda: synth(image, label, spacing=1.0, seed=0), where)
-    typer.echo("timing four convolutions to compare with", err=True)
-    reference = statistics.median(reference_times(where, min(repeats, 3))["wall_ms"])
     call = found.pop("call")
+    # of a call and the convolutions right before it
+    share = statistics.median(
+        one / other for one, other in zip(call["wall_ms"], reference_ms, strict=False)
+    )
     Console().print(_table(found), highlight=False)
     whole = statistics.median(call["wall_ms"])
     words = f"one call, {where_and_what}: {whole:.1f} ms"
     typer.echo(words + ("" if peak is None else f", {peak:.0f} MiB of memory"))
     typer.echo(
-        f"{whole / reference:.2f} of four float32 convolutions (3x3x3, 32 channels, 96^3), "
-        f"{reference:.1f} ms"
+        f"{share:.2f} of four float32 convolutions (3x3x3, 32 channels, 96^3), "
+        f"{statistics.median(reference_ms):.1f} ms"
     )
+    if busy_cores > BUSY_CORES:
+        typer.echo(
+            f"{busy_cores:.1f} cores were busy in the minute before: if other programs still run, "
+            "all times are too long",
+            err=True,
+        )
     typer.echo(f"{generator} on {_machine(where)}")
 
 

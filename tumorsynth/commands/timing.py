@@ -34,20 +34,32 @@ def synchronise(device: torch.device) -> None:
 
 
 def times(
-    run: Callable[[], object], device: torch.device, repeats: int = 5
+    run: Callable[[], object],
+    device: torch.device,
+    repeats: int = 5,
+    between: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """``wall_ms`` and ``cpu_ms`` of each of ``repeats`` calls, after a warm-up."""
+    """``wall_ms`` and ``cpu_ms`` of each of ``repeats`` calls, after a warm-up.
+
+    ``between`` is called before each of them, and not timed.
+    """
     for _ in range(3 if device.type == "cuda" else 1):  # the first calls choose and load kernels
         run()
     found: dict[str, list[float]] = {"wall_ms": [], "cpu_ms": []}
     for _ in range(repeats):
-        synchronise(device)
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        synchronise(device)
-        found["wall_ms"].append((time.perf_counter() - wall) * 1e3)
-        found["cpu_ms"].append((time.process_time() - cpu) * 1e3)
+        between()
+        for name, ms in zip(found, once(run, device), strict=True):
+            found[name].append(ms)
     return found
+
+
+def once(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Wall and CPU time of one call, in ms."""
+    synchronise(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    synchronise(device)
+    return (time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
@@ -100,14 +112,20 @@ def cpu_name() -> str:
 
 @torch.no_grad()
 def reference_times(device: torch.device, repeats: int = 3) -> dict[str, list[float]]:
-    """`times` of four float32 convolutions, 3x3x3, 32 channels, 96^3.
+    """`times` of `reference_work`."""
+    return times(reference_work(device), device, repeats)
+
+
+def reference_work(device: torch.device) -> Callable[[], object]:
+    """Return a function that runs four float32 convolutions, 3x3x3, 32 channels, 96^3.
 
     A fixed amount of work in PyTorch's own kernels: what a tumour costs as a share of it can be
     compared across machines.
     """
     layer = nn.Conv3d(32, 32, 3, padding=1, device=device, dtype=torch.float32)
     x = torch.randn(1, 32, 96, 96, 96, device=device, dtype=torch.float32)
-    return times(lambda: [layer(x) for _ in range(4)], device, repeats)
+    layer.requires_grad_(False)
+    return lambda: [layer(x) for _ in range(4)]
 
 
 def crop_and_mask(
@@ -164,6 +182,7 @@ def call_times(
     image: Tensor,
     label: Tensor,
     repeats: int = 5,
+    between: Callable[[], object] = lambda: None,
     **where: Any,
 ) -> dict[str, dict[str, list[float]]]:
     """`times` of whole calls, ``call``, and of their steps, measured in separate calls.
@@ -176,12 +195,13 @@ def call_times(
         image: passed to it.
         label: passed to it.
         repeats: calls of each kind.
+        between: called before each call, and not timed.
         where: ``spacing`` or ``affine``.
     """
     device = synth.device or image.device
     generator: Any = synth.handle.get(device)
     run = partial(synth, image, label, seed=0, **where)
-    whole = times(run, device, repeats)
+    whole = times(run, device, repeats, between)
     steps: list[tuple[Any, str, str]] = [
         (place_batch, "place_sample", "place"),
         (requests, "request_painting", "crop"),
@@ -205,6 +225,7 @@ def call_times(
             watch.wrap(owner, name, key)
         watch.wrap(synth, "forward", "other")
         for _ in range(repeats):
+            between()
             watch.spent = {}
             run()
             laps.append(watch.spent)

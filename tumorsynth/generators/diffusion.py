@@ -53,7 +53,7 @@ class Generator:
     Attributes:
         precision: format that convolutions and matrix products compute in: "auto" (default),
             "float32" or "bfloat16", see `tumorsynth.generators.precision`. You may set it at any
-            time.
+            time, for all transforms that share the generator.
         source: name or folder that the generator was loaded from; None if it was built in memory.
         compiled: the compiled networks after `compile`; None runs them as they are.
 

@@ -119,7 +119,8 @@ class Handle:
     """A generator held by name, folder or object; loaded on first use, once per device.
 
     A handle pickles and copies as what it was made from. The weights of a named generator stay
-    behind; a generator that exists in memory alone travels with its handle.
+    behind, but its ``precision`` travels, to another device too; a generator that exists in memory
+    alone travels with its handle.
 
     Args:
         generator: a bundled name, a folder, a hub id or an object with the members of
@@ -132,9 +133,11 @@ class Handle:
     """
 
     def __init__(self, generator: str | os.PathLike[str] | TumorGenerator):
+        self._held: TumorGenerator | None = None
+        self._precision: str | None = None  # what it was when the handle was pickled
+        self._copies: dict[str, TumorGenerator] = {}  # with a precision of their own, by device
         if isinstance(generator, str | os.PathLike):
             self.source: str | None = os.fspath(generator)
-            self._held: TumorGenerator | None = None
             if is_bank(self.source):
                 load_generator(self.source)
             elif self.source != HANDCRAFTED:
@@ -168,10 +171,28 @@ class Handle:
             assert self._held is not None
             self._held = copy.deepcopy(self._held).to(device)
             return self._held
-        return load_generator(self.source, device)
+        return self._with_precision(load_generator(self.source, device))
+
+    def _with_precision(self, loaded: TumorGenerator) -> TumorGenerator:
+        """Return a loaded generator, or a copy where this handle's has another precision."""
+        wanted = self._precision if self._held is None else getattr(self._held, "precision", None)
+        if wanted is None or getattr(loaded, "precision", wanted) == wanted:
+            return loaded
+        place = str(loaded.device)
+        if place not in self._copies:
+            self._copies[place] = copy.deepcopy(loaded)
+        own: Any = self._copies[place]
+        own.precision = wanted
+        return self._copies[place]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "_held": None if self.source else self._held}
+        if self.source is None:
+            return {"source": None, "_held": self._held, "_precision": None, "_copies": {}}
+        known = self._held or next(
+            (one for one in _loaded.values() if getattr(one, "source", None) == self.source), None
+        )
+        precision = self._precision or getattr(known, "precision", None)
+        return {"source": self.source, "_held": None, "_precision": precision, "_copies": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         return self

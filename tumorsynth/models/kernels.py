@@ -1,7 +1,7 @@
 """Find out which kernels the libraries behind PyTorch offer on this processor.
 
-The processor's list of features does not answer this: ``ONEDNN_MAX_CPU_ISA`` and
-``ATEN_CPU_CAPABILITY`` limit the libraries, and a build of PyTorch may lack oneDNN. So these
+The processor's list of features does not answer this: ``ONEDNN_MAX_CPU_ISA`` limits oneDNN,
+``ATEN_CPU_CAPABILITY`` limits PyTorch, and a build of PyTorch may lack oneDNN. So these
 functions try a tiny operation once and cache the answer.
 """
 
@@ -17,28 +17,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+TORCH_LIMIT = "ATEN_CPU_CAPABILITY"
+TORCH_CAPABILITIES = ("default", "avx2", "avx512", "avx512_vnni", "amx_bf16", "amx_fp16")
+ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the first that is set counts
+ONEDNN_ISA = ("SSE4", "AVX")  # how the names of its instruction sets begin
 X86_WITHOUT_BFLOAT16 = ("NO AVX", "DEFAULT", "AVX2")  # names that PyTorch gives its capability
 
 
 def cpu_isa() -> str:
-    """Describe the instruction set that PyTorch and oneDNN use on this processor.
+    """Describe the instruction sets that PyTorch and oneDNN use on this processor.
+
+    oneDNN computes the convolutions, in which tumours spend their time; PyTorch the rest. Each has
+    a limit in the environment of its own.
 
     Returns:
-        PyTorch's capability, the limits set in the environment, whether oneDNN is missing, and
-        whether the CPU computes in bfloat16: ``"AVX512, bfloat16"``,
-        ``"AVX512, bfloat16 slower than float32"`` or
-        ``"AVX2 (ATEN_CPU_CAPABILITY=avx2), no bfloat16"``.
+        PyTorch's capability, oneDNN's limit, whether oneDNN is missing, and whether the CPU
+        computes in bfloat16: ``"AVX512, bfloat16"``, ``"AVX512, bfloat16 slower than float32"``,
+        ``"AVX512, convolutions up to AVX2 (ONEDNN_MAX_CPU_ISA), no bfloat16"``.
     """
-    limits = ", ".join(f"{name}={os.environ[name]}" for name in ISA_LIMITS if os.environ.get(name))
-    parts = [torch.backends.cpu.get_cpu_capability() + (f" ({limits})" if limits else "")]
+    parts = [torch.backends.cpu.get_cpu_capability()]
+    torch_is_limited = os.environ.get(TORCH_LIMIT) in TORCH_CAPABILITIES  # it ignores other words
+    if torch_is_limited:
+        parts[0] += f" ({TORCH_LIMIT})"
+    limit = onednn_limit()
     if not uses_onednn():
         parts.append("no oneDNN")
+    elif limit is not None:
+        parts.append(f"convolutions up to {limit[1]} ({limit[0]})")
+    elif torch_is_limited:
+        parts.append("convolutions not limited")
     if not cpu_computes_bfloat16():
         parts.append("no bfloat16")
     else:
         parts.append("bfloat16" if cpu_gains_from_bfloat16() else "bfloat16 slower than float32")
     return ", ".join(parts)
+
+
+def onednn_limit() -> tuple[str, str] | None:
+    """Return the variable that limits oneDNN's instruction set, and the set; None if none does."""
+    for name in ONEDNN_LIMITS:
+        value = os.environ.get(name, "").upper()
+        if value:  # oneDNN ignores words that it does not know
+            return (name, value) if value.startswith(ONEDNN_ISA) else None
+    return None
 
 
 def uses_onednn() -> bool:
@@ -78,9 +99,8 @@ def _is_intel() -> bool:
 
 @cache
 def _uses_amx() -> bool:
-    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-    limits = [os.environ.get(name, "").upper() for name in names]
-    if any(limit and limit not in ("ALL", "DEFAULT") and "AMX" not in limit for limit in limits):
+    limit = onednn_limit()
+    if limit is not None and "AMX" not in limit[1]:
         return False
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch >= 2.5
     return "amx_bf16" in _cpu_description() if supported is None else bool(supported())
@@ -94,7 +114,9 @@ def _multiplies_bfloat16() -> bool:
     Unlike a comparison of times, this gives the same answer every time.
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if x86 and torch.backends.cpu.get_cpu_capability() in X86_WITHOUT_BFLOAT16:
+    capability = torch.backends.cpu.get_cpu_capability()
+    # a limit of PyTorch's own kernels says nothing of oneDNN's
+    if x86 and capability in X86_WITHOUT_BFLOAT16 and not os.environ.get(TORCH_LIMIT):
         return False
     layers: list[Callable[[Tensor, Tensor], Tensor]] = [_convolve, F.conv_transpose3d]
     denormal, scale = 2.0**-130, 2.0**40
