@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 ASKING = (  # modules of ours that do otherwise on the CPU
     "appearance.contrast",
     "appearance.surroundings",
+    "fetching",
     "intensity_check.shares",
     "pipeline.organ_search",
     "pipeline.paint",

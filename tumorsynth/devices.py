@@ -214,17 +214,27 @@ def or_on_cpu(step: str, device: torch.device, work: Callable[[torch.device], T]
     """
     try:
         return work(device)
-    except NotImplementedError as error:  # torch raises it for an operator without a kernel
-        if device.type == "cpu":
-            raise
-        if (step, device.type) not in _warned:
-            _warned.add((step, device.type))
-            reason = str(error).strip().split("\n")[0][:160]
-            warnings.warn(
-                f"{device.type} lacks an operator, so {step} runs on the CPU: {reason}",
-                stacklevel=2,
-            )
+    except NotImplementedError as error:
+        warn_of_missing_operator(step, device, error)
     return work(torch.device("cpu"))
+
+
+def warn_of_missing_operator(step: str, device: torch.device, error: NotImplementedError) -> None:
+    """Warn, once, that work runs on the CPU.
+
+    Args:
+        step: name of the work.
+        device: where it was tried.
+        error: torch's, for an operator without a kernel; raised again if that device is the CPU.
+    """
+    if device.type == "cpu":
+        raise error
+    if (step, device.type) not in _warned:
+        _warned.add((step, device.type))
+        reason = str(error).strip().split("\n")[0][:160]
+        warnings.warn(
+            f"{device.type} lacks an operator, so {step} runs on the CPU: {reason}", stacklevel=3
+        )
 
 
 def is_lost(error: BaseException) -> bool:

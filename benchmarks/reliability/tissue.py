@@ -141,6 +141,7 @@ def row(generator: str, image: Tensor, label: Tensor, value: int, spacing: Any, 
 
 def places(generator: str, image: Tensor, label: Tensor, value: int, spacing: Any, seeds: int):
     """Count the tumours whose first place is unsuited, and those that find no other."""
+    from tumorsynth.fetching import run_alone
     from tumorsynth.geometry import frame_from_spacing
     from tumorsynth.pipeline.place_batch import organ_region
     from tumorsynth.pipeline.records import split_batch
@@ -151,11 +152,11 @@ def places(generator: str, image: Tensor, label: Tensor, value: int, spacing: An
     settings = synth.settings
     check = TissueCheck.of(settings, synth.handle.get("cpu"))
     (sample,) = split_batch(image, label, [frame_from_spacing(spacing)])
-    region = organ_region(settings, sample, check)
+    region = run_alone(organ_region(settings, sample, check))
     objections = []
 
     def objection(tumor: Any) -> Any:
-        objections.append(check.objection(sample, tumor))
+        objections.append((yield from check.objection(sample, tumor)))
         return objections[-1]
 
     moved, codes = 0, Counter[str]()

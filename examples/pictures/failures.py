@@ -21,6 +21,7 @@ from torch import Tensor
 
 import tumorsynth as ts
 from tumorsynth.appearance.blend import gaussian_filter
+from tumorsynth.fetching import run_alone
 from tumorsynth.phantom import LABELS
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.finish import paint_and_finish
@@ -82,7 +83,9 @@ class Case:
         image, label = self.image[0].clone(), self.label[0].clone()
         sample = Sample(0, image, label, frame)
         call = Call(synth.settings, synth.handle.get(image.device), synth.painter)
-        request = request_painting(call.settings, call.generator, TumorId(0, 0, 0), sample, tumor)
+        request = run_alone(
+            request_painting(call.settings, call.generator, TumorId(0, 0, 0), sample, tumor)
+        )
         placed = PlacedSample(SampleParams(None), [], replayed={})
         paint_and_finish(call, [request], [sample], [placed])
         return image, label == 20

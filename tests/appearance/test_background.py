@@ -14,6 +14,7 @@ from tumorsynth.appearance.background import (
     fill_background,
     measure_tissue,
 )
+from tumorsynth.fetching import run_alone
 from tumorsynth.placement.types import TumorParams
 
 PARAMS = TumorParams((24, 24, 24), 15.0, (1.0,) * 3, (1.0, 0, 0, 0), 0.0, 0, 0, 1.0, 15.0)
@@ -23,7 +24,7 @@ EXOPHYTIC = TumorParams(
 
 
 def fill(hu, label, inside, params, window):
-    tissue = measure_tissue(hu, label, (1,), inside, window)
+    tissue = run_alone(measure_tissue(hu, label, (1,), inside, window))
     return fill_background(hu, tissue, inside, (1.0,) * 3, (0.5,) * 3, params, window)
 
 
@@ -201,6 +202,6 @@ def test_fat_around_and_a_few_bright_voxels_are_no_reason():
     assert synth.report[0]["applied"]
     inside = torch.zeros(image.shape[1:], dtype=torch.bool)
     inside[20:30, 20:30, 20:30] = True
-    tissue = measure_tissue(image[0], label[0], (1,), inside, (-175.0, 250.0))
+    tissue = run_alone(measure_tissue(image[0], label[0], (1,), inside, (-175.0, 250.0)))
     assert 0.03 < tissue.share_outside_window < MAX_SHARE_OUTSIDE_WINDOW
     assert tissue.outside_window((-175.0, 250.0)) is None

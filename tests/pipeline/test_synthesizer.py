@@ -21,6 +21,7 @@ from tiny import tiny_generator
 
 import tumorsynth as ts
 from tumorsynth.appearance.blend import feather_reach
+from tumorsynth.fetching import run_alone
 from tumorsynth.geometry import frame_from_affine
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.finish import paint_and_finish
@@ -550,7 +551,9 @@ def test_the_arrays_orientation_does_not_matter_to_the_generator(generator):
         new_image = reoriented(image[0], axes, flips).clone()
         new_label = reoriented(label[0], axes, flips).clone()
         sample = Sample(0, new_image, new_label, frame)
-        request = request_painting(transform.settings, generator, TumorId(0, 0, 0), sample, local)
+        request = run_alone(
+            request_painting(transform.settings, generator, TumorId(0, 0, 0), sample, local)
+        )
         call = Call(transform.settings, generator, transform.painter)
         paint_and_finish(call, [request], [sample], [REPLAYED])
         back = [axes.index(a) for a in range(3)]

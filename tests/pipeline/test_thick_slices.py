@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tumorsynth as ts
+from tumorsynth.fetching import run_alone
 from tumorsynth.geometry import frame_from_affine
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.finish import paint_and_finish
@@ -207,7 +208,9 @@ def test_the_array_s_orientation_does_not_matter():
         new_image = turned(image[0], axes, flips).clone()
         new_label = turned(label[0], axes, flips).clone()
         sample = Sample(0, new_image, new_label, frame)
-        request = request_painting(transform.settings, generator, TumorId(0, 0, 0), sample, local)
+        request = run_alone(
+            request_painting(transform.settings, generator, TumorId(0, 0, 0), sample, local)
+        )
         call = Call(transform.settings, generator, transform.painter)
         placed = [PlacedSample(SampleParams(0), [], {})]
         paint_and_finish(call, [request], [sample], placed)

@@ -86,7 +86,7 @@ def test_blending_a_tumour_waits_once(monkeypatch):
 
         def watched(*args):
             before = gpu.count()
-            candidate = inner(*args)
+            candidate = yield from inner(*args)
             counts.append(gpu.count() - before)
             return candidate
 

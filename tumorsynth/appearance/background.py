@@ -21,6 +21,7 @@ from tumorsynth.appearance.blend import feather, gaussian_filter
 from tumorsynth.appearance.local_noise import separate_noise
 from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA, grain_of_subvoxels
 from tumorsynth.devices import onto
+from tumorsynth.fetching import Task
 from tumorsynth.geometry import Floats3, Frame, Ints3, Rows3
 from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.organ import is_organ
@@ -112,7 +113,7 @@ def measure_tissue(
     organ_labels: tuple[int, ...],
     inside: Tensor,
     window: tuple[float, float],
-) -> TissueAround:
+) -> Task[TissueAround]:
     """Measure the tissue that a tumour will be painted in.
 
     Args:
@@ -131,8 +132,8 @@ def measure_tissue(
         (healthy & inside & (hu < MAX_FAT_HU)).sum() / inside.sum(),
         (inside & ~organ).sum() / inside.sum(),
     )
-    numbers = torch.stack([level, *(share.to(level) for share in shares)])
-    return TissueAround(organ, *numbers.tolist())  # one host-device synchronisation
+    (numbers,) = yield [torch.stack([level, *(share.to(level) for share in shares)])]
+    return TissueAround(organ, *numbers.tolist())
 
 
 def fill_background(

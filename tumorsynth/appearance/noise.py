@@ -21,6 +21,7 @@ from torch import Tensor
 from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.appearance.contrast import core
 from tumorsynth.devices import onto
+from tumorsynth.fetching import Task, run_alone
 from tumorsynth.geometry import Box, Floats3, Ints3, bounding_box
 from tumorsynth.random_streams import substream
 
@@ -89,8 +90,13 @@ def measure_noise(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> ScanNo
         organ: bool, same shape: the tissue to measure in.
         spacing: mm per voxel.
     """
+    return run_alone(measuring_noise(hu, organ, spacing))
+
+
+def measuring_noise(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> Task[ScanNoise]:
+    """Return `measure_noise` as a task."""
     smallest = [MIN_GRAIN_VOXELS * s for s in spacing]
-    found = _organ_statistics(hu, organ)
+    found = yield from _organ_statistics(hu, organ)
     enough = found.voxels >= MIN_NOISE_VOXELS
     level, sd = (found.median, found.sd) if enough else (None, None)
     if found.voxels < MIN_PAIRS:
@@ -305,7 +311,7 @@ class _OrganStatistics(NamedTuple):
     sd: float
 
 
-def _organ_statistics(hu: Tensor, organ: Tensor) -> _OrganStatistics:
+def _organ_statistics(hu: Tensor, organ: Tensor) -> Task[_OrganStatistics]:
     hu = hu.float()
     organ = organ & hu.isfinite()
     median, organ_voxels = _median(hu, organ), organ.sum()
@@ -318,9 +324,9 @@ def _organ_statistics(hu: Tensor, organ: Tensor) -> _OrganStatistics:
     totals, pairs = zip(*sums, strict=True)
     figures = torch.stack([*totals, median, variance])
     counts = torch.stack([*pairs, organ_voxels]).to(hu.dtype)
-    numbers = torch.cat([figures, counts]).tolist()  # one host-device synchronisation
-    *squares, level, squared = numbers[: len(figures)]
-    *numbers_of_pairs, count = numbers[len(figures) :]
+    figures, counts = yield [figures, counts]
+    *squares, level, squared = figures.tolist()
+    *numbers_of_pairs, count = counts.tolist()
     means = [
         total / number if number >= MIN_PAIRS else 0.0
         for total, number in zip(squares, numbers_of_pairs, strict=True)

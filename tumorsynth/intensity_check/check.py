@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tumorsynth.fetching import Task, run_alone
 from tumorsynth.intensity import HU, Intensity
 from tumorsynth.intensity_check.landmarks import MIN_CLIPPED, Histogram
 from tumorsynth.intensity_check.rules import MIN_VALUES, find_fault, is_ct
@@ -50,9 +51,16 @@ def check_intensity(
     Raises:
         ValueError: if they clearly mean something else.
     """
+    run_alone(checking_intensity(image, intensity, label, organ_labels))
+
+
+def checking_intensity(
+    image: Tensor, intensity: Intensity, label: Tensor | None, organ_labels: Sequence[int]
+) -> Task[None]:
+    """Return `check_intensity` as a task."""
     organ = None
     if label is not None:
-        image, label, organ_labels = sampled_on_cpu(image, label, organ_labels)
+        image, label, organ_labels = yield from sampled_on_cpu(image, label, organ_labels)
         organ = partial(sample_organ, image, label, organ_labels)
     values = sample_voxels(image)
     if not isinstance(intensity, HU):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tumorsynth.devices import on_cpu
+from tumorsynth.fetching import Task
 
 MAX_SAMPLED = 2**14  # voxels of an image that are looked at, evenly spaced
 PADDING_SHARE = 0.005  # of voxels with exactly the lowest value, or 0: from here on, padding
@@ -108,11 +109,11 @@ def sample_organ(image: Tensor, label: Tensor, organ_labels: Sequence[int]) -> N
 
 def sampled_on_cpu(
     image: Tensor, label: Tensor, organ_labels: Sequence[int]
-) -> tuple[Tensor, Tensor, Sequence[int]]:
+) -> Task[tuple[Tensor, Tensor, Sequence[int]]]:
     """Return the sampled voxels of image and label on the CPU, and the organ's values there.
 
     Args:
-        image: (X, Y, Z), any real dtype and device; one host-device synchronisation.
+        image: (X, Y, Z), any real dtype and device.
         label: same shape.
         organ_labels: label values of the organ.
     """
@@ -121,8 +122,8 @@ def sampled_on_cpu(
     if on_cpu(image):
         return image, label, organ_labels
     organ = _is_organ(label, organ_labels)
-    image, label = torch.stack([image.to(torch.float32), organ.to(torch.float32)]).cpu()
-    return image, label, (1,)
+    image, organ = yield [image.to(torch.float32), organ]
+    return image, organ, (1,)
 
 
 def _is_organ(label: Tensor, organ_labels: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from tumorsynth.appearance.blend import feather
 from tumorsynth.appearance.noise import softening_mm
 from tumorsynth.appearance.visibility import is_faint, section_mm2, visibility
 from tumorsynth.devices import onto
+from tumorsynth.fetching import Task
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.intensity import Intensity
 from tumorsynth.pipeline.records import Candidate, PaintRequest, Sample
@@ -27,7 +28,7 @@ def blend_candidate(
     request: PaintRequest,
     generated: Tensor,
     sample: Sample,
-) -> Candidate:
+) -> Task[Candidate]:
     """Blend a painted tumour into its region and measure it; the sample stays as it is."""
     blend = _blend(settings, generator, request, generated, sample)
     return _measure(blend, request, settings.intensity, must_darken(generator, request))
@@ -110,8 +111,8 @@ def _blend(
 
 def _measure(
     blend: _Blend, request: PaintRequest, intensity: Intensity, darkens: bool
-) -> Candidate:
-    """Measure a blended tumour, with one host-device synchronisation."""
+) -> Task[Candidate]:
+    """Measure a blended tumour."""
     before, after, inside = blend.before, blend.after, request.inside
     tumor, region = request.tumor, request.region
     # a tumour that changes nothing gets no label, as in air or at the end of a clipped scale
@@ -128,9 +129,8 @@ def _measure(
     if tumor.factors != ONE:
         true_hu = (blend.fine_change_hu * request.fine_inside).sum() / tumor.fine_voxels
     figures = [number.to(peak) for number in (changed, peak, change, level, true_hu, shown_hu)]
-    changed_voxels, peak_weight, mean_change, mean_hu, true_hu, shown_hu = torch.stack(
-        figures
-    ).tolist()
+    (numbers,) = yield [torch.stack(figures)]
+    changed_voxels, peak_weight, mean_change, mean_hu, true_hu, shown_hu = numbers.tolist()
     contrast = seen = None
     # what was darker before, as the organ's border, is no tumour
     changes = [mean_change] if request.fill is None and math.isfinite(mean_change) else []

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.mass_effect import PushedTissue, RigidTissue, push_aside
 from tumorsynth.devices import onto
+from tumorsynth.fetching import Task, run_together
 from tumorsynth.geometry import Box
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.finish import paint_and_finish
@@ -55,7 +56,7 @@ def displace(
     displacing: DisplacingTumor,
     tissue: TissueCheck | None = None,
     grown: LocalMask | Skip | None = None,
-) -> Displacement:
+) -> Task[Displacement]:
     """Push tissue aside for one tumour, in place, and place the tumour in it.
 
     Args:
@@ -80,14 +81,17 @@ def displace(
         _replace_part(sample, region, after)
     tumor = grown
     if tumor is None:
-        placing = sample.for_placing
+        organ = yield from organ_region(settings, sample.for_placing, tissue)
+        growth = None
+        if params.bulge > 0:
+            growth = yield from growth_region(settings, sample.for_placing)
         tumor = place_from_params(
             params,
-            organ_region(settings, placing, tissue),
+            organ,
             sample.frame.spacing,
             earlier=displacing.later,
             gap_mm=settings.placement.gap_mm,
-            growth=growth_region(settings, placing) if params.bulge > 0 else None,
+            growth=growth,
             shear=sample.frame.shear,
         )
     return Displacement(tumor, region, before, largest_mm)
@@ -131,7 +135,7 @@ def place_grown(
     sample: Sample,
     displacing: Sequence[DisplacingTumor],
     tissue: TissueCheck | None = None,
-) -> list[LocalMask | Skip]:
+) -> Task[list[LocalMask | Skip]]:
     """Place a sample's tumours that have grown and displace tissue.
 
     The tumours of the first phase displace tissue in a copy of the sample, one after the other.
@@ -150,8 +154,8 @@ def place_grown(
     for one in displacing:
         params, first = one.tumor.params, one.tumor.first or one.tumor
         start = replace(one, tumor=first, later=[later.first or later for later in one.later])
-        rooms.append(_room_ahead(settings, sample, params, tissue))
-        displacement = displace(settings, sample, start, tissue)
+        rooms.append((yield from _room_ahead(settings, sample, params, tissue)))
+        displacement = yield from displace(settings, sample, start, tissue)
         placed = displacement.tumor
         if isinstance(placed, Skip) or one.rejected:
             displacement.undo(sample)
@@ -162,18 +166,18 @@ def place_grown(
             tumors.append(placed)
         else:
             tumors.append(GrowingTumor(params, placed, sample.frame.shear))
-    allowed = _allowed(settings, sample, tissue)
+    allowed = yield from _allowed(settings, sample, tissue)
     return grow_all(tumors, allowed, rooms, merge=settings.placement.merge)
 
 
-def _allowed(settings: Settings, sample: Sample, tissue: TissueCheck | None) -> AllowedVoxels:
-    frame, region = sample.frame, organ_region(settings, sample, tissue)
+def _allowed(settings: Settings, sample: Sample, tissue: TissueCheck | None) -> Task[AllowedVoxels]:
+    frame, region = sample.frame, (yield from organ_region(settings, sample, tissue))
     return AllowedVoxels(region, frame.spacing, settings.placement.gap_mm, frame.shear)
 
 
 def _room_ahead(
     settings: Settings, sample: Sample, params: TumorParams, tissue: TissueCheck | None
-) -> Room:
+) -> Task[Room]:
     """Return where a tumour may grow: voxels that hold the organ when its surface reaches them.
 
     By the formula of `appearance.mass_effect`, the tissue at the surface was this far from the
@@ -185,8 +189,11 @@ def _room_ahead(
         params: the tumour.
         tissue: where the generator may paint.
     """
-    shape, allowed = Shape(params.first, sample.frame.shear), _allowed(settings, sample, tissue)
-    growth = growth_region(settings, sample) if params.bulge > 0 else None
+    shape = Shape(params.first, sample.frame.shear)
+    allowed = yield from _allowed(settings, sample, tissue)
+    growth = None
+    if params.bulge > 0:
+        growth = yield from growth_region(settings, sample)
     box = reach_of(params, shape, allowed)
     keep = (1 - params.first.displaced) ** (1 / 3)
     sources = []
@@ -198,7 +205,8 @@ def _room_ahead(
     rigid = RigidTissue(
         settings.organ_labels, settings.tumor_label, settings.intensity, params.fixed_capsule
     )
-    free &= ~rigid.where(sample.image[box.slices], sample.label[box.slices]).cpu().numpy()
+    (is_rigid,) = yield [rigid.where(sample.image[box.slices], sample.label[box.slices])]
+    free &= ~is_rigid.numpy()
     free &= ~allowed.forbidden_in(box)
 
     def room(part: Box) -> Bools:
@@ -232,11 +240,15 @@ def displace_and_paint(
     """
     records: list[Record] = []
     grown: dict[TumorId, LocalMask | Skip] = {}
-    for tumors in displacing:
-        if any(one.tumor.first is not None for one in tumors):
-            sample = samples[tumors[0].id.sample]
-            masks = place_grown(call.settings, sample, tumors, call.tissue)
-            grown |= {one.id: mask for one, mask in zip(tumors, masks, strict=True)}
+    growing = [
+        tumors for tumors in displacing if any(one.tumor.first is not None for one in tumors)
+    ]
+    masks_of_samples = run_together(
+        place_grown(call.settings, samples[tumors[0].id.sample], tumors, call.tissue)
+        for tumors in growing
+    )
+    for tumors, masks in zip(growing, masks_of_samples, strict=True):
+        grown |= {one.id: mask for one, mask in zip(tumors, masks, strict=True)}
     for turn in zip_longest(*displacing):
         tumors = [tumor for tumor in turn if tumor is not None]
         records += _paint_turn(call, tumors, samples, placed, grown)
@@ -251,20 +263,22 @@ def _paint_turn(
     grown: Mapping[TumorId, LocalMask | Skip],
 ) -> list[Record]:
     """Displace and paint at most one tumour of each sample."""
-    displacements = [
+    displacements = run_together(
         displace(call.settings, samples[one.id.sample], one, call.tissue, grown.get(one.id))
         for one in tumors
-    ]
+    )
     records: dict[int, Record] = {}
     requests = []
+    asked = []
     for one, displacement in zip(tumors, displacements, strict=True):
         b = one.id.sample
         params = placed[b].with_contrast
-        found = request_or_skip(call, one.id, samples[b], displacement.tumor, params)
+        asked.append(request_or_skip(call, one.id, samples[b], displacement.tumor, params))
+    for one, found in zip(tumors, run_together(asked), strict=True):
         if isinstance(found, PaintRequest):
             requests.append(replace(found, rejected=one.rejected))
         elif not one.rejected:  # else it is in the report already
-            records[b] = found
+            records[one.id.sample] = found
     for record in paint_and_finish(call, requests, samples, placed):
         records[record.sample] = record
     for one, displacement in zip(tumors, displacements, strict=True):

@@ -18,6 +18,7 @@ from tumorsynth.appearance.visibility import (
     is_faint,
     section_mm2,
 )
+from tumorsynth.fetching import Task, run_together
 from tumorsynth.geometry import Box
 from tumorsynth.pipeline.call import Call
 from tumorsynth.pipeline.candidate import blend_candidate, must_darken
@@ -53,10 +54,28 @@ def paint_and_finish(
     placed: Sequence[PlacedSample],
 ) -> list[Record]:
     """Paint tumours and write them into their samples, in place; return their report entries."""
+    records: list[Record] = []
+    for painted in call.painter.paint(call.settings, call.generator, requests):
+        by_sample: dict[int, list[tuple[PaintRequest, Tensor]]] = {}
+        for request, generated in painted:
+            by_sample.setdefault(request.id.sample, []).append((request, generated))
+        found = run_together(
+            _finish_in_order(call, its, samples[b], placed[b].drawn) for b, its in by_sample.items()
+        )
+        records += [record for its in found for record in its]
+    return records
+
+
+def _finish_in_order(
+    call: Call,
+    painted: Sequence[tuple[PaintRequest, Tensor]],
+    sample: Sample,
+    params: SampleParams | None,
+) -> Task[list[Record]]:
+    """Finish tumours of one sample, each of which may reach into an earlier one."""
     records = []
-    for request, generated in call.painter.paint(call.settings, call.generator, requests):
-        b = request.id.sample
-        records.append(finish(call, request, generated, samples[b], placed[b].drawn))
+    for request, generated in painted:
+        records.append((yield from finish(call, request, generated, sample, params)))
     return records
 
 
@@ -66,7 +85,7 @@ def finish(
     generated: Tensor,
     sample: Sample,
     params: SampleParams | None,
-) -> Record:
+) -> Task[Record]:
     """Write one tumour into its sample, in place, or skip it.
 
     Args:
@@ -78,18 +97,18 @@ def finish(
             whose params hold them already.
     """
     settings, gate = call.settings, call.settings.gate
-    candidate = blend_candidate(settings, call.generator, request, generated, sample)
+    candidate = yield from blend_candidate(settings, call.generator, request, generated, sample)
     if not candidate.has_change:
-        return _skip(request, *_why_no_change(call, generated))
+        return _skip(request, *(yield from _why_no_change(call, generated)))
     if params is None:
         if candidate.is_too_bright:  # as in another phase of the patient
             return _skip(request, SkipCode.TISSUE, _why_too_bright(call, candidate))
         scores = None if gate is None else _replay_scores(call, gate, request, candidate, sample)
         return write(call, request, candidate, sample, scores)
     call.painter.warn_of_fat(request, settings)
-    request, candidate = _keep_visible(call, request, candidate, sample)
+    request, candidate = yield from _keep_visible(call, request, candidate, sample)
     if gate is not None:
-        return _write_if_accepted(call, gate, request, candidate, sample, params)
+        return (yield from _write_if_accepted(call, gate, request, candidate, sample, params))
     params.tumors[request.id.params_index] = request.tumor.params
     if candidate.is_too_bright:
         code, reason = SkipCode.TISSUE, _why_too_bright(call, candidate)
@@ -114,7 +133,7 @@ def _why_too_bright(call: Call, candidate: Candidate) -> str:
 
 def _keep_visible(
     call: Call, request: PaintRequest, candidate: Candidate, sample: Sample
-) -> tuple[PaintRequest, Candidate]:
+) -> Task[tuple[PaintRequest, Candidate]]:
     """Paint a tumour again, with more contrast, where the generator's own is lost in the noise.
 
     A contrast that the user asks for stays as it is, and so does the published blend.
@@ -144,7 +163,7 @@ def _keep_visible(
         params = replace(tumor.params, raised_hu=sign * round(asked, 1))
         request = replace(request, tumor=replace(tumor, params=params))
         generated = call.painter.paint_alone(settings, call.generator, request)
-        candidate = blend_candidate(settings, call.generator, request, generated, sample)
+        candidate = yield from blend_candidate(settings, call.generator, request, generated, sample)
         if not is_faint(candidate.visibility) or asked == most:
             break
         assert candidate.visibility is not None
@@ -159,7 +178,7 @@ def _write_if_accepted(
     candidate: Candidate,
     sample: Sample,
     params: SampleParams,
-) -> Record:
+) -> Task[Record]:
     """Write a tumour that the gate accepts, in place; make a rejected one again, or skip it."""
     settings, generator = call.settings, call.generator
     scores = _scores(settings, gate, request, candidate, sample)
@@ -167,15 +186,15 @@ def _write_if_accepted(
     for retries in range(1, gate.tries):
         if objection is None:
             break
-        request = make_again(settings, generator, request, retries)
+        request = yield from make_again(settings, generator, request, retries)
         generated = call.painter.paint_alone(settings, generator, request)
-        candidate = blend_candidate(settings, generator, request, generated, sample)
-        request, candidate = _keep_visible(call, request, candidate, sample)
+        candidate = yield from blend_candidate(settings, generator, request, generated, sample)
+        request, candidate = yield from _keep_visible(call, request, candidate, sample)
         scores = _scores(settings, gate, request, candidate, sample)
         if candidate.has_change:
             objection = gate.objection(scores)
         else:
-            _, objection = _why_no_change(call, generated)
+            _, objection = yield from _why_no_change(call, generated)
     params.tumors[request.id.params_index] = request.tumor.params
     code, reason = SkipCode.GATE, skip_reasons.gate(objection or "")
     if objection is None:
@@ -186,14 +205,15 @@ def _write_if_accepted(
     return _skip(request, code, reason, scores)
 
 
-def _why_no_change(call: Call, generated: Tensor) -> tuple[SkipCode, str]:
+def _why_no_change(call: Call, generated: Tensor) -> Task[tuple[SkipCode, str]]:
     """Return why a painted tumour changes nothing; warn, once a transform, if it is implausible.
 
     Args:
         call: settings and generator.
         generated: what the generator made, NaN where no tissue could have its values.
     """
-    if bool(generated.isfinite().any()):
+    (has_values,) = yield [generated.isfinite().any()]
+    if has_values:
         return SkipCode.NO_VISIBLE_CHANGE, skip_reasons.NO_VISIBLE_CHANGE
     reason = skip_reasons.implausible(call.generator.name, call.generator.window)
     call.painter.warn_of_implausible(reason)

@@ -7,17 +7,18 @@ from functools import cached_property
 import torch
 
 from tumorsynth.devices import on_cpu
+from tumorsynth.fetching import Task
 from tumorsynth.geometry import Box
 from tumorsynth.pipeline.records import Sample
 from tumorsynth.pipeline.settings import Settings
-from tumorsynth.placement.organ import boxes_on_device, organ_box
+from tumorsynth.placement.organ import boxes_of_lines, lines_with, organ_box
 
 
 class OrganSearch:
     """Finds the organ, earlier tumours, and whether the image is finite.
 
-    On a CPU each is searched for when it is asked for. On a GPU all are found at once, with one
-    host-device synchronisation.
+    On a CPU each is searched for when it is asked for. On a GPU all are found at once, by
+    `OrganSearch.of`.
 
     Args:
         settings: of the transform.
@@ -26,8 +27,14 @@ class OrganSearch:
 
     def __init__(self, settings: Settings, sample: Sample) -> None:
         self._settings, self._sample = settings, sample
+
+    @classmethod
+    def of(cls, settings: Settings, sample: Sample) -> Task[OrganSearch]:
+        """Return the search of a sample."""
+        search = cls(settings, sample)
         if not on_cpu(sample.label):
-            self._search_at_once()
+            yield from search._search_at_once()
+        return search
 
     @cached_property
     def organ_box(self) -> Box | None:
@@ -49,9 +56,11 @@ class OrganSearch:
     def _finite(self) -> torch.Tensor:
         return self._sample.image.sum(dtype=torch.float32).isfinite()
 
-    def _search_at_once(self) -> None:
+    def _search_at_once(self) -> Task[None]:
         values = [self._settings.organ_labels]
         if not self._settings.placement.merge:
             values.append((self._settings.tumor_label,))
-        boxes, self.is_finite = boxes_on_device(self._sample.label, values, self._finite())
-        self.organ_box, self.tumor_box = (*boxes, None)[:2]
+        label = self._sample.label
+        finite, *lines = yield [self._finite(), *lines_with(label, values)]
+        self.is_finite = bool(finite)
+        self.organ_box, self.tumor_box = (*boxes_of_lines(label, lines), None)[:2]

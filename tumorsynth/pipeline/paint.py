@@ -16,6 +16,7 @@ from tumorsynth.appearance.contrast_priors import add_structure
 from tumorsynth.appearance.noise import match_to_scan, sample_own_variation
 from tumorsynth.appearance.tissue import SOFT_TISSUE, TissueRange
 from tumorsynth.devices import on_cpu, onto, or_on_cpu
+from tumorsynth.fetching import together_on_cpu
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
 from tumorsynth.geometry import Box
@@ -53,14 +54,14 @@ class Painter:
 
     def paint(
         self, settings: Settings, generator: TumorGenerator, requests: Sequence[PaintRequest]
-    ) -> Iterator[tuple[PaintRequest, Tensor]]:
-        """Yield each request with what the generator makes of it, (side, side, side) in HU.
+    ) -> Iterator[list[tuple[PaintRequest, Tensor]]]:
+        """Yield, batch by batch, each request with what the generator makes of it.
 
-        The result is a change with blend="change", and a tumour with blend="difftumor". On a CPU
-        crops go one by one: a batch is no faster there, and the last bit of a convolution depends
-        on it. A replay therefore forms the batches of the call, with the crops of tumours that
-        were painted again by themselves, and of tumours that were rejected. Of the latter it
-        yields nothing.
+        That is (side, side, side) in HU: a change with blend="change", and a tumour with
+        blend="difftumor". On a CPU crops go one by one: a batch is no faster there, and the last
+        bit of a convolution depends on it. A replay therefore forms the batches of the call, with
+        the crops of tumours that were painted again by themselves, and of tumours that were
+        rejected. Of the latter it yields nothing.
         """
         if not requests:
             return
@@ -77,12 +78,15 @@ class Painter:
                         self._halve_batch(len(batch))
                         continue
                 waiting = waiting[len(batch) :]
+                made = []
                 for number, request in enumerate(batch):
                     if request.tumor.params.repainted and not request.rejected:
-                        yield request, self.paint_alone(settings, generator, request)
+                        made.append((request, self.paint_alone(settings, generator, request)))
                     elif _is_read(request):
                         assert generated is not None
-                        yield request, _finished(settings, generator, request, generated[number])
+                        change = _finished(settings, generator, request, generated[number])
+                        made.append((request, change))
+                yield made
 
     def paint_alone(
         self, settings: Settings, generator: TumorGenerator, request: PaintRequest
@@ -306,11 +310,9 @@ def _with_masks_on_cpu(requests: Sequence[PaintRequest]) -> list[PaintRequest]:
     masks = [request.crop_mask for request in requests]
     if on_cpu(masks[0]):
         return list(requests)
-    together = torch.cat([mask.flatten() for mask in masks]).cpu()
-    parts = together.split([mask.numel() for mask in masks])
+    copies = together_on_cpu(masks)
     return [
-        replace(request, mask_on_cpu=part.view(mask.shape))
-        for request, mask, part in zip(requests, masks, parts, strict=True)
+        replace(request, mask_on_cpu=copy) for request, copy in zip(requests, copies, strict=True)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tumorsynth.devices import or_on_cpu
+from tumorsynth.fetching import Task, run_or_on_cpu, run_together
 from tumorsynth.geometry import Box, ints3
-from tumorsynth.intensity_check import check_intensity
+from tumorsynth.intensity_check import checking_intensity
 from tumorsynth.pipeline.label_map_check import label_values
 from tumorsynth.pipeline.organ_search import OrganSearch
 from tumorsynth.pipeline.params_grid import ParamsGrid
@@ -24,7 +24,7 @@ from tumorsynth.placement.allowed import dilate
 from tumorsynth.placement.exophytic import ExophyticRegion
 from tumorsynth.placement.growth import grow_in_organ
 from tumorsynth.placement.organ import OrganRegion, is_organ
-from tumorsynth.placement.place import place, place_from_params
+from tumorsynth.placement.place import place_from_params, placing
 from tumorsynth.placement.types import LocalMask, Skip, SkipCode
 
 MAX_NOT_FINITE_SHARE = 0.5  # of the organ; beyond it, the reason for no room
@@ -88,20 +88,19 @@ def place_samples(
     Raises:
         ValueError: if an image that is to get tumours cannot be in the scale of ``intensity``.
     """
-    placed = []
-    for sample in samples:
+
+    def place_one(sample: Sample) -> Task[PlacedSample]:
         excluded = (exclude or {}).get(sample.number)
         if excluded is not None:
-            placed.append(PlacedSample(skip_sample(excluded), []))
-            continue
-        work: Callable[[torch.device], PlacedSample]
+            return PlacedSample(skip_sample(excluded), [])
         if replayed is None:
             work = partial(place_sample, settings, sample, seeds[sample.number], tissue=tissue)
         else:
             work = partial(replay_sample, settings, sample, replayed[sample.number], tissue=tissue)
-        found = or_on_cpu("placing tumours", sample.image.device, work)
-        placed.append(replace(found, new_contrast=True) if new_contrast else found)
-    return placed
+        placed = yield from run_or_on_cpu("placing tumours", sample.image.device, work)
+        return replace(placed, new_contrast=True) if new_contrast else placed
+
+    return run_together(place_one(sample) for sample in samples)
 
 
 def place_sample(
@@ -110,7 +109,7 @@ def place_sample(
     seed: int,
     device: torch.device,
     tissue: TissueCheck | None = None,
-) -> PlacedSample:
+) -> Task[PlacedSample]:
     """Sample and place the tumours of one sample.
 
     Args:
@@ -124,18 +123,20 @@ def place_sample(
     rng = torch.Generator().manual_seed(seed)
     if float(torch.rand((), generator=rng, dtype=torch.float64)) >= settings.p:
         return PlacedSample(not_selected(settings, seed), [])
-    found = OrganSearch(settings, sample)
+    found = yield from OrganSearch.of(settings, sample)
     box = found.organ_box
     if box is None:
         reason = _no_organ(settings, sample.label)
         return PlacedSample(SampleParams(seed, SkipCode.NO_ORGAN, reason), [])
-    _check_intensity(settings, sample)  # first: tissue is judged in HU
+    yield from _check_intensity(settings, sample)  # first: tissue is judged in HU
     placement = settings.placement
-    region = organ_region(settings, sample, tissue, found)
-    growth = None if placement.bulge is None else growth_region(settings, sample)
+    region = yield from organ_region(settings, sample, tissue, found)
+    growth = None
+    if placement.bulge is not None:
+        growth = yield from growth_region(settings, sample)
     frame = sample.frame
     objection = None if tissue is None else partial(tissue.objection, sample)
-    results = place(
+    results = yield from placing(
         region,
         frame.spacing,
         placement,
@@ -146,12 +147,12 @@ def place_sample(
         frame.slice_axis,
     )
     if results and all(isinstance(result, Skip) for result in results):
-        share = _not_finite_share(settings, sample)
+        share = yield from _not_finite_share(settings, sample)
         if share > MAX_NOT_FINITE_SHARE:
             skip = Skip(SkipCode.NOT_FINITE, skip_reasons.not_finite(share))
             results = [skip] * len(results)
         elif tissue is not None:
-            results = _explained(results, sample, tissue, box)
+            results = yield from _explained(results, sample, tissue, box)
     results = [r if isinstance(r, Skip) else _with_displacement(settings, r) for r in results]
     tumors = [result.params for result in results if isinstance(result, LocalMask)]
     grid = ParamsGrid(ints3(sample.label.shape), frame)
@@ -175,7 +176,7 @@ def replay_sample(
     recorded: Mapping[str, Any],
     device: torch.device,
     tissue: TissueCheck | None = None,
-) -> PlacedSample:
+) -> Task[PlacedSample]:
     """Place the tumours of recorded params again.
 
     Args:
@@ -191,14 +192,14 @@ def replay_sample(
     if not params.tumors:
         return PlacedSample(params, results, recorded)
     if sample.first_phase is not None:
-        _check_intensity(settings, sample)
+        yield from _check_intensity(settings, sample)
     sample = sample.for_placing.to(device)
-    _check_intensity(settings, sample)
+    yield from _check_intensity(settings, sample)
     placement = settings.placement
-    region = organ_region(settings, sample, tissue)
+    region = yield from organ_region(settings, sample, tissue)
     growth = None
     if any(tumor.bulge for tumor in params.tumors):
-        growth = growth_region(settings, sample)
+        growth = yield from growth_region(settings, sample)
     for tumor in params.tumors:
         earlier = [] if placement.merge else [r for r in results if isinstance(r, LocalMask)]
         results.append(
@@ -238,15 +239,16 @@ def _no_organ(settings: Settings, label: Tensor) -> str:
     )
 
 
-def _check_intensity(settings: Settings, sample: Sample) -> None:
-    check_intensity(sample.image, settings.intensity, sample.label, settings.organ_labels)
+def _check_intensity(settings: Settings, sample: Sample) -> Task[None]:
+    return checking_intensity(sample.image, settings.intensity, sample.label, settings.organ_labels)
 
 
-def growth_region(settings: Settings, sample: Sample) -> ExophyticRegion:
+def growth_region(settings: Settings, sample: Sample) -> Task[ExophyticRegion]:
     """Return where a sample's tumours may grow beyond the organ, on the CPU."""
+    image, label = yield [sample.image, sample.label]
     return ExophyticRegion(
-        sample.image.cpu(),
-        sample.label.cpu(),
+        image,
+        label,
         settings.organ_labels,
         sample.frame.plane_distance,
         settings.intensity,
@@ -258,7 +260,7 @@ def organ_region(
     sample: Sample,
     tissue: TissueCheck | None = None,
     found: OrganSearch | None = None,
-) -> OrganRegion:
+) -> Task[OrganRegion]:
     """Return the organ of a sample, on the CPU.
 
     It forbids voxels that are not finite, and earlier tumours with their gap. It is on the CPU
@@ -272,7 +274,8 @@ def organ_region(
     """
     image, label, spacing = sample.image, sample.label, sample.frame.plane_distance
     gap_mm, merge = settings.placement.gap_mm, settings.placement.merge
-    found = found or OrganSearch(settings, sample)
+    if found is None:
+        found = yield from OrganSearch.of(settings, sample)
     whole, box, finite = Box.whole(label.shape), found.organ_box, found.is_finite
     tumor_box = present = found.tumor_box
     parts = []
@@ -305,21 +308,24 @@ def organ_region(
         if values.dtype not in (torch.float32, torch.float64):
             values = values.float()
         region = replace(region, image=values, image_range=tissue.image_range)
-    return region.to_cpu()
+    return (yield from region.fetch())
 
 
-def _not_finite_share(settings: Settings, sample: Sample) -> float:
+def _not_finite_share(settings: Settings, sample: Sample) -> Task[float]:
     """Return the share of the organ in which the image is NaN or infinite."""
     organ: Tensor = is_organ(sample.label, settings.organ_labels)
-    return float((organ & ~sample.image.isfinite()).sum()) / max(1, int(organ.sum()))
+    lost, all_voxels = yield [(organ & ~sample.image.isfinite()).sum(), organ.sum()]
+    return float(lost) / max(1, int(all_voxels))
 
 
 def _explained(
     results: list[LocalMask | Skip], sample: Sample, tissue: TissueCheck, box: Box
-) -> list[LocalMask | Skip]:
+) -> Task[list[LocalMask | Skip]]:
     """Give skips for want of room the reason why the organ has none, if that is its tissue."""
     lacks_room = [isinstance(one, Skip) and one.code is SkipCode.NO_ROOM for one in results]
-    found = tissue.organ_objection(sample, box) if any(lacks_room) else None
+    if not any(lacks_room):
+        return results
+    found = yield from tissue.organ_objection(sample, box)
     if found is None:
         return results
     return [found if lacks else one for one, lacks in zip(results, lacks_room, strict=True)]

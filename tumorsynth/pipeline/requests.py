@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,13 +17,14 @@ from tumorsynth.appearance.noise import (
     feather_mm,
     grain_of_subvoxels,
     grain_region,
-    measure_noise,
+    measuring_noise,
     sample_edge_mm,
     softening_mm,
 )
 from tumorsynth.appearance.surroundings import similar_level_around
 from tumorsynth.crop_grid import CropGrid, plan_crop
 from tumorsynth.devices import onto
+from tumorsynth.fetching import Task, run_together
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.geometry import Box, Floats3
 from tumorsynth.pipeline.call import Call
@@ -93,8 +94,17 @@ def request_tumors(
         placed: their placed tumours.
     """
     requests = Requests()
-    for sample, one in zip(samples, placed, strict=True):
-        _request_sample(call, sample, one, requests)
+    asked = [
+        one
+        for sample, its in zip(samples, placed, strict=True)
+        for one in _request_sample(call, sample, its, requests)
+    ]
+    found = run_together(task for task, _ in asked)
+    for one, (_, is_rejected) in zip(found, asked, strict=True):
+        if isinstance(one, PaintRequest):
+            requests.paint.append(replace(one, rejected=is_rejected))
+        elif not is_rejected:
+            requests.records.append(one)
     return requests
 
 
@@ -114,7 +124,7 @@ def skip_records(placed: Sequence[PlacedSample], first: int = 0) -> list[Record]
 
 def request_or_skip(
     call: Call, id: TumorId, sample: Sample, tumor: LocalMask | Skip, params: SampleParams | None
-) -> PaintRequest | SkipRecord:
+) -> Task[PaintRequest | SkipRecord]:
     """Return the request for one tumour, or the report entry of why there is none.
 
     Args:
@@ -129,20 +139,27 @@ def request_or_skip(
     if isinstance(tumor, Skip):
         found = tumor
     else:
-        found = request_painting(call.settings, call.generator, id, sample, tumor, call.tissue)
+        found = yield from request_painting(
+            call.settings, call.generator, id, sample, tumor, call.tissue
+        )
     if isinstance(found, Skip):
         return SkipRecord(id.sample, id.report_index, found.code, found.reason)
     if params is not None and (
         call.new_contrast or isinstance(call.settings.contrast_hu, ContrastPrior)
     ):
         seed = found.tumor.params.seed
-        found = with_contrast(call.settings, call.generator, found, seed)
+        found = yield from with_contrast(call.settings, call.generator, found, seed)
         params.tumors[id.params_index] = found.tumor.params
     return found
 
 
-def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: Requests) -> None:
-    """Add what is to be done for the tumours of one sample."""
+def _request_sample(
+    call: Call, sample: Sample, placed: PlacedSample, requests: Requests
+) -> Iterator[tuple[Task[PaintRequest | SkipRecord], bool]]:
+    """Yield a request for each of a sample's tumours, and whether the tumour is rejected already.
+
+    What is left to `displace`, or skipped already, is added to ``requests``.
+    """
     requests.records.extend(skip_records([placed], first=sample.number))
     rejected = {one.number: one for one in placed.params.rejected}
     tumors = [result for result in placed.results if isinstance(result, LocalMask)]
@@ -164,11 +181,7 @@ def _request_sample(call: Call, sample: Sample, placed: PlacedSample, requests: 
             later = [] if call.settings.merge else tumors[params_index:]
             displacing.append(DisplacingTumor(id, result, later, rejection is not None))
             continue
-        found = request_or_skip(call, id, sample, result, placed.with_contrast)
-        if isinstance(found, PaintRequest):
-            requests.paint.append(replace(found, rejected=rejection is not None))
-        elif rejection is None:
-            requests.records.append(found)
+        yield request_or_skip(call, id, sample, result, placed.with_contrast), rejection is not None
     if has_mass_effect:
         requests.displace.append(displacing)
 
@@ -180,14 +193,14 @@ def request_painting(
     sample: Sample,
     tumor: LocalMask,
     check: TissueCheck | None = None,
-) -> PaintRequest | Skip:
+) -> Task[PaintRequest | Skip]:
     """Cut the crop around a tumour, in the generator's scale and on its grid.
 
     Returns:
         The request, or a Skip where the generator cannot paint in this tissue.
     """
     to_hu = settings.intensity.to_hu
-    noise = _noise_around(settings, sample, tumor)
+    noise = yield from _noise_around(settings, sample, tumor)
     grain_mm = noise.grain_mm if settings.blend == "change" else (0.0, 0.0, 0.0)
     edge_mm = 0.0
     if generator.even and settings.blend == "change":
@@ -201,7 +214,9 @@ def request_painting(
 
     local_hu = to_hu(sample.image[region.slices].float())
     local_label = sample.label[region.slices]
-    tissue = measure_tissue(local_hu, local_label, settings.organ_labels, inside, generator.window)
+    tissue = yield from measure_tissue(
+        local_hu, local_label, settings.organ_labels, inside, generator.window
+    )
     reason = tissue.outside_window(generator.window)
     if reason is not None:
         return Skip(SkipCode.OUTSIDE_WINDOW, reason, tumor.params.drawn_mm)
@@ -283,23 +298,25 @@ def _plan(
 
 def make_again(
     settings: Settings, generator: TumorGenerator, request: PaintRequest, retries: int
-) -> PaintRequest:
+) -> Task[PaintRequest]:
     """Return the request with the next noise seed, and with how often this happened."""
-    request = with_contrast(settings, generator, request, request.tumor.params.seed + 1)
+    request = yield from with_contrast(settings, generator, request, request.tumor.params.seed + 1)
     params = replace(request.tumor.params, retries=retries)
     return replace(request, tumor=replace(request.tumor, params=params))
 
 
 def with_contrast(
     settings: Settings, generator: TumorGenerator, request: PaintRequest, seed: int
-) -> PaintRequest:
+) -> Task[PaintRequest]:
     """Return the request with this noise seed and the contrast that follows from it."""
     params = replace(request.tumor.params, seed=seed, raised_hu=None)
     if isinstance(settings.contrast_hu, ContrastPrior):
         low, high = generator.window
         hu = request.crop[None, None] * (high - low) + low
-        level = float(similar_level_around(hu, request.crop_mask[None, None]))
-        contrast_hu, structure_hu = settings.contrast_hu.sample(seed, params.diameter_mm, level)
+        (level,) = yield [similar_level_around(hu, request.crop_mask[None, None])]
+        contrast_hu, structure_hu = settings.contrast_hu.sample(
+            seed, params.diameter_mm, float(level)
+        )
         params = replace(params, contrast_hu=contrast_hu, structure_hu=structure_hu)
     else:
         contrast = sample_contrast_hu(settings.contrast_hu, seed)
@@ -307,12 +324,12 @@ def with_contrast(
     return replace(request, tumor=replace(request.tumor, params=params))
 
 
-def _noise_around(settings: Settings, sample: Sample, tumor: LocalMask) -> ScanNoise:
+def _noise_around(settings: Settings, sample: Sample, tumor: LocalMask) -> Task[ScanNoise]:
     """Return the noise of the healthy scan around a tumour's place."""
     region = grain_region(tumor.box, sample.frame.spacing, sample.image.shape).slices
     hu = settings.intensity.to_hu(sample.image[region].float())
     organ = is_organ(sample.label[region], settings.organ_labels)
-    return measure_noise(hu, organ, sample.frame.spacing)
+    return measuring_noise(hu, organ, sample.frame.spacing)
 
 
 def _in_region(mask: Tensor, box: Box, region: Box, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from tumorsynth.appearance.tissue import (
     holds_air,
     measure_averages,
 )
+from tumorsynth.fetching import Task
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.geometry import Box
 from tumorsynth.pipeline.records import Sample
@@ -64,11 +65,8 @@ class TissueCheck:
         limits = found.voxel_range(settings.intensity)
         return cls(settings, found, generator.name, generator.window, limits, any_place)
 
-    def objection(self, sample: Sample, tumor: LocalMask) -> Skip | None:
-        """Return why a placed tumour must not lie where it is; None if it may.
-
-        On a GPU this is one host-device synchronisation, or two.
-        """
+    def objection(self, sample: Sample, tumor: LocalMask) -> Task[Skip | None]:
+        """Return why a placed tumour must not lie where it is; None if it may."""
         if self.any_place:
             return None
         spacing = sample.frame.spacing
@@ -79,7 +77,7 @@ class TissueCheck:
             slice(a, b, step) for a, b, step in zip(box.start, box.stop, steps, strict=True)
         )
         organ = is_organ(sample.label[sampled], self.settings.organ_labels)
-        hu = torch.where(organ, self._hu(sample.image[sampled]), torch.nan).cpu()
+        (hu,) = yield [torch.where(organ, self._hu(sample.image[sampled]), torch.nan)]
         reason = None
         if not self.range.holds_all(hu):  # most organs need no averages
             tissue = measure_averages(hu, [s * n for s, n in zip(spacing, steps, strict=True)])
@@ -87,7 +85,7 @@ class TissueCheck:
         if reason is None and self.range.voxel_hu[0] < AIR_HU:
             inside = torch.zeros(box.shape, dtype=torch.bool)
             inside[tumor.box.relative_to(box).slices] = tumor.mask.cpu()
-            hu = self._hu(sample.image[box.slices]).cpu()
+            (hu,) = yield [self._hu(sample.image[box.slices])]
             reason = skip_reasons.AIR if holds_air(hu, inside) else None
         if reason is None:
             return None
@@ -96,7 +94,7 @@ class TissueCheck:
     def _hu(self, image: Tensor) -> Tensor:
         return self.settings.intensity.to_hu(image.float())
 
-    def organ_objection(self, sample: Sample, box: Box) -> Skip | None:
+    def organ_objection(self, sample: Sample, box: Box) -> Task[Skip | None]:
         """Return why no place in a sample's organ suits the generator; None if some may.
 
         Args:
@@ -110,11 +108,12 @@ class TissueCheck:
         image, label = sample.image[every], sample.label[every]
         organ = is_organ(label, self.settings.organ_labels)
         unsuited = organ & is_outside(image, self.image_range)
-        share = float(unsuited.sum()) / max(1, int(organ.sum()))
+        voxels, organ_voxels = yield [unsuited.sum(), organ.sum()]
+        share = float(voxels) / max(1, int(organ_voxels))
         if share <= MAX_UNSUITED_SHARE:
             return None
         hu = self._hu(image)
-        whole = measure_tissue(hu, label, self.settings.organ_labels, organ, self.window)
+        whole = yield from measure_tissue(hu, label, self.settings.organ_labels, organ, self.window)
         reason = whole.outside_window(self.window)
         if reason is not None:
             return Skip(SkipCode.OUTSIDE_WINDOW, reason)

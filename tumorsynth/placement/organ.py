@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tumorsynth.devices import on_cpu
+from tumorsynth.fetching import Task, run_alone, together_on_cpu
 from tumorsynth.geometry import Box
 from tumorsynth.placement.arguments import check_organ_labels
 from tumorsynth.placement.types import Bools
@@ -76,8 +77,18 @@ class OrganRegion:
 
     def to_cpu(self) -> OrganRegion:
         """Return the region on the CPU, after one host-device synchronisation."""
+        return run_alone(self.fetch())
+
+    def fetch(self) -> Task[OrganRegion]:
+        """Return the region on the CPU."""
         if on_cpu(self.label):
             return self
+        (code,) = yield [self._code()]
+        forbidden = None if self.forbidden is None and self.image is None else code > 1
+        return replace(self, label=code & 1, organ_labels=(1,), forbidden=forbidden, image=None)
+
+    def _code(self) -> Tensor:
+        """Return 1 in the organ plus 2 where no tumour may be: uint8."""
         organ, forbidden = is_organ(self.label, self.organ_labels), self.forbidden
         if self.image is not None:  # a mask is less to copy than an image
             unsuited = organ & is_outside(self.image, self.image_range)
@@ -85,9 +96,7 @@ class OrganRegion:
         code = organ.to(torch.uint8)
         if forbidden is not None:
             code += 2 * forbidden.to(torch.uint8)
-        code = code.cpu()
-        forbidden = None if forbidden is None else code > 1
-        return replace(self, label=code & 1, organ_labels=(1,), forbidden=forbidden, image=None)
+        return code
 
 
 def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
@@ -107,39 +116,42 @@ def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
         )
     labels = check_organ_labels(organ_labels)
     if not on_cpu(label):
-        return boxes_on_device(label, [labels])[0][0]
-    # search along the memory's slowest axis; a NIfTI's memory has its axes in reverse
-    order = sorted(range(3), key=label.stride, reverse=True)
+        return boxes_of_lines(label, together_on_cpu(lines_with(label, [labels])))[0]
+    order = _slowest_first(label)
     planes, across = _planes_and_lines_with(*as_array(label.permute(order), labels))
     return _box_of_hits([planes, *(np.logical_or.reduce(across, axis) for axis in (1, 0))], order)
 
 
-def boxes_on_device(
-    label: Tensor, values: Sequence[Sequence[int]], flag: Tensor | None = None
-) -> tuple[list[Box | None], bool]:
-    """Return `organ_box` of several sets of values, with one host-device synchronisation.
+def lines_with(label: Tensor, values: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return what `boxes_of_lines` needs of a label on a device: three lines for each set.
 
     Args:
         label: (X, Y, Z), any dtype and device.
-        values: the sets, each checked.
-        flag: a bool to bring along, if any.
-
-    Returns:
-        The boxes, and the flag; False without one.
+        values: the sets of values, each checked.
     """
-    order = sorted(range(3), key=label.stride, reverse=True)
-    label = label.permute(order)
-    flags = [] if flag is None else [flag[None]]
+    label = label.permute(_slowest_first(label))
+    lines = []
     for labels in values:
         organ = is_organ(label, labels)
         projected = organ.any(0)
-        flags += [organ.any(2).any(1), projected.any(1), projected.any(0)]
-    first, *lines = torch.cat(flags).cpu().split([len(found) for found in flags])
-    if flag is None:
-        lines = [first, *lines]
-    hits = [line.numpy() for line in lines]
-    boxes = [_box_of_hits(hits[n : n + 3], order) for n in range(0, len(hits), 3)]
-    return boxes, flag is not None and bool(first)
+        lines += [organ.any(2).any(1), projected.any(1), projected.any(0)]
+    return lines
+
+
+def boxes_of_lines(label: Tensor, lines: Sequence[Tensor]) -> list[Box | None]:
+    """Return `organ_box` of each set of values.
+
+    Args:
+        label: as `lines_with` got it.
+        lines: what that returned, on the CPU.
+    """
+    hits, order = [line.numpy() for line in lines], _slowest_first(label)
+    return [_box_of_hits(hits[n : n + 3], order) for n in range(0, len(hits), 3)]
+
+
+def _slowest_first(label: Tensor) -> list[int]:
+    """Return the axes in the order of the memory; a NIfTI's memory has its axes in reverse."""
+    return sorted(range(3), key=label.stride, reverse=True)
 
 
 def _box_of_hits(hits: Sequence[Bools], order: Sequence[int]) -> Box | None:

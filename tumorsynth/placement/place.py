@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import torch
 
+from tumorsynth.fetching import Task, run_alone
 from tumorsynth.geometry import Rows3
 from tumorsynth.placement import skip_reasons
 from tumorsynth.placement.allowed import AllowedVoxels
@@ -49,7 +50,7 @@ CUT_FLATNESS_FACTOR = 0.7  # of its own flatness, that a flat shape must keep
 MAX_ORGAN_SHARE = 0.25  # of the organ, that a tumour of a prior's size may take
 COARSE_POINTS = 24  # along each axis of the grid on which the organ's volume is estimated
 
-Objection = Callable[[LocalMask], Skip | None]  # why a tumour must not lie where it is
+Objection = Callable[[LocalMask], Task[Skip | None]]  # why a tumour must not lie where it is
 
 
 @torch.no_grad()
@@ -77,8 +78,8 @@ def place(
         growth: where tumours may grow beyond the organ; without it ``settings.bulge`` has no
             effect.
         shear: of the sample's axes; see `tumorsynth.geometry.Frame`.
-        objection: judges each tumour where it fits; of one that is objected to everywhere, the
-            first objection is returned. None accepts every place.
+        objection: a task that judges each tumour where it fits; of one that is objected to
+            everywhere, the first objection is returned. None accepts every place.
         vertical: the axis along which upright shapes stand (`PlacementSettings.own_shapes`).
 
     Returns:
@@ -89,6 +90,20 @@ def place(
         >>> settings = PlacementSettings(size_mm=(5, 20), count=3)
         >>> place(region, (0.8, 0.8, 2.5), settings, torch.Generator().manual_seed(0))
     """
+    return run_alone(placing(region, spacing, settings, rng, growth, shear, objection, vertical))
+
+
+def placing(
+    region: OrganRegion,
+    spacing: Sequence[float],
+    settings: PlacementSettings,
+    rng: torch.Generator,
+    growth: GrowthRegion | None = None,
+    shear: Rows3 | None = None,
+    objection: Objection | None = None,
+    vertical: int = 2,
+) -> Task[list[LocalMask | Skip]]:
+    """Return `place` as a task."""
     spacing = check_spacing(spacing)
     wanted = settings.draw_count(rng)
     seeds = torch.randint(SEED_LIMIT, (wanted,), generator=rng).tolist()
@@ -96,7 +111,8 @@ def place(
         reason = skip_reasons.no_organ(region.organ_labels)
         return [Skip(SkipCode.NO_ORGAN, reason)] * wanted
 
-    allowed = AllowedVoxels(region.to_cpu(), spacing, settings.gap_mm, shear)
+    region = yield from region.fetch()
+    allowed = AllowedVoxels(region, spacing, settings.gap_mm, shear)
     sizes = _sizes_for(settings, allowed)
     results: list[LocalMask | Skip] = []
     failed_in_a_row = 0
@@ -109,7 +125,7 @@ def place(
             allowed.keep_clear_of(results[-1])
         tumor_rng = torch.Generator().manual_seed(seed)
         sampled = sample_tumor(settings, sizes, growth is not None, tumor_rng, vertical)
-        result = _fit(sampled, allowed, sizes, growth, tumor_rng, objection)
+        result = yield from _fit(sampled, allowed, sizes, growth, tumor_rng, objection)
         failed_in_a_row = 0 if isinstance(result, LocalMask) else failed_in_a_row + 1
         results.append(result)
     return results
@@ -162,7 +178,7 @@ def _fit(
     growth: GrowthRegion | None,
     rng: torch.Generator,
     objection: Objection | None,
-) -> LocalMask | Skip:
+) -> Task[LocalMask | Skip]:
     """Find a centre for a tumour, making it smaller if need be."""
     params = sampled.params
     if params.bulge == 0:
@@ -195,7 +211,7 @@ def _fit(
             if not isinstance(result, LocalMask):
                 most_mm3 = max(most_mm3, result)
             elif not _is_sliver(result, shape, allowed):
-                found = None if objection is None else objection(result)
+                found = None if objection is None else (yield from objection(result))
                 if found is None:
                     return result
                 unsuited.append(found)
