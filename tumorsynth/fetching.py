@@ -81,17 +81,18 @@ def together_on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     packed = [not on_cpu(t) and t.numel() * t.element_size() <= MAX_PACKED_BYTES for t in tensors]
     if sum(packed) < 2:
         return [tensor.cpu() for tensor in tensors]
-    as_bytes = [
-        t.flatten().view(torch.uint8)
-        for t, is_packed in zip(tensors, packed, strict=True)
-        if is_packed
-    ]
+    as_bytes = [_bytes(t) for t, is_packed in zip(tensors, packed, strict=True) if is_packed]
     copies = iter(torch.cat(as_bytes).cpu().split([len(one) for one in as_bytes]))
     return [
         # cloned, since a view as a wider dtype must be aligned
         next(copies).clone().view(t.dtype).view(t.shape) if is_packed else t.cpu()
         for t, is_packed in zip(tensors, packed, strict=True)
     ]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    # a view as another dtype needs a stride of 1, which flatten() of one voxel may lack
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _run_until_it_asks(task: Task[Any], answer: Any) -> Sequence[Tensor]:

@@ -17,7 +17,7 @@ from tumorsynth.placement.organ import organ_box
 from tumorsynth.synthesizer import SynthesizeTumor
 
 SHAPE = (60, 52, 44)
-SAMPLE, TUMOUR = 4, 4  # waits that a sample costs, and each of its tumours
+CALL, TUMOUR = 5, 1  # waits that a call costs, and each tumour of a sample
 
 
 def scan(kind: str = "ball", dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor]:
@@ -41,18 +41,17 @@ def scan(kind: str = "ball", dtype: torch.dtype = torch.uint8) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("even", [False, True])
-def test_a_call_waits_a_few_times_a_sample_and_a_few_times_a_tumour(monkeypatch, even):
+def test_a_call_waits_a_few_times_and_once_a_tumour(monkeypatch, even):
+    """Once more for each that is painted again, to be seen."""
     generator = tiny_generator(contrast=ContrastConfig() if even else None)
-    counts = []
     for tumours in (1, 2):
         image, label = scan()
         synth = SynthesizeTumor(generator, count=tumours, size_mm=9.0)
         with pretended(monkeypatch, image, label) as gpu:
             synth(image, label, spacing=1.0, seed=0)
         assert sum(record["applied"] for record in synth.report) == tumours
-        counts.append(gpu.count())
-        assert gpu.count() <= SAMPLE + TUMOUR * tumours, gpu.waits
-    assert counts[1] - counts[0] <= TUMOUR
+        again = sum("raised_hu" in t for t in synth.params[0]["tumors"])
+        assert gpu.count() <= CALL + TUMOUR * tumours + again, gpu.waits
 
 
 def test_a_generator_that_names_its_tissue_waits_once_more_a_tumour(monkeypatch):

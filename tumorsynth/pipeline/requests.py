@@ -105,6 +105,8 @@ def request_tumors(
             requests.paint.append(replace(one, rejected=is_rejected))
         elif not is_rejected:
             requests.records.append(one)
+    # those of one sample are finished in turn, so a batch had better hold those of many samples
+    requests.paint.sort(key=lambda request: request.id.params_index)
     return requests
 
 
