@@ -38,19 +38,17 @@ def run_together(tasks: Iterable[Task[T]]) -> list[T]:
     Args:
         tasks: must not depend on what another of them does.
     """
-    running = list(tasks)
-    results: dict[int, T] = {}
-    answers: dict[int, Any] = dict.fromkeys(range(len(running)))  # None starts a generator
-    while answers:
-        asked: dict[int, Sequence[Tensor]] = {}
-        for number, answer in answers.items():
-            try:
-                asked[number] = _run_until_it_asks(running[number], answer)
-            except StopIteration as end:
-                results[number] = end.value
-        copies = iter(together_on_cpu([tensor for wanted in asked.values() for tensor in wanted]))
-        answers = {number: list(islice(copies, len(asked[number]))) for number in asked}
-    return [results[number] for number in range(len(running))]
+    results: list[Any] = []
+    asking: list[tuple[int, Task[T], Sequence[Tensor]]] = []
+    for number, task in enumerate(tasks):
+        results.append(None)
+        _go_on(number, task, None, results, asking)
+    while asking:
+        asked, asking = asking, []
+        copies = iter(together_on_cpu([tensor for _, _, wanted in asked for tensor in wanted]))
+        for number, task, wanted in asked:
+            _go_on(number, task, list(islice(copies, len(wanted))), results, asking)
+    return results
 
 
 def run_alone(task: Task[T]) -> T:
@@ -95,9 +93,28 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _run_until_it_asks(task: Task[Any], answer: Any) -> Sequence[Tensor]:
-    """Run a task until it needs a tensor of a device; return all that it needs then."""
-    wanted = task.send(answer)
-    while all(on_cpu(tensor) for tensor in wanted):
-        wanted = task.send(list(wanted))
-    return wanted
+def _go_on(
+    number: int,
+    task: Task[T],
+    answer: list[Tensor] | None,
+    results: list[Any],
+    asking: list[tuple[int, Task[T], Sequence[Tensor]]],
+) -> None:
+    """Run a task until it needs a tensor of a device, or returns; note which.
+
+    Args:
+        number: of the task.
+        task: to go on with.
+        answer: what it asked for; None starts it.
+        results: of the tasks, by number.
+        asking: the tasks that need tensors.
+    """
+    send: Any = task.send
+    try:
+        wanted = send(answer)
+        while all(map(on_cpu, wanted)):
+            wanted = send(list(wanted))
+    except StopIteration as end:
+        results[number] = end.value
+    else:
+        asking.append((number, task, wanted))

@@ -17,8 +17,10 @@ from tumorsynth.appearance.mass_effect import MassEffect
 from tumorsynth.appearance.visibility import FaintTumorWarning, faint_warning, is_faint
 from tumorsynth.arguments import check_probability, keywords_of, known_keywords
 from tumorsynth.devices import allow_deterministic_products, parse_device, plain_defaults
+from tumorsynth.fetching import Task, run_together
 from tumorsynth.generators.protocol import TumorGenerator
 from tumorsynth.generators.store import Handle
+from tumorsynth.geometry import Box
 from tumorsynth.intensity import HU, Intensity
 from tumorsynth.label_maps import LabelMapLike
 from tumorsynth.once import Once
@@ -42,6 +44,7 @@ from tumorsynth.pipeline.validation import (
     check_params,
     check_same_voxels,
 )
+from tumorsynth.placement.organ import fetch_box
 from tumorsynth.placement.types import Skip
 from tumorsynth.random_streams import per_sample_seeds
 from tumorsynth.threads import one_thread
@@ -287,7 +290,7 @@ class SynthesizeTumor(nn.Module):
             placed = place_samples(
                 settings, samples, seeds, params, exclude, call.tissue, new_contrast
             )
-            if self.taken_label.is_open and params is None:
+            if self.taken_label.is_open and params is None and any(p.results for p in placed):
                 self._judge_tumor_label(samples, placed)
             requests = request_tumors(call, samples, placed)
             records = requests.records
@@ -308,11 +311,15 @@ class SynthesizeTumor(nn.Module):
 
     def _judge_tumor_label(self, samples: Sequence[Sample], placed: Sequence[PlacedSample]) -> None:
         """Warn once if samples that get tumours hold an organ of the tumours' value."""
-        for sample, one in zip(samples, placed, strict=True):
-            searched = one.tumor_box is not None or (self.settings.merge and bool(one.results))
-            if searched and self.taken_label.is_open:
-                voxel_mm3 = sample.frame.voxel_mm3
-                self.taken_label.judge(sample.label, one.tumor_box, voxel_mm3=voxel_mm3)
+        boxes = run_together(map(self._box_of_tumor_label, samples, placed))
+        for sample, box in zip(samples, boxes, strict=True):
+            if box is not None and self.taken_label.is_open:
+                self.taken_label.judge(sample.label, box, voxel_mm3=sample.frame.voxel_mm3)
+
+    def _box_of_tumor_label(self, sample: Sample, placed: PlacedSample) -> Task[Box | None]:
+        if placed.tumor_box is None and self.settings.merge and placed.results:  # not searched yet
+            return (yield from fetch_box(sample.label, (self.tumor_label,)))
+        return placed.tumor_box
 
     def _warn_of_faint(self, records: Iterable[Record]) -> None:
         """Warn of a tumour that is hardly visible, once a transform."""

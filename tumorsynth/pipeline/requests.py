@@ -94,11 +94,11 @@ def request_tumors(
         placed: their placed tumours.
     """
     requests = Requests()
-    asked = [
-        one
-        for sample, its in zip(samples, placed, strict=True)
-        for one in _request_sample(call, sample, its, requests)
-    ]
+    asked: list[tuple[Task[PaintRequest | SkipRecord], bool]] = []
+    for sample, its in zip(samples, placed, strict=True):
+        asked += _request_sample(call, sample, its, requests)
+    if not asked:
+        return requests
     found = run_together(task for task, _ in asked)
     for one, (_, is_rejected) in zip(found, asked, strict=True):
         if isinstance(one, PaintRequest):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tumorsynth.devices import on_cpu
-from tumorsynth.fetching import Task, run_alone, together_on_cpu
+from tumorsynth.fetching import Task, run_alone
 from tumorsynth.geometry import Box
 from tumorsynth.placement.arguments import check_organ_labels
 from tumorsynth.placement.types import Bools
@@ -116,10 +116,18 @@ def organ_box(label: Tensor, organ_labels: int | Iterable[int]) -> Box | None:
         )
     labels = check_organ_labels(organ_labels)
     if not on_cpu(label):
-        return boxes_of_lines(label, together_on_cpu(lines_with(label, [labels])))[0]
+        return run_alone(fetch_box(label, labels))
     order = _slowest_first(label)
     planes, across = _planes_and_lines_with(*as_array(label.permute(order), labels))
     return _box_of_hits([planes, *(np.logical_or.reduce(across, axis) for axis in (1, 0))], order)
+
+
+def fetch_box(label: Tensor, labels: Sequence[int]) -> Task[Box | None]:
+    """Return `organ_box` as a task, of labels that are checked."""
+    if on_cpu(label):
+        return organ_box(label, labels)
+    lines = yield lines_with(label, [labels])
+    return boxes_of_lines(label, lines)[0]
 
 
 def lines_with(label: Tensor, values: Sequence[Sequence[int]]) -> list[Tensor]:
