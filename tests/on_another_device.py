@@ -290,31 +290,40 @@ def test_what_a_call_costs(batch, most):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("batch", "settings"),
     [
-        {},
-        {"merge": True, "contrast_hu": "liver-portal"},  # seed 4 draws no rim, which waits
-        {"count": 3, "size_mm": 8},
-        {"organ_labels": 16, "count": 1},  # none in this part of the body
+        (2, {}),
+        (4, {"merge": True, "contrast_hu": "liver-portal"}),  # seed 4 draws no rim, which waits
+        (8, {"organ_labels": 16}),  # none in this part of the body
+        pytest.param(4, {"count": 3, "size_mm": 8}, marks=pytest.mark.slow),  # above 8 crops
     ],
 )
-def test_a_batch_waits_as_often_as_one_of_its_samples(settings):
+def test_a_batch_waits_as_often_as_one_of_its_samples(batch, settings):
     settings = {"organ_labels": 1, "tumor_label": 20, "count": 2, "size_mm": 12, **settings}
     counts, generator = [], tiny_generator().to(DEVICE)
     generator.card = {"name": "tiny", "tissue_range": SOFT_TISSUE.to_card()}
     synth = ts.SynthesizeTumor(generator, **settings)
-    for batch in (1, 1, 2, 4):  # the first call keeps what is loaded once
-        image, label = (torch.stack([x] * batch).to(DEVICE) for x in (PHANTOM.image, PHANTOM.label))
+    for size in (1, batch):
+        image, label = (torch.stack([x] * size).to(DEVICE) for x in (PHANTOM.image, PHANTOM.label))
         waits.clear()
-        synth(image, label, spacing=PHANTOM.spacing, seed=[4] * batch)
+        synth(image, label, spacing=PHANTOM.spacing, seed=[4] * size)
         counts.append(waits.total())
-    assert counts[1:] == counts[1:2] * 3, (counts, waits)
+    assert 0 < counts[0] == counts[1], (counts, waits)
 
 
-@pytest.mark.parametrize("settings", [{}, {"mass_effect": 0.5}, {"bulge": 0.3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        *(
+            pytest.param(made, marks=pytest.mark.slow)
+            for made in ({"mass_effect": 0.5}, {"bulge": 0.3}, {"gate": True})
+        ),
+    ],
+)
 def test_samples_of_a_batch_are_those_of_a_cpu(settings):
     """They go on side by side there, each at its own stage: one has no organ, one no room."""
-    settings = {"organ_labels": 1, "tumor_label": 20, "count": 3, "size_mm": (8, 16), **settings}
+    settings = {"organ_labels": 1, "tumor_label": 20, "count": 2, "size_mm": (8, 16), **settings}
     image, label = (torch.stack([x] * 4) for x in (PHANTOM.image, PHANTOM.label))
     label[1] = 0
     label[2, :, 30:] = 0
@@ -328,7 +337,7 @@ def test_samples_of_a_batch_are_those_of_a_cpu(settings):
         tumors = [entry["tumors"] for entry in synth.params]
         found.append((*(x.cpu() for x in made), tumors, [r["applied"] for r in synth.report]))
     here, there = found
-    assert sum(here[3]) >= 4 and here[2:] == there[2:] and torch.equal(here[1], there[1])
+    assert sum(here[3]) >= 2 and here[2:] == there[2:] and torch.equal(here[1], there[1])
     torch.testing.assert_close(there[0], here[0], atol=0.05, rtol=0, equal_nan=True)
 
 
