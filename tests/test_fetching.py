@@ -62,6 +62,18 @@ def test_large_tensors_come_by_themselves(monkeypatch):
     assert all(one.tolist() == list(range(len(one))) for one in found)
 
 
+def test_tensors_come_one_by_one_where_a_device_cannot_pack_them(monkeypatch):
+    def lacking(tensors):
+        raise NotImplementedError("The operator 'aten::cat' is not there")
+
+    there = [torch.arange(3.0), torch.tensor(True)]
+    with pretended(monkeypatch, *there) as gpu:
+        monkeypatch.setattr(torch, "cat", lacking)
+        found = together_on_cpu(there)
+        assert gpu.count() == 2
+    assert [one.tolist() for one in found] == [[0.0, 1.0, 2.0], True]
+
+
 def summing(values, log, name):
     """A task that asks once for each of its values."""
     total = 0.0

@@ -79,8 +79,12 @@ def together_on_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     packed = [not on_cpu(t) and t.numel() * t.element_size() <= MAX_PACKED_BYTES for t in tensors]
     if sum(packed) < 2:
         return [tensor.cpu() for tensor in tensors]
-    as_bytes = [_bytes(t) for t, is_packed in zip(tensors, packed, strict=True) if is_packed]
-    copies = iter(torch.cat(as_bytes).cpu().split([len(one) for one in as_bytes]))
+    try:
+        as_bytes = [_bytes(t) for t, is_packed in zip(tensors, packed, strict=True) if is_packed]
+        together = torch.cat(as_bytes)
+    except NotImplementedError:  # the device lacks an operator
+        return [tensor.cpu() for tensor in tensors]
+    copies = iter(together.cpu().split([len(one) for one in as_bytes]))
     return [
         # cloned, since a view as a wider dtype must be aligned
         next(copies).clone().view(t.dtype).view(t.shape) if is_packed else t.cpu()
