@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tumorsynth.commands.timing import (
     peak_mib,
     times,
 )
+from tumorsynth.fetching import run_alone
 from tumorsynth.models.kernels import cpu_isa
 
 CPU = torch.device("cpu")
@@ -113,6 +115,28 @@ def test_measuring_leaves_no_trace():
     call_times(synth, image, label, repeats=1, spacing=1.0)
     assert (set(synth.__dict__), set(generator.__dict__)) == before
     assert torch.equal(synth(image, label, spacing=1.0, seed=0)[0], expected)
+
+
+def test_a_task_is_timed_while_it_runs():
+    """Not only while it is made: most of a call are tasks, which `fetching` runs."""
+
+    class Work:
+        def task(self):
+            (value,) = yield [torch.ones(1)]
+            time.sleep(0.05)
+            return (yield from self.part()) + value
+
+        def part(self):
+            time.sleep(0.02)
+            (value,) = yield [torch.ones(1)]
+            return value
+
+    work, watch = Work(), Watch(CPU)
+    watch.wrap(work, "task", "whole")
+    watch.wrap(work, "part", "part")
+    assert float(run_alone(work.task())) == 2
+    assert watch.spent["whole"][0] >= 50 and watch.spent["part"][0] >= 20
+    assert sum(wall for wall, _ in watch.spent.values()) < 500  # counted once
 
 
 def test_a_step_inside_another_is_counted_once():

@@ -8,10 +8,12 @@ machine), and memory is the resident set.
 from __future__ import annotations
 
 import ctypes
+import inspect
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tumorsynth.fetching import Task
 from tumorsynth.generators.diffusion import Generator
 from tumorsynth.pipeline import finish, place_batch, requests
 from tumorsynth.synthesizer import SynthesizeTumor
@@ -257,19 +260,37 @@ class Watch:
         inner = getattr(owner, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            start, before = self._now(), self._total()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                end, after = self._now(), self._total()
-                own = [
-                    e - s - (a - b) for e, s, a, b in zip(end, start, after, before, strict=True)
-                ]
-                old = self.spent.get(key, (0.0, 0.0))
-                self.spent[key] = old[0] + own[0], old[1] + own[1]
+            with self._lap(key):
+                made = inner(*args, **kwargs)
+            is_task: bool = inspect.isgenerator(made)
+            return self._steps(key, made) if is_task else made
 
         self._wrapped.append((owner, name, owner.__dict__.get(name)))
         owner.__dict__[name] = run
+
+    @contextmanager
+    def _lap(self, key: str) -> Iterator[None]:
+        """Add what is spent inside, without the timed calls there, to a key."""
+        start, before = self._now(), self._total()
+        try:
+            yield
+        finally:
+            end, after = self._now(), self._total()
+            own = [e - s - (a - b) for e, s, a, b in zip(end, start, after, before, strict=True)]
+            old = self.spent.get(key, (0.0, 0.0))
+            self.spent[key] = old[0] + own[0], old[1] + own[1]
+
+    def _steps(self, key: str, task: Task[Any]) -> Task[Any]:
+        """Run a task (`tumorsynth.fetching`), of which each step is a lap."""
+        answer: Any = None
+        send: Any = task.send
+        while True:
+            with self._lap(key):
+                try:
+                    wanted = send(answer)
+                except StopIteration as end:
+                    return end.value
+            answer = yield wanted
 
     def unwrap(self) -> None:
         """Put back everything that was wrapped."""
