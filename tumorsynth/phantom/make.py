@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -98,13 +99,25 @@ def make_phantom(
         centre = FOCUS_MM[i] * max(0.0, 1 - shape[i] * spacing[i] / FIELD_MM[i])
         affine[i, 3] = centre - (shape[i] - 1) / 2 * spacing[i]
 
-    rng = torch.Generator().manual_seed(int(seed))
-    patient = Patient(rng)
+    patient, state = _patient(int(seed))
+    rng = torch.Generator()
+    rng.set_state(state)
     canvas = _Canvas(patient, affine, shape, torch.device(device or "cpu"))
     paint_patient(canvas.paint, patient)
     image = canvas.image
     image += _noise(shape, spacing, rng, image.device).mul_(canvas.noise_level())
     return Phantom(image.clamp_(min=-1024.0)[None], canvas.label[None], spacing, affine)
+
+
+@lru_cache(maxsize=4)
+def _patient(seed: int) -> tuple[Patient, Tensor]:
+    """Return the patient of a seed, and the state of the random numbers after it was drawn.
+
+    Kept, since to grow its vessels takes nearly half of the time of a small field.
+    """
+    with torch.inference_mode(False):  # a caller's may end before the patient is used again
+        rng = torch.Generator().manual_seed(seed)
+        return Patient(rng), rng.get_state()
 
 
 def _three(values: Sequence, kind: type, name: str, rule: str) -> tuple:
