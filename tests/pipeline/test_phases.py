@@ -36,8 +36,8 @@ def phases(seed=0):
         {"generator": "hu2023"},
         {"generator": "hu2023", "mass_effect": 0.5},
         {"generator": "hu2023", "organ_labels": 3, "bulge": 0.4, "size_mm": 14},
-        {"generator": "liver-early"},
-        {"generator": "liver-early", "contrast_hu": "liver-portal", "mass_effect": 0.4},
+        {"generator": "liver-early", "count": 1},
+        {"generator": "liver-early", "count": 1, "contrast_hu": "liver-portal", "mass_effect": 0.4},
         {"generator": tiny_generator(contrast=ContrastConfig())},
     ],
 )
