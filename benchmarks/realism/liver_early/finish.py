@@ -1,4 +1,4 @@
-"""Give the trained `liver-early` 5 its default contrast and its card.
+"""Give the trained `liver-early` 6 its default contrast and its card.
 
     python -m benchmarks.realism.liver_early.finish RUN/liver-early RUN/tumours.npz -o FOLDER
 
@@ -19,7 +19,7 @@ from tumorsynth.training.data import find_tumors, load_pack
 
 FIELDS = {
     "name": "liver-early",
-    "version": 5,
+    "version": 6,
     "description": "A small diffusion generator for early (< 20 mm) tumours of abdominal organs, "
     "trained on six tumours of three patients. Research use only; not for diagnosis.",
     "licence": "CC BY 4.0, with attribution to the collections under data",
@@ -30,11 +30,12 @@ FIELDS = {
         "authors) of HCC-TACE-Seg (doi:10.7937/TCIA.5FNA-0924, CC BY 4.0)",
         "autoencoder": "these scans; one more of Colorectal-Liver-Metastases, one of "
         "Adrenal-ACC-Ki67-Seg (doi:10.7937/1FPG-VM46, CC BY 4.0), TCIA ACRIN-FLT-Breast 001, "
-        "LIDC-IDRI-0314 and one more of the LIDC family (CC BY 3.0), three IBSI lung phantoms "
-        "(CC BY)",
+        "LIDC-IDRI-0314 and one more of the LIDC family (CC BY 3.0); smoothed and brightened copies "
+        "of four of them",
         "surroundings": "in four of five crops the tumour is moved, with another contrast and "
         "some with a rim or a washed-out centre, into even tissue of the annotated scans, of one "
-        "more of Colorectal-Liver-Metastases, of ACRIN-FLT-Breast and of the LIDC family",
+        "more of Colorectal-Liver-Metastases, of ACRIN-FLT-Breast and of the LIDC family, or of "
+        "smoothed and brightened copies",
     },
     "limits": [
         "trained on three patients in portal or late phase: bright tumours are those of the "

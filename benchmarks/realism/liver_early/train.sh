@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train `liver-early` 5 and measure it beside version 4, on one CPU core; start it again to resume.
+# Train `liver-early` 6 and measure it beside version 4, on one CPU core; start it again to resume.
 #   benchmarks/realism/liver_early/train.sh CT_DIR RUN [VERSION_4_FOLDER]
 # Each step leaves RUN/NAME.done; a started training resumes from its last checkpoint. The packs and
 # pictures in RUN hold parts of scans: mind their terms (README.md), and keep RUN out of the project.
@@ -33,7 +33,7 @@ patients() {  # patients NAME [OPTION...]: both generators beside the real tumou
   local name=$1
   shift
   "$python" -m benchmarks.realism.patients "$scans" --generator v4="$old" \
-    --generator v5="$run/liver-early-5" -o "$run/results/$name" "$@"
+    --generator v6="$run/liver-early-6" -o "$run/results/$name" "$@"
 }
 
 cards() {  # what each training's card will say, measured on other patients
@@ -46,16 +46,16 @@ step autoencoder train autoencoder "$run/autoencoder" "$run/autoencoder.npz" --s
   --save-every 100 --picture-every 2000
 step denoiser train denoiser "$run/liver-early" "$run/tumours.npz" \
   --autoencoder "$run/autoencoder" --name liver-early --steps 5000 --transplant 0.8 \
-  --brighter 0.35 --structure 0.3 --outlines annotated --save-every 100 --picture-every 500
+  --brighter 0.35 --structure 0.3 --outlines annotated --tissue-high 280 --save-every 100 --picture-every 500
 step finish "$python" -m benchmarks.realism.liver_early.finish "$run/liver-early" \
-  "$run/tumours.npz" -o "$run/liver-early-5"
+  "$run/tumours.npz" -o "$run/liver-early-6"
 for set in lits portal arterial; do
   step "reconstruction_$set" "$python" -m benchmarks.realism.reconstruction \
-    "$run/measure_$set.npz" --generator v4="$old" --generator v5="$run/liver-early-5" \
+    "$run/measure_$set.npz" --generator v4="$old" --generator v6="$run/liver-early-6" \
     --tissue liver=1 tumour=2 -o "$run/results/reconstruction_$set"
 done
 step evaluate_v4 cards "$old" v4
-step evaluate_v5 cards "$run/liver-early-5" v5
+step evaluate_v6 cards "$run/liver-early-6" v6
 step patients patients patients
 step patients_early patients patients_early --size-mm 0 20
 echo "$(date '+%F %T') finished: see $run/results"
