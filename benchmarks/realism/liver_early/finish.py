@@ -30,8 +30,8 @@ FIELDS = {
         "authors) of HCC-TACE-Seg (doi:10.7937/TCIA.5FNA-0924, CC BY 4.0)",
         "autoencoder": "these scans; one more of Colorectal-Liver-Metastases, one of "
         "Adrenal-ACC-Ki67-Seg (doi:10.7937/1FPG-VM46, CC BY 4.0), TCIA ACRIN-FLT-Breast 001, "
-        "LIDC-IDRI-0314 and one more of the LIDC family (CC BY 3.0); smoothed and brightened copies "
-        "of four of them",
+        "LIDC-IDRI-0314 and one more of the LIDC family (CC BY 3.0); smoothed and brightened "
+        "copies of four of them",
         "surroundings": "in four of five crops the tumour is moved, with another contrast and "
         "some with a rim or a washed-out centre, into even tissue of the annotated scans, of one "
         "more of Colorectal-Liver-Metastases, of ACRIN-FLT-Breast and of the LIDC family, or of "
