@@ -45,7 +45,7 @@ step pack "$python" -m benchmarks.realism.liver_early.data "$scans" -o "$run"
 step autoencoder train autoencoder "$run/autoencoder" "$run/autoencoder.npz" --steps 6000 \
   --save-every 100 --picture-every 2000
 step denoiser train denoiser "$run/liver-early" "$run/tumours.npz" \
-  --autoencoder "$run/autoencoder" --name liver-early --steps 3000 --transplant 0.8 \
+  --autoencoder "$run/autoencoder" --name liver-early --steps 2400 --transplant 0.8 \
   --brighter 0.35 --structure 0.3 --outlines annotated --tissue-high 280 --patch-size 48 --save-every 100 --picture-every 500
 step finish "$python" -m benchmarks.realism.liver_early.finish "$run/liver-early" \
   "$run/tumours.npz" -o "$run/liver-early-6"
