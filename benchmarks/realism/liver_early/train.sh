@@ -46,7 +46,7 @@ step autoencoder train autoencoder "$run/autoencoder" "$run/autoencoder.npz" --s
   --save-every 100 --picture-every 2000
 step denoiser train denoiser "$run/liver-early" "$run/tumours.npz" \
   --autoencoder "$run/autoencoder" --name liver-early --steps 2400 --transplant 0.8 \
-  --brighter 0.35 --structure 0.3 --outlines annotated --tissue-high 280 --patch-size 48 --save-every 100 --picture-every 500
+  --brighter 0.35 --structure 0.3 --outlines annotated --tissue-high 245 --patch-size 48 --save-every 100 --picture-every 500
 step finish "$python" -m benchmarks.realism.liver_early.finish "$run/liver-early" \
   "$run/tumours.npz" -o "$run/liver-early-6"
 for set in lits portal arterial; do
