@@ -14,7 +14,6 @@ outline = pytest.importorskip(
     "benchmarks.realism.lung.outline", reason="needs the benchmarks beside the tests"
 )
 from benchmarks.realism.lung.data import enlarged  # noqa: E402 (after the skip)
-
 from tumorsynth.training.data import Case  # noqa: E402
 
 LABEL = Path(outline.__file__).with_name("lidc_enhanced_chest_base_label.nii.gz")
