@@ -13,6 +13,7 @@ TRAINED_ON: dict[tuple[str, str], tuple[str, ...]] = {
     ("hu2023", "1"): (),
     ("liver-early", "4"): ("ircadb_p01",),
     ("liver-early", "5"): ("crlm_1006", "crlm_1100", "hcc_015"),
+    ("liver-early", "6"): ("crlm_1006", "crlm_1100", "hcc_015"),
 }
 
 
