@@ -8,8 +8,7 @@ from typing import Any
 
 # Patients that a generator learned from, also those behind its autoencoder: never in its test.
 TRAINED_ON = {
-    "liver-early": ("ircadb_p01",),
-    "liver-early-5": ("crlm_1004", "crlm_1006", "crlm_1100_lowres", "hcc_015_pv"),
+    "liver-early": ("crlm_1004", "crlm_1006", "crlm_1100_lowres", "hcc_015_pv"),
 }
 
 

@@ -1,6 +1,6 @@
 """How like real tumours are synthetic ones, patient by patient?
 
-    python -m benchmarks.realism.patients CT_DIR --generator v4=liver-early --generator v5=FOLDER
+    python -m benchmarks.realism.patients CT_DIR --generator v4=FOLDER --generator v6=liver-early
 
 CT_DIR holds NAME_ct.nii.gz with NAME_label.nii.gz (1 liver, 2 tumour); outlines in annotations/
 come first. For every real tumour each generator paints --each tumours of its diameter and contrast

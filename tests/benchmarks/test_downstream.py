@@ -465,5 +465,6 @@ def test_an_arm_with_a_mistake_is_refused():
         Arm.from_dict({"name": "x", "others": "helthy"})
     with pytest.raises(ValueError, match="generator"):
         Arm.from_dict({"name": "x"})
-    assert Arm.from_dict({"name": "x", "generator": "liver-early"}).trained_on == ("ircadb_p01",)
-    assert replace(ARMS["liver-early"], name="y").trained_on == ("ircadb_p01",)
+    learned = ("crlm_1004", "crlm_1006", "crlm_1100_lowres", "hcc_015_pv")
+    assert Arm.from_dict({"name": "x", "generator": "liver-early"}).trained_on == learned
+    assert replace(ARMS["liver-early"], name="y").trained_on == learned

@@ -172,8 +172,8 @@ def test_missing_values_and_patients_with_one_kind_alone():
 
 
 def test_what_a_generator_was_trained_on_is_known_or_asked_for():
-    (v4, hand) = generators.load(["v4=liver-early", "hu2023"], [])
-    assert v4.trained_on == ("ircadb_p01",) and hand.trained_on == ()
+    (shipped, hand) = generators.load(["v6=liver-early", "hu2023"], [])
+    assert shipped.trained_on == ("crlm_1006", "crlm_1100", "hcc_015") and hand.trained_on == ()
     (told,) = generators.load(["x=hu2023"], ["x=anna,bert"])
     assert told.trained_on == ("anna", "bert")
     with pytest.raises(SystemExit, match="LABEL="):

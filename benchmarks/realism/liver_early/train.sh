@@ -58,4 +58,6 @@ step evaluate_v4 cards "$old" v4
 step evaluate_v6 cards "$run/liver-early-6" v6
 step patients patients patients
 step patients_early patients patients_early --size-mm 0 20
+step card "$python" -m benchmarks.realism.liver_early.finish "$run/liver-early" \
+  "$run/tumours.npz" -o "$run/liver-early-6" --results "$run/results"
 echo "$(date '+%F %T') finished: see $run/results"
