@@ -75,11 +75,22 @@ def test_more_latent_channels_start_as_the_trained_network(tmp_path):
     assert all(p.requires_grad for p in wider.parameters())
 
 
+def test_a_training_may_start_from_an_autoencoder_with_another_window(tmp_path):
+    trained = Autoencoder(replace(NETWORKS["tiny"], window=(-175.0, 250.0))).eval()
+    save_autoencoder(trained, tmp_path / "ae", {"name": "ae"})
+    config = replace(TINY, window_low=-1000.0)
+    started = starting_autoencoder(config, str(tmp_path / "ae"))[0].eval()
+    assert started.config.window == (-1000.0, 250.0)
+    scaled = torch.rand(1, 1, 16, 16, 16) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(started(scaled), trained(scaled))
+
+
 def test_fewer_or_unasked_latent_channels_are_refused(tmp_path):
     trained = Autoencoder(replace(NETWORKS["tiny"], latent_channels=4))
     save_autoencoder(trained, tmp_path / "ae", {"name": "ae"})
     for channels in (None, 3):
-        with pytest.raises(ValueError, match="has another size or window than --network tiny"):
+        with pytest.raises(ValueError, match="has another size than --network tiny"):
             starting_autoencoder(replace(TINY, latent_channels=channels), str(tmp_path / "ae"))
 
 

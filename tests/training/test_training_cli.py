@@ -140,7 +140,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
         ((*stage1, "--patch-size", 30), "--patch-size must be a multiple of 4, got 30"),
         (
             (*stage1, "--patch-size", 16, "--init", tmp_path / "four"),
-            "has another size or window than",
+            "has another size than",
         ),
         ((*stage1, "--steps", "many"), "--steps"),
         ((*stage2, folder / "ae", "--tumor-label", 9), "no voxels of tumour label 9, but of 1, 2"),

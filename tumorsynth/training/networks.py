@@ -35,13 +35,14 @@ def starting_autoencoder(
 
     Args:
         config: settings of the training.
-        init: a trained autoencoder to start from; it may have fewer latent channels.
+        init: a trained autoencoder to start from; it may have fewer latent channels, and another
+            window, which only scales the values.
 
     Returns:
         The network, and the `origin` of ``init`` or None.
 
     Raises:
-        ValueError: if ``init`` has another size or window.
+        ValueError: if ``init`` has another size.
     """
     sizes = replace(
         NETWORKS[config.network],
@@ -59,14 +60,17 @@ def starting_autoencoder(
         return model, None
     trained, card = read_autoencoder(init, "--init")
     may_widen = config.latent_channels is not None and not sizes.codes
-    widened = replace(trained.config, detail_channels=sizes.detail_channels)  # fitted anew
+    widened = replace(
+        trained.config,
+        window=sizes.window,
+        detail_channels=sizes.detail_channels,  # fitted anew
+    )
     if may_widen and trained.config.latent_channels < sizes.latent_channels:
         widened = replace(widened, latent_channels=sizes.latent_channels)
     if widened != sizes:
         raise ValueError(
-            f"--init {init} has another size or window than --network {config.network} with "
-            f"{sizes.codes} codes, {sizes.latent_channels} latent channels and {sizes.window} HU: "
-            f"{trained.config}"
+            f"--init {init} has another size than --network {config.network} with "
+            f"{sizes.codes} codes and {sizes.latent_channels} latent channels: {trained.config}"
         )
     return _copy_weights(trained, model), origin(card)
 
