@@ -246,7 +246,8 @@ def test_liver_early_is_as_noisy_as_the_tissue_was(sigmas, spacing, sd):
     settings = {"size_mm": 22, "contrast_hu": -40.0, "generator": "liver-early"}
     change, mask, _ = call(hu, spacing, **settings)
     inside = deep(mask, spacing)
-    for axis in (0, 1):  # second differences: a tumour's own profile, darkest in the middle, is no noise
+    # second differences: a tumour's own profile, darkest in the middle, is no noise
+    for axis in (0, 1):
         three = inside.narrow(axis, 1, 62)
         rough = [float(v.diff(n=2, dim=axis)[three].std()) for v in (hu, hu + change)]
         assert rough[1] / rough[0] == pytest.approx(1, abs=0.07)

@@ -22,7 +22,7 @@ from balls import make_cases
 from safetensors.torch import load_file
 
 from tumorsynth.scans.errors import exit_code
-from tumorsynth.training import autoencoder, denoiser
+from tumorsynth.training import autoencoder, denoiser, engine
 from tumorsynth.training.config import AutoencoderTraining, DataConfig, DenoiserTraining, Hardware
 from tumorsynth.training.data import save_pack
 from tumorsynth.training.engine import Diverged
@@ -120,10 +120,14 @@ def test_killed_denoiser_goes_on_to_the_same_weights(trained, cases, tmp_path, u
     assert not list(run.glob(".*"))
 
 
-def test_sigterm_saves_and_everything_of_stage_1_is_resumed(cases, tmp_path, unmeasured):
+@pytest.mark.parametrize("unread", [0, 1])  # 1: as on a GPU
+def test_sigterm_saves_and_everything_of_stage_1_is_resumed(
+    cases, tmp_path, unmeasured, monkeypatch, unread
+):
     config = AutoencoderTraining(**{**vars(STAGE1), **EVERYTHING, "save_every": 1000})
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     autoencoder.train(cases, whole, config)
+    monkeypatch.setitem(engine.UNREAD_STEPS, "cpu", unread)
 
     def stop():
         while not (stopped / "log.csv").exists() or len(losses(stopped)) < 6:

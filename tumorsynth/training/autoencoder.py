@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tumorsynth.devices import onto
 from tumorsynth.models.autoencoder import Autoencoder
 from tumorsynth.training.config import (
     PRESETS,
@@ -41,6 +42,7 @@ from tumorsynth.training.data import (
 from tumorsynth.training.discriminators import Adversaries, random_slices
 from tumorsynth.training.engine import (
     WeightAverage,
+    adamw,
     batch_slots,
     prefetch,
     random_stream,
@@ -179,9 +181,7 @@ class AutoencoderStage:
     ):
         self.fabric, self.config, self.cases, self.workers = fabric, config, cases, workers
         self.model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self.optimiser = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay
-        )
+        self.optimiser = adamw(model, fabric.device, lr=config.lr, weight_decay=config.weight_decay)
         self.reconstruct, self.wrapped = fabric.setup(Reconstruct(model), self.optimiser)
         self.average = WeightAverage(copy.deepcopy(model), model, config.ema)
         self.reconstruction = ReconstructionLoss()
@@ -191,8 +191,8 @@ class AutoencoderStage:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 self.adversaries = Adversaries(config.discriminator_width)
-            self.adversary_optimiser = torch.optim.AdamW(
-                self.adversaries.parameters(), lr=config.discriminator_lr, betas=(0.5, 0.9)
+            self.adversary_optimiser = adamw(
+                self.adversaries, fabric.device, lr=config.discriminator_lr, betas=(0.5, 0.9)
             )
             self.discriminate, self.wrapped_adversary = fabric.setup(
                 self.adversaries, self.adversary_optimiser
@@ -228,7 +228,7 @@ class AutoencoderStage:
         sums: dict[str, Tensor] = {}
         for index, (slots, cubes) in enumerate(zip(self.slots, parts, strict=True)):
             last = index == len(parts) - 1
-            losses = self._part(step, slots, cubes.to(self.fabric.device), last)
+            losses = self._part(step, slots, onto(cubes, self.fabric.device), last)
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / len(parts)
         update(self.model, self.wrapped, self.config.clip)

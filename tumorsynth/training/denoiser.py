@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tumorsynth.appearance.contrast import ContrastConfig, contrast_of
 from tumorsynth.appearance.surroundings import level_around
 from tumorsynth.appearance.tissue import CARD_KEY
+from tumorsynth.devices import onto
 from tumorsynth.generators.diffusion import Generator
 from tumorsynth.generators.sampling import q_sample, target
 from tumorsynth.models.autoencoder import Autoencoder
@@ -52,6 +53,7 @@ from tumorsynth.training.data import (
 )
 from tumorsynth.training.engine import (
     WeightAverage,
+    adamw,
     batch_slots,
     prefetch,
     random_stream,
@@ -230,8 +232,8 @@ class DenoiserStage:
         self.fabric, self.config, self.crops, self.workers = fabric, crops.config, crops, workers
         self.network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.network.train().requires_grad_(True)
-        self.optimiser = torch.optim.AdamW(
-            network.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay
+        self.optimiser = adamw(
+            network, fabric.device, lr=self.config.lr, weight_decay=self.config.weight_decay
         )
         self.denoise, self.wrapped = fabric.setup(self.network, self.optimiser)
         self.generator = generator.to(fabric.device)
@@ -259,9 +261,9 @@ class DenoiserStage:
         One crop at a time: in a batch the last digits could depend on the other crops, and a
         resumed run would differ.
         """
-        image = to_unit(hu[None].to(self.fabric.device), self.generator.window)
-        inside = mask[None].to(image.device)
-        contrast = self.measure_contrast(hu[None].to(image.device), inside)
+        hu, inside = onto(hu[None], self.fabric.device), onto(mask[None], self.fabric.device)
+        image = to_unit(hu, self.generator.window)
+        contrast = self.measure_contrast(hu, inside)
         autoencoder = self.generator.autoencoder
         with self.fabric.autocast():
             volume = (image * 2 - 1).permute(0, 1, 4, 2, 3).contiguous()
@@ -305,8 +307,8 @@ class DenoiserStage:
         x0 = torch.cat([latent for latent, _ in chosen])
         condition = torch.cat([c for _, c in chosen])
         times, noises = zip(*(self._noise(step, slot, x0) for slot in slots), strict=True)
-        t = torch.tensor(times, device=x0.device)
-        noise = torch.stack(noises).to(x0.device)
+        t = onto(torch.tensor(times), x0.device)
+        noise = onto(torch.stack(noises), x0.device)
         x_t = q_sample(self.schedule, x0, t, noise)
         with self.fabric.autocast():
             predicted = self.denoise(x_t, t, condition).float()

@@ -21,9 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tumorsynth.devices import onto
 from tumorsynth.training.config import Training
 from tumorsynth.training.log import Log
 from tumorsynth.training.run_folder import CHECKPOINT, RunFolder, explain_write_errors
+
+# By device, of how many steps the losses may wait to be read; other devices: 1. A GPU then never
+# waits for the CPU.
+UNREAD_STEPS = {"cpu": 0}
 
 
 class Stage(Protocol):
@@ -87,23 +92,22 @@ def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, titl
         _Signals() as signals,
         Log(fabric, run.path, config, first, title) as log,
     ):
+        unread: deque[_StepLosses] = deque()
         for step in range(first, config.steps):
             torch.manual_seed(_step_seed(config.seed, step))
             rate = learning_rate(config, step)
-            losses = stage.step(step, rate)
-            means, stopping = _share_losses(fabric, losses, signals.caught)
-            if not all(map(math.isfinite, means.values())):
-                values = ", ".join(f"{name} {value}" for name, value in means.items())
-                raise Diverged(
-                    f"the loss is not finite at step {step} ({values}); lower --lr {config.lr:g}, "
-                    f"or use --precision 32-true; {_what_remains(run)}"
-                )
+            unread.append(_StepLosses(fabric, step, rate, stage.step(step, rate), signals.caught))
             done = step + 1
-            log.write(done, rate, means)
+            saves = done % config.save_every == 0 or done == config.steps
+            draws = bool(config.picture_every) and done % config.picture_every == 0
+            stopping = False
+            left = 0 if saves or draws else UNREAD_STEPS.get(fabric.device.type, 1)
+            while len(unread) > (0 if stopping else left):
+                stopping |= _log_losses(unread.popleft(), log, run, config)
             if fabric.is_global_zero:
-                if config.picture_every and done % config.picture_every == 0:
+                if draws:
                     log.picture(done, stage.picture())
-                if done % config.save_every == 0 or done == config.steps or stopping:
+                if saves or stopping:
                     log.flush()
                     spent = seconds + time.time() - start
                     run.save(done, state, spent)
@@ -114,15 +118,44 @@ def train_loop(fabric: Any, run: RunFolder, stage: Stage, config: Training, titl
     return spent
 
 
-def _share_losses(
-    fabric: Any, losses: dict[str, Tensor], signal_caught: int
-) -> tuple[dict[str, float], bool]:
-    """Mean losses over all processes, and whether any of them was told to stop."""
-    own = torch.stack([v.detach().float() for v in losses.values()])
-    stop = torch.tensor([float(signal_caught)], device=own.device)
-    sums = fabric.all_reduce(torch.cat([own / fabric.world_size, stop]), reduce_op="sum")
-    *means, stop_sum = sums.tolist()
-    return dict(zip(losses, means, strict=True)), stop_sum > 0
+class _StepLosses:
+    """Mean losses over all processes, and whether any was told to stop, on their way to the CPU."""
+
+    def __init__(
+        self, fabric: Any, step: int, rate: float, losses: dict[str, Tensor], signal_caught: int
+    ):
+        self.step, self.rate, self.names = step, rate, list(losses)
+        own = torch.stack([v.detach().float() for v in losses.values()])
+        stop = onto(torch.tensor([float(signal_caught)]), own.device)
+        sums = fabric.all_reduce(torch.cat([own / fabric.world_size, stop]), reduce_op="sum")
+        self.copied: torch.cuda.Event | None = None
+        if sums.device.type == "cuda":
+            self.sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            self.sums.copy_(sums, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record(torch.cuda.current_stream(sums.device))
+        else:
+            self.sums = sums
+
+    def read(self) -> tuple[dict[str, float], bool]:
+        """Wait for the values; return the mean losses, and whether to stop."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        *means, stop_sum = self.sums.tolist()
+        return dict(zip(self.names, means, strict=True)), stop_sum > 0
+
+
+def _log_losses(losses: _StepLosses, log: Log, run: RunFolder, config: Training) -> bool:
+    """Check and log the losses of a step; return whether any process was told to stop."""
+    means, stopping = losses.read()
+    if not all(map(math.isfinite, means.values())):
+        values = ", ".join(f"{name} {value}" for name, value in means.items())
+        raise Diverged(
+            f"the loss is not finite at step {losses.step} ({values}); lower --lr {config.lr:g}, "
+            f"or use --precision 32-true; {_what_remains(run)}"
+        )
+    log.write(losses.step + 1, losses.rate, means)
+    return stopping
 
 
 def learning_rate(config: Training, step: int) -> float:
@@ -138,6 +171,12 @@ def batch_slots(fabric: Any, config: Training) -> list[list[int]]:
         (part * fabric.world_size + fabric.global_rank) * size for part in range(config.accumulate)
     ]
     return [list(range(start, start + size)) for start in starts]
+
+
+def adamw(network: torch.nn.Module, device: torch.device, **options: Any) -> torch.optim.AdamW:
+    """Return AdamW for a network's parameters; on a GPU, one kernel updates all of them."""
+    fused = True if device.type == "cuda" else None  # None: torch's choice
+    return torch.optim.AdamW(network.parameters(), fused=fused, **options)
 
 
 def update(network: torch.nn.Module, optimiser: Any, clip: float) -> None:
@@ -195,8 +234,9 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for mean, latest in zip(self.average.parameters(), self.trained.parameters(), strict=True):
-            mean.lerp_(latest, 1 - decay)
+        means: list[Tensor] = list(self.average.parameters())
+        latest: list[Tensor] = list(self.trained.parameters())
+        torch._foreach_lerp_(means, latest, 1 - decay)  # one kernel for many weights
         for held, buffer in zip(self.average.buffers(), self.trained.buffers(), strict=True):
             held.copy_(buffer)
 

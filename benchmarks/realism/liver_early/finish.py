@@ -64,7 +64,9 @@ def main() -> None:
     generator = generator.with_sampler(contrast=contrast)
     metrics = dict(generator.card["metrics"])
     if args.results:
-        metrics = {"unseen": unseen(args.results)} | {k: v for k, v in metrics.items() if k != "unseen"}
+        metrics = {"unseen": unseen(args.results)} | {
+            k: v for k, v in metrics.items() if k != "unseen"
+        }
     first = {key: FIELDS[key] for key in ("name", "version", "description", "licence", "data")}
     generator.card = first | generator.card | FIELDS | {"metrics": metrics}
     print(f"{generator.save(args.out)}: contrast {contrast}")
