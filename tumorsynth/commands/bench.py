@@ -72,6 +72,12 @@ def bench(
     where = torch.device(device)
     image, label = patch_and_label(side, device=where)
     synth = SynthesizeTumor(generator, count=1, size_mm=size_mm)
+    synth(image, label, spacing=1.0, seed=0)
+    if not synth.report[0]["applied"]:
+        raise ValueError(
+            f"no tumour was made in a patch of {side} voxels: {synth.report[0]['reason']}; "
+            "give a larger --side or a smaller --size-mm"
+        )
     convolve, reference_ms = reference_work(where), list[float]()
     convolve()  # warm-up
     # minutes on a slow machine
@@ -83,11 +89,6 @@ def bench(
             reference_ms.append(once(convolve, where)[0])
 
         found = call_times(synth, image, label, repeats, between, spacing=1.0)
-    if not any(record["applied"] for record in synth.report):
-        raise ValueError(
-            f"no tumour was made in a patch of {side} voxels: {synth.report[0]['reason']}; "
-            "give a larger --side or a smaller --size-mm"
-        )
     peak = peak_mib(lambda: synth(image, label, spacing=1.0, seed=0), where)
     call = found.pop("call")
     # of a call and the convolutions right before it
