@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tumorsynth.appearance.tissue import CARD_KEY, SOFT_TISSUE
 from tumorsynth.generators.folder import read_folder
 from tumorsynth.training.config import DenoiserTraining
 from tumorsynth.training.crops import contrast_range
@@ -40,7 +41,9 @@ FIELDS: dict[str, Any] = {
         "more of Colorectal-Liver-Metastases, of ACRIN-FLT-Breast and of the LIDC family, or of "
         "smoothed and brightened copies",
     },
+    CARD_KEY: SOFT_TISSUE.to_card(),
     "limits": [
+        "tissue_range is that of abdominal soft tissue, as for version 4 and hu2023, not measured",
         "trained on three patients in portal or late phase: bright tumours are those of the "
         "portal phase with their contrast reversed",
         "makes no calcified and no cystic lesions",
