@@ -71,6 +71,7 @@ def main() -> None:
             k: v for k, v in metrics.items() if k != "unseen"
         }
     first = {key: FIELDS[key] for key in ("name", "version", "description", "licence", "data")}
+    generator.card["autoencoder"]["licence"] = FIELDS["licence"]
     generator.card = first | generator.card | FIELDS | {"metrics": metrics}
     print(f"{generator.save(args.out)}: contrast {contrast}")
 

@@ -49,6 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     generator = read_folder(args.trained)
     first = {key: FIELDS[key] for key in ("name", "version", "description", "licence", "data")}
+    generator.card["autoencoder"]["licence"] = FIELDS["licence"]
     generator.card = first | generator.card | FIELDS
     print(generator.save(args.out))
 
