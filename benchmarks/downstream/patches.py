@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
-from benchmarks.common import environment
+from benchmarks.common import environment, write
 from benchmarks.downstream.experiments import jobs_of
 from benchmarks.downstream.exposure import ANNOTATED, OTHERS, crop, pick, scale, stream
 from benchmarks.downstream.files import locked, write_json, write_whole
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="RUN")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("-o", "--output", metavar="NAME", help="also all jobs in results/NAME.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     plan, settings = read_plan(args.plan)
@@ -87,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.append(json.loads(path.read_text()))
     text = table(results)
     write_whole(args.out / "patches.md", text.encode())
+    if args.output:
+        hours = round(sum(result["cpu_seconds"] for result in results) / 3600, 2)
+        write(args.output, {"cpu_hours": hours, "table": text.splitlines(), "jobs": results})
     print(text)
 
 

@@ -184,12 +184,10 @@ def test_no_tumour_is_brighter_than_an_unenhanced_liver(generator, level, noise)
     (record,) = made.report
     if noise < 10:
         assert record["applied"] and -25 < record["hu_change"] < 0
-    elif record["applied"]:
-        assert record["visibility"] >= 5 and record["hu_change"] < 0
-    else:  # tissue as dark as a fluid leaves little contrast that such noise would not hide
+    elif (generator, level) == ("liver-early", 30):  # its -18 HU are just visible
+        assert record["visibility"] >= 5 and -25 < record["hu_change"] < 0
+    else:  # tissue as dark as a fluid leaves no contrast that such noise would not hide
         assert record["code"] == "faint" and same(new, image) and same(out, label)
-    if generator == "hu2023" and noise > 10:
-        assert not record["applied"]
 
 
 def test_a_generator_without_a_range_paints_anywhere_it_sees():

@@ -261,14 +261,17 @@ class DenoiserStage:
         One crop at a time: in a batch the last digits could depend on the other crops, and a
         resumed run would differ.
         """
-        hu, inside = onto(hu[None], self.fabric.device), onto(mask[None], self.fabric.device)
-        image = to_unit(hu, self.generator.window)
-        contrast = self.measure_contrast(hu, inside)
+        image, inside, contrast = self._conditions(hu, mask)
         autoencoder = self.generator.autoencoder
         with self.fabric.autocast():
             volume = (image * 2 - 1).permute(0, 1, 4, 2, 3).contiguous()
             latent = autoencoder.normalize(autoencoder.encode(volume)).float()
             return latent, self.generator.condition(image, inside, contrast).float()
+
+    def _conditions(self, hu: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return a crop in [0, 1], its mask and its contrast, as a batch of one on the device."""
+        hu, inside = onto(hu[None], self.fabric.device), onto(mask[None], self.fabric.device)
+        return to_unit(hu, self.generator.window), inside, self.measure_contrast(hu, inside)
 
     def measure_contrast(self, hu: Tensor, mask: Tensor) -> Tensor | None:
         """Measure the contrast (B,) in HU that conditions the denoiser; None without condition.
@@ -333,9 +336,7 @@ class DenoiserStage:
         pairs: list[Pair] = []
         for index in range(PICTURE_ROWS):
             hu, mask = self.crops.crop(random_stream(self.config.seed, PICTURE_STREAM, index))
-            image = to_unit(hu[None].to(self.fabric.device), self.generator.window)
-            inside = mask[None].to(image.device)
-            contrast = self.measure_contrast(hu[None].to(image.device), inside)
+            image, inside, contrast = self._conditions(hu, mask)
             with self.fabric.autocast():
                 painted = self.generator.inpaint(image, inside, seed=index, contrast_hu=contrast)
             volumes = image[0, 0].float().cpu(), painted[0, 0].float().cpu()

@@ -35,6 +35,7 @@ MAX_AUTOENCODER_CROPS, MAX_GENERATOR_CROPS, MAX_TUMORS = (
     32,
     16,
 )  # measured after a long training
+CALLS = 10  # of three tumours each
 MIN_MEASURED = 4  # crops or tumours after a short one
 
 HOW_RECONSTRUCTION = (
@@ -178,6 +179,24 @@ def compare_tumors(
     return result
 
 
+def measure_on(
+    generator: Generator,
+    cases: Sequence[Case],
+    organ_labels: list[int],
+    tumor_label: int,
+    calls: int = CALLS,
+) -> dict[str, Any]:
+    """Measure a generator on scans, by name; scans without a label are left out."""
+    return {
+        case.name: {
+            "reconstruction": reconstruction(generator.autoencoder, case, organ_labels),
+            **compare_tumors(generator, case, organ_labels, tumor_label, calls),
+        }
+        for case in cases
+        if case.label is not None
+    }
+
+
 def main() -> None:
     from tumorsynth.generators.folder import read_card, read_folder
     from tumorsynth.generators.store import find_folder
@@ -191,7 +210,7 @@ def main() -> None:
     parser.add_argument("pack", type=Path)
     parser.add_argument("--organ-label", type=int, nargs="+", default=[1])
     parser.add_argument("--tumor-label", type=int, default=2)
-    parser.add_argument("--calls", type=int, default=10, help="of three tumours each")
+    parser.add_argument("--calls", type=int, default=CALLS, help="of three tumours each")
     parser.add_argument("--pictures", type=Path, help="a PNG to write")
     args = parser.parse_args()
     cases = load_pack(args.pack)
@@ -201,14 +220,7 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     generator = read_folder(find_folder(args.folder))
-    result = {}
-    for case in cases:
-        if case.label is None:
-            continue
-        result[case.name] = {
-            "reconstruction": reconstruction(generator.autoencoder, case, args.organ_label),
-            **compare_tumors(generator, case, args.organ_label, args.tumor_label, args.calls),
-        }
+    result = measure_on(generator, cases, args.organ_label, args.tumor_label, args.calls)
     print(json.dumps(result, indent=2))
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from tumorsynth.training.data import Case, Tumor, find_tumors, save_pack
+from benchmarks.realism.recipes import smoothed, write_pack
+from tumorsynth.training.data import Case
 from tumorsynth.training.reading import Source, read_case
 
 ANNOTATIONS = Path(__file__).parents[1] / "annotations"
@@ -68,11 +69,13 @@ def main() -> None:
     copies += [brightened(read[name]) for name in BRIGHTENED]
     copies.append(smoothed(brightened(read["crlm_1004"]), SMOOTHED_MM["crlm_1004"]))
     copies = [replace(case, label=None) for case in copies]
-    write(args.out / "autoencoder.npz", weighted + plain + copies)
-    write(args.out / "tumours.npz", [read[name] for name in (*ANNOTATED, *SURROUNDINGS)] + copies)
+    write_pack(args.out / "autoencoder.npz", weighted + plain + copies)
+    write_pack(
+        args.out / "tumours.npz", [read[name] for name in (*ANNOTATED, *SURROUNDINGS)] + copies
+    )
     for name, scans in MEASURED.items():
         cases = [read_scan(args.scans, scan, smooth=False) for scan in scans]
-        write(args.out / f"measure_{name}.npz", cases)
+        write_pack(args.out / f"measure_{name}.npz", cases)
 
 
 def read_scan(folder: Path, name: str, smooth: bool = True) -> Case:
@@ -88,28 +91,11 @@ def read_scan(folder: Path, name: str, smooth: bool = True) -> Case:
     return replace(case, label=torch.from_numpy(label.astype(np.uint8)))
 
 
-def smoothed(case: Case, sigma_mm: float) -> Case:
-    """A scan as a smoother kernel shows it."""
-    hu = ndimage.gaussian_filter(case.hu.float().numpy(), sigma_mm)
-    name = f"{case.name}, smoothed by {sigma_mm:g} mm"
-    return replace(case, name=name, hu=torch.from_numpy(hu).round().to(case.hu.dtype))
-
-
 def brightened(case: Case) -> Case:
     """A scan whose tissue is as bright as that of an arterial kidney."""
     hu = torch.where(case.hu > 0, case.hu.float() * BRIGHTER_GAIN, case.hu.float())
     name = f"{case.name}, brightened"
     return replace(case, name=name, hu=hu.round().to(case.hu.dtype))
-
-
-def write(path: Path, cases: list[Case]) -> None:
-    save_pack(cases, path)
-    tumors: list[Tumor] = []
-    annotated = [case for case in cases if case.label is not None and bool((case.label == 2).any())]
-    if annotated:
-        tumors = find_tumors(annotated, 2)
-    sizes = ", ".join(f"{annotated[t.case].name} {t.diameter_mm:.1f} mm" for t in tumors)
-    print(f"{path}: {len(cases)} scans; tumours: {sizes or 'none'}", flush=True)
 
 
 if __name__ == "__main__":

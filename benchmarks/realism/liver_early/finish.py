@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.realism.recipes import described
 from tumorsynth.appearance.tissue import CARD_KEY, SOFT_TISSUE
 from tumorsynth.generators.folder import read_folder
 from tumorsynth.training.config import DenoiserTraining
@@ -65,14 +66,10 @@ def main() -> None:
     metastases = [t for t in find_tumors(cases, 2) if cases[t.case].name.startswith("crlm")]
     contrast = contrast_range(cases, metastases, 2, DenoiserTraining())
     generator = generator.with_sampler(contrast=contrast)
-    metrics = dict(generator.card["metrics"])
+    generator.card = described(generator.card, FIELDS)
     if args.results:
-        metrics = {"unseen": unseen(args.results)} | {
-            k: v for k, v in metrics.items() if k != "unseen"
-        }
-    first = {key: FIELDS[key] for key in ("name", "version", "description", "licence", "data")}
-    generator.card["autoencoder"]["licence"] = FIELDS["licence"]
-    generator.card = first | generator.card | FIELDS | {"metrics": metrics}
+        found = {"unseen": unseen(args.results)}
+        generator.card["metrics"] = found | generator.card["metrics"] | found
     print(f"{generator.save(args.out)}: contrast {contrast}")
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from tumorsynth.training.data import Case, find_tumors, save_pack
+from benchmarks.realism.recipes import smoothed, write_pack
+from tumorsynth.training.data import Case, find_tumors
 from tumorsynth.training.reading import Source, read_case
 
 HERE = Path(__file__).parent
@@ -41,18 +42,11 @@ def main() -> None:
     others = [read_case(Source(name, ct[name], None)) for name in OTHERS]
     plain = [replace(annotated, label=None), *others]
     copies = [smoothed(one, SMOOTHED_MM[one.name]) for one in plain if one.name in SMOOTHED_MM]
-    write(args.out / "autoencoder.npz", plain + copies)
+    write_pack(args.out / "autoencoder.npz", plain + copies)
     larger = [one for factor in ENLARGED for one in enlarged(annotated, factor)]
-    write(args.out / "tumours.npz", [annotated, *others, *copies, *larger])
+    write_pack(args.out / "tumours.npz", [annotated, *others, *copies, *larger])
     label = args.scans / f"{MEASURED}_label.nii.gz"
-    write(args.out / "measure.npz", [read_case(Source(MEASURED, ct[MEASURED], label))])
-
-
-def smoothed(case: Case, sigma_mm: float) -> Case:
-    """A scan as a smoother kernel shows it."""
-    hu = ndimage.gaussian_filter(case.hu.float().numpy(), sigma_mm)
-    name = f"{case.name}, smoothed by {sigma_mm:g} mm"
-    return replace(case, name=name, hu=torch.from_numpy(hu).round().to(case.hu.dtype))
+    write_pack(args.out / "measure.npz", [read_case(Source(MEASURED, ct[MEASURED], label))])
 
 
 def enlarged(case: Case, factor: float) -> list[Case]:
@@ -83,14 +77,6 @@ def enlarged(case: Case, factor: float) -> list[Case]:
             )
         )
     return made
-
-
-def write(path: Path, cases: list[Case]) -> None:
-    save_pack(cases, path)
-    annotated = [case for case in cases if case.label is not None and bool((case.label == 2).any())]
-    tumors = find_tumors(annotated, 2) if annotated else []
-    sizes = ", ".join(f"{t.diameter_mm:.1f}" for t in tumors)
-    print(f"{path}: {len(cases)} scans; tumours of {sizes or 'none'} mm", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.realism.recipes import described
 from tumorsynth.appearance.tissue import CARD_KEY
 from tumorsynth.generators.folder import read_folder
 
@@ -48,9 +49,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
     generator = read_folder(args.trained)
-    first = {key: FIELDS[key] for key in ("name", "version", "description", "licence", "data")}
-    generator.card["autoencoder"]["licence"] = FIELDS["licence"]
-    generator.card = first | generator.card | FIELDS
+    generator.card = described(generator.card, FIELDS)
     print(generator.save(args.out))
 
 
