@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tumorsynth.along_axis import multiply_along
 from tumorsynth.devices import onto
 from tumorsynth.geometry import Box, Floats3, Frame, Ints3, ints3
 from tumorsynth.subvoxels import ONE, refine_frame
@@ -191,4 +192,4 @@ def apply_along(volume: Tensor, axis: int, weights: Tensor) -> Tensor:
     if rows == count and torch.equal(weights, torch.eye(count, dtype=weights.dtype)):
         return volume
     weights = onto(weights.to(volume.dtype), volume.device)
-    return torch.movedim(torch.tensordot(weights, volume, dims=([1], [axis])), 0, axis)
+    return multiply_along(weights, volume, axis)

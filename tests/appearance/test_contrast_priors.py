@@ -117,6 +117,27 @@ def test_a_call_with_a_prior_repeats_and_replays(generator):
     assert torch.equal(again, new) and torch.equal(again_label, new_label)
 
 
+def test_a_rim_and_a_core_that_cancel_are_visible_all_the_same():
+    image, label = scan()
+    seen = {}
+    for name, share in {"even": 0.0, "structured": 1.0}.items():
+        prior = ContrastPrior(
+            shares=(0, 1, 0),
+            iso=(-1.0, 1.0),
+            rim=(24.0, 25.0),
+            rim_share=share,
+            core_hu=(-35.0, -34.0),
+            core_share=share,
+            core_from_mm=15.0,
+        )
+        synth = ts.SynthesizeTumor("hu2023", count=1, size_mm=26, contrast_hu=prior)
+        synth(image, label, seed=3)
+        (seen[name],) = synth.report
+    even, structured = seen["even"], seen["structured"]
+    by_mean = even["visibility"] * structured["hu_change"] / even["hu_change"]
+    assert structured["visibility"] > 1.4 * by_mean
+
+
 def test_the_masks_do_not_depend_on_the_prior():
     image, label = scan()
     _, plain = ts.SynthesizeTumor("hu2023", count=2)(image, label, seed=5)

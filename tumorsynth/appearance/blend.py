@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.along_axis import multiply_along
 from tumorsynth.devices import onto, stream_of
 from tumorsynth.geometry import Frame, Rows3
 
@@ -116,7 +117,7 @@ def gaussian_filter(volume: Tensor, sigmas: Sequence[float], cutoff: float = 3.0
         if sigma > 0:
             count, radius = volume.shape[axis], _radius(sigma, cutoff)
             matrix = _matrix_on(volume.device, count, float(sigma), radius)
-            volume = torch.movedim(torch.tensordot(matrix, volume, dims=([1], [axis])), 0, axis)
+            volume = multiply_along(matrix, volume, axis)
     return volume
 
 

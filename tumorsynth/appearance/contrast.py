@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tumorsynth.along_axis import multiply_along
 from tumorsynth.appearance.surroundings import (
     Surroundings,
     around_tumors,
@@ -255,7 +256,7 @@ def _soften(volume: Tensor, axis: int) -> Tensor:
     """Filter along an axis with a Gaussian of 1 voxel; beyond the border lies 0."""
     device = volume.device
     kernel = _soft_kernel(device, stream_of(device), volume.shape[axis], volume.dtype)
-    return torch.movedim(torch.tensordot(kernel, volume, dims=([1], [axis])), 0, axis)
+    return multiply_along(kernel, volume, axis)
 
 
 @lru_cache(maxsize=64)

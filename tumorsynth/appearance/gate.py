@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tumorsynth.along_axis import multiply_along
 from tumorsynth.appearance.blend import filter_on
 from tumorsynth.appearance.painted import PaintedTumor
 from tumorsynth.appearance.segmenter import SegmenterScorer
@@ -317,6 +318,6 @@ def _depth_mm(tumor_mask: Tensor, spacing: Sequence[float], shear: Rows3 | None)
         matrix = torch.exp(-0.5 * (at[:, None] - at).square()) * (
             s / sigma / math.sqrt(2 * math.pi)
         )
-        share = torch.movedim(torch.tensordot(matrix, share, dims=([1], [axis])), 0, axis)
+        share = multiply_along(matrix, share, axis)
     share = share.clamp(1e-4, 1 - 1e-4)
     return sigma * math.sqrt(2) * torch.erfinv(2 * share - 1)

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tumorsynth.along_axis import multiply_along
 from tumorsynth.appearance.local_noise import separate_noise
 from tumorsynth.arguments import is_bool, keywords_of
 from tumorsynth.devices import onto
@@ -268,7 +269,7 @@ def displacement(
     grid = torch.stack(torch.meshgrid(*nodes, indexing="ij"), -1)
     field = _node_displacement(params, shape, axes, axes.to_mm(grid), rigid)
     for axis, matrix in enumerate(matrices, start=1):
-        field = torch.movedim(torch.tensordot(matrix, field, dims=([1], [axis])), 0, axis)
+        field = multiply_along(matrix, field, axis)
     return DisplacementField(region, field.float())
 
 

@@ -39,9 +39,10 @@ GENERATOR_GRAIN_MM = 0.7  # sharpness of generators' changes, that of thin slice
 MIN_SOFTENING_MM = 0.2  # smaller differences in sharpness count as none
 
 PROFILE_SIGMA_MM = 2.5  # of the filtered mask that stands for a voxel's depth in the tumour
+DEEP_RADIUS_MM = 9.0  # of tumours whose depth that filter does not tell: a wider one has to
+DEEP_SIGMA_SHARE = 1 / 3  # of the radius: its standard deviation
 SLOW_SIGMA_MM = 1.5  # what a Gaussian of this width leaves varies slowly
-MAX_SLOW_SDS = 2.5  # of a scan's slow variation that is kept; beyond are vessels
-VESSEL_SDS = 1.25  # of it: where the scan is brighter than this, less of its noise is kept
+MAX_SLOW_SDS = 2.5  # of a scan's slow variation that is kept
 MIN_EVENED_VOXELS = 64  # a smaller tumour has no inside to even out
 MAX_OWN_VARIATION = 3.0  # of a tumour, over the slow variation of its scan
 MAX_OWN_SHARE = 0.25  # of a tumour's mean change, which its own variation stays below
@@ -206,8 +207,7 @@ def match_to_scan(
         grain_mm: of the scan, along the crop's axes.
         own_variation: what a tumour has of its own, over the scan's slow variation; None leaves the
             texture to the generator. Around the tumour's profile from outline to middle, the scan's
-            noise and slow variation, without its vessels, remain, and of the painted slow variation
-            so much is added.
+            noise and slow variation remain, and of the painted slow variation so much is added.
         edge_mm: how much softer the tumour's edge is, as `sample_edge_mm` returns it.
 
     Returns:
@@ -243,27 +243,53 @@ def _indices(mask: Tensor, device: torch.device) -> tuple[Tensor, ...]:
 
 
 class _DepthProfile(NamedTuple):
-    """A least-squares fit of values in a tumour by a cubic of the voxels' depth.
+    """A least-squares fit of values in a tumour by powers of the voxels' depth.
 
-    powers: (N, 4) of the depth of each voxel. normal: (4, 4), the normal equations' matrix.
+    powers: (N, K) of the depth of each voxel. normal: (K, K), the normal equations' matrix. order:
+    the voxels from the outline to the middle; None for a small tumour.
     """
 
     powers: Tensor
     normal: Tensor
+    order: Tensor | None
 
     @classmethod
-    def of(cls, inside: Tensor, where: tuple[Tensor, ...]) -> _DepthProfile:
-        depth = gaussian_filter(inside, [PROFILE_SIGMA_MM] * 3)[where].double()
-        depth = (depth - depth.mean()) / depth.std().clamp(min=1e-6)
-        powers = torch.stack([depth**k for k in range(4)], dim=1)
-        ridge = 1e-3 * torch.eye(4, dtype=depth.dtype, device=depth.device)
-        return cls(powers, powers.T @ powers + ridge)
+    def of(cls, inside: Tensor, where: tuple[Tensor, ...], radius_mm: float) -> _DepthProfile:
+        depth = _depth(inside, where, PROFILE_SIGMA_MM)
+        powers, order = [depth**k for k in range(4)], None
+        if radius_mm > DEEP_RADIUS_MM:
+            deep = _depth(inside, where, DEEP_SIGMA_SHARE * radius_mm)
+            powers += [deep**k for k in range(1, 4)]
+            order = deep.argsort(stable=True)
+        stacked = torch.stack(powers, dim=1)
+        ridge = 1e-3 * torch.eye(len(powers), dtype=depth.dtype, device=depth.device)
+        return cls(stacked, stacked.T @ stacked + ridge, order)
 
-    def residual(self, values: Tensor) -> Tensor:
-        """What the profile does not explain of values (N, K)."""
+    def fit(self, values: Tensor) -> Tensor:
+        """What the profile explains of values (N, K)."""
         # solve would synchronise for its check
-        fitted, _ = torch.linalg.solve_ex(self.normal, self.powers.T @ values)
-        return values - self.powers @ fitted
+        factors, _ = torch.linalg.solve_ex(self.normal, self.powers.T @ values)
+        return self.powers @ factors
+
+    def deepening(self, fitted: Tensor) -> Tensor:
+        """What to add to a fitted change (N,), so that it is nowhere weaker than further out.
+
+        Networks paint large tumours paler in the middle, where they see little of the tissue
+        around. Annotated ones are not.
+        """
+        if self.order is None:
+            return torch.zeros_like(fitted)
+        sign = fitted.mean().sign()
+        sorted_change = sign * fitted[self.order]
+        added = torch.empty_like(fitted)
+        added[self.order] = sign * (sorted_change.cummax(0).values - sorted_change)
+        return added
+
+
+def _depth(inside: Tensor, where: tuple[Tensor, ...], sigma_mm: float) -> Tensor:
+    """Depth of each voxel of a tumour, as a filtered mask tells it, with mean 0 and spread 1."""
+    depth = gaussian_filter(inside, [sigma_mm] * 3)[where].double()
+    return (depth - depth.mean()) / depth.std().clamp(min=1e-6)
 
 
 def _evening(
@@ -273,29 +299,31 @@ def _evening(
 
     inside: 1 in the tumour, else 0. where: the tumour's voxels, as indices along each axis.
     """
-    profile = _DepthProfile.of(inside, where)
+    radius = (3 * len(where[0]) / (4 * math.pi)) ** (1 / 3)
+    profile = _DepthProfile.of(inside, where, radius)
     share = gaussian_filter(inside, [SLOW_SIGMA_MM] * 3).clamp(min=1e-3)
 
     # scan and change at once, which takes fewer operators
     both: tuple[slice | Tensor, ...] = (slice(None), *where)
     values = torch.stack([hu, change])[both]
     variation = inside.new_zeros(2, *inside.shape)
-    variation[both] = profile.residual(values.double().T).T.float()
+    fitted = profile.fit(values.double().T)
+    variation[both] = (values.T - fitted).T.float()
+    deeper = torch.zeros_like(inside)
+    deeper[where] = profile.deepening(fitted[:, 1]).float()
     all_change = variation[1]
     healthy, slow_change = gaussian_filter(variation, [0.0, *[SLOW_SIGMA_MM] * 3]) / share
     painted = healthy + slow_change
     sd = MAD_TO_SD * healthy[where].abs().median()
-    without_vessels = healthy.clamp(-MAX_SLOW_SDS * sd, MAX_SLOW_SDS * sd)
-    # where there are vessels, their fine part must not return with the noise
-    no_vessel = (VESSEL_SDS * sd / healthy.clamp(min=1e-6)).clamp(max=1).square()
+    kept = healthy.clamp(-MAX_SLOW_SDS * sd, MAX_SLOW_SDS * sd)
     own_sd = torch.minimum(own_variation * sd, MAX_OWN_SHARE * values[1].mean().abs())
     gain = (own_sd / painted[where].std().clamp(min=1e-6)).clamp(max=MAX_OWN_GAIN)
-    slow = without_vessels - painted + gain * painted
-    fine = no_vessel * (slow_change - all_change)
+    slow = kept - painted + gain * painted
+    fine = slow_change - all_change
     # nothing at the outline, where the filter sees the mask end; all of it 1.5 mm further in
     reach = 2 * gaussian_filter(inside, [1.0] * 3)
     weight = (reach - 1).clamp(min=0)
-    return inside * (weight * slow + reach.clamp(max=1) * fine)
+    return deeper + inside * (weight * slow + reach.clamp(max=1) * fine)
 
 
 class _OrganStatistics(NamedTuple):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tumorsynth.appearance.blend import feather
-from tumorsynth.appearance.noise import softening_mm
+from tumorsynth.appearance.blend import feather, gaussian_filter
+from tumorsynth.appearance.noise import SLOW_SIGMA_MM, softening_mm
 from tumorsynth.appearance.visibility import is_faint, section_mm2, visibility
 from tumorsynth.devices import onto
 from tumorsynth.fetching import Task
@@ -44,7 +44,7 @@ class _Blend(NamedTuple):
 
     Args:
         before: the region's image.
-        healthy: the same in at least float32, with the background filled.
+        healthy: the same in at least float32, with the background filled and vessels covered.
         after: the region's image with the tumour.
         fine_weight: the blend weights, on the region's subvoxels.
         fine_change_hu: what the generator changed, on the region's subvoxels.
@@ -86,6 +86,9 @@ def _blend(
         healthy = healthy + fill.change_hu / intensity.hu_per_unit
         other_tissue = repeat_voxels(fill.other_tissue, factors)
         weight = torch.where(other_tissue, fill.weight, weight)
+    if request.vessels_hu is not None:
+        covered = average_subvoxels(weight, factors) * request.vessels_hu
+        healthy = healthy + covered / intensity.hu_per_unit
     if settings.blend != "change":
         # clamped as in the generator's crop, so that gas and bone beyond the window do not change
         low, high = generator.window
@@ -123,17 +126,22 @@ def _measure(
     voxels = onto((tumor.mask.nonzero() + offset).T, before.device).unbind(0)
     inside_before, inside_after = before.float()[voxels], after.float()[voxels]
     change = (inside_after - inside_before).mean() * intensity.hu_per_unit
+    covered = (blend.healthy.float()[voxels] - inside_before).mean() * intensity.hu_per_unit
     level = intensity.to_hu(inside_after).mean()
     shown_hu = blend.change_hu[voxels].mean()
     true_hu = shown_hu
     if tumor.factors != ONE:
         true_hu = (blend.fine_change_hu * request.fine_inside).sum() / tumor.fine_voxels
-    figures = [number.to(peak) for number in (changed, peak, change, level, true_hu, shown_hu)]
-    (numbers,) = yield [torch.stack(figures)]
-    changed_voxels, peak_weight, mean_change, mean_hu, true_hu, shown_hu = numbers.tolist()
-    contrast = seen = None
-    # what was darker before, as the organ's border, is no tumour
-    changes = [mean_change] if request.fill is None and math.isfinite(mean_change) else []
+    spread = _spread_of_structure(blend, request, voxels)
+    figures = (changed, peak, change, covered, level, true_hu, shown_hu, spread)
+    (numbers,) = yield [torch.stack([number.to(peak) for number in figures])]
+    changed_voxels, peak_weight, mean_change, mean_covered, *means = numbers.tolist()
+    mean_hu, true_hu, shown_hu, spread_hu = means
+    contrast = seen = from_tissue = None
+    # what was darker before, as the organ's border, is no tumour, and what was brighter no contrast
+    if request.fill is None and math.isfinite(mean_change):
+        from_tissue = mean_change - mean_covered
+    changes = [] if from_tissue is None else [from_tissue]
     if request.noise.level_hu is not None and math.isfinite(mean_hu):
         contrast = mean_hu - request.noise.level_hu
         changes.append(contrast)
@@ -143,6 +151,7 @@ def _measure(
         shown = min(abs(change) for change in changes)
         if darkens:
             shown = max(-max(changes), 0.0)
+        shown = math.hypot(shown, spread_hu)  # as a matched filter sees a pattern
         spacing = request.grid.frame.spacing
         section = section_mm2(tumor.mask, tumor.diameter_mm, spacing)
         seen = visibility(shown, section, request.noise, spacing)
@@ -154,6 +163,7 @@ def _measure(
         after=after,
         peak_weight=peak_weight,
         hu_change=mean_change,
+        from_tissue_hu=from_tissue,
         true_contrast_hu=true_hu,
         visible_contrast_hu=shown_hu,
         contrast_hu=contrast,
@@ -162,6 +172,21 @@ def _measure(
         excess_hu=excess,
         is_too_bright=is_too_bright,
     )
+
+
+def _spread_of_structure(
+    blend: _Blend, request: PaintRequest, voxels: tuple[Tensor, ...]
+) -> Tensor:
+    """Standard deviation of a tumour with a rim or a necrotic core, in HU, without its noise.
+
+    Bright and dark parts cancel in a mean, and are seen all the same.
+    """
+    if request.tumor.params.structure_hu == (0.0, 0.0):
+        return blend.change_hu.new_zeros(())
+    sigmas = [SLOW_SIGMA_MM / s for s in request.grid.frame.spacing]
+    inside = request.inside.to(blend.change_hu.dtype)
+    slow = gaussian_filter(inside * blend.change_hu, sigmas)[voxels]
+    return (slow / gaussian_filter(inside, sigmas)[voxels]).std(correction=0)
 
 
 def _resampling_loss(

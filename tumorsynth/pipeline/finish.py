@@ -150,7 +150,7 @@ def _keep_visible(
     wanted = contrast_for(RAISED_VISIBILITY, section, noise, spacing)
     assert wanted is not None and noise.level_hu is not None
     darkens = must_darken(call.generator, request)
-    sign = 1.0 if not darkens and candidate.is_brighter(request) else -1.0
+    sign = 1.0 if not darkens and candidate.is_brighter else -1.0
     most = MAX_RAISED_CONTRAST_HU
     if sign < 0:
         most = min(most, max(noise.level_hu - FLUID_HU, 0.0))

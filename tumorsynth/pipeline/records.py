@@ -104,6 +104,8 @@ class PaintRequest:
         fine_inside: bool, the tumour on the region's subvoxels; ``inside`` where voxels are fine.
         outside_share: share of the tumour beyond the organ.
         fill: even tissue painted under the tumour first; None where nothing needs covering.
+        vessels_hu: what covers the vessels in that region; None where ``fill`` does, or for a
+            generator that leaves them.
         unsuited: bool, voxels of the organ in that region that hold no tissue; None if the
             generator's card does not say what tissue is.
         rejected: whether the params of a replay skip the tumour: its crop is only there to form the
@@ -125,6 +127,7 @@ class PaintRequest:
     fine_inside: Tensor
     outside_share: float
     fill: BackgroundFill | None = None
+    vessels_hu: Tensor | None = None
     unsuited: Tensor | None = None
     rejected: bool = False
     mask_on_cpu: Tensor | None = None
@@ -174,6 +177,8 @@ class Candidate:
         peak_weight: largest blend weight in the tumour.
         hu_change: mean change in the labelled voxels, in HU; with mass effect against the tissue
             that was pushed aside, not the input.
+        from_tissue_hu: the same against the tissue with its vessels covered; None where other
+            tissue was covered, which says nothing about the generator.
         true_contrast_hu: mean of what the generator changed in the tumour itself.
         visible_contrast_hu: the same after averaging over voxels, in the labelled ones.
         contrast_hu: mean of the tumour minus the level of the organ around; None where too little
@@ -182,14 +187,14 @@ class Candidate:
             one that must be darker and is not.
         has_change: whether at least half of the tumour's voxels change.
         excess_hu: by how much the tumour is brighter than the tissue around, or than what it
-            replaced, whichever is more; negative for darker than both. Where other tissue was
-            covered, the second says nothing about the generator.
+            replaced, whichever is more; negative for darker than both.
         is_too_bright: whether it must be darker than both, and is brighter beyond doubt.
     """
 
     after: Tensor
     peak_weight: float
     hu_change: float
+    from_tissue_hu: float | None
     true_contrast_hu: float
     visible_contrast_hu: float
     contrast_hu: float | None
@@ -198,14 +203,14 @@ class Candidate:
     excess_hu: float | None
     is_too_bright: bool
 
-    def is_brighter(self, request: PaintRequest) -> bool:
+    @property
+    def is_brighter(self) -> bool:
         """Whether the tumour is brighter than the tissue around it, and than what it replaced.
 
-        Either alone may be the noise of a faint tumour's place. Where other tissue was covered,
-        the second says nothing about the generator.
+        Either alone may be the noise of a faint tumour's place.
         """
-        changes = [self.contrast_hu, *([self.hu_change] if request.fill is None else [])]
-        return all(change is not None and change > 0 for change in changes)
+        replaced = self.from_tissue_hu is None or self.from_tissue_hu > 0
+        return replaced and self.contrast_hu is not None and self.contrast_hu > 0
 
 
 @dataclass(frozen=True)

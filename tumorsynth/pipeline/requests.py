@@ -22,6 +22,7 @@ from tumorsynth.appearance.noise import (
     softening_mm,
 )
 from tumorsynth.appearance.surroundings import similar_level_around
+from tumorsynth.appearance.vessels import cover_vessels
 from tumorsynth.crop_grid import CropGrid, plan_crop
 from tumorsynth.devices import onto
 from tumorsynth.fetching import Task, run_together
@@ -233,9 +234,15 @@ def request_painting(
         tumor.factors,
         sample.frame.shear,
     )
+    vessels_hu = covered_hu = None
     if fill is not None:
+        covered_hu = fill.generator_change_hu
+    elif generator.even and settings.blend == "change":
+        vessels_hu = cover_vessels(local_hu, tissue.organ, sample.frame.spacing)
+        covered_hu = inside * vessels_hu
+    if covered_hu is not None:
         hu = hu.clone()  # to_hu may return the sample itself
-        hu[region.relative_to(grid.source).slices] += fill.generator_change_hu
+        hu[region.relative_to(grid.source).slices] += covered_hu
     unsuited = None
     if check is not None:
         unsuited = tissue.organ & is_outside(sample.image[region.slices], check.image_range)
@@ -260,6 +267,7 @@ def request_painting(
         fine_inside=fine_inside,
         outside_share=0.0 if fill is None else tissue.outside_share,
         fill=fill,
+        vessels_hu=vessels_hu,
         unsuited=unsuited,
     )
 
