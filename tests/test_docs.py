@@ -210,7 +210,12 @@ def test_the_report_page_lists_the_fields_that_reports_have(phantom, tmp_path):
     from tumorsynth.commands.main import main
     from tumorsynth.scans import nifti
 
-    calls = ({"gate": True}, {"gate": ts.Gate(visibility=(1e6, 1e7))}, {"organ_labels": 99}, {})
+    calls = (
+        {"gate": True},
+        {"gate": ts.Gate(visibility=(1e6, 1e7))},
+        {"organ_labels": 99},
+        {"contrast_hu": "liver"},
+    )
     found, tumors = {"loader"}, set()  # that one is Lightning's, tested there
     for settings in calls:
         fixed = {"organ_labels": 1, "tumor_label": 20, "count": 1, "size_mm": 12}

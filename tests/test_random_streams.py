@@ -28,6 +28,8 @@ def test_salts_are_distinct_and_stay_as_they_are():
         "edge": 0x65646765,
         "bulge": 0x62756C67,
         "fill_noise": 0x66696C6C,
+        "lumps": 0x6C756D70,
+        "rim": 0x72696D,
         "lesion": 0x6C657369,
     }
     assert len(set(STREAM_SALTS.values())) == len(STREAM_SALTS)

@@ -24,6 +24,8 @@ STREAM_SALTS: dict[str, int] = {
     "contrast_prior": 0x7072696F,  # contrast of the tumour, from a contrast prior
     "structure": 0x636F7265,  # rim and necrotic core
     "contrast_condition": 0x636F6E74,  # contrast that conditions a diffusion generator
+    "lumps": 0x6C756D70,  # inside a heterogeneous tumour
+    "rim": 0x72696D,  # how a rim varies around its tumour
     "own_variation": 0x6F776E76,  # slow variation of the tumour's own
     "edge": 0x65646765,  # softness of the tumour's edge
     "bulge": 0x62756C67,  # share of the tumour beyond its organ

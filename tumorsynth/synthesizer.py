@@ -77,12 +77,13 @@ class SynthesizeTumor(nn.Module):
             noise; "difftumor" blends the decoded voxels, as published.
         contrast_hu: HU between a tumour's core and the tissue around, negative for darker: a
             number, (lo, hi) drawn per tumour, or a prior of an organ and a phase ("liver-portal",
-            "kidney-arterial", "pancreas-unenhanced", ...) with rims and necrotic cores. None
+            "kidney-arterial", "pancreas-unenhanced", ...) with rims, necrotic cores and lumps. None
             leaves the contrast to the generator; where the scan's noise would hide the tumour,
             the contrast is raised, or the tumour skipped. A contrast of yours stays.
         sigma_mm: feather of the edge, a number or (lo, hi) drawn per tumour. None means
             (0.5, 1.5), and (0, 4) with blend="difftumor", as published. With blend="change" the
-            feather is never sharper than the scan.
+            feather is never sharper than the scan, and more than 1.5 makes an infiltrating margin,
+            of which the inner half lies in the label.
         gap_mm: least distance between two tumours.
         merge: whether tumours may touch.
         device: where the generator runs; None for the image's device. Results come back to the

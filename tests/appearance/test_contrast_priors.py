@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_generator
 
 import tumorsynth as ts
+from tumorsynth.appearance.blend import gaussian_filter
 from tumorsynth.appearance.contrast import FLUID_HU, core
 from tumorsynth.appearance.contrast_priors import (
     CONTRAST_PRIORS,
@@ -99,10 +100,42 @@ def test_a_rim_is_bright_a_core_dark_and_the_mean_stays():
     assert not torch.equal(structured, add_structure(change, mask, (20.0, -30.0), seed=4))
 
 
+def test_lumps_vary_a_tumour_by_what_is_asked_and_leave_its_mean():
+    mask = ball(17)
+    change = -40.0 * mask.float()
+    inside = core(mask[None, None])[0, 0]
+    for asked in (5.0, 15.0):
+        lumpy = add_structure(change, mask, (0.0, 0.0), 3, asked, diameter_mm=34.0)
+        assert float(lumpy[inside].mean()) == pytest.approx(-40, abs=0.1)
+        assert float(lumpy[inside].std()) == pytest.approx(asked, rel=0.35)
+        slow = gaussian_filter(lumpy - change, [2.0] * 3)
+        assert float(slow[inside].std()) > 0.6 * float(lumpy[inside].std())  # they are no noise
+    again = add_structure(change, mask, (0.0, 0.0), 3, 15.0, diameter_mm=34.0)
+    other = add_structure(change, mask, (0.0, 0.0), 4, 15.0, diameter_mm=34.0)
+    assert torch.equal(again, lumpy) and not torch.equal(other, lumpy)
+
+
+def test_large_tumours_are_more_heterogeneous_and_other_numbers_stay():
+    prior = ContrastPrior(heterogeneity=(6.0, 12.0))
+    for seed in range(20):
+        sizes = [prior.sample(seed, mm, 100.0).heterogeneity_hu for mm in (10.0, 30.0, 60.0)]
+        assert 6 <= sizes[1] == sizes[2] <= 12 and sizes[0] == pytest.approx(sizes[1] / 3)
+        assert prior.sample(seed, 40.0, 100.0)[:2] == ContrastPrior().sample(seed, 40.0, 100.0)[:2]
+    assert ContrastPrior().sample(0, 40.0, 100.0).heterogeneity_hu == 0
+    with pytest.raises(ValueError, match="heterogeneity must be standard deviations of at least 0"):
+        ContrastPrior(heterogeneity=(-1, 4))
+
+
 @pytest.mark.parametrize("generator", ["hu2023", tiny_generator()], ids=["hu2023", "tiny"])
 def test_a_call_with_a_prior_repeats_and_replays(generator):
     image, label = scan()
-    prior = ContrastPrior(shares=(1, 0, 1), rim_share=1.0, core_share=1.0, core_from_mm=15.0)
+    prior = ContrastPrior(
+        shares=(1, 0, 1),
+        rim_share=1.0,
+        core_share=1.0,
+        core_from_mm=15.0,
+        heterogeneity=(5.0, 15.0),
+    )
     synth = ts.SynthesizeTumor(generator, count=2, size_mm=(12, 24), contrast_hu=prior)
     new, new_label = synth(image, label, seed=3)
     twice, _ = synth(image, label, seed=3)

@@ -206,6 +206,22 @@ def test_only_large_tumours_get_softer_edges():
     assert core_mean(soft, mask) == pytest.approx(core_mean(change, mask), rel=0.01)
 
 
+@pytest.mark.parametrize("generator", ["hu2023", tiny_generator(contrast=ContrastConfig())])
+def test_a_wide_feather_makes_an_infiltrating_margin(generator):
+    """Of generators whose changes have a soft edge of their own as well; the label stays."""
+    hu, widths, masks = noisy(sd=2.0, side=56), [], []
+    for sigma in (1.5, 3.0):
+        settings = {"contrast_hu": -60, "size_mm": 20, "sigma_mm": sigma}
+        change, mask, _ = call(hu, generator=generator, **settings)
+        depth = gaussian_filter(mask.float(), [2.0] * 3)
+        share = float(change[mask & (depth < 0.6)].mean() / change[depth > 0.95].mean())
+        beyond = float(change[~mask & (depth > 0.3)].mean() / change[depth > 0.95].mean())
+        widths.append(share - beyond)
+        masks.append(mask)
+    assert torch.equal(*masks)
+    assert 0 < widths[1] < 0.75 * widths[0]
+
+
 @pytest.mark.parametrize("radius", [0.4, 1.2, 2.5, 19.0])
 def test_tumours_of_any_size_keep_their_contrast(radius):
     mask = ball(radius)

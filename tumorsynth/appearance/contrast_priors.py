@@ -32,6 +32,11 @@ CORE_DEPTH_SHARE = 0.5  # of the largest depth, where a necrotic core begins
 CORE_EDGE_SHARE = 0.06  # width of its border, of the largest depth
 CORE_ROUGHNESS = 0.12  # standard deviation of where its border lies, of the largest depth
 CORE_ROUGHNESS_SIGMA_MM = 3.0
+RIM_VARIATION, RIM_VARIATION_SIGMA_MM = 0.5, 5.0  # of a rim around its tumour, of its HU
+HETEROGENEOUS_FROM_MM = 30.0
+LUMP_SHARE = 0.12  # width of the lumps, of the diameter: standard deviation of a Gaussian
+LUMP_SIGMA_MM = (1.5, 6.0)  # its limits
+FINE_LUMPS = 0.4  # width of finer lumps, which have half the weight, of that
 STRUCTURE_SIGMA_MM = 0.7  # softness of rim and core
 OUTLINE_SIGMA_MM = 1.0  # softness of a change at the outline
 MAX_DEPTH_VOXELS = 24
@@ -45,10 +50,12 @@ class SampledContrast(NamedTuple):
     Args:
         contrast_hu: the whole tumour, without its outermost voxels, minus the tissue around it.
         structure_hu: (rim, core) minus the rest of the tumour; 0 for none.
+        heterogeneity_hu: standard deviation of the lumps inside.
     """
 
     contrast_hu: float
     structure_hu: tuple[float, float]
+    heterogeneity_hu: float
 
 
 @keywords_of()
@@ -70,6 +77,8 @@ class ContrastPrior:
         core_hu: HU of a necrotic core against the rest, negative for darker, (low, high).
         core_share: share of the tumours of at least ``core_from_mm`` with a core.
         core_from_mm: equivalent diameter.
+        heterogeneity: standard deviation in HU of lumps inside a tumour of at least 30 mm,
+            (low, high); in smaller ones less, in proportion to the diameter.
         reference_hu: the tissue for which these hold. They scale with the tissue's own level, by
             0.3 to 1.5. None turns this off.
         floor_hu: no tumour becomes darker than this (fluid). None turns this off.
@@ -92,11 +101,12 @@ class ContrastPrior:
     core_hu: HURange = (-35.0, -15.0)
     core_share: float = 0.0
     core_from_mm: float = 30.0
+    heterogeneity: HURange = (0.0, 0.0)
     reference_hu: float | None = None
     floor_hu: float | None = FLUID_HU
 
     def __post_init__(self) -> None:
-        for name in ("hypo", "iso", "hyper", "rim", "core_hu"):
+        for name in ("hypo", "iso", "hyper", "rim", "core_hu", "heterogeneity"):
             pair = getattr(self, name)
             if len(pair) != 2 or not -1500 <= pair[0] <= pair[1] <= 1500:
                 raise ValueError(
@@ -107,6 +117,11 @@ class ContrastPrior:
             raise ValueError(
                 f"shares must be three numbers of at least 0, not all 0, got {self.shares!r}; "
                 "pass for example (0.85, 0.1, 0.05) of darker, alike and brighter tumours"
+            )
+        if self.heterogeneity[0] < 0:
+            raise ValueError(
+                f"heterogeneity must be standard deviations of at least 0 HU, got "
+                f"{self.heterogeneity!r}; pass for example (3, 12)"
             )
         for name in ("rim_share", "core_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -122,9 +137,9 @@ class ContrastPrior:
             diameter_mm: its equivalent diameter.
             level_hu: level of the tissue around it.
         """
-        # always all six, so that one setting does not change another's number
-        kind, contrast, has_rim, rim, has_core, core_contrast = torch.rand(
-            6, generator=substream(seed, "contrast_prior"), dtype=torch.float32
+        # always all seven, so that one setting does not change another's number
+        kind, contrast, has_rim, rim, has_core, core_contrast, lumps = torch.rand(
+            7, generator=substream(seed, "contrast_prior"), dtype=torch.float32
         ).tolist()
         bounds = torch.tensor(self.shares, dtype=torch.float64).cumsum(0) / sum(self.shares)
         hu_range = (self.hypo, self.iso, self.hyper)[int((bounds <= kind).sum().clamp(max=2))]
@@ -140,7 +155,9 @@ class ContrastPrior:
             rim_hu = scale * _interpolate(self.rim, rim)
         if diameter_mm >= self.core_from_mm and has_core < self.core_share:
             core_hu = scale * _interpolate(self.core_hu, core_contrast)
-        return SampledContrast(contrast_hu, (rim_hu, core_hu))
+        share = scale * min(diameter_mm / HETEROGENEOUS_FROM_MM, 1.0)
+        lumps_hu = share * _interpolate(self.heterogeneity, lumps)
+        return SampledContrast(contrast_hu, (rim_hu, core_hu), lumps_hu)
 
 
 def get_contrast_prior(name: str) -> ContrastPrior:
@@ -162,48 +179,78 @@ def get_contrast_prior(name: str) -> ContrastPrior:
 
 
 def add_structure(
-    change: Tensor, tumor_mask: Tensor, structure_hu: tuple[float, float], seed: int
+    change: Tensor,
+    tumor_mask: Tensor,
+    structure_hu: tuple[float, float],
+    seed: int,
+    heterogeneity_hu: float = 0.0,
+    diameter_mm: float = 0.0,
 ) -> Tensor:
-    """Add a rim and a necrotic core to a change, leaving the mean of the tumour's core as it is.
+    """Add rim, necrotic core and lumps to a change, leaving the mean of the tumour's core as it is.
 
     Args:
         change: (X, Y, Z) in HU, 1 mm voxels.
         tumor_mask: bool, same shape.
         structure_hu: HU of rim and core; 0 for none.
-        seed: the tumour's noise seed, from which the core's uneven border follows.
+        seed: the tumour's noise seed, from which the uneven rim, the core's border and the lumps
+            follow.
+        heterogeneity_hu: standard deviation of the lumps; 0 for none.
+        diameter_mm: of the tumour, which gives the lumps' width.
 
     Returns:
         A new change, or ``change`` itself where nothing is added.
     """
-    if structure_hu == (0.0, 0.0):
+    if structure_hu == (0.0, 0.0) and heterogeneity_hu == 0:
         return change
     box = bounding_box(tumor_mask, MATCH_MARGIN_VOXELS)
     if box is None:
         return change
     change = change.clone()
-    change[box.slices] += _structure(tumor_mask[box.slices], structure_hu, seed)
-    return change
-
-
-def _structure(mask: Tensor, structure_hu: tuple[float, float], seed: int) -> Tensor:
-    """What `add_structure` adds, around the tumour."""
-    rim_hu, core_hu = structure_hu
-    depth = _depth(mask)
-    structure = rim_hu * torch.exp(-0.5 * ((depth - RIM_DEPTH_MM) / RIM_SIGMA_MM).square())
-    if core_hu != 0:
-        stream = substream(seed, "structure")
-        roughness = gaussian_filter(
-            torch.randn(mask.shape, generator=stream, dtype=torch.float32),
-            [CORE_ROUGHNESS_SIGMA_MM] * 3,
-        )
-        roughness = onto(roughness / roughness.std(), mask.device)
-        within = depth / depth.max() - CORE_DEPTH_SHARE + CORE_ROUGHNESS * roughness
-        structure = structure + core_hu * torch.sigmoid(within / CORE_EDGE_SHARE)
+    mask = tumor_mask[box.slices]
+    structure = _rim_and_core(mask, structure_hu, seed)
+    if heterogeneity_hu > 0:
+        structure = structure + heterogeneity_hu * _lumps(mask, diameter_mm, seed)
     structure = gaussian_filter(structure * mask, [STRUCTURE_SIGMA_MM] * 3)
     # subtract the mean, as soft at the outline as the change itself
     soft = gaussian_filter(mask.to(structure.dtype), [OUTLINE_SIGMA_MM] * 3)
     inside = core(mask[None, None])[0, 0]
-    return structure - soft * (structure[inside].mean() / soft[inside].mean())
+    change[box.slices] += structure - soft * (structure[inside].mean() / soft[inside].mean())
+    return change
+
+
+def _rim_and_core(mask: Tensor, structure_hu: tuple[float, float], seed: int) -> Tensor:
+    rim_hu, core_hu = structure_hu
+    structure = torch.zeros_like(mask, dtype=torch.float32)
+    if structure_hu == (0.0, 0.0):
+        return structure
+    depth = _depth(mask)
+    if rim_hu != 0:
+        stream = substream(seed, "rim")
+        uneven = 1 + RIM_VARIATION * _smooth_noise(mask, RIM_VARIATION_SIGMA_MM, stream)
+        rim = torch.exp(-0.5 * ((depth - RIM_DEPTH_MM) / RIM_SIGMA_MM).square())
+        structure = structure + rim_hu * uneven.clamp(min=0) * rim
+    if core_hu != 0:
+        stream = substream(seed, "structure")
+        roughness = _smooth_noise(mask, CORE_ROUGHNESS_SIGMA_MM, stream)
+        within = depth / depth.max() - CORE_DEPTH_SHARE + CORE_ROUGHNESS * roughness
+        structure = structure + core_hu * torch.sigmoid(within / CORE_EDGE_SHARE)
+    return structure
+
+
+def _lumps(mask: Tensor, diameter_mm: float, seed: int) -> Tensor:
+    """Coarse and fine lumps with standard deviation 1."""
+    smallest, largest = LUMP_SIGMA_MM
+    sigma, stream = LUMP_SHARE * diameter_mm, substream(seed, "lumps")
+    sigma = min(max(sigma, smallest), largest)
+    coarse, fine = (_smooth_noise(mask, mm, stream) for mm in (sigma, FINE_LUMPS * sigma))
+    return (coarse + 0.5 * fine) / math.hypot(1, 0.5)
+
+
+def _smooth_noise(mask: Tensor, sigma_mm: float, stream: torch.Generator) -> Tensor:
+    """Noise with standard deviation 1, filtered, on the mask's device but drawn on the CPU."""
+    noise = torch.randn(mask.shape, generator=stream, dtype=torch.float32)
+    noise = gaussian_filter(noise, [sigma_mm] * 3)
+    return onto(noise / noise.std(), mask.device)
 
 
 def _depth(mask: Tensor) -> Tensor:
@@ -237,6 +284,7 @@ _LIVER = ContrastPrior(
     shares=(0.85, 0.1, 0.05),
     rim_share=0.15,
     core_share=0.5,
+    heterogeneity=(2.0, 12.0),
     reference_hu=110.0,
 )
 _KIDNEY = ContrastPrior(
@@ -247,6 +295,7 @@ _KIDNEY = ContrastPrior(
     shares=(0.95, 0.05, 0.0),
     rim_share=0.1,
     core_share=0.5,
+    heterogeneity=(2.0, 20.0),
     reference_hu=170.0,
 )
 _PANCREAS = replace(
@@ -270,6 +319,7 @@ CONTRAST_PRIORS: dict[str, ContrastPrior] = {
             shares=(0.5, 0.15, 0.35),
             rim=(10.0, 35.0),
             rim_share=0.25,
+            heterogeneity=(6.0, 25.0),
             reference_hu=70.0,
         ),
         replace(
@@ -279,6 +329,7 @@ CONTRAST_PRIORS: dict[str, ContrastPrior] = {
             shares=(0.8, 0.2, 0.0),
             rim_share=0.0,
             core_hu=(-15.0, -6.0),
+            heterogeneity=(0.0, 4.0),
             reference_hu=55.0,
         ),
         _KIDNEY,
@@ -299,6 +350,7 @@ CONTRAST_PRIORS: dict[str, ContrastPrior] = {
             shares=(0.3, 0.5, 0.2),
             rim_share=0.0,
             core_hu=(-12.0, -5.0),
+            heterogeneity=(0.0, 4.0),
             reference_hu=33.0,
         ),
         _PANCREAS,
@@ -318,6 +370,7 @@ CONTRAST_PRIORS: dict[str, ContrastPrior] = {
             shares=(0.5, 0.5, 0.0),
             rim_share=0.0,
             core_hu=(-12.0, -5.0),
+            heterogeneity=(0.0, 4.0),
             reference_hu=40.0,
         ),
     )

@@ -48,6 +48,7 @@ MAX_OWN_VARIATION = 3.0  # of a tumour, over the slow variation of its scan
 MAX_OWN_SHARE = 0.25  # of a tumour's mean change, which its own variation stays below
 SHARP_UP_TO_MM = 16.0  # diameter of tumours whose edge is as sharp as the generator's
 MAX_EDGE_PER_MM = 0.1  # of diameter beyond that: standard deviation of the widest edges
+USUAL_FEATHER_MM = 1.5  # a wider one is asked for: an infiltrating margin
 MAX_OWN_GAIN = 3.0  # by which the slow variation that a generator paints is raised
 MATCH_MARGIN_VOXELS = 6  # around a tumour, within which its change is matched
 MIN_CORE_CHANGE_HU = 1.0  # a smaller change of the core is not restored
@@ -143,6 +144,18 @@ def sample_edge_mm(seed: int, diameter_mm: float) -> float:
     """
     u = float(torch.rand((), generator=substream(seed, "edge"), dtype=torch.float64))
     return MAX_EDGE_PER_MM * max(diameter_mm - SHARP_UP_TO_MM, 0.0) * u
+
+
+def infiltration_mm(sigma_mm: float) -> float:
+    """Return how much softer a feather above the usual ones makes an edge that is soft already.
+
+    Args:
+        sigma_mm: standard deviation sampled for the tumour.
+
+    Returns:
+        Standard deviation in mm of the Gaussian to apply.
+    """
+    return math.sqrt(max(sigma_mm**2 - USUAL_FEATHER_MM**2, 0.0))
 
 
 def softening_mm(grain_mm: Sequence[float], edge_mm: float = 0.0) -> Floats3:

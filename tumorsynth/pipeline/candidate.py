@@ -177,11 +177,11 @@ def _measure(
 def _spread_of_structure(
     blend: _Blend, request: PaintRequest, voxels: tuple[Tensor, ...]
 ) -> Tensor:
-    """Standard deviation of a tumour with a rim or a necrotic core, in HU, without its noise.
+    """Standard deviation of a tumour with rim, necrotic core or lumps, in HU, without its noise.
 
     Bright and dark parts cancel in a mean, and are seen all the same.
     """
-    if request.tumor.params.structure_hu == (0.0, 0.0):
+    if not request.tumor.params.has_structure:
         return blend.change_hu.new_zeros(())
     sigmas = [SLOW_SIGMA_MM / s for s in request.grid.frame.spacing]
     inside = request.inside.to(blend.change_hu.dtype)

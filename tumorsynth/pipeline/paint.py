@@ -332,4 +332,11 @@ def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -
     params = request.tumor.params
     own_variation = sample_own_variation(params.seed) if generator.even else None
     change = match_to_scan(crop, change, mask, grain_mm, own_variation, request.edge_mm)
-    return add_structure(change, request.crop_outline, params.structure_hu, params.seed)
+    return add_structure(
+        change,
+        request.crop_outline,
+        params.structure_hu,
+        params.seed,
+        params.heterogeneity_hu,
+        params.diameter_mm,
+    )

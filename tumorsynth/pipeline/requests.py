@@ -17,6 +17,7 @@ from tumorsynth.appearance.noise import (
     feather_mm,
     grain_of_subvoxels,
     grain_region,
+    infiltration_mm,
     measuring_noise,
     sample_edge_mm,
     softening_mm,
@@ -206,8 +207,11 @@ def request_painting(
     noise = yield from _noise_around(settings, sample, tumor)
     grain_mm = noise.grain_mm if settings.blend == "change" else (0.0, 0.0, 0.0)
     edge_mm = 0.0
-    if generator.even and settings.blend == "change":
-        edge_mm = sample_edge_mm(tumor.params.shape_seed, tumor.params.diameter_mm)
+    if settings.blend == "change":
+        if generator.even:
+            edge_mm = sample_edge_mm(tumor.params.shape_seed, tumor.params.diameter_mm)
+        if generator.own_edge:  # which the feather leaves as it is
+            edge_mm = math.hypot(edge_mm, infiltration_mm(tumor.params.sigma_mm))
     grid, region = _plan(settings, generator, sample, tumor, grain_mm, edge_mm)
     fine_grid, fine_region = grid.refined(tumor.factors), refine_box(region, tumor.factors)
     hu = to_hu(sample.image[grid.source.slices].float())
@@ -324,10 +328,8 @@ def with_contrast(
         low, high = generator.window
         hu = request.crop[None, None] * (high - low) + low
         (level,) = yield [similar_level_around(hu, request.crop_mask[None, None])]
-        contrast_hu, structure_hu = settings.contrast_hu.sample(
-            seed, params.diameter_mm, float(level)
-        )
-        params = replace(params, contrast_hu=contrast_hu, structure_hu=structure_hu)
+        sampled = settings.contrast_hu.sample(seed, params.diameter_mm, float(level))
+        params = replace(params, **sampled._asdict())
     else:
         contrast = sample_contrast_hu(settings.contrast_hu, seed)
         params = replace(params, contrast_hu=contrast)

@@ -46,6 +46,7 @@ class TumorParams:
         first_mm: its diameter in the first phase, of a tumour that has grown or shrunk since; None
             for all others.
         first_displaced: ``displaced`` in the first phase.
+        heterogeneity_hu: standard deviation of the lumps inside.
     """
 
     centre: tuple[int, int, int]
@@ -67,6 +68,7 @@ class TumorParams:
     retries: int = 0
     first_mm: float | None = None
     first_displaced: float = 0.0
+    heterogeneity_hu: float = 0.0
 
     @property
     def first(self) -> TumorParams:
@@ -90,6 +92,11 @@ class TumorParams:
     def displaces(self) -> bool:
         """Whether it pushes tissue aside, now or in the first phase."""
         return max(self.displaced, self.first_displaced) > 0
+
+    @property
+    def has_structure(self) -> bool:
+        """Whether it has a rim, a necrotic core or lumps."""
+        return self.structure_hu != (0.0, 0.0) or self.heterogeneity_hu > 0
 
     @property
     def asked_hu(self) -> float | None:
@@ -173,6 +180,7 @@ LATER_PARAMS = (
     "retries",
     "first_mm",
     "first_displaced",
+    "heterogeneity_hu",
 )  # which only some tumours have
 PARAM_BOUNDS: dict[str, ParamBounds] = {
     "centre": ParamBounds(3, 0, 2**31),
@@ -192,6 +200,7 @@ PARAM_BOUNDS: dict[str, ParamBounds] = {
     "retries": ParamBounds(1, 0, 99),
     "first_mm": ParamBounds(1, 0.001, 1000.0),
     "first_displaced": ParamBounds(1, 0.0, 0.9),
+    "heterogeneity_hu": ParamBounds(1, 0.0, 500.0),
 }
 
 
