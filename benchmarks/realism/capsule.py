@@ -97,13 +97,14 @@ def main() -> None:
     made: dict[float, list[float | None]] = {share: [] for share in SHARES}
     for scan in liver_scans(args.scans):
         for diameter, own in real(scan):
-            rows.append({"scan": scan.name, "diameter_mm": round(diameter, 1), "beyond": own})
+            row = {"patient": scan.patient, "scan": scan.name, "diameter_mm": round(diameter, 1)}
+            rows.append({**row, "beyond": own})
             for share, shares in made.items():
                 shares += synthetic(scan, diameter, share)
             print(rows[-1], {share: summary(shares) for share, shares in made.items()}, flush=True)
     results = {
         "question": str(__doc__).splitlines()[0],
-        "patients": len({row["scan"].split("_ap")[0].split("_eqp")[0] for row in rows}),
+        "patients": len({row["patient"] for row in rows}),
         "real": {"each": rows, **summary([row["beyond"] for row in rows])},
         "synthetic_by_mass_effect": {str(share): summary(made[share]) for share in SHARES},
     }

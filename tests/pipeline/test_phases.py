@@ -15,6 +15,8 @@ from tumorsynth.generators.config import ContrastConfig
 
 TUMOR = 20
 
+CONTRASTS = ("contrast_hu", "structure_hu", "heterogeneity_hu")  # which scale with the tissue
+
 
 def phases(seed=0):
     """A portal and an arterial phase: the arterial has a darker liver, bright vessels and noise of
@@ -87,7 +89,7 @@ def test_priors_depend_on_the_other_phase():
         synth(arterial, ct.label, contrast_hu="liver-arterial", **call)
         (one,), (first,) = synth.params[0]["tumors"], params[0]["tumors"]
         assert one["contrast_hu"] != first["contrast_hu"]
-        kept = {k: v for k, v in first.items() if k not in ("contrast_hu", "structure_hu")}
+        kept = {k: v for k, v in first.items() if k not in CONTRASTS}
         assert {k: one[k] for k in kept} == kept
         signs.add(one["contrast_hu"] > 8)
     assert signs == {True, False}  # some arterial tumours are brighter

@@ -34,8 +34,11 @@ CORE_ROUGHNESS = 0.12  # standard deviation of where its border lies, of the lar
 CORE_ROUGHNESS_SIGMA_MM = 3.0
 RIM_VARIATION, RIM_VARIATION_SIGMA_MM = 0.5, 5.0  # of a rim around its tumour, of its HU
 HETEROGENEOUS_FROM_MM = 30.0
-LUMP_SHARE = 0.12  # width of the lumps, of the diameter: standard deviation of a Gaussian
-LUMP_SIGMA_MM = (1.5, 6.0)  # its limits
+LUMPS_FROM_MM = (16.0, 40.0)  # diameters from which on tumours without a prior have lumps, and all
+LUMPS_SHARE = (0.2, 0.6)  # their standard deviation over the contrast, as annotated ones have it
+MAX_LUMPS_HU = 18.0
+LUMP_SHARE = 0.08  # width of the lumps, of the diameter: standard deviation of a Gaussian
+LUMP_SIGMA_MM = (1.5, 4.0)  # its limits
 FINE_LUMPS = 0.4  # width of finer lumps, which have half the weight, of that
 STRUCTURE_SIGMA_MM = 0.7  # softness of rim and core
 OUTLINE_SIGMA_MM = 1.0  # softness of a change at the outline
@@ -78,7 +81,8 @@ class ContrastPrior:
         core_share: share of the tumours of at least ``core_from_mm`` with a core.
         core_from_mm: equivalent diameter.
         heterogeneity: standard deviation in HU of lumps inside a tumour of at least 30 mm,
-            (low, high); in smaller ones less, in proportion to the diameter.
+            (low, high); in smaller ones less, in proportion to the diameter. 0 leaves lumps to
+            generators that are matched to the scan.
         reference_hu: the tissue for which these hold. They scale with the tissue's own level, by
             0.3 to 1.5. None turns this off.
         floor_hu: no tumour becomes darker than this (fluid). None turns this off.
@@ -185,6 +189,7 @@ def add_structure(
     seed: int,
     heterogeneity_hu: float = 0.0,
     diameter_mm: float = 0.0,
+    lumps_share: float = 0.0,
 ) -> Tensor:
     """Add rim, necrotic core and lumps to a change, leaving the mean of the tumour's core as it is.
 
@@ -196,11 +201,13 @@ def add_structure(
             follow.
         heterogeneity_hu: standard deviation of the lumps; 0 for none.
         diameter_mm: of the tumour, which gives the lumps' width.
+        lumps_share: the lumps' standard deviation over the tumour's mean change, at most 18 HU, for
+            ``heterogeneity_hu`` 0.
 
     Returns:
         A new change, or ``change`` itself where nothing is added.
     """
-    if structure_hu == (0.0, 0.0) and heterogeneity_hu == 0:
+    if structure_hu == (0.0, 0.0) and heterogeneity_hu == lumps_share == 0:
         return change
     box = bounding_box(tumor_mask, MATCH_MARGIN_VOXELS)
     if box is None:
@@ -208,14 +215,37 @@ def add_structure(
     change = change.clone()
     mask = tumor_mask[box.slices]
     structure = _rim_and_core(mask, structure_hu, seed)
-    if heterogeneity_hu > 0:
-        structure = structure + heterogeneity_hu * _lumps(mask, diameter_mm, seed)
+    inside = core(mask[None, None])[0, 0]
+    if heterogeneity_hu > 0 or lumps_share > 0:
+        spread: float | Tensor = heterogeneity_hu
+        if heterogeneity_hu == 0:
+            spread = lumps_share * _mean_in(change[box.slices], inside).abs()
+            spread = spread.clamp(max=MAX_LUMPS_HU)
+        structure = structure + spread * _lumps(mask, diameter_mm, seed)
     structure = gaussian_filter(structure * mask, [STRUCTURE_SIGMA_MM] * 3)
     # subtract the mean, as soft at the outline as the change itself
     soft = gaussian_filter(mask.to(structure.dtype), [OUTLINE_SIGMA_MM] * 3)
-    inside = core(mask[None, None])[0, 0]
-    change[box.slices] += structure - soft * (structure[inside].mean() / soft[inside].mean())
+    change[box.slices] += structure - soft * (_mean_in(structure, inside) / _mean_in(soft, inside))
     return change
+
+
+def sample_lumps_share(seed: int, diameter_mm: float) -> float:
+    """Return the standard deviation of a tumour's lumps over its contrast, where no prior tells it.
+
+    Early tumours are even, large ones are not.
+
+    Args:
+        seed: of the tumour's noise.
+        diameter_mm: equivalent diameter.
+    """
+    u = float(torch.rand((), generator=substream(seed, "heterogeneity"), dtype=torch.float64))
+    low, high = LUMPS_FROM_MM
+    return _interpolate(LUMPS_SHARE, u) * min(max((diameter_mm - low) / (high - low), 0.0), 1.0)
+
+
+def _mean_in(values: Tensor, inside: Tensor) -> Tensor:
+    """Mean of the voxels of a mask, for which a GPU is not waited for."""
+    return (values * inside).sum() / inside.sum().clamp(min=1)
 
 
 def _rim_and_core(mask: Tensor, structure_hu: tuple[float, float], seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tumorsynth.appearance.contrast_priors import add_structure
+from tumorsynth.appearance.contrast_priors import add_structure, sample_lumps_share
 from tumorsynth.appearance.noise import match_to_scan, sample_own_variation
 from tumorsynth.appearance.tissue import SOFT_TISSUE, TissueRange
 from tumorsynth.devices import on_cpu, onto, or_on_cpu
@@ -339,4 +339,5 @@ def _matched(request: PaintRequest, change: Tensor, generator: TumorGenerator) -
         params.seed,
         params.heterogeneity_hu,
         params.diameter_mm,
+        sample_lumps_share(params.seed, params.diameter_mm) if generator.even else 0.0,
     )
