@@ -30,6 +30,7 @@ def test_salts_are_distinct_and_stay_as_they_are():
         "fill_noise": 0x66696C6C,
         "lumps": 0x6C756D70,
         "heterogeneity": 0x68657465,
+        "vessel_noise": 0x76657373,
         "rim": 0x72696D,
         "lesion": 0x6C657369,
     }

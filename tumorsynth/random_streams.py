@@ -26,6 +26,7 @@ STREAM_SALTS: dict[str, int] = {
     "contrast_condition": 0x636F6E74,  # contrast that conditions a diffusion generator
     "lumps": 0x6C756D70,  # inside a heterogeneous tumour
     "heterogeneity": 0x68657465,  # how strong the lumps are where no prior tells it
+    "vessel_noise": 0x76657373,  # noise where a vessel was
     "rim": 0x72696D,  # how a rim varies around its tumour
     "own_variation": 0x6F776E76,  # slow variation of the tumour's own
     "edge": 0x65646765,  # softness of the tumour's edge

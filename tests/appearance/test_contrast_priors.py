@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_generator
@@ -122,8 +124,50 @@ def test_large_tumours_are_more_heterogeneous_and_other_numbers_stay():
         assert 6 <= sizes[1] == sizes[2] <= 12 and sizes[0] == pytest.approx(sizes[1] / 3)
         assert prior.sample(seed, 40.0, 100.0)[:2] == ContrastPrior().sample(seed, 40.0, 100.0)[:2]
     assert ContrastPrior().sample(0, 40.0, 100.0).heterogeneity_hu == 0
-    with pytest.raises(ValueError, match="heterogeneity must be standard deviations of at least 0"):
+    with pytest.raises(ValueError, match="heterogeneity must be .low, high. in HU, .* 0 to 500"):
         ContrastPrior(heterogeneity=(-1, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("heterogeneity", 5),
+        ("heterogeneity", None),
+        ("heterogeneity", ("3", "12")),
+        ("heterogeneity", (400, 600)),
+        ("rim", 10),
+        ("hypo", (-20, -50)),
+        ("iso", (math.nan, 1)),
+        ("shares", 3),
+        ("shares", (1, 0, math.inf)),
+        ("rim_share", "1"),
+        ("core_share", None),
+        ("core_from_mm", -5),
+        ("core_from_mm", None),
+        ("reference_hu", 0),
+        ("reference_hu", math.nan),
+        ("floor_hu", "x"),
+    ],
+)
+def test_bad_values_are_named_with_a_fix(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must .*; (pass|leave)"):
+        ContrastPrior(**{name: value})
+
+
+def test_ranges_may_be_tensors_or_arrays_and_params_stay_json():
+    prior = ContrastPrior(hypo=np.array([-50.0, -20.0]), rim=torch.tensor([8.0, 20.0]).tolist())
+    assert prior.hypo == (-50.0, -20.0) and type(prior.hypo[0]) is float
+    json.dumps(prior.sample(0, 20.0, 110.0))
+
+
+def test_a_bright_tissue_does_not_scale_a_contrast_beyond_what_params_hold():
+    prior = ContrastPrior(
+        hyper=(1400, 1500), shares=(0, 0, 1), rim=(1400, 1500), rim_share=1, reference_hu=50
+    )
+    sampled = prior.sample(0, 40.0, 110.0)
+    assert sampled.contrast_hu == 1500 and sampled.structure_hu[0] == 1500
+    most = ContrastPrior(heterogeneity=(500, 500), reference_hu=50).sample(0, 40.0, 110.0)
+    assert most.heterogeneity_hu == 500
 
 
 @pytest.mark.parametrize("generator", ["hu2023", tiny_generator()], ids=["hu2023", "tiny"])

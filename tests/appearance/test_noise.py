@@ -206,6 +206,14 @@ def test_only_large_tumours_get_softer_edges():
     assert core_mean(soft, mask) == pytest.approx(core_mean(change, mask), rel=0.01)
 
 
+def test_a_large_tumour_as_bright_as_the_tissue_stays_so():
+    mask = ball(17)
+    change = noisy((2.5, 2.5, 2.5), seed=1, sd=4.0) - 110
+    change = (change - change[mask].mean() + 0.5) * gaussian_filter(mask.float(), [1.0] * 3)
+    even = match_to_scan(noisy(), change, mask, SHARP, own_variation=0.0)
+    assert core_mean(even, mask) == pytest.approx(core_mean(change, mask), abs=1.0)
+
+
 @pytest.mark.parametrize("generator", ["hu2023", tiny_generator(contrast=ContrastConfig())])
 def test_a_wide_feather_makes_an_infiltrating_margin(generator):
     """Of generators whose changes have a soft edge of their own as well; the label stays."""

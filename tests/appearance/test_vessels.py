@@ -7,6 +7,7 @@ import torch
 
 import tumorsynth as ts
 from tumorsynth.appearance.blend import gaussian_filter
+from tumorsynth.appearance.noise import measure_noise
 from tumorsynth.appearance.vessels import cover_vessels
 
 ISO = (1.0, 1.0, 1.0)
@@ -16,6 +17,12 @@ def liver(shape=(48, 48, 48), sigmas=(0.5, 0.5, 0.5), sd=10.0, seed=0):
     rng = torch.Generator().manual_seed(seed)
     noise = gaussian_filter(torch.randn(shape, generator=rng), sigmas)
     return 110 + sd * noise / noise.std()
+
+
+def cover(hu, organ=None, spacing=ISO):
+    organ = torch.ones(hu.shape, dtype=torch.bool) if organ is None else organ
+    grain_mm = measure_noise(hu, organ, spacing).grain_mm
+    return cover_vessels(hu, organ, spacing, grain_mm, shape_seed=3)
 
 
 def vessel_of(shape, spacing, radius_mm=2.5, every_mm=1e3):
@@ -41,7 +48,7 @@ def test_a_vessel_becomes_tissue_as_noisy_as_the_rest(shape, spacing, sigmas, sd
     hu, tube = liver(shape, sigmas, sd), vessel_of(shape, spacing)
     tissue = hu.clone()
     hu[tube] += 60.0
-    covered = hu + cover_vessels(hu, torch.ones(shape, dtype=torch.bool), spacing)
+    covered = hu + cover(hu, spacing=spacing)
     assert float(covered[tube].mean()) == pytest.approx(110, abs=0.4 * sd)
     steps = (tube[1:] & tube[:-1]).nonzero(as_tuple=True)
     assert float(covered.diff(dim=0)[steps].std()) == pytest.approx(
@@ -49,12 +56,23 @@ def test_a_vessel_becomes_tissue_as_noisy_as_the_rest(shape, spacing, sigmas, sd
     )
 
 
+def test_noise_is_drawn_where_no_tissue_lends_its_own():
+    """Of a vessel as wide as the region, as in a hilum."""
+    hu = liver((40, 40, 40))
+    tube = vessel_of(hu.shape, ISO, 13.0)
+    hu[tube] += 60.0
+    covered = hu + cover(hu)
+    middle = vessel_of(hu.shape, ISO, 8.0)
+    steps = (middle[1:] & middle[:-1]).nonzero(as_tuple=True)
+    assert 0.7 < float(covered.diff(dim=0)[steps].std() / hu.diff(dim=0)[steps].std()) < 1.3
+
+
 def test_tissue_without_vessels_stays_as_it_is():
     hu = liver()
-    change = cover_vessels(hu, torch.ones(hu.shape, dtype=torch.bool), ISO)
+    change = cover(hu)
     assert float(change.square().mean().sqrt()) < 0.2 * 10
     even = torch.full((20, 20, 20), 110.0)
-    assert not cover_vessels(even, torch.ones(even.shape, dtype=torch.bool), ISO).any()
+    assert not cover(even).any()
 
 
 def test_only_the_organ_changes_and_only_finite_voxels():
@@ -63,17 +81,17 @@ def test_only_the_organ_changes_and_only_finite_voxels():
     hu[tube] += 60.0
     organ[:24] = False
     hu[30, 24, 24] = torch.nan
-    change = cover_vessels(hu, organ, ISO)
+    change = cover(hu, organ)
     assert change.isfinite().all() and not change[:24].any() and change[30, 24, 24] == 0
     assert float(change[34:44][tube[34:44]].mean()) < -45
-    nothing = cover_vessels(hu, torch.zeros_like(organ), ISO)
+    nothing = cover(hu, torch.zeros_like(organ))
     assert not nothing.any()
 
 
 def test_what_is_darker_than_the_organ_stays():
     hu, tube = liver(), vessel_of((48, 48, 48), ISO)
     hu[tube] -= 60.0
-    change = cover_vessels(hu, torch.ones(hu.shape, dtype=torch.bool), ISO)
+    change = cover(hu)
     assert float(change[tube].abs().mean()) < 3
 
 

@@ -11,15 +11,14 @@ and what they paint beyond the outline is cut off, as sharply as the scan is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tumorsynth.appearance.blend import feather, gaussian_filter
+from tumorsynth.appearance.blend import feather
 from tumorsynth.appearance.local_noise import separate_noise
-from tumorsynth.appearance.noise import GRAIN_PER_NOISE_SIGMA, grain_of_subvoxels
+from tumorsynth.appearance.noise import grain_of_subvoxels, unit_noise
 from tumorsynth.devices import onto
 from tumorsynth.fetching import Task
 from tumorsynth.geometry import Floats3, Frame, Ints3, Rows3
@@ -183,7 +182,8 @@ def fill_background(
     noise = (1 - structure) * (hu - mean)
     even = tissue.organ & finite & (structure < MAX_NOISE_STRUCTURE)
     noise_sd = noise[even].std() if int(even.sum()) > 1 else hu.new_tensor(0.0)
-    similar = onto(_unit_noise(hu.shape, params.shape_seed, grain_mm, spacing), hu.device)
+    stream = substream(params.shape_seed, "fill_noise")
+    similar = onto(unit_noise(hu.shape, stream, grain_mm, spacing), hu.device)
     noise = noise + (structure * (2 - structure)).sqrt() * noise_sd * similar
     to_even = torch.where(finite, tissue.level_hu + noise - hu, 0.0)
     if is_lung:
@@ -211,13 +211,3 @@ def fill_background(
         weight=weight,
         keep_brighter=is_lung,
     )
-
-
-def _unit_noise(
-    shape: Sequence[int], shape_seed: int, grain_mm: Sequence[float], spacing: Floats3
-) -> Tensor:
-    """Noise of the scan's grain with standard deviation 1, on the CPU."""
-    noise = torch.randn(tuple(shape), generator=substream(shape_seed, "fill_noise"))
-    sigmas = [g / GRAIN_PER_NOISE_SIGMA / s for g, s in zip(grain_mm, spacing, strict=True)]
-    noise = gaussian_filter(noise, sigmas)
-    return noise / noise.std().clamp(min=1e-6)

@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tumorsynth.appearance.blend import gaussian_filter
-from tumorsynth.appearance.contrast import CONTRAST_SCALE_RANGE, FLUID_HU, core
+from tumorsynth.appearance.contrast import (
+    CONTRAST_SCALE_RANGE,
+    FLUID_HU,
+    MAX_CONTRAST_HU,
+    core,
+)
 from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS
 from tumorsynth.appearance.surroundings import grown
-from tumorsynth.arguments import keywords_of
+from tumorsynth.arguments import is_bool, keywords_of
 from tumorsynth.devices import onto
 from tumorsynth.geometry import bounding_box
 from tumorsynth.random_streams import substream
@@ -33,6 +39,21 @@ CORE_EDGE_SHARE = 0.06  # width of its border, of the largest depth
 CORE_ROUGHNESS = 0.12  # standard deviation of where its border lies, of the largest depth
 CORE_ROUGHNESS_SIGMA_MM = 3.0
 RIM_VARIATION, RIM_VARIATION_SIGMA_MM = 0.5, 5.0  # of a rim around its tumour, of its HU
+MAX_HETEROGENEITY_HU = 500.0
+# lowest, highest and an example of each range in HU
+RANGES_HU = {
+    "hypo": (-MAX_CONTRAST_HU, MAX_CONTRAST_HU, "(-50, -20)"),
+    "iso": (-MAX_CONTRAST_HU, MAX_CONTRAST_HU, "(-8, 8)"),
+    "hyper": (-MAX_CONTRAST_HU, MAX_CONTRAST_HU, "(10, 35)"),
+    "rim": (-MAX_CONTRAST_HU, MAX_CONTRAST_HU, "(8, 25)"),
+    "core_hu": (-MAX_CONTRAST_HU, MAX_CONTRAST_HU, "(-35, -15)"),
+    "heterogeneity": (0.0, MAX_HETEROGENEITY_HU, "(3, 12)"),
+}
+LEVELS = {
+    "core_from_mm": (0.0, 1000.0, "mm"),
+    "reference_hu": (1.0, 3000.0, "HU, or be None"),
+    "floor_hu": (-2000.0, 3000.0, "HU, or be None"),
+}
 HETEROGENEOUS_FROM_MM = 30.0
 LUMPS_FROM_MM = (16.0, 40.0)  # diameters from which on tumours without a prior have lumps, and all
 LUMPS_SHARE = (0.2, 0.6)  # their standard deviation over the contrast, as annotated ones have it
@@ -110,27 +131,37 @@ class ContrastPrior:
     floor_hu: float | None = FLUID_HU
 
     def __post_init__(self) -> None:
-        for name in ("hypo", "iso", "hyper", "rim", "core_hu", "heterogeneity"):
-            pair = getattr(self, name)
-            if len(pair) != 2 or not -1500 <= pair[0] <= pair[1] <= 1500:
+        for name, (lowest, highest, example) in RANGES_HU.items():
+            given = getattr(self, name)
+            pair = _numbers(given, 2)
+            if pair is None or not lowest <= pair[0] <= pair[1] <= highest:
                 raise ValueError(
-                    f"{name} must be (low, high) in HU, the lower first, got {pair!r}; pass for "
-                    "example hypo=(-50, -20)"
+                    f"{name} must be (low, high) in HU, the lower first, from {lowest:g} to "
+                    f"{highest:g}, got {given!r}; pass for example {name}={example}"
                 )
-        if len(self.shares) != 3 or min(self.shares) < 0 or not 0 < sum(self.shares) < math.inf:
+            object.__setattr__(self, name, tuple(pair))
+        shares = _numbers(self.shares, 3)
+        if shares is None or min(shares) < 0 or sum(shares) == 0:
             raise ValueError(
                 f"shares must be three numbers of at least 0, not all 0, got {self.shares!r}; "
                 "pass for example (0.85, 0.1, 0.05) of darker, alike and brighter tumours"
             )
-        if self.heterogeneity[0] < 0:
-            raise ValueError(
-                f"heterogeneity must be standard deviations of at least 0 HU, got "
-                f"{self.heterogeneity!r}; pass for example (3, 12)"
-            )
+        object.__setattr__(self, "shares", tuple(shares))
         for name in ("rim_share", "core_share"):
-            if not 0 <= getattr(self, name) <= 1:
+            share = _numbers([getattr(self, name)], 1)
+            if share is None or not 0 <= share[0] <= 1:
                 raise ValueError(
                     f"{name} must lie in [0, 1], got {getattr(self, name)!r}; pass 0 for none"
+                )
+        for name, (lowest, highest, words) in LEVELS.items():
+            given = getattr(self, name)
+            if given is None and name != "core_from_mm":
+                continue
+            level = _numbers([given], 1)
+            if level is None or not lowest <= level[0] <= highest:
+                raise ValueError(
+                    f"{name} must lie in {lowest:g} to {highest:g} {words}, got {given!r}; leave "
+                    "it out for the default"
                 )
 
     def sample(self, seed: int, diameter_mm: float, level_hu: float) -> SampledContrast:
@@ -161,7 +192,23 @@ class ContrastPrior:
             core_hu = scale * _interpolate(self.core_hu, core_contrast)
         share = scale * min(diameter_mm / HETEROGENEOUS_FROM_MM, 1.0)
         lumps_hu = share * _interpolate(self.heterogeneity, lumps)
+        # a bright tissue's scale must not lead beyond what params hold
+        contrast_hu, rim_hu, core_hu = (
+            min(max(hu, -MAX_CONTRAST_HU), MAX_CONTRAST_HU) for hu in (contrast_hu, rim_hu, core_hu)
+        )
+        lumps_hu = min(lumps_hu, MAX_HETEROGENEITY_HU)
         return SampledContrast(contrast_hu, (rim_hu, core_hu), lumps_hu)
+
+
+def _numbers(values: Any, count: int) -> list[float] | None:
+    """Return so many finite numbers; None for anything else."""
+    try:
+        numbers = [float(v) for v in values if isinstance(v, Real) and not is_bool(v)]
+        given = len(values)
+    except (TypeError, ValueError):
+        return None
+    finite = all(math.isfinite(n) for n in numbers)
+    return numbers if len(numbers) == given == count and finite else None
 
 
 def get_contrast_prior(name: str) -> ContrastPrior:

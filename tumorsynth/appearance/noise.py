@@ -41,6 +41,7 @@ MIN_SOFTENING_MM = 0.2  # smaller differences in sharpness count as none
 PROFILE_SIGMA_MM = 2.5  # of the filtered mask that stands for a voxel's depth in the tumour
 DEEP_RADIUS_MM = 9.0  # of tumours whose depth that filter does not tell: a wider one has to
 DEEP_SIGMA_SHARE = 1 / 3  # of the radius: its standard deviation
+MAX_DEEPENING = 2.0  # of a tumour's mean change, by which its middle is deepened
 SLOW_SIGMA_MM = 1.5  # what a Gaussian of this width leaves varies slowly
 MAX_SLOW_SDS = 2.5  # of a scan's slow variation that is kept
 MIN_EVENED_VOXELS = 64  # a smaller tumour has no inside to even out
@@ -111,6 +112,26 @@ def measuring_noise(hu: Tensor, organ: Tensor, spacing: Sequence[float]) -> Task
             sigma = GRAIN_PER_NOISE_SIGMA * s * _filter_sigma(four / one, 4)
         grain.append(min(max(sigma, smallest[axis]), max(MAX_GRAIN_MM, smallest[axis])))
     return ScanNoise((grain[0], grain[1], grain[2]), level, sd)
+
+
+def unit_noise(
+    shape: Sequence[int],
+    stream: torch.Generator,
+    grain_mm: Sequence[float],
+    spacing: Sequence[float],
+) -> Tensor:
+    """Draw noise of a scan's grain with standard deviation 1, on the CPU.
+
+    Args:
+        shape: (X, Y, Z).
+        stream: of random numbers.
+        grain_mm: of the scan, along each axis.
+        spacing: mm per voxel.
+    """
+    noise = torch.randn(tuple(shape), generator=stream)
+    sigmas = [g / GRAIN_PER_NOISE_SIGMA / s for g, s in zip(grain_mm, spacing, strict=True)]
+    noise = gaussian_filter(noise, sigmas)
+    return noise / noise.std().clamp(min=1e-6)
 
 
 def grain_of_subvoxels(
@@ -292,10 +313,12 @@ class _DepthProfile(NamedTuple):
         """
         if self.order is None:
             return torch.zeros_like(fitted)
-        sign = fitted.mean().sign()
-        sorted_change = sign * fitted[self.order]
+        mean = fitted.mean()
+        sorted_change = mean.sign() * fitted[self.order]
+        paler = sorted_change.cummax(0).values - sorted_change
         added = torch.empty_like(fitted)
-        added[self.order] = sign * (sorted_change.cummax(0).values - sorted_change)
+        # a tumour as bright as the tissue has no middle to be paler
+        added[self.order] = mean.sign() * torch.minimum(paler, MAX_DEEPENING * mean.abs())
         return added
 
 

@@ -6,19 +6,24 @@ import torch
 from torch import Tensor
 
 from tumorsynth.appearance.blend import gaussian_filter
-from tumorsynth.appearance.noise import MAD_TO_SD
+from tumorsynth.appearance.noise import MAD_TO_SD, unit_noise
+from tumorsynth.devices import onto
 from tumorsynth.geometry import Floats3
+from tumorsynth.random_streams import substream
 
 SEEN_SIGMA_MM = 1.0  # of the filtered organ in which vessels are looked for
 MIN_VESSEL_SDS = 2.5  # of that organ's variation below its level; what is further above is a vessel
-EDGE_GAIN = 2.5  # of the filtered vessels: covers their edges, and few single voxels of noise
+EDGE_GAIN = 3.0  # of the filtered vessels: covers their edges, and few single voxels of noise
 TISSUE_SIGMA_MM = 3.0  # of the tissue around a vessel that takes its place
 FEW = 0.02  # share of tissue within that Gaussian, below which the organ's level counts as much
 # Noise comes from tissue so far away, as shares of the region: moved, it is as correlated as ever.
-SHIFTS = ((1 / 3, 0), (0, 1 / 3), (1 / 3, 1 / 3), (1 / 4, -1 / 4))
+# Where that is no tissue either, it is drawn.
+SHIFTS = ((1 / 3, 0), (0, 1 / 3), (1 / 4, -1 / 4))
 
 
-def cover_vessels(hu: Tensor, organ: Tensor, spacing: Floats3) -> Tensor:
+def cover_vessels(
+    hu: Tensor, organ: Tensor, spacing: Floats3, grain_mm: Floats3, shape_seed: int
+) -> Tensor:
     """Compute what turns an organ's vessels into tissue like that beside them, with its noise.
 
     Nothing waits for a GPU.
@@ -27,6 +32,8 @@ def cover_vessels(hu: Tensor, organ: Tensor, spacing: Floats3) -> Tensor:
         hu: (X, Y, Z), a tumour's place in the middle and some mm around it, before it is painted.
         organ: bool, same shape.
         spacing: mm per voxel.
+        grain_mm: of the scan, along each axis.
+        shape_seed: of the tumour; noise is drawn from it.
 
     Returns:
         (X, Y, Z) in HU, to be added; 0 beside vessels.
@@ -48,7 +55,10 @@ def cover_vessels(hu: Tensor, organ: Tensor, spacing: Floats3) -> Tensor:
     total, share = gaussian_filter(torch.stack([tissue * hu, tissue]), wide)
     around = (total + FEW * level) / (share + FEW)
     own_noise, usable = hu - around, usual & (tissue >= 1)
-    noise, found = torch.zeros_like(hu), ~organ
+    stream = substream(shape_seed, "vessel_noise")
+    drawn = onto(unit_noise(hu.shape, stream, grain_mm, spacing), hu.device)
+    noise_sd = MAD_TO_SD * _median(level - hu, organ & (hu < level))
+    noise, found = noise_sd * drawn, ~organ
     for shares in SHIFTS:
         shifts = [round(share * n) for share, n in zip(shares, hu.shape, strict=False)]
         moved = usable.roll(shifts, (0, 1))

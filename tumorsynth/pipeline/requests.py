@@ -242,7 +242,9 @@ def request_painting(
     if fill is not None:
         covered_hu = fill.generator_change_hu
     elif generator.even and settings.blend == "change":
-        vessels_hu = cover_vessels(local_hu, tissue.organ, sample.frame.spacing)
+        vessels_hu = cover_vessels(
+            local_hu, tissue.organ, sample.frame.spacing, grain_mm, tumor.params.shape_seed
+        )
         covered_hu = inside * vessels_hu
     if covered_hu is not None:
         hu = hu.clone()  # to_hu may return the sample itself
