@@ -55,7 +55,7 @@ LEVELS = {
     "floor_hu": (-2000.0, 3000.0, "HU, or be None"),
 }
 HETEROGENEOUS_FROM_MM = 30.0
-LUMPS_FROM_MM = (16.0, 40.0)  # diameters from which on tumours without a prior have lumps, and all
+LUMPS_FROM_MM = (20.0, 40.0)  # diameters from which on tumours without a prior have lumps, and all
 LUMPS_SHARE = (0.2, 0.6)  # their standard deviation over the contrast, as annotated ones have it
 MAX_LUMPS_HU = 18.0
 LUMP_SHARE = 0.08  # width of the lumps, of the diameter: standard deviation of a Gaussian
