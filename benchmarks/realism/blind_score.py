@@ -26,7 +26,7 @@ from tumorsynth.reader_study.store import ANSWERS, Answer
 
 SIZES_MM = (0, 10, 20, 30, math.inf)
 FAINT_HU = 10.0
-MAX_CONFIDENCE = 5
+MAX_CONFIDENCE, CERTAIN_FROM = 5, 4
 
 
 def read_answers(path: Path, truths: dict[str, str]) -> list[Answer]:
@@ -69,7 +69,8 @@ def score(answers: list[Answer]) -> dict[str, Any]:
     }
     if any(a.confidence > 1 for a in answers) and not math.isnan(figures.auc):
         out["auc_of_confidence"] = round(figures.auc, 3)
-    if len({a.reader for a in answers}) == 1:  # several readers' answers are not independent
+    # several readers' answers are not independent
+    if len({a.reader for a in answers}) == 1:
         out["p_against_guessing"] = round(float(binomtest(right, len(answers), 0.5).pvalue), 4)
     return out
 
@@ -145,6 +146,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "size": grouped(answers, cases, size_of),
             "contrast": grouped(answers, cases, contrast_of),
             "patient": grouped(answers, cases, lambda about: about["patient"]),
+            "certain": score([a for a in answers if a.confidence >= CERTAIN_FROM]),
         }
         for reader, answers in by_reader.items()
     }

@@ -22,12 +22,12 @@ from scipy import ndimage
 
 import tumorsynth as ts
 from benchmarks.common import write
-from benchmarks.realism.scans import LIVER, REAL, SYNTHETIC, Scan, liver_scans
+from benchmarks.realism.paired import real_tumors
+from benchmarks.realism.scans import LIVER, SYNTHETIC, Scan, liver_scans
 
 LEAST_MM, BALL_MM, VOXEL_MM, NEAR_MM = 30.0, 20.0, 2.0, 3.0
 SHARES = (0.0, 0.3, 0.6)
 EACH = 4
-TOUCHING = np.ones((3, 3, 3))
 
 
 def coarse(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
@@ -50,13 +50,10 @@ def beyond(liver: np.ndarray, tumor: np.ndarray, spacing: tuple[float, ...]) -> 
 
 def real(scan: Scan) -> Iterator[tuple[float, float | None]]:
     """Diameter and share of each large annotated tumour."""
-    label = scan.label.numpy()
-    numbers, count = ndimage.label(label == REAL, TOUCHING)
-    for k in range(1, count + 1):
-        tumor = numbers == k
-        diameter = float((6 * tumor.sum() * np.prod(scan.spacing) / np.pi) ** (1 / 3))
-        if diameter >= LEAST_MM:
-            yield diameter, beyond((label == LIVER) | tumor, tumor, scan.spacing)
+    liver = (scan.label == LIVER).numpy()
+    for tumor in real_tumors(scan):
+        if tumor.diameter_mm >= LEAST_MM:
+            yield tumor.diameter_mm, beyond(liver | tumor.mask, tumor.mask, scan.spacing)
 
 
 def synthetic(scan: Scan, diameter: float, share: float) -> Iterator[float | None]:

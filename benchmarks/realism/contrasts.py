@@ -5,8 +5,10 @@
 For each named prior with annotated scans of its organ and phase: the contrast of every tumour of at
 least 5 mm (median of its core minus that of the organ 3 to 12 mm away), in HU and scaled to the
 prior's reference, beside 4000 contrasts of the prior in the same tissue. "dark", "alike" and
-"bright" split at -10 and 10 HU. A Kolmogorov-Smirnov distance of few tumours says little: of 20
-from the prior itself it is up to 0.29 in 95 of 100 cases.
+"bright" split at -10 and 10 HU. "heterogeneity" is the spread of HU, filtered by 1.5 mm, more than
+3 mm below the outline of each tumour of 22 mm and more: the distance from its 5th to its 95th
+percentile over that of a normal distribution. A Kolmogorov-Smirnov distance of few tumours says
+little: of 20 from the prior itself it is up to 0.29 in 95 of 100 cases.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from scipy import ndimage
 from scipy.stats import ks_2samp
 
 from benchmarks.common import write
+from benchmarks.realism.paired import real_tumors
+from benchmarks.realism.scans import Scan, liver_scans
 from tumorsynth.appearance.contrast_priors import CONTRAST_PRIORS, ContrastPrior
 
 SCANS = {
@@ -33,6 +37,8 @@ NEAR_MM, FAR_MM = 3.0, 12.0  # of the tissue around
 CORE_MM = 2.0  # below the outline, or half the largest depth
 ALIKE_HU = 10.0
 DRAWS = 4000
+LARGE_MM, DEEP_MM, SMOOTH_MM = 22.0, 3.0, 1.5
+NORMAL_SPREAD = 3.29  # from the 5th to the 95th percentile, in standard deviations
 
 
 def tumors(folder: Path, name: str) -> list[tuple[float, float, float]]:
@@ -58,6 +64,20 @@ def tumors(folder: Path, name: str) -> list[tuple[float, float, float]]:
         level = float(np.median(image[around][tissue]))
         core = mask & (depth >= min(CORE_MM, depth.max() / 2))
         found.append((float(diameter), float(np.median(image[around][core])) - level, level))
+    return found
+
+
+def heterogeneity(scan: Scan) -> list[list[float]]:
+    """Diameter in mm, contrast of the inside in HU and its spread, of each large tumour."""
+    smooth = ndimage.gaussian_filter(scan.hu.numpy(), [SMOOTH_MM / s for s in scan.spacing])
+    found = []
+    for tumor in real_tumors(scan):
+        depth = ndimage.distance_transform_edt(tumor.mask, sampling=scan.spacing)
+        deep = smooth[depth > DEEP_MM]
+        if tumor.diameter_mm >= LARGE_MM and deep.size:
+            low, high = np.percentile(deep, [5, 95])
+            row = tumor.diameter_mm, tumor.contrast_hu, (high - low) / NORMAL_SPREAD
+            found.append([round(float(v), 1) for v in row])
     return found
 
 
@@ -103,6 +123,10 @@ def main() -> None:
     results: dict = {
         name: compare(CONTRAST_PRIORS[name], args.folder, scans) for name, scans in SCANS.items()
     }
+    large = {scan.name: heterogeneity(scan) for scan in liver_scans(args.folder)}
+    large = {name: rows for name, rows in large.items() if rows}
+    results["heterogeneity"] = {"mm_hu_sd": large}
+    print("heterogeneity", large)
     results["assumed"] = sorted(set(CONTRAST_PRIORS) - set(SCANS))
     for name in SCANS:
         print(name, {k: v for k, v in results[name].items() if k != "mm_hu_level"})

@@ -24,13 +24,14 @@ from torch import Tensor
 import tumorsynth as ts
 from benchmarks.common import write
 from benchmarks.realism.scans import LIVER, SYNTHETIC, Scan, liver_scans
+from tumorsynth.appearance.noise import MAD_TO_SD
+from tumorsynth.placement.rasterize import equivalent_diameter
 
 PLANE_MM = 1.4
 SEEN_MM, SHOWN_MM = 1.5, 1.0
 LEAST_SDS, LEAST_HU = 2.5, 15.0
 DEEP_MM, LEAST_MM3 = 2.0, 30.0
 SOFT = "ircadb_p01"  # also measured blurred
-MAD_TO_SD = 1.4826
 TOUCHING = np.ones((3, 3, 3))
 
 
@@ -74,7 +75,7 @@ def tumors(
             deep = ndimage.distance_transform_edt(mask, sampling=spacing) > DEEP_MM
             on, beside = deep & vessel, deep & ~vessel
             row: dict[str, Any] = {"scan": name, "vessel_mm3": float(on.sum() * voxel_mm3)}
-            row["diameter_mm"] = float((6 * mask.sum() * voxel_mm3 / np.pi) ** (1 / 3))
+            row["diameter_mm"] = equivalent_diameter(float(mask.sum() * voxel_mm3))
             if min(on.sum(), beside.sum()) * voxel_mm3 > LEAST_MM3:
                 row["was_brighter_hu"] = float(shown[on].mean() - level)
                 row["is_brighter_hu"] = float(after[on].mean() - after[beside].mean())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tumorsynth.appearance.blend import feather
 from tumorsynth.appearance.local_noise import separate_noise
-from tumorsynth.appearance.noise import grain_of_subvoxels, unit_noise
+from tumorsynth.appearance.noise import grain_of_subvoxels, masked_median, unit_noise
 from tumorsynth.devices import onto
 from tumorsynth.fetching import Task
 from tumorsynth.geometry import Floats3, Frame, Ints3, Rows3
@@ -124,7 +124,7 @@ def measure_tissue(
     """
     organ = is_organ(label, organ_labels)
     healthy = organ & hu.isfinite()
-    level = torch.where(healthy, hu, torch.nan).nanmedian().nan_to_num(nan=0.0)
+    level = masked_median(hu, healthy).nan_to_num(nan=0.0)
     invisible = healthy & ((hu <= window[0]) | (hu >= window[1]))
     shares = (
         invisible.sum() / healthy.sum().clamp(min=1),

@@ -24,11 +24,12 @@ from tumorsynth.appearance.contrast import (
     MAX_CONTRAST_HU,
     core,
 )
-from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS
+from tumorsynth.appearance.noise import MATCH_MARGIN_VOXELS, filtered_noise
 from tumorsynth.appearance.surroundings import grown
 from tumorsynth.arguments import is_bool, keywords_of
 from tumorsynth.devices import onto
 from tumorsynth.geometry import bounding_box
+from tumorsynth.placement.types import PARAM_BOUNDS
 from tumorsynth.random_streams import substream
 
 HURange = tuple[float, float]
@@ -39,7 +40,7 @@ CORE_EDGE_SHARE = 0.06  # width of its border, of the largest depth
 CORE_ROUGHNESS = 0.12  # standard deviation of where its border lies, of the largest depth
 CORE_ROUGHNESS_SIGMA_MM = 3.0
 RIM_VARIATION, RIM_VARIATION_SIGMA_MM = 0.5, 5.0  # of a rim around its tumour, of its HU
-MAX_HETEROGENEITY_HU = 500.0
+MAX_HETEROGENEITY_HU = PARAM_BOUNDS["heterogeneity_hu"].high
 # lowest, highest and an example of each range in HU
 RANGES_HU = {
     "hypo": (-MAX_CONTRAST_HU, MAX_CONTRAST_HU, "(-50, -20)"),
@@ -49,18 +50,18 @@ RANGES_HU = {
     "core_hu": (-MAX_CONTRAST_HU, MAX_CONTRAST_HU, "(-35, -15)"),
     "heterogeneity": (0.0, MAX_HETEROGENEITY_HU, "(3, 12)"),
 }
-LEVELS = {
+SCALAR_RANGES = {
     "core_from_mm": (0.0, 1000.0, "mm"),
     "reference_hu": (1.0, 3000.0, "HU, or be None"),
     "floor_hu": (-2000.0, 3000.0, "HU, or be None"),
 }
 HETEROGENEOUS_FROM_MM = 30.0
-LUMPS_FROM_MM = (20.0, 40.0)  # diameters from which on tumours without a prior have lumps, and all
-LUMPS_SHARE = (0.2, 0.6)  # their standard deviation over the contrast, as annotated ones have it
+LUMPS_FROM_MM = (20.0, 40.0)  # diameters at which lumps begin, and reach full strength
+LUMPS_OVER_CONTRAST = (0.2, 0.6)  # standard deviation over contrast, as in annotated tumours
 MAX_LUMPS_HU = 18.0
-LUMP_SHARE = 0.08  # width of the lumps, of the diameter: standard deviation of a Gaussian
+LUMP_SIGMA_SHARE = 0.08  # of the diameter: standard deviation of the Gaussian that makes lumps
 LUMP_SIGMA_MM = (1.5, 4.0)  # its limits
-FINE_LUMPS = 0.4  # width of finer lumps, which have half the weight, of that
+FINE_SIGMA_SHARE = 0.4  # of it, for finer lumps, which have half the weight
 STRUCTURE_SIGMA_MM = 0.7  # softness of rim and core
 OUTLINE_SIGMA_MM = 1.0  # softness of a change at the outline
 MAX_DEPTH_VOXELS = 24
@@ -153,7 +154,7 @@ class ContrastPrior:
                 raise ValueError(
                     f"{name} must lie in [0, 1], got {getattr(self, name)!r}; pass 0 for none"
                 )
-        for name, (lowest, highest, words) in LEVELS.items():
+        for name, (lowest, highest, words) in SCALAR_RANGES.items():
             given = getattr(self, name)
             if given is None and name != "core_from_mm":
                 continue
@@ -277,7 +278,7 @@ def add_structure(
 
 
 def sample_lumps_share(seed: int, diameter_mm: float) -> float:
-    """Return the standard deviation of a tumour's lumps over its contrast, where no prior tells it.
+    """Return the standard deviation of a tumour's lumps over its contrast, where no prior sets it.
 
     Early tumours are even, large ones are not.
 
@@ -287,11 +288,12 @@ def sample_lumps_share(seed: int, diameter_mm: float) -> float:
     """
     u = float(torch.rand((), generator=substream(seed, "heterogeneity"), dtype=torch.float64))
     low, high = LUMPS_FROM_MM
-    return _interpolate(LUMPS_SHARE, u) * min(max((diameter_mm - low) / (high - low), 0.0), 1.0)
+    growth = min(max((diameter_mm - low) / (high - low), 0.0), 1.0)
+    return growth * _interpolate(LUMPS_OVER_CONTRAST, u)
 
 
 def _mean_in(values: Tensor, inside: Tensor) -> Tensor:
-    """Mean of the voxels of a mask, for which a GPU is not waited for."""
+    """Mean of the voxels of a mask, without a host-device synchronisation."""
     return (values * inside).sum() / inside.sum().clamp(min=1)
 
 
@@ -317,17 +319,15 @@ def _rim_and_core(mask: Tensor, structure_hu: tuple[float, float], seed: int) ->
 def _lumps(mask: Tensor, diameter_mm: float, seed: int) -> Tensor:
     """Coarse and fine lumps with standard deviation 1."""
     smallest, largest = LUMP_SIGMA_MM
-    sigma, stream = LUMP_SHARE * diameter_mm, substream(seed, "lumps")
+    sigma, stream = LUMP_SIGMA_SHARE * diameter_mm, substream(seed, "lumps")
     sigma = min(max(sigma, smallest), largest)
-    coarse, fine = (_smooth_noise(mask, mm, stream) for mm in (sigma, FINE_LUMPS * sigma))
+    coarse, fine = (_smooth_noise(mask, mm, stream) for mm in (sigma, FINE_SIGMA_SHARE * sigma))
     return (coarse + 0.5 * fine) / math.hypot(1, 0.5)
 
 
 def _smooth_noise(mask: Tensor, sigma_mm: float, stream: torch.Generator) -> Tensor:
-    """Noise with standard deviation 1, filtered, on the mask's device but drawn on the CPU."""
-    noise = torch.randn(mask.shape, generator=stream, dtype=torch.float32)
-    noise = gaussian_filter(noise, [sigma_mm] * 3)
-    return onto(noise / noise.std(), mask.device)
+    """Filtered noise with standard deviation 1, on the mask's device but drawn on the CPU."""
+    return onto(filtered_noise(mask.shape, stream, [sigma_mm] * 3), mask.device)
 
 
 def _depth(mask: Tensor) -> Tensor:

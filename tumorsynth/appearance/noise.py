@@ -49,7 +49,7 @@ MAX_OWN_VARIATION = 3.0  # of a tumour, over the slow variation of its scan
 MAX_OWN_SHARE = 0.25  # of a tumour's mean change, which its own variation stays below
 SHARP_UP_TO_MM = 16.0  # diameter of tumours whose edge is as sharp as the generator's
 MAX_EDGE_PER_MM = 0.1  # of diameter beyond that: standard deviation of the widest edges
-USUAL_FEATHER_MM = 1.5  # a wider one is asked for: an infiltrating margin
+USUAL_FEATHER_MM = 1.5  # a wider feather means an infiltrating margin
 MAX_OWN_GAIN = 3.0  # by which the slow variation that a generator paints is raised
 MATCH_MARGIN_VOXELS = 6  # around a tumour, within which its change is matched
 MIN_CORE_CHANGE_HU = 1.0  # a smaller change of the core is not restored
@@ -128,8 +128,21 @@ def unit_noise(
         grain_mm: of the scan, along each axis.
         spacing: mm per voxel.
     """
-    noise = torch.randn(tuple(shape), generator=stream)
     sigmas = [g / GRAIN_PER_NOISE_SIGMA / s for g, s in zip(grain_mm, spacing, strict=True)]
+    return filtered_noise(shape, stream, sigmas)
+
+
+def filtered_noise(
+    shape: Sequence[int], stream: torch.Generator, sigmas: Sequence[float]
+) -> Tensor:
+    """Draw noise filtered with a Gaussian, with standard deviation 1, on the CPU.
+
+    Args:
+        shape: (X, Y, Z).
+        stream: of random numbers.
+        sigmas: of the Gaussian along each axis, in voxels.
+    """
+    noise = torch.randn(tuple(shape), generator=stream, dtype=torch.float32)
     noise = gaussian_filter(noise, sigmas)
     return noise / noise.std().clamp(min=1e-6)
 
@@ -168,7 +181,7 @@ def sample_edge_mm(seed: int, diameter_mm: float) -> float:
 
 
 def infiltration_mm(sigma_mm: float) -> float:
-    """Return how much softer a feather above the usual ones makes an edge that is soft already.
+    """Return the extra blur of an infiltrating margin, for a change that has a soft edge already.
 
     Args:
         sigma_mm: standard deviation sampled for the tumour.
@@ -253,11 +266,11 @@ def match_to_scan(
     mask, old = tumor_mask[box.slices], change[box.slices]
     # as indices, which on a GPU are not waited for again at each use
     where = _indices(mask, change.device)
+    radius = (3 * len(where[0]) / (4 * math.pi)) ** (1 / 3)
     new = old
     if own_variation is not None and len(where[0]) >= MIN_EVENED_VOXELS:
         inside = onto(mask, change.device).to(torch.float32)
-        new = new + _evening(crop[box.slices], old, inside, where, own_variation)
-    radius = (3 * len(where[0]) / (4 * math.pi)) ** (1 / 3)
+        new = new + _evening(crop[box.slices], old, inside, where, radius, own_variation)
     softening = softening_mm(grain_mm, edge_mm)
     new = gaussian_filter(new, [min(sigma, radius / 3) for sigma in softening])
     if new is old:
@@ -306,10 +319,10 @@ class _DepthProfile(NamedTuple):
         return self.powers @ factors
 
     def deepening(self, fitted: Tensor) -> Tensor:
-        """What to add to a fitted change (N,), so that it is nowhere weaker than further out.
+        """Return the addition that leaves a fitted change (N,) nowhere weaker than further out.
 
-        Networks paint large tumours paler in the middle, where they see little of the tissue
-        around. Annotated ones are not.
+        Networks paint the middle of large tumours too pale, where they see little of the tissue
+        around; annotated tumours are not paler there.
         """
         if self.order is None:
             return torch.zeros_like(fitted)
@@ -329,14 +342,18 @@ def _depth(inside: Tensor, where: tuple[Tensor, ...], sigma_mm: float) -> Tensor
 
 
 def _evening(
-    hu: Tensor, change: Tensor, inside: Tensor, where: tuple[Tensor, ...], own_variation: float
+    hu: Tensor,
+    change: Tensor,
+    inside: Tensor,
+    where: tuple[Tensor, ...],
+    radius_mm: float,
+    own_variation: float,
 ) -> Tensor:
     """What to add to a change so that the tumour is as noisy and as even as the tissue was.
 
     inside: 1 in the tumour, else 0. where: the tumour's voxels, as indices along each axis.
     """
-    radius = (3 * len(where[0]) / (4 * math.pi)) ** (1 / 3)
-    profile = _DepthProfile.of(inside, where, radius)
+    profile = _DepthProfile.of(inside, where, radius_mm)
     share = gaussian_filter(inside, [SLOW_SIGMA_MM] * 3).clamp(min=1e-3)
 
     # scan and change at once, which takes fewer operators
@@ -378,8 +395,8 @@ class _OrganStatistics(NamedTuple):
 def _organ_statistics(hu: Tensor, organ: Tensor) -> Task[_OrganStatistics]:
     hu = hu.float()
     organ = organ & hu.isfinite()
-    median, organ_voxels = _median(hu, organ), organ.sum()
-    sd = MAD_TO_SD * _median((hu - median).abs(), organ)
+    median, organ_voxels = masked_median(hu, organ), organ.sum()
+    sd = MAD_TO_SD * masked_median((hu - median).abs(), organ)
     fits = organ & ((hu - median).abs() <= MAX_NOISE_SDS * sd)
     hu = torch.where(fits, hu - median, 0.0)
     # not the median absolute deviation: of whole HU it has whole steps
@@ -399,7 +416,7 @@ def _organ_statistics(hu: Tensor, organ: Tensor) -> Task[_OrganStatistics]:
     return _OrganStatistics(differences, count, level, math.sqrt(squared))
 
 
-def _median(values: Tensor, where: Tensor) -> Tensor:
+def masked_median(values: Tensor, where: Tensor) -> Tensor:
     """Median of the voxels of a mask, without a synchronisation; NaN where it is empty."""
     return torch.where(where, values, torch.nan).nanmedian()
 

@@ -126,21 +126,21 @@ def _measure(
     voxels = onto((tumor.mask.nonzero() + offset).T, before.device).unbind(0)
     inside_before, inside_after = before.float()[voxels], after.float()[voxels]
     change = (inside_after - inside_before).mean() * intensity.hu_per_unit
-    covered = (blend.healthy.float()[voxels] - inside_before).mean() * intensity.hu_per_unit
+    painted = (inside_after - blend.healthy.float()[voxels]).mean() * intensity.hu_per_unit
     level = intensity.to_hu(inside_after).mean()
     shown_hu = blend.change_hu[voxels].mean()
     true_hu = shown_hu
     if tumor.factors != ONE:
         true_hu = (blend.fine_change_hu * request.fine_inside).sum() / tumor.fine_voxels
     spread = _spread_of_structure(blend, request, voxels)
-    figures = (changed, peak, change, covered, level, true_hu, shown_hu, spread)
+    figures = (changed, peak, change, painted, level, true_hu, shown_hu, spread)
     (numbers,) = yield [torch.stack([number.to(peak) for number in figures])]
-    changed_voxels, peak_weight, mean_change, mean_covered, *means = numbers.tolist()
+    changed_voxels, peak_weight, mean_change, mean_painted, *means = numbers.tolist()
     mean_hu, true_hu, shown_hu, spread_hu = means
     contrast = seen = from_tissue = None
     # what was darker before, as the organ's border, is no tumour, and what was brighter no contrast
-    if request.fill is None and math.isfinite(mean_change):
-        from_tissue = mean_change - mean_covered
+    if request.fill is None and math.isfinite(mean_painted):
+        from_tissue = mean_painted
     changes = [] if from_tissue is None else [from_tissue]
     if request.noise.level_hu is not None and math.isfinite(mean_hu):
         contrast = mean_hu - request.noise.level_hu
